@@ -179,7 +179,7 @@ class Fp8Format(WeightFormat):
     `distill` makes of them.
 
     Attributes:
-        largest, smallest, lowest: the last values. spacing: the largest distance between neighbours.
+        largest, smallest: the last values. spacing: the largest distance between neighbours.
     """
 
     name = "fp8"
@@ -188,7 +188,7 @@ class Fp8Format(WeightFormat):
         {"strategy": "channel", "symmetric": True, "num_bits": 8, "type": "float"}
     )
     largest = torch.finfo(torch.float8_e4m3fn).max
-    smallest = lowest = -largest
+    smallest = -largest
     spacing = 32.0
 
     def quantize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ria_vllm import fp8, sparse24
-from ria_vllm.compressed_tensors.config import quantization_of
+from ria_vllm.compressed_tensors.config import quantization_of, quantization_places
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import ANOTHER_PROGRAM
@@ -206,11 +206,9 @@ class ForeignStart:
 def _taken_out(config: dict[str, Any]) -> Any:
     """What config.json says of its weights, in any of the places where programs look for it, which are then empty."""
     found: Any = quantization_of(config) or None
-    text = config.get("text_config")
-    for place, key in ((config, "quantization_config"), (text, "quantization_config"), (config, "compression_config")):
-        if isinstance(place, dict):
-            other = place.pop(key, None)
-            found = other if found is None else found
+    for place, key in quantization_places(config):
+        other = place.pop(key, None)
+        found = other if found is None else found
     return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import Fp8Format, IntFormat
+from ria_vllm.formats import IntFormat
 from ria_vllm.hf_inputs import round_inputs
 from ria_vllm.offline.distill.divergence import Top, divergence
 from ria_vllm.offline.distill.foreign import ForeignStart
@@ -185,12 +185,12 @@ def _trained_linears(
     return found
 
 
-def _smallest(linear: SparseLinear) -> float:
-    """The smallest value that a quantized linear may take: that of its format, or -128 if it holds that already."""
+def _smallest(linear: SparseLinear) -> int | None:
+    """-128 for integers that hold it already; None: the smallest value is that of the format."""
     form = linear.format
-    assert isinstance(form, IntFormat | Fp8Format)
-    holds_less = isinstance(form, IntFormat) and int(form.integers(linear.parts).min()) < form.smallest
-    return form.lowest if holds_less else form.smallest
+    if isinstance(form, IntFormat) and int(form.integers(linear.parts).min()) < form.smallest:
+        return form.lowest
+    return None
 
 
 def _trained_scales(kind: type[TrainedParameter], scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:

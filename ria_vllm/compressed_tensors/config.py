@@ -44,14 +44,17 @@ CLASSES = ("Linear", "Module")
 
 
 def quantization_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of its weights where vLLM looks for it; empty if that is nothing.
+    """What config.json says of its weights where vLLM looks for it; empty if that is nothing."""
+    found = (place.get(key) for place, key in quantization_places(content))
+    return next((one for one in found if isinstance(one, Mapping)), {})
 
-    The places are the model's own `quantization_config`, its text decoder's, and the name that it had at first.
-    """
+
+def quantization_places(content: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Where vLLM looks for it, as objects in config.json and their keys: the model's own, its text decoder's, and under
+    the name that it had at first."""
     text = content.get("text_config")
     places = (content, "quantization_config"), (text, "quantization_config"), (content, "compression_config")
-    found = (place.get(key) for place, key in places if isinstance(place, Mapping))
-    return next((one for one in found if isinstance(one, Mapping)), {})
+    return [(place, key) for place, key in places if isinstance(place, Mapping)]
 
 
 def is_24_checkpoint(config: Mapping[str, Any]) -> bool:

@@ -169,7 +169,7 @@ def test_pruned_linears_of_a_vision_tower_stay_as_they_are(form, tiny_wrapper, t
 
 
 @pytest.mark.parametrize("place", ["text_config", "compression_config"])
-def test_config_json_says_it_where_vllm_looks_too(place, pruned, tiny_wrapper, text, tmp_path):
+def test_config_json_says_it_where_vllm_looks_too(place, tiny_wrapper, text, tmp_path):
     dense, folder = tiny_wrapper("qwen2_5_vl"), tmp_path / "pruned"
     run_small(dense, folder, text, permute="none")
     theirs = with_bitmasks(folder, tmp_path / "theirs")

@@ -1,7 +1,7 @@
 """Others' quantized 2:4 folders, stored by compressed-tensors itself: training from them is training from ours."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Form:
     inputs: dict[str, Any] | None = None
     bitmask: bool = False
     by_tensor: bool = False
-    sparsity: dict[str, Any] = field(default_factory=lambda: dict(SPARSITY))
 
     def __str__(self) -> str:
         return f"{self.name} {self.format.name}{' bitmask' * self.bitmask}{' tensor' * self.by_tensor}"
@@ -46,7 +45,7 @@ class Form:
 
     def quantization(self) -> dict[str, Any]:
         group = {"targets": ["Linear"], "weights": self.weights, "input_activations": self.inputs, "format": self.name}
-        sparsity = self.sparsity | ({"format": "sparse-24-bitmask"} if self.bitmask else {})
+        sparsity = SPARSITY | ({"format": "sparse-24-bitmask"} if self.bitmask else {})
         return {
             "quant_method": "compressed-tensors", "format": self.name, "ignore": ["lm_head"],
             "config_groups": {"group_0": group}, "sparsity_config": sparsity,
