@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from ria_vllm.offline.pruning.block import COMPARED
 from ria_vllm.offline.recipe import LEAST_RATE, LEAST_SHARE, Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
-from ria_vllm.writer import CheckpointWriter, disk_errors
+from ria_vllm.writer import UNITS, CheckpointWriter, disk_errors, write_whole
 
-FINGERPRINT_FILE = "run.json"
+FINGERPRINT_FILE, SHARED_FILE = "run.json", "shared"
 CONFIG = "config.json"
 
 
@@ -89,31 +89,62 @@ def work_folder(
         RiaError: the interrupted run had other options, another source or other versions.
     """
     work = _work(out)
-    if ranks.first:
-        begun = begun_run(out) if resume else {}
-        check_same_run(work, begun, run)
-        writer = CheckpointWriter(out, overwrite, resume=bool(begun))
-        with disk_errors(work):
-            temporary = work / f"{FINGERPRINT_FILE}.tmp"
-            temporary.write_text(json.dumps(run))
-            os.replace(temporary, work / FINGERPRINT_FILE)
+    with closing(CheckpointWriter(out, overwrite, resume=True) if ranks.first else _joined(out, ranks)) as writer:
+        if ranks.first:
+            # Read once no other process can change it any more.
+            begun = begun_run(out) if resume else {}
+            check_same_run(work, begun, run)
+            if not begun:
+                writer.restart()
+            with disk_errors(work):
+                write_whole(work / FINGERPRINT_FILE, json.dumps(run))
+            ranks.barrier()
+        try:
+            if ranks.size > 1:
+                _check_shared(work, ranks)
+            yield writer
+        except RiaError as error:
+            # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
+            # error after hours of work may not happen again, or may be fixed in another version. What is finished is
+            # never lost.
+            if ranks.first and not isinstance(error.__cause__, OSError):
+                if any((work / UNITS).glob(f"{kept[0]}.safetensors")):
+                    raise RiaError(
+                        f"{error} {kept[1]} are kept in {work}: --resume continues from them with the same options. "
+                        "With other options, leave it out."
+                    ) from error.__cause__
+                writer.discard()
+            raise
+
+
+def _joined(out: Path, ranks: Ranks) -> CheckpointWriter:
+    """The work folder that the first process has made."""
     ranks.barrier()
-    if not ranks.first:
-        writer = CheckpointWriter(out, overwrite=True, join=True)
-    try:
-        yield writer
-    except RiaError as error:
-        # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
-        # error after hours of work may not happen again, or may be fixed in another version. What is finished is never
-        # lost.
-        if ranks.first and not isinstance(error.__cause__, OSError):
-            if any((work / "units").glob(f"{kept[0]}.safetensors")):
-                raise RiaError(
-                    f"{error} {kept[1]} are kept in {work}: --resume continues from them with the same options. With "
-                    "other options, leave it out."
-                ) from error.__cause__
-            writer.discard()
-        raise
+    return CheckpointWriter(out, overwrite=True, join=True)
+
+
+def _check_shared(work: Path, ranks: Ranks) -> None:
+    """Check that all processes see the work folder.
+
+    Raises:
+        RiaError: one of them does not; in all of them.
+    """
+    path, word = work / SHARED_FILE, ranks.broadcast(os.urandom(8).hex())
+    if ranks.first:
+        with disk_errors(path):
+            write_whole(path, word)
+    ranks.barrier()
+    found = path.is_file() and path.read_text(encoding="utf-8") == word
+    if blind := ranks.largest(0 if found else ranks.rank):
+        raise not_shared(path, blind)
+
+
+def not_shared(path: Path, rank: int) -> RiaError:
+    """What to raise where a process does not see what the first one has written."""
+    return RiaError(
+        f"{path}: not found by process {rank}, though the first one has written it. All processes must see the same "
+        "folder: give an -o on a file system that they share."
+    )
 
 
 def _work(out: Path) -> Path:

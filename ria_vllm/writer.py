@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +26,8 @@ from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTA
 from ria_vllm.side_files import load_permutations, load_rotations
 from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
 
-LOCK_FILE = "lock"
+LOCK_FILE, UNITS = "lock", "units"
+ATTEMPTS = 100  # to lock a folder that others delete meanwhile
 
 
 @contextmanager
@@ -87,23 +88,94 @@ def check_file_place(path: Path) -> None:
         )
 
 
-def locked(work: Path) -> IO[bytes]:
-    """An open file, by which this process has the work folder to itself until it is closed or the process ends.
+def is_free(folder: Path, sign: str) -> bool:
+    """Whether a folder is missing, or empty but for a lock, or holds what shows that it is ours.
+
+    Args:
+        sign: a file's name, or a folder's with a "/". Who locks the folder makes this first and deletes it last, so
+            that the answer is right meanwhile, too.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name + "/" * entry.is_dir() for entry in entries}
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return sign in names or names <= {LOCK_FILE, f"{sign}.tmp"}
+
+
+def locked(folder: Path) -> IO[bytes]:
+    """An open file, by which this process has the folder to itself until it is closed or the process ends. The folder
+    is made if it is not there.
+
+    The lock is the process's: any other descriptor of the file that it closes ends it, too.
 
     Raises:
         RiaError: another process has it.
+        OSError: it cannot be made.
     """
-    file = open(work / LOCK_FILE, "ab")
+    for _ in range(ATTEMPTS):
+        with suppress(FileExistsError, FileNotFoundError):  # another process is deleting it
+            return _locked(folder)
+    return _locked(folder)
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """One attempt. FileExistsError or FileNotFoundError may mean that another process has deleted the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    file = open(path, "ab")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise RiaError(
-                f"{work}: another process is writing here. Wait until it ends, or choose another output folder."
+                f"{folder}: another process is writing here. Wait until it ends, or choose another output folder."
             ) from error
         # The file system has no locks.
-    return file
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        file.close()  # who had the lock has deleted it: it keeps nobody out
+        raise
+
+
+def delete_locked(folder: Path, lock: IO[bytes]) -> None:
+    """Delete a folder that `locked` has locked, and that is empty but for the lock; else only unlock it.
+
+    The lock is deleted while it is held. So who waits for it, or comes now, makes one of its own.
+    """
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    lock.close()  # NFS keeps a file that is open under another name, and then the folder, too
+    with suppress(OSError):  # another process has it by now
+        folder.rmdir()
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole, or not at all. A link is replaced; what it leads to stays as it is.
+
+    Raises:
+        OSError: it cannot be written; see `disk_errors`.
+    """
+    if (path.exists() and not path.is_file()) or path.is_relative_to("/dev"):  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -137,21 +209,30 @@ class CheckpointWriter:
         self.work = self.out.with_name(self.out.name + ".partial")
         check_free(self.out, overwrite)
         with disk_errors(self.work):
-            if self.work.exists() and not (self.work / "units").is_dir():
+            if not is_free(self.work, f"{UNITS}/"):
                 raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")
             self._lock: IO[bytes] | None = None
             if join:
                 return
-            if self.work.exists():
-                self._lock = locked(self.work)
-                if not resume:
-                    self._unlock()
-                    shutil.rmtree(self.work)
-            (self.work / "units").mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or locked(self.work)
+            self._lock = locked(self.work)
+            if not resume:
+                self._empty()
+            (self.work / UNITS).mkdir(exist_ok=True)
+
+    def restart(self) -> None:
+        """Delete what an interrupted run has left."""
+        with disk_errors(self.work):
+            self._empty()
+            (self.work / UNITS).mkdir()
+
+    def _empty(self) -> None:
+        """Delete all but the lock, and last what shows that the folder is ours."""
+        for path in sorted(self.work.iterdir(), key=lambda path: path.name == UNITS):
+            if path.name != LOCK_FILE:
+                delete(path)
 
     def path(self, key: str) -> Path:
-        return self.work / "units" / f"{key}.safetensors"
+        return self.work / UNITS / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
         return self.path(key).is_file()
@@ -238,18 +319,30 @@ class CheckpointWriter:
                 raise RiaError(
                     f"{self.out}: appeared during the run; the result is in {final}. Move it where you want it."
                 ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
-            os.replace(self.out, self.work / "replaced")
+            replaced = self.work / "replaced"
+            delete(replaced)  # by a run that was killed before it could
+            os.replace(self.out, replaced)
         os.replace(final, self.out)
-        self._unlock()
-        shutil.rmtree(self.work)
+        self._delete()
+
+    def _delete(self) -> None:
+        assert self._lock is not None
+        self._empty()
+        delete_locked(self.work, self._lock)
+        self._lock = None
 
     def discard(self) -> None:
-        """Delete the work folder."""
+        """Delete the work folder, as far as possible, if this writer still has it."""
+        if self._lock is not None:
+            with suppress(OSError):
+                self._delete()
+            self._unlock()
+
+    def close(self) -> None:
+        """Leave the work folder, as it is, to other processes."""
         self._unlock()
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _unlock(self) -> None:
-        """Before the folder is deleted: NFS keeps a file that is open under another name, and then the folder, too."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -264,6 +357,8 @@ def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
         if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
             writer.discard()
         raise
+    finally:
+        writer.close()
 
 
 Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin

@@ -1,6 +1,7 @@
 """The writer: a folder appears whole or not at all, and nothing finished is lost."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,15 @@ from safetensors.torch import load_file, safe_open
 
 from ria_vllm import writer as writer_module
 from ria_vllm.errors import RiaError
-from ria_vllm.writer import CheckpointWriter, check_free, check_place, disk_errors
+from ria_vllm.writer import (
+    CheckpointWriter,
+    check_free,
+    check_place,
+    delete_locked,
+    disk_errors,
+    locked,
+    write_whole,
+)
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
 
@@ -288,6 +298,108 @@ def test_two_processes_do_not_write_one_folder(tmp_path, busy, resume):
     assert CheckpointWriter(tmp_path / "out", join=True).has("t0")
     busy()
     assert CheckpointWriter(tmp_path / "out", resume=resume).has("t0") is resume
+
+
+@contextmanager
+def refused_meanwhile(folder: Path):
+    """While something is deleted in the block, another process that asks for the folder is refused each time.
+
+    Yields:
+        What is deleted.
+    """
+    deleted, here = [], os.getpid()
+
+    def hook(event, arguments):
+        if looking and os.getpid() == here and event in ("os.remove", "os.rmdir") and arguments[0] != str(folder):
+            deleted.append(Path(os.fspath(arguments[0])).name)
+            child = os.fork()
+            if not child:
+                with suppress(RiaError):
+                    locked(folder)
+                    os._exit(1)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0, f"another process had the folder while {deleted[-1]} was deleted"
+
+    looking = True
+    sys.addaudithook(hook)
+    yield deleted
+    looking = False
+
+
+@pytest.mark.parametrize("how", ["begin again", "finish", "discard"])
+def test_a_folder_has_no_other_owner_before_it_is_empty(tmp_path, how):
+    """Its units would be deleted or mixed with those of another run."""
+    writer = CheckpointWriter(tmp_path / "out")
+    writer.write("t0", {"t0": TENSORS["t0"]})
+    (tmp_path / "out.partial" / "activations").mkdir()
+    if how == "begin again":
+        writer.close()
+    with refused_meanwhile(tmp_path / "out.partial") as deleted:
+        if how == "begin again":
+            assert not CheckpointWriter(tmp_path / "out").has("t0")
+        elif how == "finish":
+            writer.finish(["t0"], {}, [], 10**9)
+        else:
+            writer.discard()
+    assert deleted[0] == "activations" and {"t0.safetensors", "units"} <= set(deleted)
+    assert (deleted[-1] == "lock") == (how != "begin again") == (not (tmp_path / "out.partial").exists())
+
+
+def test_who_opened_a_lock_before_it_was_deleted_does_not_have_the_new_folder(tmp_path, monkeypatch):
+    def late(*arguments):
+        monkeypatch.undo()
+        delete_locked(folder, first)
+        others.append(locked(folder))
+        return fcntl.lockf(*arguments)
+
+    folder, others = tmp_path / "folder", []
+    first = locked(folder)
+    monkeypatch.setattr(fcntl, "lockf", late)
+    found = locked(folder)
+    assert os.path.samestat(os.fstat(found.fileno()), os.stat(folder / "lock"))
+
+
+@pytest.mark.parametrize("left", [[], ["lock"]])
+def test_a_work_folder_that_a_killed_process_was_deleting(tmp_path, left):
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).touch()
+    written(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_run_killed_with_the_replaced_folder_beside_its_units_can_be_resumed(tmp_path):
+    written(tmp_path / "out")
+    CheckpointWriter(tmp_path / "out", overwrite=True).write("t0", {"t0": TENSORS["t0"]})
+    (tmp_path / "out.partial" / "replaced").mkdir()
+    (tmp_path / "out.partial" / "replaced" / "model.safetensors").touch()
+    written(tmp_path / "out", overwrite=True, resume=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_writer_that_has_finished_deletes_no_folder_of_others(tmp_path):
+    writer = written(tmp_path / "out")
+    CheckpointWriter(tmp_path / "out", overwrite=True).write("t0", {"t0": TENSORS["t0"]})
+    writer.discard()
+    assert (tmp_path / "out.partial" / "units" / "t0.safetensors").exists()
+
+
+def test_a_text_file_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "page").symlink_to("target")
+    (tmp_path / "page.tmp").symlink_to("target")
+    write_whole(tmp_path / "page", "new")
+    assert (tmp_path / "page").read_text() == "new" and not (tmp_path / "page").is_symlink()
+    assert (tmp_path / "target").read_text() == "mine" and not (tmp_path / "page.tmp").is_symlink()
+
+
+def test_a_text_may_go_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "new")
+    assert os.read(reader, 10) == b"new"
+    write_whole(Path("/dev/null"), "new")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_mount_point_is_refused_before_any_work():

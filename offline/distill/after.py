@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,17 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.work import check_same_run, fingerprint
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import LOCK_FILE, check_free, check_place, disk_errors, locked
+from ria_vllm.writer import (
+    LOCK_FILE,
+    check_free,
+    check_place,
+    delete,
+    delete_locked,
+    disk_errors,
+    is_free,
+    locked,
+    write_whole,
+)
 
 # In the folder OUT.pruned: which compression it is for, and what that writes.
 RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.partial"
@@ -120,10 +129,7 @@ def _checked_run(
 
 
 def _check_ours(place: Path) -> None:
-    free = not place.exists() or (
-        place.is_dir() and ((place / RUN_FILE).is_file() or {path.name for path in place.iterdir()} <= {LOCK_FILE})
-    )
-    if place.is_symlink() or not free:
+    if place.is_symlink() or not is_free(place, RUN_FILE):
         raise RiaError(
             f"{place}: needed for the pruned model, but it holds something else. Move it away, or choose another --out."
         )
@@ -141,7 +147,6 @@ def _begun(place: Path, run: dict[str, Any], resume: bool) -> Iterator[IO[bytes]
         RiaError: another process has the folder, or another command has begun it.
     """
     with disk_errors(place):
-        place.mkdir(parents=True, exist_ok=True)
         lock = locked(place)
     with lock:
         if begun := read_json(place / RUN_FILE) if (place / RUN_FILE).exists() and resume else {}:
@@ -149,7 +154,7 @@ def _begun(place: Path, run: dict[str, Any], resume: bool) -> Iterator[IO[bytes]
         else:
             with disk_errors(place):
                 _delete_models(place)
-                (place / RUN_FILE).write_text(json.dumps(run))
+                write_whole(place / RUN_FILE, json.dumps(run))
         yield lock
 
 
@@ -158,17 +163,13 @@ def _delete(place: Path, lock: IO[bytes], monitor: Monitor) -> None:
     try:
         _delete_models(place)
         (place / RUN_FILE).unlink(missing_ok=True)
-        lock.close()  # NFS keeps a file that is open under another name
-        (place / LOCK_FILE).unlink(missing_ok=True)
-        if left := sorted(path.name for path in place.iterdir()):
+        if left := sorted(path.name for path in place.iterdir() if path.name != LOCK_FILE):
             monitor.warn(f"{place}: stays, because it also holds what ria-vllm did not write: {', '.join(left)}.")
-        else:
-            place.rmdir()
+        delete_locked(place, lock)
     except OSError as error:
         monitor.warn(f"{place}: cannot be deleted ({error.strerror or error}). It is no longer needed.")
 
 
 def _delete_models(place: Path) -> None:
     for name in (MODEL_FOLDER, WORK_FOLDER):
-        if (place / name).exists():
-            shutil.rmtree(place / name)
+        delete(place / name)

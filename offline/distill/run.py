@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint import is_compressed
-from ria_vllm.errors import RiaError
 from ria_vllm.export import companion_files
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
@@ -45,7 +44,7 @@ from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.offline.publish import published
 from ria_vllm.offline.runtime.memory import release
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.work import begun_run, work_folder
+from ria_vllm.offline.work import begun_run, not_shared, work_folder
 from ria_vllm.progress import Monitor
 from ria_vllm.report import without_errors
 from ria_vllm.schema import REPORT_FILE
@@ -255,10 +254,7 @@ class _Run:
             RiaError: this process does not see what the first one has written.
         """
         if not self.writer.has(TEXT_KEY):
-            raise RiaError(
-                f"{self.writer.path(TEXT_KEY)}: not found by process {self.ranks.rank}, though the first one has "
-                "written it. All processes must see the same folder: give an -o on a file system that they share."
-            )
+            raise not_shared(self.writer.path(TEXT_KEY), self.ranks.rank)
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _written(self, dense: TwoPart) -> torch.Tensor:

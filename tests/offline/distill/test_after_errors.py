@@ -1,7 +1,10 @@
 """compress --distill after an error in training, beside files of others, and beside another process."""
 
+import os
 import re
 import shlex
+import sys
+from contextlib import suppress
 
 import preloaded
 import pytest
@@ -13,6 +16,8 @@ from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import after
 from ria_vllm.offline.distill.command import distill
 from ria_vllm.offline.distill.parameters import diverged
+from ria_vllm.progress import Monitor
+from ria_vllm.writer import locked
 
 
 def arguments(model, out, text, *options: str) -> list[str]:
@@ -92,3 +97,36 @@ def test_a_run_that_was_killed_as_it_began_is_not_taken_for_files_of_others(tiny
     (tmp_path / "out.pruned" / "lock").touch()
     run(tiny("llama"), tmp_path / "out", text, "--distill", "512")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_folder_has_no_other_owner_before_it_is_empty(tmp_path):
+    """Who locks the file that is about to be deleted would have the folder beside who comes next."""
+    place, refused, here = tmp_path / "out.pruned", [], os.getpid()
+
+    def hook(event, arguments):
+        if event == "os.remove" and arguments[0] == str(place / "lock") and os.getpid() == here:
+            child = os.fork()
+            if not child:
+                with suppress(RiaError):
+                    locked(place)
+                    os._exit(1)
+                os._exit(0)
+            refused.append(os.waitpid(child, 0)[1] == 0)
+
+    sys.addaudithook(hook)
+    with after._begun(place, {"exponent": 1}, resume=False) as lock:
+        (place / "model").mkdir()
+        after._delete(place, lock, Monitor(shown=False))
+    assert refused == [True] and not place.exists()
+
+
+def test_a_run_that_was_killed_as_it_wrote_what_it_is_can_be_begun_again(tmp_path):
+    place = tmp_path / "out.pruned"
+    place.mkdir()
+    for name in ("lock", f"{after.RUN_FILE}.tmp"):
+        (place / name).touch()
+    after._check_ours(place)
+    with after._begun(place, {"exponent": 1}, resume=True) as lock:
+        assert sorted(path.name for path in place.iterdir()) == ["lock", after.RUN_FILE]
+        after._delete(place, lock, Monitor(shown=False))
+    assert not place.exists()
