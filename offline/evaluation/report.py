@@ -19,7 +19,7 @@ from ria_vllm.progress import Monitor
 from ria_vllm.report import report_linears, report_number
 from ria_vllm.schema import PAGE_FILE, REPORT_FILE, TOPOLOGY
 from ria_vllm.sizes import human_size
-from ria_vllm.writer import check_file_place, disk_errors
+from ria_vllm.writer import check_file_place, disk_errors, write_whole
 
 WITHOUT_BLOCKS = "retained_without_blocks"
 STYLE = """
@@ -281,5 +281,5 @@ def report(out: Path, output: Path | None, perplexity: tuple[Path, ...]) -> None
         measured.append({**entry, "compressed": is_compressed(Path(str(entry.get("model", ""))))})
     text = page(out.resolve().name, content, inventory, measured)
     with disk_errors(target):
-        target.write_text(text, encoding="utf-8")
-    click.echo(f"{target}: {human_size(target.stat().st_size)}")
+        write_whole(target, text)
+    click.echo(f"{target}: {human_size(len(text.encode()))}")

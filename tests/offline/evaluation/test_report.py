@@ -157,6 +157,17 @@ def test_each_distillation_is_a_row_of_the_recipe():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(damage, tmp_path, named):
+    """The page may be a link into the cache that a hub's folder comes from, or to what others read."""
+    page, target = tmp_path / "page.html" if named else damage.folder / "ria_report.html", tmp_path / "target"
+    (damage.folder / "ria_report.json").write_text(json.dumps({"linears": linears(2)}))
+    target.write_text("mine")
+    page.symlink_to(target)
+    run(damage.folder, *(["-o", page] if named else []))
+    assert target.read_text() == "mine" and not page.is_symlink() and page.read_text().startswith("<!doctype html>")
+
+
 def test_bad_input(damage):
     with pytest.raises(RiaError, match="ria_report.json: missing"):
         run(damage.folder)
