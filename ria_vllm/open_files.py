@@ -26,7 +26,7 @@ class OpenFiles:
         self._bytes, self._most_bytes = 0, most_bytes
 
     def tensor(self, path: Path, name: str) -> torch.Tensor:
-        """One tensor, on the CPU.
+        """One tensor, on the CPU. It is not mapped from its file: what others write there leaves it as it is.
 
         Raises:
             RiaError: the file cannot be read, or does not have it.
@@ -43,14 +43,25 @@ class OpenFiles:
             SafetensorError, OSError: the file cannot be read, or does not have it.
         """
         file = self._file(path)
-        tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        tensor = (file.get_tensor(name) if index is None else file.get_slice(name)[index]).clone()
         self._bytes += tensor.nbytes
         if self._bytes > self._most_bytes:
             self.close()
         return tensor
 
+    def shape(self, path: Path, name: str) -> tuple[int, ...]:
+        """That of a tensor, which is not read.
+
+        Raises:
+            RiaError: see `tensor`.
+        """
+        try:
+            return tuple(self._file(path).get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
+
     def close(self) -> None:
-        """Close all files. What was read of them stays mapped only where a tensor of theirs is alive."""
+        """Close all files, so that what was read of them is no longer mapped."""
         self._open.clear()
         self._bytes = 0
 

@@ -41,11 +41,22 @@ def test_a_file_that_was_replaced_is_read_again(opened, tmp_path):
         files.tensor(path, "x")
 
 
+def test_what_was_read_stays_though_its_file_is_truncated(tmp_path):
+    """Where memory was mapped from the file, the system would kill the process."""
+    path, files = tmp_path / "a.safetensors", OpenFiles()
+    save_file({"x": torch.ones(4, 1 << 12)}, path)
+    found, part = files.tensor(path, "x"), files.read(path, "x", 3)
+    os.truncate(path, 9)
+    assert found.sum() == 4 * part.sum() == 1 << 14
+    with pytest.raises(RiaError, match="a.safetensors: cannot read x"):
+        files.tensor(path, "x")
+
+
 def test_a_part_of_a_tensor(opened, tmp_path):
     path, files, stack = tmp_path / "a.safetensors", OpenFiles(), torch.randn(3, 2, 4)
     save_file({"x": stack}, path)
     assert all(torch.equal(files.read(path, "x", index), stack[index]) for index in range(3))
-    assert len(opened) == 1
+    assert files.shape(path, "x") == (3, 2, 4) and len(opened) == 1
     with pytest.raises(SafetensorError):
         files.read(path, "y", 0)
 

@@ -67,7 +67,7 @@ class ForeignStart:
         quantization = _taken_out(self.config)
         self._described = quantization is not None
         dtype = configured_dtype(read_config(str(folder)))
-        self._linears = ForeignLinears(folder, self.files, quantization, dtype, self._tensor)
+        self._linears = ForeignLinears(folder, self.files, quantization, dtype, self._tensor, self._shape_of)
         self._check_stacks()
         self._served_dense: set[str | None] = set()
         inside, outside = self._names()
@@ -183,13 +183,16 @@ class ForeignStart:
     def _check_stacks(self) -> None:
         """Refuse pruned experts in stacks, [experts, out, in] or [experts, in, out], as they could not be trained."""
         for name in filter(LAYER.search, self.files):
-            stack = self._tensor(name)
-            if stack.dim() == 3 and any(_is_sparse(one) or _is_sparse(one.T) for one in stack if bool(one.any())):
+            stack = self._tensor(name) if len(self._shape_of(name)) == 3 else ()
+            if any(_is_sparse(one) or _is_sparse(one.T) for one in stack if bool(one.any())):
                 raise RiaError(
                     f"{self.folder}: {name}: another program has pruned these experts, so they cannot be trained. "
                     "Distillation takes experts of folders that `ria-vllm compress` wrote: prune the dense model with "
                     "it, and distil that."
                 )
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        return self._open.shape(self.files[name], name)
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name not in self.files:

@@ -34,6 +34,7 @@ class ForeignLinears:
         quantization: `quantization_config` in config.json; None: there is none.
         dtype: of the model, as config.json says; None if it does not.
         read: a tensor by its name, from a file: nothing in it is trusted.
+        shape_of: its shape.
 
     Attributes:
         stored: those that are not just a tensor NAME.weight.
@@ -49,8 +50,9 @@ class ForeignLinears:
         quantization: Any,
         dtype: torch.dtype | None,
         read: Callable[[str], torch.Tensor],
+        shape_of: Callable[[str], tuple[int, ...]],
     ):
-        self.folder, self.read, self.dtype = folder, read, dtype
+        self.folder, self.read, self.shape_of, self.dtype = folder, read, shape_of, dtype
         self.config = None if quantization is None else _parsed(quantization, folder)
         self._has_cache_scales = self.config is not None and bool(quantization.get("kv_cache_scheme"))
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -82,7 +84,7 @@ class ForeignLinears:
             if name not in self._shapes:
                 self._shapes[name] = self._shape(name, self._scheme(name), self._loaded(name))
             return self._shapes[name]
-        return tuple(self.read(f"{name}.weight").shape)
+        return self.shape_of(f"{name}.weight")
 
     def input_dtype(self, name: str) -> torch.dtype | None:
         """The dtype to which a linear rounds each token of its input; None: it does not."""

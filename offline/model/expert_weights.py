@@ -82,7 +82,7 @@ class ExpertWeights:
         return weights
 
     def _read(self, written: str, index: int | None = None) -> torch.Tensor:
-        return self.tensors.read(self.names.files[written], index, owned=True)
+        return self.tensors.read(self.names.files[written], index)
 
     def _check(self, key: str, written: str, tensor: torch.Tensor) -> None:
         if key not in self._checked:

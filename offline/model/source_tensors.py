@@ -49,20 +49,15 @@ class SourceTensors:
             self.files = plain | {name: files[one.values] for name, one in self.quantized.items()}
         self.dtype = self._largest() if dtype is None else dtype
 
-    def read(self, name: str, index: int | None = None, owned: bool = False) -> torch.Tensor:
-        """One tensor or, of a stack, its part with this index, on the CPU.
-
-        Args:
-            owned: it is not mapped from its file, which would stay mapped for as long as the tensor is alive. What is
-                dequantized never is.
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """One tensor or, of a stack, its part with this index, on the CPU. It is not mapped from its file.
 
         Raises:
             RiaError: the file cannot be read, or a scale is no number.
         """
         found = self.quantized.get(name)
         if found is None:
-            tensor = self._read(name, index)
-            return tensor.clone() if owned else tensor
+            return self._read(name, index)
         if index is None and len(found.shape) == 3:
             stack = torch.empty(found.shape, dtype=self.dtype)
             for number in range(len(stack)):

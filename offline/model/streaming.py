@@ -272,9 +272,7 @@ class StreamedModel:
                 wanted = getattr(owner, name.rpartition(".")[2])
                 self._check_shape(written, tensor.shape, wanted.shape)
                 self._check_values(written, tensor, wanted.is_floating_point())
-                # A copy, because the file stays mapped for as long as any of its tensors is alive, and for each taker.
-                owned = self._is_dequantized(written) and len(takers[written]) == 1
-                self._set(name, tensor.to(self.device, wanted.dtype, copy=not owned))
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=len(takers[written]) > 1))
 
     def _check_all(self) -> None:
         """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
