@@ -10,6 +10,7 @@ import torch
 
 from ria_vllm.consistency import check_digests, check_prefix, problems_of_folds, problems_of_rotations
 from ria_vllm.errors import RiaError
+from ria_vllm.inputs import Inputs
 from ria_vllm.json_file import read_json
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.progress import Monitor
@@ -57,12 +58,16 @@ def _what_works(quantization: Any) -> str:
 class Reader:
     """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
+    Attributes:
+        inputs: what tells whether the folder has changed since.
+
     Raises:
         RiaError: from the constructor and from every method, naming file and layer.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.inputs = Inputs(self.folder)
         self._open = OpenFiles()
         self.config = read_json(self.folder / "config.json")
         quantization = self.config.get("quantization_config")

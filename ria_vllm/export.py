@@ -1,6 +1,7 @@
 """Turns a compressed folder back into a plain dense Hugging Face folder, one tensor in memory at a time."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ria_vllm.checkpoint import Reader
@@ -9,7 +10,7 @@ from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 from ria_vllm.schema import EXPORTED_KEY, PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.weight_files import INDEX_FILE
-from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
+from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -27,6 +28,25 @@ def companion_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
     for path in strays:
         warn(left_where_it_is(path))
     return [path for path in found if path not in strays]
+
+
+def kept_copies(writer: CheckpointWriter, files: Iterable[Path], folder: Path) -> tuple[list[Path], Path]:
+    """Copy files of a folder to the work folder, so that `CheckpointWriter.finish` reads none of the run's inputs.
+
+    Returns:
+        What `finish` takes as `copies` and `copied_from`.
+
+    Raises:
+        RiaError: a file cannot be read, or the disk is full.
+    """
+    kept = writer.work / "copies"
+    found: list[Path] = []
+    with disk_errors(kept):
+        for path in files:
+            found.append(kept / path.relative_to(folder))
+            found[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, found[-1])
+    return found, kept
 
 
 def export_dense(
@@ -50,13 +70,13 @@ def export_dense(
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), or is or contains the folder being read; a tensor is damaged; the
-            disk is full.
+            folder has changed since `reader` opened it; the disk is full.
     """
     monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
     writer = CheckpointWriter(out, overwrite=overwrite)
     keys = []
-    with discarded_on_failure(writer):
+    with discarded_on_failure(writer), reader.inputs.watched():
         tensors = reader.dense_tensors()
         for number, name in enumerate(monitor.steps(list(tensors), "exporting", len(tensors))):
             keys.append(f"{number:06d}")
@@ -64,7 +84,7 @@ def export_dense(
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         config[EXPORTED_KEY] = "ria-vllm"
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
-        copies = companion_files(reader.folder, monitor.warn)
+        copies, folder = kept_copies(writer, companion_files(reader.folder, monitor.warn), reader.folder)
+        reader.inputs.check()
         with monitor.phase("writing"):
-            files, folder = {"config.json": config}, reader.folder
-            writer.finish(keys, files, copies, max_shard_size, text_files=cards, copied_from=folder)
+            writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards, copied_from=folder)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.export import companion_files
+from ria_vllm.export import companion_files, kept_copies
 from ria_vllm.model_card import CARD_FILE, trained_card
 from ria_vllm.placement import Origin, Placement
 from ria_vllm.progress import Monitor
@@ -77,21 +77,20 @@ def save(
     Raises:
         RiaError: a weight outside its mask is not zero; a tensor is not finite, of another shape, or has no place in
             the folder; a setting of the model cannot be written; the tokenizer has more tokens than the model; the
-            model has adapters; `new` exists or is `like`; the disk is full.
+            model has adapters; `new` exists or is `like`; `like` has changed since this call began; the disk is full.
     """
     first = is_first()
     alone = not dist.is_initialized() or not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    base, origin = together(lambda: ready(model, like), alone)
+    reader, (base, origin) = together(lambda: (Reader(like) if first else None, ready(model, like)), alone)
     if not first and alone:
         return None
     tensors = gathered(base, origin, first)
 
     def write() -> Saved | None:
         try:
-            if first:
-                return _write(
-                    base, origin, tensors, Reader(like), Path(new), overwrite, note, max_shard_size, tokenizer
-                )
+            if reader is not None:
+                with reader.inputs.watched():
+                    return _write(base, origin, tensors, reader, Path(new), overwrite, note, max_shard_size, tokenizer)
         finally:
             for _ in tensors:  # also where writing has failed: the other ranks wait
                 pass
@@ -160,6 +159,8 @@ def _write(
             len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [], changed
         )
         files, card = _texts(reader, settings, saved, note, str(next(base.parameters()).dtype), monitor)
+        copies, copied_from = kept_copies(writer, copies, copied_from)
+        reader.inputs.check()
         writer.finish(
             units.keys, files | ({GENERATION_FILE: generation} if generation else {}), copies, max_shard_size,
             permuted=reader.schema.permutes, text_files={CARD_FILE: card}, copied_from=copied_from,

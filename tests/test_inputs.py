@@ -1,0 +1,146 @@
+"""Which changes of a run's inputs are noticed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ria_vllm.errors import RiaError
+from ria_vllm.inputs import ChangedInput, Inputs
+
+
+@pytest.fixture
+def folder(pruned_llama, tmp_path) -> Path:
+    copy = Path(shutil.copytree(pruned_llama.folder, tmp_path / "folder"))
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tools.jinja").write_text("a")
+    (copy / "1_Dense").mkdir()
+    shutil.copy(copy / "permutations.safetensors", copy / "1_Dense" / "model.safetensors")
+    (copy / "modules.json").write_text(json.dumps([{"path": "1_Dense", "type": "sentence_transformers.models.Dense"}]))
+    (copy / "rotations").mkdir()
+    shutil.copy(copy / "permutations.safetensors", copy / "rotations" / "heads.safetensors")
+    return copy
+
+
+def rewrite(path: Path) -> None:
+    """The same size, and a new time."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("change", [rewrite, truncate, os.utime])
+def test_a_change_of_any_file_is_noticed_and_the_file_named(change, folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 9
+    for path in files:
+        inputs = Inputs(folder)
+        inputs.check()
+        content = path.read_bytes()
+        change(path)
+        with pytest.raises(ChangedInput, match=f"^{path}: has changed since this run began"):
+            inputs.check()
+        path.write_bytes(content)
+
+
+def test_a_replaced_folder_is_noticed_and_a_file_that_was_not_there(folder, tmp_path):
+    inputs, text = Inputs(folder), tmp_path / "text.txt"
+    inputs.stamps(text)
+    inputs.check()
+    text.write_text("words")
+    with pytest.raises(ChangedInput, match=f"^{text}: has changed"):
+        inputs.check()
+    text.unlink()
+    (folder / "chat_template.jinja").unlink()
+    inputs = Inputs(folder)
+    (folder / "chat_template.jinja").write_text("new")
+    with pytest.raises(ChangedInput, match="chat_template.jinja"):
+        inputs.check()
+    inputs = Inputs(folder)
+    folder.rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", folder)
+    os.utime(folder / "config.json")
+    with pytest.raises(ChangedInput, match="config.json"):
+        inputs.check()
+
+
+def test_what_is_gone_may_come_back(folder, tmp_path):
+    inputs = Inputs(folder)
+    path = folder / "config.json"
+    path.rename(tmp_path / "gone")
+    with pytest.raises(RiaError, match=f"^{path}: cannot be read any more") as found:
+        inputs.check()
+    assert isinstance(found.value.__cause__, OSError) and not isinstance(found.value, ChangedInput)
+    (tmp_path / "gone").rename(path)
+    inputs.check()
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(RiaError, match="cannot be read any more"):
+        inputs.check()
+
+
+def test_what_no_run_reads_may_change(folder, tmp_path):
+    """`eval --update-card` changes the card, and a log or an output folder may lie in the model's folder."""
+    (folder / "README.md").write_text("card")
+    inputs = Inputs(folder)
+    (folder / "README.md").write_text("other card")
+    (folder / "run.log").write_text("words")
+    (folder / "out").mkdir()
+    (folder / "out" / "config.json").write_text("{}")
+    inputs.check()
+
+
+def test_a_pipe_has_no_stamps(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    inputs = Inputs(pipe, tmp_path / "nowhere")
+    os.utime(pipe)
+    inputs.check()
+
+
+def test_a_file_that_the_hubs_cache_gets_again_is_the_same(tmp_path):
+    cache = tmp_path / "models--user--model"
+    snapshot, blobs = cache / "snapshots" / ("a" * 40), cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("1" * 64, "2" * 64):
+        (blobs / name).write_text("{}")
+    (snapshot / "config.json").symlink_to(blobs / ("1" * 64))
+    inputs = Inputs(snapshot)
+    (blobs / ("1" * 64)).unlink()
+    (blobs / ("1" * 64)).write_text("{}")
+    inputs.check()
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(blobs / ("2" * 64))
+    with pytest.raises(ChangedInput, match="config.json"):
+        inputs.check()
+
+
+def test_the_first_stamps_count(folder):
+    inputs = Inputs(folder)
+    first = inputs.stamps(folder)
+    rewrite(folder / "config.json")
+    assert inputs.stamps(folder) == first != Inputs(folder).stamps(folder)
+    assert json.loads(json.dumps(first)) == first
+    with pytest.raises(ChangedInput):
+        inputs.check()
+
+
+def test_another_error_is_a_consequence_if_an_input_has_changed(folder, tmp_path):
+    def run(change):
+        inputs = Inputs(folder)
+        with inputs.watched():
+            change()
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        run(lambda: None)
+    with pytest.raises(ChangedInput, match="config.json") as found:
+        run(lambda: rewrite(folder / "config.json"))
+    assert isinstance(found.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="broken"):  # which says more of a file that is not there
+        run(lambda: (folder / "config.json").unlink())
