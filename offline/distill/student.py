@@ -58,14 +58,19 @@ class Student:
         save_memory: bool = True,
         rows_on: torch.device | None = None,
     ):
-        self.start, self.two = start, model
+        self.two = model
         model.model.requires_grad_(False)
         self.trained: dict[str, TrainedParameter] = {}
+        # What is stored beside what is trained and where that lies; the files may be others when training ends.
+        self._linears: dict[str, SparseLinear] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         names = Names(model.model, start.dense_names(), start.folder)
         places = places_of(model.model, start, names)
         for inside, placement in places.items():
             for name, weight in placement.split(model.model.get_parameter(inside).detach()):
-                _check_same(start.linear(name), weight, start)
+                linear = start.linear(name)
+                _check_same(linear, weight, start)
+                self._linears[name] = replace(linear, parts={})
         if isinstance(start, ForeignStart) and start.schema.input_dtype is not None:
             # As `load_model` does for a folder of ours.
             round_inputs(model.model, places, start.folder, start.schema.input_dtype)
@@ -80,7 +85,9 @@ class Student:
             written = names.direct.get(name)
             if written in start.others:
                 # From the file: the model may hold them rounded to the dtype that it computes in.
-                values = start.others[written][rows_here(parameter)].to(local(parameter).device, torch.float32).clone()
+                stored = start.others[written]
+                values = stored[rows_here(parameter)].to(local(parameter).device, torch.float32).clone()
+                self._dtypes[written] = stored.dtype
                 self.trained[written] = TrainedParameter(parameter, Whole(values.shape), values, adamw, pace)
                 step_in_backward(parameter, [self.trained[written]])
         if save_memory:
@@ -133,19 +140,14 @@ class Student:
         """
         trained = self.trained[name]
         values = gathered(trained.rounded(), trained.parameter).cpu()
-        if name not in self.start.linears:
-            return {name: values.to(self.start.others[name].dtype)}
-        linear, scales = self.start.linear(name), trained.scales
-        if scales is None:
-            return linear_tensors(linear, values)
-        found = gathered(scales.parameter.detach(), trained.parameter).cpu()
-        return linear_tensors(replace(linear, parts={**linear.parts, "weight_scale": found}), values)
-
-
-def linear_tensors(linear: SparseLinear, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All tensors of a pruned linear with other kept values: float32 [out, in/2], rounded to what its format holds."""
-    bitmask, scales = linear.parts["bitmask"], linear.parts.get("weight_scale")
-    return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
+        if name in self._dtypes:
+            return {name: values.to(self._dtypes[name])}
+        linear, layout, scales = self._linears[name], trained.layout, None
+        assert isinstance(layout, Kept)
+        if isinstance(trained.rounding, StraightThrough):
+            scales = gathered(trained.rounding.scales, trained.parameter).cpu()
+        bitmask = gathered(layout.bitmask, trained.parameter).cpu()
+        return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
 
 
 def _check_same(linear: SparseLinear, weight: torch.Tensor, start: Start | ForeignStart) -> None:

@@ -185,3 +185,19 @@ def test_towers_that_no_text_goes_through_are_not_trained(tiny_wrapper, text, tm
     of_tower = [name for name, _ in model.named_parameters() if "vision" in name and "norm" in name]
     assert of_tower and not [name for name in student.trained if "vision" in name or "projector" in name]
     assert any("norm" in name for name in student.trained)
+
+
+@pytest.mark.parametrize("weights", ["float", "int4-g32"])
+@pytest.mark.parametrize("also", [("norms",), ("norms", "scales")], ids=str)
+def test_what_is_stored_is_what_was_trained_though_the_folder_is_another_by_then(also, weights, pruned, tmp_path):
+    """With the masks, scales and dtypes from the start."""
+    dense, like = pruned(weights=weights)
+    folder = shutil.copytree(like, tmp_path / "folder")
+    mine = ours(folder, dense, also, Loss(), 2e-3, 2, False)
+    before = {name: mine.tensors(name) for name in mine.trained}
+    shutil.rmtree(folder)
+    shutil.copytree(pruned(weights=weights, method="magnitude")[1], folder)
+    assert {"model.norm.weight", Start(folder).linears[0]} <= before.keys()
+    for name, tensors in before.items():
+        after = mine.tensors(name)
+        assert after.keys() == tensors.keys() and all(torch.equal(after[key], one) for key, one in tensors.items())
