@@ -180,7 +180,9 @@ def compress(
             if distill < (step := Distillation.batch * length):
                 raise RiaError(f"--distill {distill}: a single step takes {step} tokens. Give more.")
             report = compress_and_distill(
-                lambda pruned: run(model, pruned, recipe, replace(settings, overwrite=True), monitor),
+                lambda pruned, inputs: run(
+                    model, pruned, recipe, replace(settings, overwrite=True), monitor, inputs
+                ),
                 model, out, recipe,
                 Distillation(
                     tokens=distill, text=calibration, self_written=self_written, seq_len=length, seed=seed,

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ria_vllm.export import kept_copies
+from ria_vllm.inputs import Inputs
 from ria_vllm.json_file import read_json
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
@@ -54,25 +56,33 @@ class Settings:
     resume: bool = False
 
 
-def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
+def compress(
+    model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor, inputs: Inputs | None = None
+) -> dict[str, Any]:
     """Compress `model` into the folder `out`.
+
+    Args:
+        inputs: what must not have changed, if this is a part of a longer run.
 
     Returns:
         The report, as written to `out`.
 
     Raises:
-        RiaError: bad input. Nothing is left at `out`, nor beside it unless `--resume` can continue from it.
+        RiaError: bad input, or one that has changed meanwhile. Nothing is left at `out`, nor beside it unless
+            `--resume` can continue from it.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     check_place(out, Path(model))
+    inputs = Inputs() if inputs is None else inputs
     if Path(recipe.calibration).is_file():
         check_place(out, Path(recipe.calibration))
+        inputs.stamps(Path(recipe.calibration))
     map_large_blocks()
-    with joined(settings.device) as ranks, torch.no_grad(), monitor.live():
+    with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
         check_free(out, settings.overwrite)
-        with opened(model, out.parent, ranks, monitor) as source:
+        with opened(model, out.parent, ranks, monitor, inputs) as source:
             dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
             with monitor.phase("reading the headers"):
                 streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
@@ -221,6 +231,7 @@ class _Run:
             records, total = {}, len(self.model.layers)
             for index in self.monitor.layers(range(total), total):
                 records |= layers.measure(index, plan)
+                self.source.inputs.check()
             if self.ranks.first:
                 chosen = most_sensitive(records, self.recipe.skip_sensitive, plan.together)
                 self.writer.write(SENSITIVITY_KEY, {}, {"chosen": chosen})
@@ -261,6 +272,7 @@ class _Run:
         total = len(self.model.layers)
         for index in self.monitor.layers(range(finished, total), total):
             pruned, changed = layers.prune(index, plan)
+            self.source.inputs.check()  # now, and not only after the hours that the other layers take
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
@@ -351,7 +363,9 @@ class _Run:
         json_files = json_files | {REPORT_FILE: report}
         permuted = recipe.served and recipe.permute != "none"
         cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, self.monitor.warn)}
-        writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, source.folder)
+        copies, copied_from = kept_copies(writer, copies, source.folder)
+        source.inputs.check()
+        writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, copied_from)
 
 
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ria_vllm.errors import RiaError
+from ria_vllm.inputs import ChangedInput
 from ria_vllm.json_file import read_json
-from ria_vllm.offline.model.source import Source, stamp_of
+from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.block import COMPARED
 from ria_vllm.offline.recipe import LEAST_RATE, LEAST_SHARE, Recipe
@@ -25,9 +26,9 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
     text = Path(recipe.calibration)
     stamps = {
-        CONFIG: {"sha256": source.config_digest},
-        "model": source.stamp,
-        "calibration text": stamp_of(text) if text.is_file() else None,
+        CONFIG: {"sha256": source.config_digest},  # it may be written otherwise
+        "state of the model": {name: stamp for name, stamp in source.stamps.items() if name != CONFIG},
+        "state of the calibration text": source.inputs.stamps(text) if text.is_file() else None,
     }
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
     return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | ways_of_this_version(recipe)))
@@ -106,13 +107,14 @@ def work_folder(
         except RiaError as error:
             # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
             # error after hours of work may not happen again, or may be fixed in another version. What is finished is
-            # never lost.
+            # never lost. It is of the input from before if one has changed, which may be put back.
             if ranks.first and not isinstance(error.__cause__, OSError):
                 if any((work / UNITS).glob(f"{kept[0]}.safetensors")):
-                    raise RiaError(
-                        f"{error} {kept[1]} are kept in {work}: --resume continues from them with the same options. "
-                        "With other options, leave it out."
-                    ) from error.__cause__
+                    way = f"{kept[1]} are kept in {work}: --resume continues from them"
+                    found = RiaError(f"{error} {way} with the same options. With other options, leave it out.")
+                    if isinstance(error, ChangedInput):
+                        found = ChangedInput(error.path, f"{way} once it is as it was. Otherwise leave out --resume.")
+                    raise found from error.__cause__
                 writer.discard()
             raise
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from ria_vllm.errors import RiaError
+from ria_vllm.inputs import ChangedInput, Inputs
 from ria_vllm.json_file import read_json
 from ria_vllm.offline.distill.checks import check_texts, context_of, fitting, warn_of_trained_texts
 from ria_vllm.offline.distill.outline import outline
 from ria_vllm.offline.distill.processes import check_launch
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.run import Settings, distill, stamps_of
+from ria_vllm.offline.distill.run import Settings, distill, texts_of
 from ria_vllm.offline.distill.text import TrainingText, held_out_texts, training_text
 from ria_vllm.offline.model.hf import load_tokenizer, text_tokenizer
 from ria_vllm.offline.model.source import opened
@@ -39,7 +40,7 @@ RUN_FILE, MODEL_FOLDER, WORK_FOLDER = "ria_vllm_run.json", "model", "model.parti
 
 
 def compress_and_distill(
-    compress: Callable[[Path], Any],
+    compress: Callable[[Path, Inputs], Any],
     model: str,
     out: Path,
     recipe: Recipe,
@@ -50,7 +51,8 @@ def compress_and_distill(
     """Prune into the folder OUT.pruned, distil what is there into `out`, and delete it.
 
     Args:
-        compress: writes the pruned folder; it continues an interrupted run if there is one.
+        compress: writes the pruned folder, unless the inputs have changed; it continues an interrupted run if there is
+            one.
         model: the dense model, a folder or hub id.
         recipe: what `compress` follows.
 
@@ -77,17 +79,20 @@ def compress_and_distill(
     pruned = place / MODEL_FOLDER
     # What was pruned before has passed the checks of the text, and training may have drawn from it already.
     draw = distillation.text != "self" and not (settings.resume and pruned.exists())
-    run, drawn = _checked_run(model, out, recipe, distillation, draw, monitor)
+    inputs = Inputs(*texts_of(distillation))  # of both parts: that of the second must be that of the first
+    run, drawn = _checked_run(model, out, recipe, distillation, draw, monitor, inputs)
     with _begun(place, run, settings.resume) as lock:
         try:
             if not pruned.exists():
-                compress(pruned)
+                compress(pruned, inputs)
         except RiaError:
             if not (place / WORK_FOLDER).exists():
                 _delete(place, lock, monitor)
             raise
         try:
-            report = distill(pruned, model, out, distillation, settings, monitor, drawn)
+            report = distill(pruned, model, out, distillation, settings, monitor, drawn, inputs)
+        except ChangedInput:
+            raise
         except RiaError as error:
             raise RiaError(f"{error} {_ways_on(pruned, model, out, distillation)}") from error.__cause__
         _delete(place, lock, monitor)
@@ -110,13 +115,19 @@ def _ways_on(pruned: Path, model: str, out: Path, distillation: Distillation) ->
 
 
 def _checked_run(
-    model: str, out: Path, recipe: Recipe, distillation: Distillation, draw: bool, monitor: Monitor
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    distillation: Distillation,
+    draw: bool,
+    monitor: Monitor,
+    inputs: Inputs,
 ) -> tuple[dict[str, Any], TrainingText | None]:
     """What the pruned model depends on, and what to train on (None without `draw`).
 
     What only training would stumble over is refused before anything is pruned.
     """
-    with opened(model, out.parent, Ranks(), monitor) as source:
+    with inputs.watched(), opened(model, out.parent, Ranks(), monitor, inputs) as source:
         outline(str(source.folder))
         drawn, longest = None, context_of([str(source.folder)])
         held_out_texts(distillation, load_tokenizer(str(source.folder)), longest)
@@ -124,8 +135,7 @@ def _checked_run(
             fitted = fitting(distillation, (str(source.folder),), monitor)
             calibrated = recipe.within(longest).dump(model)
             drawn = training_text(fitted, text_tokenizer(source.folder), calibrated, monitor, "--distill")
-        run = fingerprint(recipe, source) | {"state of the model": stamps_of(source.folder)}
-        return json.loads(json.dumps(run)), drawn
+        return fingerprint(recipe, source), drawn
 
 
 def _check_ours(place: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint import is_compressed
-from ria_vllm.export import companion_files
+from ria_vllm.export import companion_files, kept_copies
+from ria_vllm.inputs import Inputs
 from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
@@ -39,7 +40,6 @@ from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.architecture import output_head, text_config
 from ria_vllm.offline.model.dtypes import choose_dtype
 from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
-from ria_vllm.offline.model.source import stamp_of
 from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.offline.publish import published
 from ria_vllm.offline.runtime.memory import release
@@ -53,7 +53,6 @@ from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 TEXT_KEY = "text"
 DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there are two
-STAMPED = (".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,20 @@ def distill(
     settings: Settings,
     monitor: Monitor,
     drawn: TrainingText | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
     """Train the kept weights of `folder` towards the predictions of `teacher`, and write `out`.
 
     Args:
         drawn: from the text, if the caller has it already.
+        inputs: what must not have changed, if this is a part of a longer run.
 
     Returns:
         The report, as written to `out`.
 
     Raises:
-        RiaError: bad input. Nothing is left at `out`, nor beside it unless `--resume` can continue from it.
+        RiaError: bad input, or one that has changed meanwhile. Nothing is left at `out`, nor beside it unless
+            `--resume` can continue from it.
     """
     from transformers.utils import logging
 
@@ -100,21 +102,25 @@ def distill(
         check_place(out, place)
     check_texts(out, recipe)
     check_free(out, settings.overwrite)
-    with joined(settings.device) as (ranks, device), monitor.live():
+    inputs = Inputs() if inputs is None else inputs
+    for place in (folder, *texts_of(recipe)):
+        inputs.stamps(place)
+    with joined(settings.device) as (ranks, device), monitor.live(), inputs.watched():
         settings = replace(settings, device=device)
         recipe = recipe.among(ranks.size)
         start = Start(folder) if is_compressed(folder) else ForeignStart(folder, monitor.warn)
         begun = begun_run(out) if settings.resume and ranks.first else {}
         origin = located(teacher, recorded_commit(teacher, begun, start.schema.recipe), ranks, monitor)
+        inputs.stamps(origin.folder)
         origin.check_resumed(begun)
         dtype = _compute_dtype(start, origin.folder, recipe.compute_dtype, device, monitor)
         recipe = fitting(replace(recipe, compute_dtype=dtype), (str(folder), str(origin.folder)), monitor)
         check_models(start, origin, recipe, settings.shard and ranks.size > 1)
         warn_of_the_same_windows(recipe, start.schema.recipe, folder, monitor)
         kept = ("*", "The text and the steps so far")
-        run = fingerprint(start, origin, recipe) | rounding_of(settings, ranks)
+        run = fingerprint(start, origin, recipe, inputs) | rounding_of(settings, ranks)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(start, origin, recipe, settings, writer, ranks, monitor, drawn).distill()
+            return _Run(start, origin, recipe, settings, writer, ranks, monitor, drawn, inputs).distill()
 
 
 def _compute_dtype(
@@ -132,13 +138,17 @@ def _compute_dtype(
     return name_of(chosen)
 
 
-def fingerprint(start: Start | ForeignStart, origin: Origin, recipe: Distillation) -> dict[str, Any]:
+def texts_of(recipe: Distillation) -> list[Path]:
+    """The local files among its texts."""
+    return [path for path in map(Path, (*recipe.eval_text, recipe.text)) if path.is_file()]
+
+
+def fingerprint(start: Start | ForeignStart, origin: Origin, recipe: Distillation, inputs: Inputs) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
-    paths = [*map(Path, recipe.eval_text), Path(recipe.text)]
     stamps = {
-        "state of the texts": [stamp_of(path) for path in paths if path.is_file()],
-        "state of the folder": stamps_of(start.folder),
-        "state of the teacher": stamps_of(origin.folder) if origin.revision is None else [],
+        "state of the texts": [[path.name, inputs.stamps(path)] for path in texts_of(recipe)],
+        "state of the folder": inputs.stamps(start.folder),
+        "state of the teacher": inputs.stamps(origin.folder) if origin.revision is None else {},
     }
     full = {"folder": str(start.folder), "teacher": origin.name, "text": recipe.text}  # this stays in the work folder
     return json.loads(json.dumps(recipe.dump(origin.name, origin.revision) | full | stamps))
@@ -157,11 +167,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return {"hardware": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
-def stamps_of(folder: Path) -> list[list[Any]]:
-    """Those of the weights, the configuration and the tokenizer in a folder."""
-    return [stamp_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in STAMPED]
-
-
 @dataclass(frozen=True)
 class _Run:
     """One distillation, and what its steps need."""
@@ -174,6 +179,7 @@ class _Run:
     ranks: Ranks
     monitor: Monitor
     drawn: TrainingText | None
+    inputs: Inputs
 
     def distill(self) -> dict[str, Any]:
         recipe, monitor = self.recipe, self.monitor
@@ -210,7 +216,7 @@ class _Run:
         part = f"-{self.ranks.rank}-of-{self.ranks.size}" if self.sharded else ""
         work = Work(self.writer, part, self.ranks.first)
         course = Training(
-            recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor,
+            recipe, student, pace, answers, plain, windows, held_out, work, self.ranks, monitor, self.inputs,
             self.settings.save_every, self.sharded,
         ).run()  # fmt: skip
         report = self._report(course, of_files, measured)
@@ -331,9 +337,12 @@ class _Run:
         quantization = start.config["quantization_config"]
         recipe = quantization.get("recipe", {}) | {"distill": report["recipe"]["distill"]}
         config = start.config | {"quantization_config": quantization | {"recipe": recipe}}
+        card = self._card(report)
+        copies, copied_from = kept_copies(writer, copies, start.folder)
+        self.inputs.check()
         writer.finish(
             keys, {"config.json": config, REPORT_FILE: report}, copies, self.settings.max_shard_size,
-            start.schema.permutes, {CARD_FILE: self._card(report)}, start.folder,
+            start.schema.permutes, {CARD_FILE: card}, copied_from,
         )  # fmt: skip
 
     def _card(self, report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ria_vllm.inputs import Inputs
 from ria_vllm.offline.distill.heldout import HeldOut, Score
 from ria_vllm.offline.distill.loss import TERMS
 from ria_vllm.offline.distill.parameters import Pace, diverged
@@ -28,6 +29,7 @@ class Training:
 
     windows: integers [windows, seq_len].
     answers: `Teacher` or `CachedTeacher`. logits_of: the former, for the logits of its hidden states.
+    inputs: what must not have changed when a state is saved.
     save_every: seconds between two states in the work folder.
     sharded: whether each process has only some rows of the parameters.
     """
@@ -42,6 +44,7 @@ class Training:
     work: Work
     ranks: Ranks
     monitor: Monitor
+    inputs: Inputs
     save_every: float
     sharded: bool = False
 
@@ -49,8 +52,9 @@ class Training:
         """All steps, or those that an interrupted run has left; the result is in the work folder.
 
         Raises:
-            RiaError: training diverges.
+            RiaError: training diverges, or an input has changed.
         """
+        self.inputs.check()
         recipe = self.recipe
         course = self.ranks.broadcast(self.work.course() if self.ranks.first else None) or Course()
         if course.step:
@@ -137,6 +141,7 @@ class Training:
 
     def _save(self, course: Course, over: bool = False) -> None:
         """Save what a resumed run needs. If training is `over`, it needs no parameters: the result is saved already."""
+        self.inputs.check()
         with self.monitor.phase("saving the state"):
             if not over and (self.ranks.first or self.sharded):
                 self.work.save_parameters(self.student, course.step)

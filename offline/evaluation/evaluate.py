@@ -13,12 +13,20 @@ import click
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.inputs import Inputs
 from ria_vllm.model_card import Measured, check_card, note_perplexity
 from ria_vllm.offline.evaluation.recovery import average, comparison, lines, table
 from ria_vllm.offline.evaluation.tasks import run_tasks
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
-from ria_vllm.offline.model.hf import configured_dtype, dequantized_from, load_model, load_tokenizer, read_config
+from ria_vllm.offline.model.hf import (
+    configured_dtype,
+    dequantized_from,
+    folder_of,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
 from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
@@ -151,27 +159,29 @@ def evaluate(
     if update_card:
         check_card(Path(model))
     monitor, chosen_device = Monitor(), choose_device(device)
-    models = [model] if baseline is None else [model, baseline]
-    configs = {name: read_config(name) for name in models}
+    inputs = Inputs(text)
+    folders = folders_of([model] if baseline is None else [model, baseline], inputs)
+    configs = {name: read_config(folder) for name, folder in folders.items()}
     seq_len = window_length(configs, seq_len)
     compute_dtype = common_dtype(list(configs.values()), chosen_device, compute_dtype)
-    with monitor.live():
+    with monitor.live(), inputs.watched():
         with monitor.phase("reading the text"):
-            tokens = read_tokens(model, text, max_tokens)
-            if baseline is not None and not torch.equal(read_tokens(baseline, text, max_tokens), tokens):
+            tokens = read_tokens(folders[model], text, max_tokens)
+            if baseline is not None and not torch.equal(read_tokens(folders[baseline], text, max_tokens), tokens):
                 raise RiaError(
                     f"{baseline}: splits the text into different tokens than {model}, so the perplexities are not "
                     "comparable."
                 )
         with monitor.phase("loading the model"):
-            loaded = load_model(model, chosen_device, compute_dtype)
+            loaded = load_model(folders[model], chosen_device, compute_dtype)
         dtype = name_of(loaded.dtype)
         found, dense = perplexity(loaded, tokens, seq_len, monitor), None
         del loaded  # before the baseline is loaded
         if baseline is not None:
             with monitor.phase("loading the baseline"):
-                loaded = load_model(baseline, chosen_device, dtype)
+                loaded = load_model(folders[baseline], chosen_device, dtype)
             dense = perplexity(loaded, tokens, seq_len, monitor)
+    inputs.check()
     if as_json:
         about = {"model": model, "text": str(text), "compute_dtype": dtype, **_dequantized(configs[model])}
         about |= asdict(found)
@@ -187,6 +197,14 @@ def evaluate(
     if update_card:
         other = None if dense is None else dense.perplexity
         note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
+
+
+def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:
+    """Model -> its folder, which becomes one of the inputs. A hub id has one folder, whatever is pushed meanwhile."""
+    found = {model: folder_of(model) for model in models}
+    for folder in found.values():
+        inputs.stamps(folder)
+    return {model: str(folder) for model, folder in found.items()}
 
 
 def _dequantized(config: Any) -> dict[str, str]:
@@ -242,13 +260,19 @@ def evaluate_tasks(
     """`eval --tasks`; see `run_tasks` for what the arguments mean."""
     if update_card:
         check_card(Path(model))
-    # vLLM serves quantized weights as they are.
-    configs = {name: read_config(name) for name in (model, baseline) if name is not None} if engine == "hf" else {}
+    models = [model] if baseline is None else [model, baseline]
+    inputs = Inputs(*(() if folder is None else (path for path in folder.rglob("*") if path.is_file())))
+    # vLLM fetches what is on the hub itself.
+    folders = folders_of([name for name in models if engine == "hf" or Path(name).is_dir()], inputs)
+    # It serves quantized weights as they are.
+    configs = {name: read_config(folder) for name, folder in folders.items()} if engine == "hf" else {}
     if baseline is not None and configs:
         compute_dtype = common_dtype(list(configs.values()), device, compute_dtype)
     same = (tasks, engine, limit, device, folder, compute_dtype, Monitor())
-    found = run_tasks(model, *same)
-    dense = None if baseline is None else run_tasks(baseline, *same, "the baseline")
+    with inputs.watched():
+        found = run_tasks(folders.get(model, model), *same)
+        dense = None if baseline is None else run_tasks(folders.get(baseline, baseline), *same, "the baseline")
+    inputs.check()
     harness = f"lm-evaluation-harness {version('lm_eval')}"
     rows, mean = table(found, dense), None if dense is None else average(found, dense)
     if as_json:

@@ -76,6 +76,11 @@ def text_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def folder_of(model: str) -> Path:
+    """The folder that a model is read from: itself, or that of a hub id in the hub's cache (see `from_hub`)."""
+    return Path(model) if Path(model).is_dir() else from_hub(model)
+
+
 def from_hub(model: str, revision: str | None = None) -> Path:
     """The folder in the hub's cache with all that is read of a model, fetched if it is not there.
 
@@ -183,7 +188,7 @@ def load_model(
         RiaError: not a model that writes text, a damaged compressed one, one of which it is unknown which weights are
             meant, or a `compute_dtype` that would round its weights.
     """
-    folder = Path(model) if Path(model).is_dir() else from_hub(model)
+    folder = folder_of(model)
     if state is None and not is_compressed(folder):
         meant_weights(folder, model)
     stored = None if compute_dtype is None else stored_dtype(folder, state)

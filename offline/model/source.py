@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ria_vllm.checkpoint import is_compressed
 from ria_vllm.companions import is_companion, leads_out, left_where_it_is, nested_companions
 from ria_vllm.errors import RiaError
+from ria_vllm.inputs import Inputs, Stamps
 from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.architecture import model_class
 from ria_vllm.offline.model.dequantize import scheme_of
@@ -46,7 +47,7 @@ class Source:
     these files.
 
     config_digest: of what config.json says, all of it.
-    stamp: tells these weights from others without reading them.
+    inputs: what tells whether the files are still those that were opened.
     revision: the commit of a hub id's files.
     """
 
@@ -55,8 +56,14 @@ class Source:
     config: PretrainedConfig
     raw_config: dict[str, Any]
     config_digest: str
-    stamp: list[list[Any]]
+    inputs: Inputs
     revision: str | None = None
+
+    @property
+    def stamps(self) -> Stamps:
+        """Those of the GGUF file, or of the files in the folder."""
+        path = Path(self.name)
+        return self.inputs.stamps(path if path.is_file() else self.folder)
 
     def small_files(self) -> list[Path]:
         """Tokenizer, processor, generation config, chat template, license; not if they are links out of the folder."""
@@ -72,27 +79,30 @@ class Source:
 
 
 @contextmanager
-def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[Source]:
+def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor, inputs: Inputs | None = None) -> Iterator[Source]:
     """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
 
     Args:
         work: a folder in which a GGUF file may be converted; nothing is left there.
+        inputs: those that the run has already; the model becomes one of them before it is read.
 
     Raises:
         RiaError: the model is missing, damaged or of a kind that cannot be compressed.
     """
-    path = Path(model)
+    path, inputs = Path(model), Inputs() if inputs is None else inputs
     if path.is_file() and path.suffix.lower() == ".gguf":
+        inputs.stamps(path)
         with disk_errors(work):
             work.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=work, prefix=".gguf-") if ranks.first else nullcontext() as folder:
             if ranks.first:
                 with monitor.phase("converting the GGUF file"):
                     convert_gguf(path, Path(folder))
-            yield replace(_checked(model, Path(ranks.broadcast(folder))), stamp=[stamp_of(path)])
+            yield _checked(model, Path(ranks.broadcast(folder)), inputs)
             ranks.barrier()
     elif path.is_dir():
-        source = _checked(model, path)
+        inputs.stamps(path)
+        source = _checked(model, path, inputs)
         for stray in source.stray_files():
             # A warning is soon forgotten, and the result could not be served.
             if stray.name.startswith(NEEDED) or stray.parent != path:
@@ -106,10 +116,11 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor) -> Iterator[S
     else:
         with monitor.phase("fetching the model from the hub"):
             folder = ranks.broadcast(from_hub(model) if ranks.first else None)
-        yield replace(_checked(model, folder), revision=commit_of(folder))
+        inputs.stamps(folder)
+        yield replace(_checked(model, folder, inputs), revision=commit_of(folder))
 
 
-def _checked(name: str, folder: Path) -> Source:
+def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
     raw = read_json(folder / "config.json")
     if is_compressed(folder):
         raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
@@ -119,7 +130,7 @@ def _checked(name: str, folder: Path) -> Source:
         found = sorted(path.name for path in folder.glob("*.gguf"))
         if found and not any(folder.glob(PICKLED)):
             raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
-    files = sorted(set(meant_weights(folder, name).values()))
+    meant_weights(folder, name)
     raw.pop(NAMED_WEIGHTS, None)
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():
         raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
@@ -130,13 +141,7 @@ def _checked(name: str, folder: Path) -> Source:
         raise RiaError(f"{path}: transformers does not know this model ({reason_of(error)}).") from None
     without_quantization(config)
     model_class(name, config)
-    return Source(name, folder, config, raw, digest, [stamp_of(path) for path in files])
-
-
-def stamp_of(path: Path) -> list[Any]:
-    """Name, size and time of the last change of a file."""
-    found = path.stat()
-    return [path.name, found.st_size, found.st_mtime_ns]
+    return Source(name, folder, config, raw, digest, inputs)
 
 
 def _known_types() -> set[str]:

@@ -158,12 +158,12 @@ def test_resume_refuses_other_weights_and_other_text(make_model, text, tmp_path)
     weights = model / "model.safetensors"
     content, status = weights.read_bytes(), weights.stat()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RiaError, match="another model"):
+    with pytest.raises(RiaError, match="another state of the model"):
         run(model, tmp_path / "out", words, Settings(resume=True))
     weights.write_bytes(content)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     words.write_text("other " * 3000)
-    with pytest.raises(RiaError, match="another calibration text"):
+    with pytest.raises(RiaError, match="another state of the calibration text"):
         run(model, tmp_path / "out", words, Settings(resume=True))
 
 
