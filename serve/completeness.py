@@ -2,21 +2,18 @@
 
 Covered are the weights of linear layers, of embeddings, of the head and of experts that vLLM serves dense: matrices in
 its own unquantized classes. So are the biases of all linear layers, pruned ones included. Not covered are the head's
-bias, layers of other classes, and what vLLM does not leave uninitialized, such as norms and the biases of experts. A
-reload also compares the names of all tensors, see `ria_vllm.serve.reload`.
+bias, layers of other classes, and what vLLM does not leave uninitialized, such as norms and the biases of experts.
 
 What a model's `load_weights` returns does not tell for all families. So every such tensor, which vLLM leaves
 uninitialized, is filled with one number before it is loaded; where it still is that number everywhere, nothing came.
-When weights are reloaded, vLLM itself counts what comes for each layer. Dense experts are not covered there, but the
-scales of an fp8 KV cache are.
+When weights are reloaded, vLLM itself counts what comes for each layer, see `ria_vllm.serve.layerwise`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from ria_vllm.errors import RiaError
 
@@ -104,47 +101,6 @@ def check_loaded(model: torch.nn.Module, where: str, embeddings: bool = True) ->
 def _number_over_all_ranks(layer: torch.nn.Module, here: int) -> int:
     local = map(layer._map_global_expert_id_to_local_expert_id, range(layer.moe_config.num_experts))
     return next((expert for expert, number in enumerate(local) if number == here), here)
-
-
-def check_reloaded(left_out: Sequence[str], where: str) -> None:
-    """Check, once a reload from files has ended, that nothing was `left_out` of it.
-
-    Raises:
-        RiaError: names the first layer that got nothing, and still has its old weights, or dummies.
-    """
-    if left_out:
-        raise RiaError(
-            f"{where}: vLLM's layer {left_out[0]} got no weights in this reload and has its old ones, or dummies, "
-            "while others are new. Start the server again, with all files of one model."
-        )
-
-
-def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
-    """Paths of the layers that got no weights in a reload that is about to end.
-
-    vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
-    """
-    loaded: set[int] = set()
-    for module in model.modules():
-        info = get_layerwise_info(module)
-        if not info.can_load() or info.load_numel > 0:
-            tensors = module._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
-            loaded |= {tensor.data_ptr() for tensor in tensors.values() if tensor is not None}
-    left = []
-    for path, layer in dense_layers(model, embeddings):
-        info = get_layerwise_info(layer)
-        if info.can_load() and info.kernel_tensors is not None and info.load_numel <= 0 < (info.load_numel_total or 0):
-            weight = info.kernel_tensors[0].get("weight")
-            place = 0 if weight is None else weight.data_ptr()  # 0, too, where a kernel has packed it
-            if not place or place not in loaded:
-                left.append(path)
-    return left + [path for path, layer in model.named_modules() if _lacks_scales(layer)]
-
-
-def _lacks_scales(layer: torch.nn.Module) -> bool:
-    """Whether a layer of attention gets none of the scales of its KV cache in a reload, see `KVCacheScales`."""
-    info = get_layerwise_info(layer)
-    return getattr(layer, "ria_needs_scales", False) and info.kernel_tensors is not None and info.load_numel <= 0
 
 
 def _absent(what: str, where: str) -> RiaError:

@@ -174,12 +174,12 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         for name in names:
             delattr(layer, name)
         scales = frozenset(self.loader.scale_dtypes)
-        try:
-            dummy = self._check_complete(layer)
-        finally:
-            self.loader.clear()  # a reload starts from nothing, even if this load failed
-        loaded = self._loaded(layer, stored, dummy, scales)
         first = not hasattr(layer, "ria_experts")
+        try:
+            dummy = self._check_complete(layer, first)
+        finally:
+            self.forget()
+        loaded = self._loaded(layer, stored, dummy, scales)
         dense = self.choice is None or not loaded.is_24
         if not first and dense != (layer.ria_experts is None):
             raise RiaError(
@@ -189,14 +189,19 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if dense:
             self._serve_dense(layer, loaded)
         else:
-            layer.ria_experts = pack_experts(layer, self.choice, loaded)
-            self.packed.check(self.experts.name, layer, layer.ria_experts.parameters)
+            packed = pack_experts(layer, self.choice, loaded)
+            self.packed.check(self.experts.name, layer, packed.parameters)
+            layer.ria_experts = packed
         if first and loaded.is_24:
             self._report(layer, layer.ria_experts)
         elif first:
             self.report.leave_out(self.experts.name, self.experts.claims_24, self.scheme.format)
             reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
+
+    def forget(self) -> None:
+        """Start from nothing: what was loaded is packed, or the load has failed."""
+        self.loader.clear()
 
     def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
         """Serve with vLLM's own method.
@@ -224,8 +229,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         ]
         return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
 
-    def _check_complete(self, layer: RoutedExperts) -> bool:
-        """Check that every tensor was loaded, or none because vLLM was asked for dummy weights.
+    def _check_complete(self, layer: RoutedExperts, first: bool) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
 
         Returns:
             Whether the layer holds dummies.
@@ -234,6 +239,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             RiaError: a tensor is missing.
         """
         missing = self.loader.missing(self._local_experts(layer))
+        if missing and not first:
+            raise RiaError(
+                f"{missing} did not come with the other experts' tensors. A reload replaces all weights of each "
+                "layer that it has any of: send all of them together."
+            )
         if missing and (self.loader.loaded or not EngineOptions.current().dummy_weights):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None

@@ -161,21 +161,26 @@ class Sparse24LinearMethod(LinearMethodBase):
             return
         self._check_permutations(layer)
         scales = frozenset(self.layer_loader.scale_dtypes)
-        try:
-            dummy = self._check_complete()
-        finally:
-            self.layer_loader.clear()  # a reload starts from nothing, even if this load failed
-        weights = self._weights(loaded, dummy, scales)
         first = not hasattr(layer, "ria_packed")
+        try:
+            dummy = self._check_complete(first)
+        finally:
+            self.forget()
+        weights = self._weights(loaded, dummy, scales)
         if not first:
             self._check_reload(layer.ria_packed, weights)
         if weights is None:
             self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
         else:
-            layer.ria_packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
-            self.packed.check(self.prefix, layer, layer.ria_packed.parameters)
+            packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
+            self.packed.check(self.prefix, layer, packed.parameters)
+            layer.ria_packed = packed
         if first:
             self._report(layer, weights)
+
+    def forget(self) -> None:
+        """Start from nothing: what was loaded is packed, or the load has failed."""
+        self.layer_loader.clear()
 
     def _check_permutations(self, layer: LinearBase) -> None:
         for linear in self.linears:
@@ -186,8 +191,8 @@ class Sparse24LinearMethod(LinearMethodBase):
                     "files again."
                 )
 
-    def _check_complete(self) -> bool:
-        """Check that every tensor was loaded, or none because vLLM was asked for dummy weights.
+    def _check_complete(self, first: bool) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
 
         Returns:
             Whether the layer holds dummies.
@@ -196,6 +201,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             RiaError: a tensor is missing.
         """
         missing = self.layer_loader.missing()
+        if missing and not first:
+            raise RiaError(
+                f"{missing} did not come with the other tensors of its layer. A reload replaces all weights of each "
+                "layer that it has any of: send all of them together."
+            )
         if missing and (self.layer_loader.loaded or not EngineOptions.current().dummy_weights):
             raise RiaError(f"{missing} is in none of the weight files. Get them again.")
         return missing is not None

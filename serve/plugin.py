@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ def register() -> None:
 
     from ria_vllm.schema import QUANT_METHOD
     from ria_vllm.serve.config import RiaConfig
+    from ria_vllm.serve.layerwise import watch_reloads
 
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(RiaConfig)
@@ -29,9 +29,10 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
+    from ria_vllm.errors import RiaError
     from ria_vllm.serve.adapters import turn_adapters
     from ria_vllm.serve.cache_readers import check_turned_heads
-    from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
+    from ria_vllm.serve.completeness import check_loaded, empty_weights
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.engine import EngineOptions, models_being_built
     from ria_vllm.serve.layer_matching import match_layers
@@ -65,38 +66,22 @@ def watch_models() -> None:
             with config.excused():
                 check_turned_heads(config.schema, config.where, revision, config.is_pruned)
             turn_adapters(config, model, revision)
-            model.ria_left_out = functools.partial(left_out, model, embeddings)
             empty_weights(model, embeddings)
             complete = functools.partial(check_loaded, model, where, embeddings)
 
-            def after_reload(left: Sequence[str]) -> None:
+            def after_reload(left_out: Sequence[str]) -> None:
                 present = EngineOptions.current().model_config if embeddings else None
-                check_reloaded(left, where if present is None else str(present.model))
+                if left_out:
+                    raise RiaError(
+                        f"{where if present is None else present.model}: vLLM's layer {left_out[0]} got no weights in "
+                        "this reload, while others are new. Reload all files of one model."
+                    )
 
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
                 functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),
+                embeddings,
             )  # fmt: skip
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading
-
-
-def watch_reloads() -> None:
-    """Have each of our models learn that a reload has ended, when a trainer has sent all that it will send.
-
-    vLLM has no hook for that. It leaves the old weights where a layer's new ones are incomplete, with a warning.
-    """
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    finalize = layerwise.finalize_layerwise_processing
-
-    @functools.wraps(finalize)
-    def finalize_layerwise_processing(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        finish = getattr(model, "ria_finish_reload", None)
-        left = getattr(model, "ria_left_out", list)()
-        finalize(model, *args, **kwargs)
-        if finish is not None:
-            finish(left)
-
-    layerwise.finalize_layerwise_processing = finalize_layerwise_processing

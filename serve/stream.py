@@ -13,12 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor import model_loader
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.layerwise import Reloads
 
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
 REMEMBERED = 8
@@ -64,6 +63,7 @@ class WeightStream:
         after_reload: Callable[[Sequence[str]], None] = lambda left_out: None,
         check_files: Callable[[], None] = lambda: None,
         arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
+        embeddings: bool = True,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -81,20 +81,20 @@ class WeightStream:
                 the last one, because it opens one file after the other.
             arrivals: linears -> called with the last part of the name of each of their tensors; raises a RiaError if
                 the linear's layer will not take it.
+            embeddings: see `Reloads`.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
         elsewhere = {name for name, taker in takers.items() if taker is None}
 
-        @functools.wraps(load)
-        def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
+        def load_checked(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
             nonlocal loaded, complete
             complete = False
             first, all_files = not loaded, are_files(weights)
             # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
             from_files = not isinstance(weights, list | tuple)
             if loaded:
-                self._check(model, functools.partial(before_reload, from_files))
+                before_reload(from_files)
             elif all_files:
                 weights = checked(weights, check_files)
             loaded = self.active = True
@@ -114,6 +114,14 @@ class WeightStream:
             complete = all_files
             return result
 
+        @functools.wraps(load)
+        def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
+            try:
+                return load_checked(weights, *args, **kwargs)
+            except BaseException:
+                reloads.give_up()
+                raise
+
         def finish_reload(left_out: Sequence[str]) -> None:
             nonlocal complete
             check, complete = complete, False
@@ -122,18 +130,9 @@ class WeightStream:
             if check:
                 after_reload(left_out)
 
+        reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings)
         model.load_weights = load_weights
-        model.ria_finish_reload = finish_reload
-
-    @staticmethod
-    def _check(model: torch.nn.Module, before_reload: Callable[[], None]) -> None:
-        try:
-            before_reload()
-        except Exception:
-            current = get_current_vllm_config_or_none()
-            if current is not None:  # vLLM has emptied the model already: put the old weights back
-                finalize_layerwise_reload(model, current.model_config)
-            raise
+        model.ria_reloads = reloads
 
     def named(
         self,

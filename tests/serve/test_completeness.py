@@ -25,9 +25,10 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.completeness import check_loaded, check_reloaded, empty_weights, left_out
+from ria_vllm.serve.completeness import check_loaded, empty_weights
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.layerwise import left_out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -185,8 +186,6 @@ def test_what_a_reload_leaves_out(ranks, one_rank, tied):
         assert left_out(model, embeddings=False) == [name for name in missing if name == "fc"]
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         assert left_out(model) == []
-    with pytest.raises(RiaError, match="^here: vLLM's layer fc got no weights in this reload"):
-        check_reloaded(["fc"], "here")
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -41,7 +41,7 @@ def test_a_reload(experts_path):
     missing = f"{LAYER}.2.up_proj.bitmask"
     initialize_layerwise_reload(model)
     model.load_weights((name, tensor.clone()) for name, tensor in first.tensors.items() if name != missing)
-    with pytest.raises(RiaError, match=f"{missing} is in none of the weight files"):
+    with pytest.raises(RiaError, match=f"{missing} did not come with the other experts' tensors"):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 

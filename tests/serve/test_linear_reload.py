@@ -128,7 +128,7 @@ def test_a_reload_that_lacks_a_tensor_is_refused():
     torch.testing.assert_close(layer(x).double(), first.apply(x, "fc"), rtol=0, atol=2e-5)
     reload(model, lambda: stream_all(other))
     torch.testing.assert_close(layer(x).double(), other.apply(x, "fc"), rtol=0, atol=2e-5)
-    with pytest.raises(RiaError, match=r"fc\.compressed is in none of the weight files"):
+    with pytest.raises(RiaError, match=r"fc\.compressed did not come with the other tensors"):
         reload(model, lambda: stream(first, "bitmask"))
 
 

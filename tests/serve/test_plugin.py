@@ -14,6 +14,7 @@ from ria_vllm.compressed_tensors.packed_forms import Marlin24, Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import INTEGERS
 from ria_vllm.serve import layer_matching, plugin, reload
+from ria_vllm.serve.layerwise import watch_reloads
 from ria_vllm.serve.stream import WeightStream
 
 
@@ -70,7 +71,7 @@ def built(ranks, monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(reload, "check_reload", lambda *_, **__: None)
     plugin.watch_models()
-    plugin.watch_reloads()
+    watch_reloads()
     config, stored = get_current_vllm_config(), stored_model()
     monkeypatch.setattr(config, "quant_config", stored.config())
     config.quant_config.where = "the target"
@@ -120,6 +121,11 @@ def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
     reload(files([*tensors_of(stored), *dense]))
     with pytest.raises(RiaError, match="^the folder: vLLM's layer fc got no weights in this reload"):
         reload(files(tensors_of(stored)))
+    with pytest.raises(RiaError, match="the answers would be those of no model"):
+        model(torch.ones(1, 16))
+    with pytest.raises(RiaError, match=r"layers\.0\.gate_up got no weights in this reload, and the one before"):
+        reload()
+    reload(files([*tensors_of(stored), *dense]))
     reload()  # an update of nothing
     reload(list(tensors_of(stored)))  # somebody sends what has changed
     reload(one for one in tensors_of(stored))
@@ -134,7 +140,7 @@ def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypa
     )
 
     monkeypatch.setattr(layerwise, "finalize_layerwise_processing", layerwise.finalize_layerwise_processing)
-    plugin.watch_reloads()
+    watch_reloads()
     form, loaded = Marlin24(INTEGERS[4, 128]), []
     model = torch.nn.Linear(4, 4)
     model.load_weights = lambda weights: loaded.extend(name for name, _ in weights)

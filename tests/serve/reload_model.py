@@ -1,0 +1,181 @@
+"""A model with a layer of every kind that vLLM reloads, and what its checkpoint holds, by the number of a training."""
+
+import torch
+from torch.nn.functional import rms_norm
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, sharded_weight_loader
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+from vllm.model_executor.utils import set_weight_attrs
+
+from ria_vllm import sparse24
+from ria_vllm.formats import FLOAT
+from ria_vllm.layer_schema import Experts, Fold, Producer
+from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.folding import fold
+
+WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2
+AT = "model.experts.{i}"
+
+
+class Scan(torch.nn.Module):
+    """No linear, but parameters with loaders like those of Mamba."""
+
+    def __init__(self):
+        super().__init__()
+        self.A = torch.nn.Parameter(torch.empty(WIDTH), requires_grad=False)
+        self.D = torch.nn.Parameter(torch.ones(WIDTH), requires_grad=False)
+        negative = composed_weight_loader(sharded_weight_loader(0), lambda x: -torch.exp(x))
+        set_weight_attrs(self.A, {"weight_loader": negative})
+        set_weight_attrs(self.D, {"weight_loader": sharded_weight_loader(0)})
+
+    def forward(self, x):
+        return x * self.D + torch.tanh(x) * self.A
+
+
+class Norm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(WIDTH), requires_grad=False)
+
+    def forward(self, x):
+        return rms_norm(x, [WIDTH], self.weight)
+
+
+class Model(torch.nn.Module):
+    """Embedding, pruned linears, dense ones, experts, a scan, norms and a head, one after the other.
+
+    `gate_up` and `qkv` are fused of two linears each; `down` and `o` read them. `qkv` and `o` stay dense.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": ""},
+        orig_to_new_stacked={".gate.": (".gate_up.", 0), ".up.": (".gate_up.", 1), ".q.": (".qkv.", 0), ".k.": (".qkv.", 1)},
+    )  # fmt: skip
+
+    def __init__(self, *, vllm_config, prefix=""):
+        super().__init__()
+        config, settings = vllm_config.quant_config, get_current_vllm_config().additional_config
+        get_current_vllm_config().compilation_config.static_forward_context.clear()  # one model after the other
+        config.apply_vllm_mapper(self.hf_to_vllm_mapper.get_rename_mapper())
+        linear = {"quant_config": config, "return_bias": False, "params_dtype": torch.float32}
+        self.embed = VocabParallelEmbedding(WORDS, WIDTH, params_dtype=torch.float32)
+        self.block = torch.nn.Module()
+        self.block.gate_up = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.gate_up", **linear)
+        self.block.down = RowParallelLinear(INNER, WIDTH, prefix="block.down", **linear)
+        self.block.qkv = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.qkv", **linear)
+        self.block.o = ReplicatedLinear(INNER, WIDTH, prefix="block.o", **linear)
+        self.experts = torch.nn.ModuleList(
+            [
+                FusedMoEFactory(
+                    num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
+                    prefix="experts.0", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
+                )
+            ]
+        )  # fmt: skip
+        self.scan, self.norm = Scan(), Norm()
+        head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
+        self.tied = settings["tied"]
+        self.head = head.tie_weights(self.embed) if self.tied else head
+
+    def load_weights(self, weights):
+        experts = self.experts[0].routed_experts
+
+        def others():
+            for name, tensor in weights:
+                if not name.startswith("model.experts.0."):
+                    yield name, tensor
+                    continue
+                _, _, _, number, end, _ = name.split(".")
+                parameter = experts.w2_weight if end == "down" else experts.w13_weight
+                shard = {"gate": "w1", "up": "w3", "down": "w2"}[end]
+                parameter.weight_loader(parameter, tensor, name, shard_id=shard, expert_id=int(number))
+
+        return AutoWeightsLoader(self).load_weights(others(), mapper=self.hf_to_vllm_mapper)
+
+    def forward(self, ids):
+        x, block = self.embed(ids), self.block
+        gate, up = block.gate_up(x).chunk(2, -1)
+        x = self.norm(x + block.down(torch.tanh(gate) * up))
+        q, k = block.qkv(x).chunk(2, -1)
+        x = self.norm(x + block.o(torch.tanh(q) * k))
+        generator = torch.Generator().manual_seed(2)
+        chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
+        experts = self.experts[0].routed_experts
+        x = x + experts.quant_method.apply(experts, x.clone(), torch.rand(len(ids), TOP) * 0 + 0.5, chosen, None, None)
+        return self.scan(self.norm(x))
+
+    def compute_logits(self, x):
+        return self.head.quant_method.apply(self.head, x)[:, :WORDS]
+
+
+PRUNED = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+
+
+class Checkpoint:
+    """Tensors by name, of each training. The masks' orders are always the same.
+
+    Args:
+        weight_format: of what is pruned.
+        pruned_experts: otherwise they are dense.
+        tied: the head has the embedding's weights.
+    """
+
+    def __init__(self, weight_format=FLOAT, pruned_experts=True, tied=False):
+        self.weight_format, self.pruned_experts, self.tied = weight_format, pruned_experts, tied
+        rng = torch.Generator().manual_seed(7)
+        shared, own = torch.randperm(WIDTH, generator=rng), torch.randperm(INNER, generator=rng)
+        self.orders = {f"model.block.{name}": own if name == "down" else shared for name in PRUNED}
+        if pruned_experts:
+            shared = torch.randperm(WIDTH, generator=rng)
+            for e in range(EXPERTS):
+                self.orders |= {f"model.experts.0.{e}.{end}": shared for end in ("gate", "up")}
+                self.orders[f"model.experts.0.{e}.down"] = torch.randperm(INNER, generator=rng)
+
+    def tensors(self, training):
+        rng = torch.Generator().manual_seed(training)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=rng) / shape[-1] ** 0.5
+
+        found = {"model.embed.weight": random(WORDS, WIDTH) * 8}
+        for name in (*PRUNED, "q", "k", "o"):
+            found[f"model.block.{name}.weight"] = random(WIDTH, INNER)
+            found[f"model.block.{name}.bias"] = random(WIDTH)
+        for e in range(EXPERTS):
+            found |= {f"model.experts.0.{e}.{end}.weight": random(WIDTH, INNER) for end in PRUNED}
+        found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
+        if not self.tied:
+            found["model.head.weight"] = random(WORDS, WIDTH)
+        for linear in self.orders:
+            weight = found.pop(f"{linear}.weight")
+            mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+            stored, scales = self.weight_format.quantize(weight * mask, torch.float32)
+            parts = self.weight_format.encode(stored, mask, scales) | {"shape": torch.tensor([[len(weight)], [INNER]])}
+            found |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
+        return found
+
+    def config(self):
+        up, gate, down = (f"{AT}.{{e}}.{end}" for end in ("up", "gate", "down"))
+        experts = Experts(module=AT, num_experts=EXPERTS, gate=gate, up=up, down=down)
+        folds = [
+            Fold(consumer=consumer, producers=[Producer(name=name) for name in producers], coupling="elementwise")
+            for consumer, *producers in (("model.block.down", "model.block.gate", "model.block.up"), (down, gate, up))
+        ]
+        quantization = self.weight_format.quantization
+        schema = RiaSchema(
+            sparsity_config=SparsityConfig(), folds=folds if self.pruned_experts else folds[:1],
+            experts=[experts] if self.pruned_experts else [],
+            weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
+            input_activations=None if quantization is None else INT8_TOKENS,
+        )  # fmt: skip
+        config = RiaConfig(schema)
+        config._read_names(list(self.tensors(0)))
+        config.names = {name: name for name in config.stored}
+        config.permutations = {name: order.int().numpy() for name, order in self.orders.items()}
+        config.folding = fold(schema, config.permutations, config.pruned.__contains__, "here")
+        config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qkv": ["q", "k"]}
+        return config

@@ -1,0 +1,291 @@
+"""Every way to load weights into a running server, against a server that was started with them.
+
+The oracle: after any sequence of loads, the logits are those of a fresh server of the weights that should be there; or
+the server has refused, and the logits are those of before, or it refuses to compute until all weights are of one model.
+"""
+
+import random
+from copy import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from reload_model import Checkpoint, Model
+from vllm.config import LoadConfig, get_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader import reload as vllm_reload
+from vllm.model_executor.model_loader import utils, weight_utils
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+from vllm.model_executor.model_loader.reload import inplace, layerwise
+
+from ria_vllm.errors import RiaError
+from ria_vllm.formats import FLOAT, INTEGERS
+from ria_vllm.serve import plugin, reload
+from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+from ria_vllm.serve.layerwise import watch_reloads
+
+IDS = torch.arange(11)
+HERE = SimpleNamespace(model="the folder", revision=None, dtype=torch.float32, quantization="ria",
+                       word_embeddings_untied_by_checkpoint=False)  # fmt: skip
+FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4-g32": INTEGERS[4, 32]}
+
+
+@pytest.fixture(autouse=True)
+def watched(ranks, monkeypatch):
+    """The plugin is registered for this test."""
+    from vllm.model_executor.layers import vocab_parallel_embedding as embeddings
+    from vllm.model_executor.layers.fused_moe import config as moe_config
+
+    for module in (embeddings, moe_config, weight_utils):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
+    monkeypatch.setattr(embeddings, "tensor_model_parallel_all_reduce", lambda x: x)
+    for module, names in (
+        (utils, ["record_metadata_for_reloading"]),
+        (layerwise, ["initialize_layerwise_reload", "_layerwise_process", "finalize_layerwise_processing"]),
+        (vllm_reload, ["initialize_layerwise_reload"]),
+        (inplace, ["initialize_layerwise_reload"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(reload, "check_reload", Server.check_reload)
+    monkeypatch.setattr(Server, "refuses", False)
+    plugin.watch_models()
+    watch_reloads()
+
+
+@dataclass
+class Server:
+    """A server of a checkpoint, as far as weights go."""
+
+    refuses: ClassVar[bool] = False  # the files are not those that it was started with
+    checkpoint: Checkpoint
+    model: Model
+
+    @classmethod
+    def check_reload(cls, *_, **__):
+        if cls.refuses:
+            raise RiaError("not the files of the start")
+
+    @classmethod
+    def started(cls, checkpoint, training, monkeypatch):
+        """With the weights of a training; with dummies if it is None."""
+        config = get_current_vllm_config()
+        config.load_config.load_format = "dummy" if training is None else "auto"
+        config.additional_config = {"tied": checkpoint.tied}
+        monkeypatch.setattr(config, "quant_config", checkpoint.config())
+        server = cls(checkpoint, utils.initialize_model(config, model_class=Model, model_config=None))
+        if training is None:
+            DummyModelLoader(LoadConfig(load_format="dummy")).load_weights(server.model, HERE)
+        else:
+            server.model.load_weights(server.files(checkpoint.tensors(training).items()))
+        utils.process_weights_after_loading(server.model, HERE, torch.device("cpu"))
+        return server
+
+    def files(self, tensors):
+        """As vLLM's loader reads them."""
+        loader = DefaultModelLoader(LoadConfig())
+        loader._get_weights_iterator = lambda source: ((name, tensor.clone()) for name, tensor in tensors)
+        return loader.get_all_weights(HERE, self.model)
+
+    def load(self, *pieces):
+        """As vLLM's `reload_weights` and weight transfer do it."""
+        vllm_reload.initialize_layerwise_reload(self.model)
+        for piece in pieces:
+            self.model.load_weights(piece)
+        vllm_reload.finalize_layerwise_reload(self.model, HERE)
+
+    def reload(self, training, **changed):
+        """From files."""
+        tensors = {name: changed.get(name, one) for name, one in self.checkpoint.tensors(training).items()}
+        self.load(self.files([(name, one) for name, one in tensors.items() if one is not None]))
+
+    def sync(self, tensors, pieces=1, shuffled=False):
+        """By a trainer."""
+        tensors = [(name, tensor.clone()) for name, tensor in tensors.items()]
+        if shuffled:
+            random.Random(pieces).shuffle(tensors)
+        self.load(*(tensors[piece::pieces] for piece in range(pieces)))
+
+    @torch.no_grad()
+    def logits(self):
+        """None if the server refuses to compute."""
+        try:
+            return self.model.compute_logits(self.model(IDS)).clone()
+        except RiaError as error:
+            assert "the answers would be those of no model" in str(error)
+            assert self.model.ria_reloads.stopped
+            return None
+
+
+def of_layer(tensors, *layers):
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in layers}
+
+
+GATE_UP, DOWN, QK, O = (
+    [f"model.block.{end}" for end in ends] for ends in (("gate", "up"), ("down",), ("q", "k"), ("o",))
+)
+
+# What is done with a server of the training 1, and what it must have then: (changes it, expected tensors), where
+# `new` are the tensors of training 2 and `old` those of training 1.
+SEQUENCES = {
+    "files, the same": (lambda server, new: server.reload(1), lambda old, new: old),
+    "files, others": (lambda server, new: server.reload(2), lambda old, new: new),
+    "files, twice": (lambda server, new: (server.reload(3), server.reload(2)), lambda old, new: new),
+    "all sent at once": (lambda server, new: server.sync(new), lambda old, new: new),
+    "all sent in pieces": (lambda server, new: server.sync(new, 5), lambda old, new: new),
+    "all sent in pieces, in any order": (lambda server, new: server.sync(new, 7, True), lambda old, new: new),
+    "sent twice, then files": (
+        lambda server, new: (server.sync(server.checkpoint.tensors(3)), server.sync(new, 3), server.reload(2)),
+        lambda old, new: new,
+    ),
+    "a pruned layer": (lambda server, new: server.sync(of_layer(new, *DOWN)), lambda old, new: old | of_layer(new, *DOWN)),
+    "a fused pruned layer": (
+        lambda server, new: server.sync(of_layer(new, *GATE_UP), 2), lambda old, new: old | of_layer(new, *GATE_UP)
+    ),
+    "a dense layer": (lambda server, new: server.sync(of_layer(new, *O)), lambda old, new: old | of_layer(new, *O)),
+    "a dense weight without its bias": (
+        lambda server, new: server.sync({"model.block.o.weight": new["model.block.o.weight"]}),
+        lambda old, new: old | {"model.block.o.weight": new["model.block.o.weight"]},
+    ),
+    "a fused dense layer": (
+        lambda server, new: server.sync(of_layer(new, *QK), 3, True), lambda old, new: old | of_layer(new, *QK)
+    ),
+    "the embedding": (
+        lambda server, new: server.sync(of_layer(new, "model.embed")), lambda old, new: old | of_layer(new, "model.embed")
+    ),
+    "the head, if there is one": (
+        lambda server, new: server.sync(of_layer(new, "model.head")), lambda old, new: old | of_layer(new, "model.head")
+    ),
+    "the experts": (
+        lambda server, new: server.sync({n: t for n, t in new.items() if ".experts." in n}, 3),
+        lambda old, new: old | {n: t for n, t in new.items() if ".experts." in n},
+    ),
+    "a scan and the norm": (
+        lambda server, new: server.sync(of_layer(new, "model.scan", "model.norm")),
+        lambda old, new: old | of_layer(new, "model.scan", "model.norm"),
+    ),
+}  # fmt: skip
+
+
+def sent(*names):
+    return lambda server, new: server.sync({name: new[name] for name in names})
+
+
+def left_in_the_middle(server, new):
+    """A trainer that goes away. The next one begins."""
+    vllm_reload.initialize_layerwise_reload(server.model)
+    server.model.load_weights([(name, tensor.clone()) for name, tensor in new.items()][:9])
+    raise RiaError("the trainer is gone")
+
+
+def wrong_in_the_middle(server, new):
+    """After some layers."""
+    wrong = next(name for name in new if name.startswith("model.experts.0.2.down"))
+    server.sync(new | {wrong: torch.zeros(3, 3)}, 4)
+
+
+def outside(server, new):
+    Server.refuses = True
+    try:
+        server.reload(2)
+    finally:
+        Server.refuses = False
+
+
+# What a server must refuse.
+REFUSED = {
+    "files of another model": outside,
+    "a dense weight for a pruned linear, after half of a fused layer": lambda server, new: server.sync(
+        {"model.block.q.weight": new["model.block.q.weight"], "model.block.down.weight": torch.zeros(128, 128)}
+    ),
+    "a tensor of another shape, at last": wrong_in_the_middle,
+    "a name that no model has": lambda server, new: server.sync(of_layer(new, *QK) | {"model.who.weight": torch.ones(3)}),
+    "a bias alone, pruned": sent("model.block.down.bias"),
+    "a bias alone, dense": sent("model.block.o.bias"),
+    "one of two biases": sent("model.block.q.bias"),
+    "half of a fused dense layer": sent("model.block.q.weight"),
+    "one half twice": lambda server, new: server.load(
+        [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
+        + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
+    ),
+    "half of a fused pruned layer": lambda server, new: server.sync(of_layer(new, GATE_UP[0])),
+    "a scan's A alone": sent("model.scan.A"),
+    "an expert alone": lambda server, new: server.sync({n: t for n, t in new.items() if ".experts.0.1." in n}),
+    "left in the middle": left_in_the_middle,
+    "files without the head, or the embedding": lambda server, new: server.reload(
+        2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
+    ),
+}  # fmt: skip
+
+# How it is stored, and what the server is started with.
+CHECKPOINTS = [
+    ("float", "pruned", "untied", "weights"),
+    ("float", "pruned", "tied", "dummies"),
+    ("float", "dense", "tied", "weights"),
+    ("float", "dense", "untied", "dummies"),
+    ("float", "served dense", "untied", "weights"),
+    ("int8", "pruned", "tied", "weights"),
+    ("int4-g32", "served dense", "tied", "weights"),
+]
+
+
+@pytest.fixture(params=CHECKPOINTS, ids=", ".join)
+def server(request, monkeypatch):
+    """A server with the weights of training 1. One of dummies gets them as a trainer would send them."""
+    weight_format, experts, head, start = request.param
+    if experts == "served dense":
+        monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))
+    checkpoint = Checkpoint(FORMATS[weight_format], experts != "dense", head == "tied")
+    if start == "weights":
+        return Server.started(checkpoint, 1, monkeypatch)
+    server = Server.started(checkpoint, None, monkeypatch)
+    server.sync(checkpoint.tensors(1), 3)
+    return server
+
+
+def fresh(server, tensors, monkeypatch):
+    """The logits of a server that was started with these tensors."""
+    of, checkpoint = server.checkpoint, copy(server.checkpoint)
+    checkpoint.tensors = lambda training: tensors
+    assert of.tensors(1).keys() == tensors.keys()
+    return Server.started(checkpoint, 0, monkeypatch).logits()
+
+
+def check(server, expected, monkeypatch):
+    torch.testing.assert_close(server.logits(), fresh(server, expected, monkeypatch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name):
+    change, expected = SEQUENCES[name]
+    old, new = (server.checkpoint.tensors(training) for training in (1, 2))
+    change(server, new)
+    check(server, expected(old, new), monkeypatch)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
+    """Whatever failed, the next whole sync brings it all."""
+    old, new = (server.checkpoint.tensors(training) for training in (1, 2))
+    before = server.logits()
+    with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
+        REFUSED[name](server, new)
+    if name != "left in the middle":  # until the next one begins, the model is vLLM's, and empty
+        after = server.logits()
+        assert after is None or torch.equal(after, before)
+    server.sync(new, 4, shuffled=True)
+    check(server, new, monkeypatch)
+    server.reload(1)
+    torch.testing.assert_close(server.logits(), before, rtol=0, atol=0)
+
+
+def test_heads_are_packed_by_vllm_as_these_tests_assume():
+    """Else tied heads prove nothing here."""
+    layer = torch.nn.Linear(128, 96, bias=False)
+    UnquantizedEmbeddingMethod().process_weights_after_loading(layer)
+    assert layer.cpu_linear is not torch.nn.functional.linear
