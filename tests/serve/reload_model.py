@@ -48,12 +48,14 @@ class Norm(torch.nn.Module):
 class Model(torch.nn.Module):
     """Embedding, pruned linears, dense ones, experts, a scan, norms and a head, one after the other.
 
-    `gate_up` and `qkv` are fused of two linears each; `down` and `o` read them. `qkv` and `o` stay dense.
+    `gate_up` and `qk` are fused of two linears each; `down` and `o` read them. `qk` and `o` stay dense.
     """
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_prefix={"model.": ""},
-        orig_to_new_stacked={".gate.": (".gate_up.", 0), ".up.": (".gate_up.", 1), ".q.": (".qkv.", 0), ".k.": (".qkv.", 1)},
+        orig_to_new_stacked={
+            ".gate.": (".gate_up.", 0), ".up.": (".gate_up.", 1), ".q.": (".qk.", 0), ".k.": (".qk.", 1)
+        },
     )  # fmt: skip
 
     def __init__(self, *, vllm_config, prefix=""):
@@ -66,7 +68,7 @@ class Model(torch.nn.Module):
         self.block = torch.nn.Module()
         self.block.gate_up = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.gate_up", **linear)
         self.block.down = RowParallelLinear(INNER, WIDTH, prefix="block.down", **linear)
-        self.block.qkv = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.qkv", **linear)
+        self.block.qk = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.qk", **linear)
         self.block.o = ReplicatedLinear(INNER, WIDTH, prefix="block.o", **linear)
         self.experts = torch.nn.ModuleList(
             [
@@ -100,7 +102,7 @@ class Model(torch.nn.Module):
         x, block = self.embed(ids), self.block
         gate, up = block.gate_up(x).chunk(2, -1)
         x = self.norm(x + block.down(torch.tanh(gate) * up))
-        q, k = block.qkv(x).chunk(2, -1)
+        q, k = block.qk(x).chunk(2, -1)
         x = self.norm(x + block.o(torch.tanh(q) * k))
         generator = torch.Generator().manual_seed(2)
         chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
@@ -177,5 +179,5 @@ class Checkpoint:
         config.names = {name: name for name in config.stored}
         config.permutations = {name: order.int().numpy() for name, order in self.orders.items()}
         config.folding = fold(schema, config.permutations, config.pruned.__contains__, "here")
-        config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qkv": ["q", "k"]}
+        config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qk": ["q", "k"]}
         return config

@@ -122,54 +122,49 @@ class Server:
             return None
 
 
-def of_layer(tensors, *layers):
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in layers}
+def of(tensors, *starts):
+    """The tensors whose names begin so."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(starts))}
 
 
-GATE_UP, DOWN, QK, O = (
-    [f"model.block.{end}" for end in ends] for ends in (("gate", "up"), ("down",), ("q", "k"), ("o",))
-)
+def whole(change):
+    """(change, what is expected then), with the tensors of training 2."""
+    return change, lambda old, new: new
 
-# What is done with a server of the training 1, and what it must have then: (changes it, expected tensors), where
-# `new` are the tensors of training 2 and `old` those of training 1.
+
+def part(*starts, pieces=1):
+    """The same for a sync of tensors whose names begin so, in any order."""
+    return (
+        lambda server, new: server.sync(of(new, *starts), pieces, shuffled=True),
+        lambda old, new: old | of(new, *starts),
+    )
+
+
+def sync_twice_then_files(server, new):
+    server.sync(server.checkpoint.tensors(3))
+    server.sync(new, 3)
+    server.reload(2)
+
+
+# What is done with a server of training 1, and what it must have then.
 SEQUENCES = {
     "files, the same": (lambda server, new: server.reload(1), lambda old, new: old),
-    "files, others": (lambda server, new: server.reload(2), lambda old, new: new),
-    "files, twice": (lambda server, new: (server.reload(3), server.reload(2)), lambda old, new: new),
-    "all sent at once": (lambda server, new: server.sync(new), lambda old, new: new),
-    "all sent in pieces": (lambda server, new: server.sync(new, 5), lambda old, new: new),
-    "all sent in pieces, in any order": (lambda server, new: server.sync(new, 7, True), lambda old, new: new),
-    "sent twice, then files": (
-        lambda server, new: (server.sync(server.checkpoint.tensors(3)), server.sync(new, 3), server.reload(2)),
-        lambda old, new: new,
-    ),
-    "a pruned layer": (lambda server, new: server.sync(of_layer(new, *DOWN)), lambda old, new: old | of_layer(new, *DOWN)),
-    "a fused pruned layer": (
-        lambda server, new: server.sync(of_layer(new, *GATE_UP), 2), lambda old, new: old | of_layer(new, *GATE_UP)
-    ),
-    "a dense layer": (lambda server, new: server.sync(of_layer(new, *O)), lambda old, new: old | of_layer(new, *O)),
-    "a dense weight without its bias": (
-        lambda server, new: server.sync({"model.block.o.weight": new["model.block.o.weight"]}),
-        lambda old, new: old | {"model.block.o.weight": new["model.block.o.weight"]},
-    ),
-    "a fused dense layer": (
-        lambda server, new: server.sync(of_layer(new, *QK), 3, True), lambda old, new: old | of_layer(new, *QK)
-    ),
-    "the embedding": (
-        lambda server, new: server.sync(of_layer(new, "model.embed")), lambda old, new: old | of_layer(new, "model.embed")
-    ),
-    "the head, if there is one": (
-        lambda server, new: server.sync(of_layer(new, "model.head")), lambda old, new: old | of_layer(new, "model.head")
-    ),
-    "the experts": (
-        lambda server, new: server.sync({n: t for n, t in new.items() if ".experts." in n}, 3),
-        lambda old, new: old | {n: t for n, t in new.items() if ".experts." in n},
-    ),
-    "a scan and the norm": (
-        lambda server, new: server.sync(of_layer(new, "model.scan", "model.norm")),
-        lambda old, new: old | of_layer(new, "model.scan", "model.norm"),
-    ),
-}  # fmt: skip
+    "files, others": whole(lambda server, new: server.reload(2)),
+    "files, twice": whole(lambda server, new: (server.reload(3), server.reload(2))),
+    "all sent at once": whole(lambda server, new: server.sync(new)),
+    "all sent in pieces": whole(lambda server, new: server.sync(new, 5)),
+    "all sent in pieces, in any order": whole(lambda server, new: server.sync(new, 7, shuffled=True)),
+    "sent twice, then files": whole(sync_twice_then_files),
+    "a pruned layer": part("model.block.down."),
+    "a fused pruned layer": part("model.block.gate.", "model.block.up.", pieces=2),
+    "a dense layer": part("model.block.o."),
+    "a dense weight without its bias": part("model.block.o.weight"),
+    "a fused dense layer": part("model.block.q.", "model.block.k.", pieces=3),
+    "the embedding": part("model.embed."),
+    "the head, if there is one": part("model.head."),
+    "the experts": part("model.experts.", pieces=3),
+    "a scan and the norm": part("model.scan.", "model.norm."),
+}
 
 
 def sent(*names):
@@ -204,7 +199,9 @@ REFUSED = {
         {"model.block.q.weight": new["model.block.q.weight"], "model.block.down.weight": torch.zeros(128, 128)}
     ),
     "a tensor of another shape, at last": wrong_in_the_middle,
-    "a name that no model has": lambda server, new: server.sync(of_layer(new, *QK) | {"model.who.weight": torch.ones(3)}),
+    "a name that no model has": lambda server, new: server.sync(
+        of(new, "model.block.q.") | {"model.who.weight": torch.ones(3)}
+    ),
     "a bias alone, pruned": sent("model.block.down.bias"),
     "a bias alone, dense": sent("model.block.o.bias"),
     "one of two biases": sent("model.block.q.bias"),
@@ -213,14 +210,14 @@ REFUSED = {
         [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
         + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
     ),
-    "half of a fused pruned layer": lambda server, new: server.sync(of_layer(new, GATE_UP[0])),
+    "half of a fused pruned layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
     "a scan's A alone": sent("model.scan.A"),
-    "an expert alone": lambda server, new: server.sync({n: t for n, t in new.items() if ".experts.0.1." in n}),
+    "an expert alone": lambda server, new: server.sync(of(new, "model.experts.0.1.")),
     "left in the middle": left_in_the_middle,
     "files without the head, or the embedding": lambda server, new: server.reload(
         2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
     ),
-}  # fmt: skip
+}
 
 # How it is stored, and what the server is started with.
 CHECKPOINTS = [
@@ -250,9 +247,8 @@ def server(request, monkeypatch):
 
 def fresh(server, tensors, monkeypatch):
     """The logits of a server that was started with these tensors."""
-    of, checkpoint = server.checkpoint, copy(server.checkpoint)
+    checkpoint = copy(server.checkpoint)
     checkpoint.tensors = lambda training: tensors
-    assert of.tensors(1).keys() == tensors.keys()
     return Server.started(checkpoint, 0, monkeypatch).logits()
 
 
@@ -271,8 +267,7 @@ def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
     """Whatever failed, the next whole sync brings it all."""
-    old, new = (server.checkpoint.tensors(training) for training in (1, 2))
-    before = server.logits()
+    new, before = server.checkpoint.tensors(2), server.logits()
     with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
         REFUSED[name](server, new)
     if name != "left in the middle":  # until the next one begins, the model is vLLM's, and empty
