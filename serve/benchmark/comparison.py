@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -14,6 +14,7 @@ from ria_vllm.serve.benchmark import load, table
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.quality import Incomparable, TextQuality
+from ria_vllm.serve.benchmark.redaction import hidden
 from ria_vllm.serve.benchmark.results import Measured, Run, Side
 from ria_vllm.serve.benchmark.server import Server, caches_prefixes, existing_server, running_server
 from ria_vllm.sizes import human_size
@@ -53,7 +54,8 @@ class Comparison:
     measured: Measured = field(init=False)
 
     def __post_init__(self) -> None:
-        self.measured = Measured(self.sides)
+        shown = [replace(side, arguments=tuple(hidden(side.arguments))) for side in self.sides]
+        self.measured = Measured(shown)
 
     def measure(self) -> None:
         """Measure all sides in every repetition; save the results after every run.
@@ -229,7 +231,7 @@ class Comparison:
             "requests_per_user": self.workload.requests_per_user,
             "repetitions": self.repetitions,
             "seed": self.seed,
-            "serve_arguments": " ".join(self.serve_arguments),
+            "serve_arguments": " ".join(hidden(self.serve_arguments)),
         }
         table.write(self.folder, self.measured, machine(), options | self.options, complete)
 

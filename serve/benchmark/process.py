@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 from ria_vllm.serve.benchmark import supervisor
+from ria_vllm.serve.benchmark.redaction import hidden, pass_on, secrets_of
 
 
 class SupervisedProcess:
     """Starts `command`. Every process that it started ends with the `with` block, or with this process.
+
+    Keys and tokens on the command line and in the environment do not get into the log.
 
     Args:
         log: file for standard output and error; its folder must exist.
@@ -24,18 +28,25 @@ class SupervisedProcess:
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None):
         self.log = log
-        with open(log, "wb") as output:
-            output.write(("$ " + " ".join(command) + "\n").encode())
-            output.flush()
-            self._supervisor = subprocess.Popen(
-                [sys.executable, supervisor.__file__, *command],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-                start_new_session=True,  # the terminal's Ctrl-C must reach this process only
-            )
+        output = open(log, "wb", buffering=0)
+        output.write(("$ " + " ".join(hidden(command)) + "\n").encode())
+        environment = {**os.environ, **(environment or {})}
+        self._supervisor = subprocess.Popen(
+            [sys.executable, supervisor.__file__, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # the terminal's Ctrl-C must reach this process only
+        )
+        self._output = threading.Thread(target=self._log, args=(output, secrets_of(command, environment)), daemon=True)
+        self._output.start()
         self._root = psutil.Process(self._supervisor.pid)
+
+    def _log(self, output: IO[bytes], secrets: Sequence[str]) -> None:
+        assert self._supervisor.stdout is not None
+        with output, self._supervisor.stdout as source:
+            pass_on(source, output, secrets)
 
     def __enter__(self) -> "SupervisedProcess":
         return self
@@ -45,21 +56,23 @@ class SupervisedProcess:
 
     @property
     def running(self) -> bool:
-        return self._supervisor.poll() is None
+        return self.wait(0) is None
 
     def wait(self, timeout: float | None = None) -> int | None:
         """The command's exit status, 128 + the number of the signal that ended it, or None after `timeout` seconds."""
         try:
-            return self._supervisor.wait(timeout)
+            status = self._supervisor.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
+        self._output.join()  # the log is whole
+        return status
 
     def stop(self) -> None:
         """End all processes of the tree, and return when they are gone."""
         assert self._supervisor.stdin is not None
         with contextlib.suppress(OSError):
             self._supervisor.stdin.close()
-        self._supervisor.wait()
+        self.wait()
 
     def memory(self) -> int:
         """Bytes of main memory that the tree holds: the sum of proportional set sizes (PSS), in which processes that
