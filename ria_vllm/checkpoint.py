@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ria_vllm import proofs
 from ria_vllm.consistency import check_digests, check_prefix, problems_of_folds, problems_of_rotations
 from ria_vllm.errors import RiaError
 from ria_vllm.inputs import Inputs
@@ -19,10 +20,11 @@ from ria_vllm.schema import (
     PERMUTATIONS_FILE,
     QUANT_METHOD,
     REPORT_FILE,
+    PROOFS_FILE,
     ROTATIONS_FILE,
     RiaSchema,
 )
-from ria_vllm.side_files import checked_rotations, load_permutations
+from ria_vllm.side_files import checked_proofs, checked_rotations, load_permutations
 from ria_vllm.sparse_linear import SparseLinear, checked_linear, not_finite
 from ria_vllm.stacks import problems_of_experts, stack_experts, stacked_tensors
 from ria_vllm.weight_files import (
@@ -179,6 +181,33 @@ class Reader:
         """
         return self.dense_tensors().keys() - set(self.dense_names)
 
+    def matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(module, its weight [out, in] as `proofs` means it) of all matrices, one in memory at a time."""
+        yield from ((name, self._exact(self.linear(name))) for name in self.sparse_names)
+        for name in self.dense_names:
+            module, _, part = name.rpartition(".")
+            if part == "weight" and (weight := self.tensor(name)).dim() == 2:
+                yield module, weight
+
+    def _exact(self, linear: SparseLinear) -> torch.Tensor:
+        """[out, in], which the model's dtype would round if it is of integers."""
+        return (linear if self.schema.weights is None else replace(linear, dtype=torch.float32)).dense()
+
+    def proofs(self) -> dict[str, torch.Tensor]:
+        """Matrix -> its proof, float32 [out, 2], as stored."""
+        path = self.folder / PROOFS_FILE
+        return checked_proofs(path if path.is_file() else None, self.schema, self.folder)
+
+    def _disproved(self, name: str, weight: torch.Tensor, stored: dict[str, torch.Tensor]) -> Iterator[str]:
+        """What is wrong with a matrix [out, in] by its proof, which is taken from `stored`, in a sentence."""
+        if self.schema.proofs is None:
+            return
+        found = proofs.proof(weight, self.schema.proof_vector(weight.shape[1]))
+        if name not in stored:
+            yield f"{name}: no proof of it in {PROOFS_FILE}"
+        elif not proofs.agree(found, stored.pop(name)):
+            yield f"{name}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
+
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""
         return self.linear(name).dense()
@@ -194,6 +223,7 @@ class Reader:
         sparse = set(self.sparse_names)
         shapes: dict[str, tuple[int, int]] = {}
         permutations: dict[str, torch.Tensor] = {}
+        stored = self.proofs()
         for name in monitor.steps(self.sparse_names, "checking pruned linears", len(self.sparse_names)):
             if self.schema.ignored(name):
                 yield f"{name}: listed as ignored in config.json, but stored compressed"
@@ -205,15 +235,19 @@ class Reader:
             shapes[name] = linear.shape
             if linear.input_permutation is not None:
                 permutations[name] = linear.input_permutation
-            for part, tensor in linear.parts.items():
-                wrong = not_finite(tensor)
-                if wrong:
-                    yield f"{self.files[f'{name}.{part}']}: {name}: {wrong}"
+            wrong = [
+                f"{self.files[f'{name}.{part}']}: {name}: {reason}"
+                for part, tensor in linear.parts.items()
+                if (reason := not_finite(tensor))
+            ]
+            yield from wrong or self._disproved(name, self._exact(linear), stored)
         yield from problems_of_experts(self.schema, shapes, sparse)
         yield from problems_of_rotations(self.schema, self.rotations, shapes)
         yield from problems_of_folds(self.schema, permutations, shapes, sparse)
         dense = self.dense_names
         for name in monitor.steps(dense, "checking other tensors", len(dense)):
-            wrong = not_finite(self.tensor(name))
-            if wrong:
-                yield f"{self.files[name]}: {name}: {wrong}"
+            tensor = self.tensor(name)
+            if reason := not_finite(tensor):
+                yield f"{self.files[name]}: {name}: {reason}"
+            elif name.endswith(".weight") and tensor.dim() == 2:
+                yield from self._disproved(name.removesuffix(".weight"), tensor, stored)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ria_vllm.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import ROTATIONS_FILE
+from ria_vllm.schema import PROOFS_FILE, ROTATIONS_FILE
 
 Stamps = dict[str, list[str | int]]
 """The place of a file in its folder, "" for a file alone -> what tells its content from an earlier one: as in JSON."""
@@ -95,8 +95,7 @@ def _stamps(place: Path) -> Stamps:
         files += nested_companions(place)
     except RiaError:  # whoever reads modules.json says what is wrong
         pass
-    if (place / ROTATIONS_FILE).is_file():
-        files.append(place / ROTATIONS_FILE)
+    files += [place / name for name in (ROTATIONS_FILE, PROOFS_FILE) if (place / name).is_file()]
     return {path.relative_to(place).as_posix(): _stamp(path) for path in sorted(files)}
 
 

@@ -13,7 +13,7 @@ from ria_vllm.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.model_card import CARD_FILE, SERVE_HERE
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
+from ria_vllm.schema import PERMUTATIONS_FILE, PROOFS_FILE, ROTATIONS_FILE
 from ria_vllm.sizes import human_size
 from ria_vllm.weight_files import INDEX_FILE
 
@@ -81,6 +81,7 @@ def files_to_push(reader: Reader) -> dict[str, Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
     files += nested_companions(folder)
     files += [folder / ROTATIONS_FILE] if reader.rotations else []
+    files += [folder / PROOFS_FILE] if reader.schema.proofs else []
     for path in files:
         if path.resolve().parent != folder.resolve() / path.parent.relative_to(folder):
             raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")

@@ -6,7 +6,8 @@ linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and 
 NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even if it
 is empty. `permutations_digest` here, and the same in each weight file's header, bind weights and permutations;
 `weights_digest` binds weight files to each other (`DIGESTS`). Where heads were turned, `rotations/heads.safetensors`
-holds NAME.rotations of each NAME that reads them; `rotations_digest` here binds that file to this one.
+holds NAME.rotations of each NAME that reads them; `rotations_digest` here binds that file to this one. `proofs` says how
+`proofs/products.safetensors` was made (see `ria_vllm.proofs`), and binds it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ria_vllm import fp8
+from ria_vllm import fp8, proofs
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import of_quantization
 from ria_vllm.layer_schema import Experts, Fold, Producer
@@ -36,6 +37,7 @@ QUANT_METHOD: Final = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 # Not beside the weights: vLLM loads every *.safetensors there if there is no index.
 ROTATIONS_FILE = "rotations/heads.safetensors"
+PROOFS_FILE = "proofs/products.safetensors"
 REPORT_FILE = "ria_report.json"
 PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
@@ -108,6 +110,14 @@ FP8_TOKENS: Final = INT8_TOKENS.model_copy(update={"type": "float"})
 TOKENS: Final = {torch.int8: INT8_TOKENS, fp8.DTYPE: FP8_TOKENS}
 
 
+class Proofs(BaseModel):
+    """The seed of the vector that all matrices were multiplied by, and the digest of what came of it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    seed: int = Field(ge=0, lt=2**32)
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class RiaSchema(BaseModel):
     """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable."""
 
@@ -123,6 +133,7 @@ class RiaSchema(BaseModel):
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     rotations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    proofs: Proofs | None = None
     recipe: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -182,6 +193,11 @@ class RiaSchema(BaseModel):
     def input_dtype(self) -> torch.dtype | None:
         """The dtype to which pruned linears round each token of their inputs; None: they do not."""
         return next((dtype for dtype, words in TOKENS.items() if words == self.input_activations), None)
+
+    def proof_vector(self, size: int) -> torch.Tensor:
+        """float32 [size], what proofs are products with."""
+        assert self.proofs is not None
+        return proofs.vector(size, self.proofs.seed, signs_only=self.input_dtype == fp8.DTYPE)
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

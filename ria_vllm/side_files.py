@@ -1,14 +1,14 @@
-"""The files beside the weights that say how these are stored: permutations, and how heads were turned."""
+"""The files beside the weights: permutations, how heads were turned, and proofs."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ria_vllm import permutation, rotation
+from ria_vllm import permutation, proofs, rotation
 from ria_vllm.errors import RiaError
 from ria_vllm.open_files import OpenFiles
-from ria_vllm.schema import PERMUTATION_SUFFIX, ROTATIONS_FILE, ROTATIONS_SUFFIX, RiaSchema
+from ria_vllm.schema import PERMUTATION_SUFFIX, PROOFS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX, RiaSchema
 from ria_vllm.weight_files import tensor_names
 
 
@@ -28,6 +28,27 @@ def load_rotations(path: Path) -> dict[str, torch.Tensor]:
         RiaError: file and layer named.
     """
     return _load_named(path, ROTATIONS_SUFFIX, rotation.check, "rotations")
+
+
+def checked_proofs(path: Path | None, schema: RiaSchema, where: str | Path) -> dict[str, torch.Tensor]:
+    """Matrix -> its proof, float32 [out, 2], see `ria_vllm.proofs`. Empty for a folder that has none.
+
+    Args:
+        path: None if the file is not there.
+        where: the folder or repository, for messages.
+
+    Raises:
+        RiaError: the file is missing, damaged or of another run.
+    """
+    if schema.proofs is None:
+        return {}
+    again = "Get all files of one run, or compress the model again."
+    if path is None:
+        raise RiaError(f"{where}: {PROOFS_FILE} is missing, though config.json names it. {again}")
+    found = _load_named(path, proofs.PROOF_SUFFIX, proofs.check, "a proof")
+    if proofs.digest(found) != schema.proofs.digest:
+        raise RiaError(f"{where}: {PROOFS_FILE} is from another run than config.json. {again}")
+    return found
 
 
 def _load_named(

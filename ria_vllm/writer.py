@@ -20,13 +20,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ria_vllm import permutation, rotation
+from ria_vllm import permutation, proofs, rotation
+from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import DIGESTS, PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX
+from ria_vllm.schema import (
+    DIGESTS,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    PROOFS_FILE,
+    ROTATIONS_FILE,
+    ROTATIONS_SUFFIX,
+    Proofs,
+)
 from ria_vllm.side_files import load_permutations, load_rotations
 from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
 
 LOCK_FILE, UNITS = "lock", "units"
+SEED = 1  # of the vector that matrices are proved with; any would do
 ATTEMPTS = 100  # to lock a folder that others delete meanwhile
 
 
@@ -310,6 +320,8 @@ class CheckpointWriter:
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _write_shards(weights, final, max_shard_size, metadata)
+            if metadata and any(name.endswith(".compressed") for name, *_ in weights):  # a checkpoint of ours
+                _add_proofs(final)
             _sync(final)
             self._replace(final)
 
@@ -400,6 +412,23 @@ def weights_digest(entries: Sequence[Entry]) -> str:
             file.seek(start)
             found.update(name.encode() + b"\0" + file.read(min(_size(entry), 1 << 16)))
     return found.hexdigest()
+
+
+def _add_proofs(folder: Path) -> None:
+    """Write the proofs of all matrices into a folder that is complete but for them, and their digest into config.json.
+
+    What a reader makes of the folder is proved, not what the writer meant to write.
+    """
+    reader, place = Reader(folder), folder / PROOFS_FILE
+    quantization = reader.config["quantization_config"]
+    schema = reader.schema.model_copy(update={"proofs": Proofs(seed=SEED, digest="0" * 64)})
+    found = {
+        name: proofs.proof(weight, schema.proof_vector(weight.shape[1])) for name, weight in reader.matrices()
+    }  # fmt: skip
+    quantization["proofs"] = Proofs(seed=SEED, digest=proofs.digest(found)).model_dump()
+    place.parent.mkdir()
+    save_file({f"{name}{proofs.PROOF_SUFFIX}": tensor for name, tensor in found.items()}, place)
+    (folder / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -1,0 +1,84 @@
+"""Proofs: what each matrix of a checkpoint makes of one fixed vector.
+
+Whoever multiplies with the matrix W [out, in] can show that it is the checkpoint's, through the very path that it
+multiplies on: it multiplies r [in], and compares with W r. A permutation, a fold, a shard, an old weight, a packed copy
+or a kernel that is wrong gives other numbers.
+
+r is made of a seed in config.json, and the same for all matrices: integers of magnitude 127 at most, exact in all
+floating-point dtypes that models have. Half of them are 127 or -127, so that the part of r that a rank multiplies has
+one, too, and a token's scale to int8 rounds nothing. Where inputs are rounded to fp8, all of them are.
+
+`proofs/products.safetensors` holds NAME.proof, float32 [out, 2], for each matrix NAME: W r, and the root of the sum over
+a row of (W_ij r_j)^2, which says how far its sums may be off. W is what the checkpoint stores, decoded, with rows and
+columns in the model's own order.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+PROOF_SUFFIX = ".proof"
+# A computer's unit of float32 is multiplied by this and by the root of the number of terms, for the order of sums.
+SUMS = 8.0
+_EPS = torch.finfo(torch.float32).eps
+_CHUNK = 1 << 24  # numbers in float64 at a time
+
+
+def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
+    """r: float32 [size], integers. That of fewer channels is the beginning of that of more.
+
+    Args:
+        signs_only: all of magnitude 127.
+    """
+    drawn = hashlib.shake_128(f"ria-vllm proof {seed}".encode()).digest(2 * size)
+    values, coins = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(size, 2).int().unbind(1)
+    values = (values - 128).clamp(min=-127)
+    extreme = torch.where(values < 0, -127, 127)
+    return extreme.float() if signs_only else torch.where(coins < 128, extreme, values).float()
+
+
+def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """float32 [out, 2] of a matrix [out, in], see above. Summed in float64."""
+    found = torch.empty(len(weight), 2)
+    r = r.double()
+    for start in range(0, len(weight), rows := max(1, _CHUNK // max(1, weight.shape[1]))):
+        terms = weight[start : start + rows].double() * r
+        found[start : start + rows, 0] = terms.sum(1)
+        found[start : start + rows, 1] = terms.square_().sum(1).sqrt_()
+    return found
+
+
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two proofs, float32 [out, 2], are of one matrix: they may differ by the order in which a processor sums."""
+    return one.shape == other.shape and bool(((one - other).abs() <= 4 * _EPS * other.abs().sum(1, keepdim=True)).all())
+
+
+def bound(proof: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """float32 [out]: how far a product may be from `proof`.
+
+    An output in `dtype` is rounded, and so may be the weights, if the model is served in another dtype than it is stored
+    in or a kernel makes plain numbers of integers: independently of each other, so that the root of the sum of squares
+    says how far that goes. Sums in float32 depend on their order.
+
+    Args:
+        proof: float32 [out, 2].
+        columns: of the whole matrix.
+    """
+    products, spread = proof[:, 0].abs(), proof[:, 1]
+    return torch.finfo(dtype).eps * (products + spread) + SUMS * _EPS * columns**0.5 * spread
+
+
+def check(proof: torch.Tensor) -> str | None:
+    """Why this is no proof as it is stored; None if it is."""
+    if proof.dtype != torch.float32 or proof.dim() != 2 or proof.shape[1] != 2:
+        return f"{proof.dtype} {tuple(proof.shape)}, expected torch.float32 [out, 2]"
+    return None if bool(proof.isfinite().all()) else "a value is NaN or infinite"
+
+
+def digest(proofs: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names in sorted order, each as UTF-8 with a zero byte behind it, and the proof's bytes."""
+    found = hashlib.sha256()
+    for name in sorted(proofs):
+        found.update(name.encode() + b"\0" + proofs[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
