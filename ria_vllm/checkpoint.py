@@ -18,9 +18,9 @@ from ria_vllm.progress import Monitor
 from ria_vllm.schema import (
     PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
+    PROOFS_FILE,
     QUANT_METHOD,
     REPORT_FILE,
-    PROOFS_FILE,
     ROTATIONS_FILE,
     RiaSchema,
 )

@@ -8,9 +8,9 @@ r is made of a seed in config.json, and the same for all matrices: integers of m
 floating-point dtypes that models have. Half of them are 127 or -127, so that the part of r that a rank multiplies has
 one, too, and a token's scale to int8 rounds nothing. Where inputs are rounded to fp8, all of them are.
 
-`proofs/products.safetensors` holds NAME.proof, float32 [out, 2], for each matrix NAME: W r, and the root of the sum over
-a row of (W_ij r_j)^2, which says how far its sums may be off. W is what the checkpoint stores, decoded, with rows and
-columns in the model's own order.
+`proofs/products.safetensors` holds NAME.proof, float32 [out, 2], for each matrix NAME: W r, and the root of the sum of
+(W_ij r_j)^2 over a row, its spread, which says how far sums may be off. W is what the checkpoint stores, decoded, with
+rows and columns in the model's own order.
 """
 
 import hashlib
@@ -50,16 +50,16 @@ def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two proofs, float32 [out, 2], are of one matrix: they may differ by the order in which a processor sums."""
+    """Whether two proofs, float32 [out, 2], are of one matrix. They may differ by the order of sums."""
     return one.shape == other.shape and bool(((one - other).abs() <= 4 * _EPS * other.abs().sum(1, keepdim=True)).all())
 
 
 def bound(proof: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """float32 [out]: how far a product may be from `proof`.
 
-    An output in `dtype` is rounded, and so may be the weights, if the model is served in another dtype than it is stored
-    in or a kernel makes plain numbers of integers: independently of each other, so that the root of the sum of squares
-    says how far that goes. Sums in float32 depend on their order.
+    An output in `dtype` is rounded, and so may be the weights, where the model is served in another dtype than it is
+    stored in or a kernel makes plain numbers of integers: independently of each other, so that the spread says how far
+    that goes. Sums in float32 depend on their order.
 
     Args:
         proof: float32 [out, 2].
