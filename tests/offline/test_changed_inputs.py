@@ -94,10 +94,9 @@ class World:
 
     def files(self, inputs: list[str]) -> list[Path]:
         """Those that both have, relative to the place."""
-        found = [
-            path for name in inputs for path in ([self.one / name] if "." in name else (self.one / name).iterdir())
-        ]
-        return sorted(path.relative_to(self.one) for path in found if path.suffix != ".md")
+        places = [self.one / name for name in inputs]
+        found = [path for place in places for path in [place, *place.rglob("*")] if path.is_file()]
+        return sorted(path.relative_to(self.one) for path in found)
 
 
 @pytest.fixture(scope="module")
@@ -221,16 +220,14 @@ def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, 
     assert numbers == [0] and not (tmp_path / "out").exists()
 
 
-def test_a_dense_model_that_changes_between_pruning_and_training(place, tmp_path, monkeypatch):
-    def changed(*arguments):
-        touch(place / "dense" / "model.safetensors")
-        return located(*arguments)
-
+@pytest.mark.parametrize("file", ["dense/model.safetensors", "text.txt"])
+def test_what_changes_between_pruning_and_training(file, place, tmp_path, monkeypatch):
+    """Both read the model, and have read the text."""
     located = distill_run.located
-    monkeypatch.setattr(distill_run, "located", changed)
+    monkeypatch.setattr(distill_run, "located", lambda *arguments: (touch(place / file), located(*arguments))[1])
     words = [place / "dense", "-o", tmp_path / "out", "--calibration", place / "text.txt", "--samples", 4]
     words += ["--seq-len", 32, "--reconstruct", "none", "--distill", 128]
-    with pytest.raises(RiaError, match="dense/model.safetensors: has changed"):
+    with pytest.raises(RiaError, match=f"^{place / file}: has changed"):
         CliRunner().invoke(compress_command, list(map(str, words)), catch_exceptions=False)
     assert not (tmp_path / "out").exists()
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,7 @@ from hub_texts import NEW, OLD, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
 from ria_vllm.cli import group
-from ria_vllm.offline.commands import compress
-from ria_vllm.offline.distill import after
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
@@ -171,20 +166,3 @@ def test_an_interrupted_run_is_recognised_without_digests(pruned, text, tmp_path
     save_file(load_file(kept), kept, {"record": "{}"})
     (story,) = run(dense, folder, tmp_path / "out", text, Monitor(shown=False), resume=True)["recipe"]["distill"]
     assert FIELDS - story.keys() == {"text_sha256"}
-
-
-def test_after_a_compression_the_digest_is_of_the_text_that_was_read(tiny, text, tmp_path, monkeypatch):
-    """It is read before pruning. What becomes of the file meanwhile is not trained on."""
-    mine = shutil.copy(text, tmp_path / "mine.txt")
-
-    def later(*arguments):
-        stamp = os.stat(mine)
-        Path(mine).write_text("other text " * 4000)
-        os.utime(mine, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        return distill(*arguments)
-
-    monkeypatch.setattr(after, "distill", later)
-    options = ["--calibration", mine, "--samples", "4", "--seq-len", "32", "--reconstruct", "none", "--distill", "512"]
-    CliRunner().invoke(compress, [str(tiny("llama")), "-o", str(tmp_path / "out"), *options], catch_exceptions=False)
-    recipe = Reader(tmp_path / "out").schema.recipe
-    assert recipe["calibration_sha256"] == recipe["distill"][0]["text_sha256"] == sha256(text) != sha256(Path(mine))
