@@ -14,15 +14,31 @@ rows and columns in the model's own order.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 
 import torch
 
+from ria_vllm.errors import RiaError
+
 PROOF_SUFFIX = ".proof"
+VARIABLE = "RIA_VLLM_PROOF"
 # A computer's unit of float32 is multiplied by this and by the root of the number of terms, for the order of sums.
 SUMS = 8.0
 _EPS = torch.finfo(torch.float32).eps
 _CHUNK = 1 << 24  # numbers in float64 at a time
+
+
+def wanted() -> bool:
+    """Whether layers are to be proved, which the variable turns off.
+
+    Raises:
+        RiaError: it has a value that means nothing.
+    """
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise RiaError(f"{VARIABLE}={value[:80]}: set it to 0 to serve without proofs, or leave it unset.")
+    return value != "0"
 
 
 def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
@@ -40,7 +56,7 @@ def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
 
 def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """float32 [out, 2] of a matrix [out, in], see above. Summed in float64."""
-    found = torch.empty(len(weight), 2)
+    found = torch.empty(len(weight), 2, dtype=torch.float32)
     r = r.double()
     for start in range(0, len(weight), rows := max(1, _CHUNK // max(1, weight.shape[1]))):
         terms = weight[start : start + rows].double() * r
@@ -67,6 +83,16 @@ def bound(proof: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor
     """
     products, spread = proof[:, 0].abs(), proof[:, 1]
     return torch.finfo(dtype).eps * (products + spread) + SUMS * _EPS * columns**0.5 * spread
+
+
+def same_rows(products: torch.Tensor, proof: torch.Tensor, limit: torch.Tensor) -> bool:
+    """Whether products, float32 [out], are those of a proof, float32 [out, 2], in another order.
+
+    Args:
+        limit: see `bound`.
+    """
+    wanted, order = proof[:, 0].sort()
+    return bool(((products.sort().values - wanted).abs() <= limit[order]).all())
 
 
 def check(proof: torch.Tensor) -> str | None:

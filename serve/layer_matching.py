@@ -27,7 +27,8 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     """Give every linear layer of a model that was just built the checkpoint's linears that belong to its path.
 
     Must be called before any weight is loaded. A second model that is built with the same config (the draft of a
-    multi-token prediction) may use other tensors of the checkpoint, and need not use all of them.
+    multi-token prediction) may use other tensors of the checkpoint, and need not use all of them. `model.ria_linears`
+    then has what `linears_by_path` has found.
 
     Raises:
         RiaError: no layer serves a pruned linear, or more than one does; or a layer is partly dense.
@@ -44,6 +45,7 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     # A draft may give its layers the target's paths, but the linears that the target serves are not the draft's.
     taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
     found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
+    model.ria_linears = found
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
     unquantized: dict[str, tuple[str, ...]] = {}

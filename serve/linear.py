@@ -80,6 +80,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         linears: what the layer is made of, in output order.
         report: where the layer is counted.
         stream: knows the names that arriving tensors have in the checkpoint.
+
+    Attributes:
+        row_loader: loads what a linear has for each of its rows, [out, any].
     """
 
     def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport, stream: WeightStream):
@@ -125,7 +128,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         Args:
             model_loader: the loader that the model gave the layer's weight in place of vLLM's; None if it gave none.
         """
-        use_loader_of_model(layer, self.layer_loader, self.creation.kwargs["weight_loader"], model_loader)
+        vllm_loader = self.creation.kwargs["weight_loader"]
+        use_loader_of_model(layer, self.layer_loader, vllm_loader, model_loader)
+        self.row_loader = self.layer_loader.wrap("proof", model_loader or vllm_loader)
         # If another method created the layer, the bias still has vLLM's own loader.
         if layer.bias is not None and self.layer_loader.reorders:
             layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))

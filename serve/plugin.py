@@ -1,7 +1,7 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,6 +29,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
+    from ria_vllm import proofs
     from ria_vllm.errors import RiaError
     from ria_vllm.serve.adapters import turn_adapters
     from ria_vllm.serve.cache_readers import check_turned_heads
@@ -37,7 +38,8 @@ def watch_models() -> None:
     from ria_vllm.serve.engine import EngineOptions, models_being_built
     from ria_vllm.serve.layer_matching import match_layers
     from ria_vllm.serve.linear import arrival_checks
-    from ria_vllm.serve.reload import check_first_load, check_reload
+    from ria_vllm.serve.proving import Prover
+    from ria_vllm.serve.reload import check_first_load, check_reload, proofs_of
     from ria_vllm.serve.stream import Taker
 
     record = utils.record_metadata_for_reloading
@@ -77,10 +79,19 @@ def watch_models() -> None:
                         "this reload, while others are new. Reload all files of one model."
                     )
 
+            prover = Prover(config, model, taken, embeddings)
+
+            def prove(sent: Mapping[str, torch.Tensor] | None) -> None:
+                present = (EngineOptions.current().model_config if embeddings else None) or built_from
+                if not proofs.wanted() or present is None or (sent is not None and config.schema.proofs is None):
+                    return
+                schema, stored = (config.schema, sent) if sent is not None else proofs_of(config, present)
+                prover.prove(schema, stored, str(present.model))
+
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
                 functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),
-                embeddings,
+                embeddings, prove,
             )  # fmt: skip
         record(model)
 

@@ -8,13 +8,14 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from vllm.config import ModelConfig
 
 from ria_vllm.checkpoint import is_compressed
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint, quantization_of
 from ria_vllm.errors import RiaError
 from ria_vllm.json_file import read_json
-from ria_vllm.schema import DIGESTS, RiaSchema
+from ria_vllm.schema import DIGESTS, PROOFS_FILE, RiaSchema
 from ria_vllm.serve.cache_readers import check_turned_heads
 from ria_vllm.serve.checkpoint_files import (
     WeightHeaders,
@@ -27,6 +28,7 @@ from ria_vllm.serve.checkpoint_files import (
 )
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.side_files import checked_proofs
 from ria_vllm.weight_format import name_of
 
 
@@ -70,6 +72,25 @@ def check_first_load(config: RiaConfig, built_from: ModelConfig | None, lora: bo
     if isinstance(overrides, Mapping) and "quantization_config" in overrides:
         return  # the user has replaced what the folder says
     _check_files(config, built_from, permutations=False, lora=lora)
+
+
+def proofs_of(config: RiaConfig, model_config: ModelConfig) -> tuple[RiaSchema, dict[str, torch.Tensor]]:
+    """The schema of a model's files, and the proof of each matrix; none where ria-vllm did not write them.
+
+    Args:
+        config: of the running model.
+        model_config: vLLM's configuration of the model whose files were loaded.
+
+    Raises:
+        RiaError: the proofs are missing, damaged or of another run.
+    """
+    model, revision = str(model_config.model), model_config.revision
+    path = locate(_described_in(config, model_config), "config.json", revision)
+    if path is None or config.compressed_tensors is not None or not is_compressed(path.parent):
+        return config.schema, {}
+    schema = RiaSchema.parse(read_json(path)["quantization_config"], str(path))
+    found = locate(model, PROOFS_FILE, revision) if schema.proofs is not None else None
+    return schema, checked_proofs(found, schema, model)
 
 
 def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: bool, lora: bool) -> None:

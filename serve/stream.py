@@ -17,6 +17,7 @@ from vllm.model_executor import model_loader
 
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
+from ria_vllm.proofs import PROOF_SUFFIX
 from ria_vllm.serve.layerwise import Reloads
 
 # How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
@@ -46,10 +47,12 @@ class WeightStream:
 
     Attributes:
         active: a model is loading. A tensor that it loads and that has no name was changed on the way.
+        proofs: matrix -> its proof, which somebody has sent beside the weights.
     """
 
     def __init__(self) -> None:
         self.active = False
+        self.proofs: dict[str, torch.Tensor] = {}
         self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
     def attach(
@@ -64,6 +67,7 @@ class WeightStream:
         check_files: Callable[[], None] = lambda: None,
         arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
         embeddings: bool = True,
+        prove: Callable[[Mapping[str, torch.Tensor] | None], None] = lambda sent: None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -82,6 +86,8 @@ class WeightStream:
             arrivals: linears -> called with the last part of the name of each of their tensors; raises a RiaError if
                 the linear's layer will not take it.
             embeddings: see `Reloads`.
+            prove: raises a RiaError if layers do not compute what the model's files say, once all weights are packed.
+                If somebody has sent the weights, its argument are the proofs that came with them.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
@@ -123,15 +129,30 @@ class WeightStream:
                 raise
 
         def finish_reload(left_out: Sequence[str]) -> None:
-            nonlocal complete
-            check, complete = complete, False
             if translation is not None:
                 translation.finish()
-            if check:
+            if complete:
                 after_reload(left_out)
+            finish()
+
+        def finish() -> None:
+            nonlocal complete
+            from_files, complete = complete, False
+            sent, self.proofs = self.proofs, {}
+            if from_files or sent:
+                prove(None if from_files else sent)
+
+        process = getattr(model, "process_weights_after_loading", None)
+
+        def process_weights_after_loading() -> None:
+            """vLLM calls this when all layers of a model are packed."""
+            if process is not None:
+                process()
+            finish()
 
         reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings)
         model.load_weights = load_weights
+        model.process_weights_after_loading = process_weights_after_loading
         model.ria_reloads = reloads
 
     def named(
@@ -147,6 +168,9 @@ class WeightStream:
         """
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
+            if name.endswith(PROOF_SUFFIX):
+                self.proofs[module] = tensor.to("cpu", copy=True)
+                continue
             if (module in takers or name in takers) and part not in CACHE_SCALES:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:

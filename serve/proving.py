@@ -1,0 +1,245 @@
+"""Whether each layer of a model computes what its checkpoint says, through the very path that serves it.
+
+A checkpoint has a proof of each matrix, see `ria_vllm.proofs`: what it makes of a vector r. Once weights are loaded and
+packed, each layer of this rank multiplies r with its kernel. Which rows it has, and in what order, is learned by
+sending the proofs through the loaders that its weights came through.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.parameter import ChannelQuantScaleParameter
+
+from ria_vllm import proofs
+from ria_vllm.errors import RiaError
+from ria_vllm.schema import RiaSchema
+from ria_vllm.serve.completeness import dense_layers
+from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.model_paths import destinations
+from ria_vllm.serve.shards import ShardId, ShardMap
+from ria_vllm.serve.stream import Taker
+
+logger = init_logger("vllm.ria")
+
+# The power of two by which the vector is divided, so that products fit into float16.
+SCALE = 128.0
+# Rows of the input where a kernel is asked for the first time: it may have other ways for few tokens and for many.
+TOKENS = 33
+LOOKED_UP = 256
+
+Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A layer that can be proved, as it was before anything was loaded.
+
+    Attributes:
+        path: in the model.
+        loads: matrix of the checkpoint -> puts its proof where the layer's loader puts its rows.
+        rows: of the layer on this rank.
+        columns: of the whole input.
+        dtype: of its activations.
+    """
+
+    path: str
+    layer: torch.nn.Module
+    loads: Mapping[str, Load]
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """float32 [rows, 2], the proof of the layer's rows in the order in which it computes them, NaN for those that
+        no matrix has; None without a proof of all its matrices."""
+        if not self.loads or not all(name in stored for name in self.loads):
+            return None
+        data = torch.full((self.rows, 2), torch.nan, dtype=torch.float32)
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=lambda *_: None)
+        for name in ("tp_rank", "tp_size"):
+            if hasattr(self.layer, name):
+                setattr(parameter, name, getattr(self.layer, name))
+        for name, load in self.loads.items():
+            load(parameter, stored[name])
+        return parameter.data
+
+    def input(self, schema: RiaSchema) -> torch.Tensor:
+        """float32 [columns of this rank], as the layer before would hand it over."""
+        r = schema.proof_vector(self.columns)
+        method = getattr(self.layer, "quant_method", None)
+        if isinstance(method, Sparse24LinearMethod) and method.linears[0].folded:
+            r = r[torch.from_numpy(method.linears[0].permutation).long()]
+        if isinstance(self.layer, RowParallelLinear):
+            here = self.layer.input_size_per_partition
+            r = r.narrow(0, self.layer.tp_rank * here, here)
+        return r / SCALE
+
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, rows, or those looked up] of x float32 [tokens, columns of this rank], over all ranks."""
+        layer = self.layer
+        if self.looked_up is not None:
+            y = x @ layer.quant_method.embedding(layer, self.looked_up.to(x.device)).float().T
+        else:
+            y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            y = tensor_model_parallel_all_reduce(y)
+        return y * SCALE
+
+    @property
+    def looked_up(self) -> torch.Tensor | None:
+        """The rows of an embedding that are looked up; None for a layer that multiplies."""
+        if not isinstance(self.layer, VocabParallelEmbedding) or isinstance(self.layer, ParallelLMHead):
+            return None
+        return torch.arange(0, self.rows, -(-self.rows // LOOKED_UP))
+
+    @property
+    def kernels(self) -> str:
+        """How it is computed, for errors; the same for layers that are computed alike."""
+        packed = getattr(self.layer, "ria_packed", None)
+        if packed is None:
+            return f"vLLM's {type(self.layer.quant_method).__name__}"
+        return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
+
+    def problem(self, schema: RiaSchema, expected: torch.Tensor, tokens: int) -> str | None:
+        """What is wrong with the layer, in a sentence; None if it computes what is `expected`, float32 [rows, 2].
+
+        Args:
+            tokens: so many rows r, -r, r, ... are multiplied.
+        """
+        device = next((tensor.device for tensor in self.layer.parameters() if tensor.numel()), torch.device("cpu"))
+        signs = 1 - 2 * (torch.arange(tokens) % 2)[:, None]
+        y = self.products((signs * self.input(schema)).to(device)).cpu() * signs
+        expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
+        known = ~expected[:, 0].isnan()
+        wanted, y = expected[known], y[:, known]
+        limit = proofs.bound(wanted, self.columns, self.dtype)
+        wrong = ~((y - wanted[:, 0]).abs() <= limit)  # also where it is NaN
+        if not bool(wrong.any()):
+            return None
+        matrices, count = ", ".join(self.loads), int(wrong.any(0).sum())
+        rows = f"{count} of its {int(known.sum())} rows"
+        first = y[wrong.any(1)][0]
+        if proofs.same_rows(first, wanted, limit):
+            reason = "they are the right ones in another order"
+        elif tokens > 1 and not bool(wrong[0].any()):
+            reason = f"with one token they are right, with {tokens} they are not"
+        else:
+            reason = "its weights, the order of its input channels, or what its kernel makes of them are others"
+        return f"{matrices} ({self.kernels}): {rows} are not what the checkpoint says: {reason}"
+
+
+class Prover:
+    """Proves the layers of one model.
+
+    Args:
+        model: complete, and not loaded yet.
+        taken: linear -> who loads its tensors in the place of the model.
+        embeddings: the model has embeddings and a head of its own.
+    """
+
+    def __init__(
+        self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
+    ):
+        self.layers = list(_layers(config, model, taken, embeddings))
+
+    def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> None:
+        """Prove all layers, and say so in the log.
+
+        Args:
+            schema: of the folder that the weights are from.
+            stored: matrix -> its proof, float32 [out, 2].
+            where: the folder or repository, for errors.
+
+        Raises:
+            RiaError: names the layers that compute something else.
+        """
+        start, proved = time.perf_counter(), 0
+        problems, unproved, asked = [], [], set()
+        for layer in self.layers:
+            expected = self._expected(layer, stored)
+            if expected is None:
+                unproved += list(layer.loads) or [layer.path]
+                continue
+            tokens = 1 if layer.kernels in asked else TOKENS
+            asked.add(layer.kernels)
+            problem = layer.problem(schema, expected, tokens)
+            proved += max(1, len(layer.loads))
+            if problem is not None:
+                problems.append(problem)
+        if problems:
+            more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
+            raise RiaError(
+                f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
+                "report this: `ria-vllm export` makes a dense folder that vLLM serves without ria-vllm."
+            )
+        took = time.perf_counter() - start
+        logger.info(
+            "ria-vllm: %d matrices compute what the checkpoint says (proved in %.1f s%s).", proved, took,
+            f"; {len(unproved)} were not proved: {', '.join(unproved[:3])}, ..." if unproved else "",
+        )  # fmt: skip
+
+    def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if layer.loads:
+            return layer.expected(stored)
+        others = (one for one in self.layers if one.loads and one.layer.weight is layer.layer.weight)
+        source = next(others, None)
+        return None if source is None else source.expected(stored)
+
+
+def _layers(
+    config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool
+) -> Iterator[Proved]:
+    """The layers whose products are those of matrices in the checkpoint."""
+    dense = dict(dense_layers(model, embeddings))
+    for path, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(layer, LinearBase) and isinstance(method, Sparse24LinearMethod):
+            shards = zip(method.names, method.layer_loader.shards.shard_ids)
+            loads = {name: partial(_send, method.row_loader, shard) for name, shard in shards}
+            loads |= {name: partial(_take, take, layer) for name in loads if (take := taken.get(name))}
+            yield Proved(path, layer, loads, sum(method.output_sizes), layer.input_size, method.dtype)
+        elif path in dense and layer.weight.dim() == 2 and not config.rearranged:  # its rows may be anywhere
+            rows, columns = layer.weight.shape[0], getattr(layer, "input_size", layer.weight.shape[1])
+            send = partial(_send, layer.weight.weight_loader)
+            loads = {name: partial(send, shard) for name, shard in _matrices(config, model, path, layer)}
+            if loads or isinstance(layer, ParallelLMHead):
+                yield Proved(path, layer, loads, rows, columns, layer.weight.dtype)
+
+
+def _matrices(
+    config: RiaConfig, model: torch.nn.Module, path: str, layer: torch.nn.Module
+) -> list[tuple[str, ShardId]]:
+    """(matrix of the checkpoint, shard) of a dense layer; empty if vLLM has its own way to divide it."""
+    if isinstance(layer, LinearBase):
+        linears = model.ria_linears.get(path, ())
+        try:
+            ids = ShardMap.of(layer, linears, len(getattr(layer, "output_sizes", None) or [0])).shard_ids
+        except RiaError:
+            return []
+        return list(zip(linears, ids)) if len(ids) == len(linears) else []
+    found = [name for name in config.stored or () if (path, None) in (destinations(model, name) or ())]
+    return [(name, None) for name in found[:1]]
+
+
+def _send(
+    load: Callable[..., None], shard: ShardId, parameter: ChannelQuantScaleParameter, proof: torch.Tensor
+) -> None:
+    load(parameter, proof, *(() if shard is None else (shard,)))
+
+
+def _take(take: Taker, layer: LinearBase, parameter: ChannelQuantScaleParameter, proof: torch.Tensor) -> None:
+    """`take` finds the parameter on the layer, where those of the weights are while it is loaded."""
+    parameter.weight_loader = layer.quant_method.row_loader
+    layer.proof = parameter
+    try:
+        take("proof", proof)
+    finally:
+        del layer.proof
