@@ -129,7 +129,7 @@ def test_resume_says_what_was_upgraded_and_what_is_damaged(tiny, text, tmp_path)
 
 
 def test_the_fingerprint_of_a_run_is_written_whole_or_not_at_all(tiny, text, tmp_path, monkeypatch):
-    def write(path, content):
+    def write(path, content, **_):
         path.write_bytes(content.encode()[:20])
         raise OSError(errno.EIO, "broken")
 
