@@ -4,7 +4,7 @@ Whoever multiplies with the matrix W [out, in] can show that it is the checkpoin
 multiplies on: it multiplies r [in], and compares with W r. A permutation, a fold, a shard, an old weight, a packed copy
 or a kernel that is wrong gives other numbers.
 
-r is made of a seed in config.json, and the same for all matrices: integers of magnitude 127 at most, exact in all
+r is made of a seed in config.json, and the same for all matrices: integers of magnitude 1 to 127, exact in all
 floating-point dtypes that models have. Half of them are 127 or -127, so that the part of r that a rank multiplies has
 one, too, and a token's scale to int8 rounds nothing. Where inputs are rounded to fp8, all of them are.
 
@@ -26,7 +26,7 @@ VARIABLE = "RIA_VLLM_PROOF"
 # A computer's unit of float32 is multiplied by this and by the root of the number of terms, for the order of sums.
 SUMS = 8.0
 _EPS = torch.finfo(torch.float32).eps
-_CHUNK = 1 << 24  # numbers in float64 at a time
+_CHUNK = 1 << 17  # numbers in float64 at a time: they stay in a core's cache
 
 
 def wanted() -> bool:
@@ -49,7 +49,7 @@ def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
     """
     drawn = hashlib.shake_128(f"ria-vllm proof {seed}".encode()).digest(2 * size)
     values, coins = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(size, 2).int().unbind(1)
-    values = (values - 128).clamp(min=-127)
+    values = (values - 128 + (values >= 128).int()).clamp(-127, 127)  # never 0: that channel would not be seen
     extreme = torch.where(values < 0, -127, 127)
     return extreme.float() if signs_only else torch.where(coins < 128, extreme, values).float()
 
@@ -57,11 +57,12 @@ def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
 def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
     """float32 [out, 2] of a matrix [out, in], see above. Summed in float64."""
     found = torch.empty(len(weight), 2, dtype=torch.float32)
-    r = r.double()
+    r = r.to(weight.device, torch.float64)
+    squares = r.square()
     for start in range(0, len(weight), rows := max(1, _CHUNK // max(1, weight.shape[1]))):
-        terms = weight[start : start + rows].double() * r
-        found[start : start + rows, 0] = terms.sum(1)
-        found[start : start + rows, 1] = terms.square_().sum(1).sqrt_()
+        part = weight[start : start + rows].double()
+        found[start : start + rows, 0] = part @ r
+        found[start : start + rows, 1] = (part.square() @ squares).sqrt_()
     return found
 
 
@@ -74,15 +75,17 @@ def bound(proof: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor
     """float32 [out]: how far a product may be from `proof`.
 
     An output in `dtype` is rounded, and so may be the weights, where the model is served in another dtype than it is
-    stored in or a kernel makes plain numbers of integers: independently of each other, so that the spread says how far
-    that goes. Sums in float32 depend on their order.
+    stored in or a kernel makes plain numbers of integers: almost independently of each other, so that the spread says
+    how far that goes. It goes farthest with int4 and one scale per row, where many weights are equal and rounded alike.
+    float16 has few exponents: small weights are rounded as its smallest numbers. Sums in float32 depend on their order.
 
     Args:
         proof: float32 [out, 2].
         columns: of the whole matrix.
     """
-    products, spread = proof[:, 0].abs(), proof[:, 1]
-    return torch.finfo(dtype).eps * (products + spread) + SUMS * _EPS * columns**0.5 * spread
+    products, spread, unit = proof[:, 0].abs(), proof[:, 1], torch.finfo(dtype)
+    smallest = unit.tiny * unit.eps * 127 * columns**0.5
+    return unit.eps * (products + 2 * spread) + smallest + SUMS * _EPS * columns**0.5 * spread
 
 
 def same_rows(products: torch.Tensor, proof: torch.Tensor, limit: torch.Tensor) -> bool:
