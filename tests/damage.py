@@ -8,8 +8,11 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ria_vllm import proofs
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
+
+PROOFS = "proofs/products.safetensors"
 
 
 def rewrite(path: Path, change, **metadata: str) -> None:
@@ -34,6 +37,29 @@ def bind(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     for path in folder.glob("model*.safetensors"):
         rewrite(path, lambda tensors: None, ria_permutations_digest=digest)
+
+
+def bind_proofs(folder: Path) -> None:
+    """Write the digest of the proofs into config.json, as an attacker would."""
+    stored = {name.removesuffix(".proof"): proof for name, proof in load_file(folder / PROOFS).items()}
+    content = b"".join(
+        name.encode() + b"\0" + struct.pack(f"<{proof.numel()}f", *proof.flatten().tolist())
+        for name, proof in sorted(stored.items())
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["proofs"]["digest"] = hashlib.sha256(content).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def prove(folder: Path) -> None:
+    """Write the proofs of what a folder holds by now, so that nothing shows that it was changed."""
+    reader = Reader(folder)
+    found = {
+        f"{name}.proof": proofs.proof(weight, reader.schema.proof_vector(weight.shape[1]))
+        for name, weight in reader.matrices()
+    }
+    save_file(found, folder / PROOFS)
+    bind_proofs(folder)
 
 
 def problems(folder: Path) -> list[str]:
@@ -68,16 +94,17 @@ class Damage:
         rewrite(self.file_of(tensor), apply)
 
     def rename(self, module: str, name: str) -> None:
-        """Give a module's tensors another name, in the weights, the index and the permutations."""
+        """Give a module's tensors another name, in the weights, the index, the permutations and the proofs."""
 
         def apply(tensors):
             for key in [key for key in tensors if key.startswith(f"{module}.")]:
                 tensors[name + key.removeprefix(module)] = tensors.pop(key)
 
-        for path in self.folder.glob("*.safetensors"):
+        for path in self.folder.rglob("*.safetensors"):
             rewrite(path, apply)
         self.edit_json("model.safetensors.index.json", lambda content: apply(content["weight_map"]))
         bind(self.folder)
+        bind_proofs(self.folder)
 
     def edit_json(self, file: str, change) -> None:
         """`change` edits the parsed content in place."""

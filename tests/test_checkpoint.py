@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from damage import bind, problems, rewrite
+from damage import bind, problems, prove, rewrite
 
 from ria_vllm.checkpoint import Reader, is_compressed
 from ria_vllm.errors import RiaError
 
 Q, OUT = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
-INDEX = "model.safetensors.index.json"
+INDEX, PROOFS = "model.safetensors.index.json", "proofs/products.safetensors"
 
 
 def test_every_linear_comes_back_in_the_models_own_order(pruned_llama):
@@ -86,8 +86,6 @@ def differ_within_a_group(p):
         (f"{Q}.input_permutation", lambda t: t.sort().values[:64], Q, "expected (128,)"),
         (f"{Q}.input_permutation", lambda t: t.view(2, 64), Q, "shape"),
         (f"{Q}.input_permutation", lambda t: t.half(), Q, "dtype"),
-        (f"{OUT}.input_permutation", swap_across_heads, OUT, "another head"),
-        (f"{OUT}.input_permutation", differ_within_a_group, OUT, "different orders"),
         ("model.norm.weight", lambda t: t * float("inf"), "model.norm.weight", "infinite"),
     ],
 )
@@ -96,6 +94,18 @@ def test_damaged_tensors_are_found_by_layer(damage, tensor, change, layer, words
     bind(damage.folder)
     found = problems(damage.folder)
     assert len(found) == 1 and layer in found[0] and words in found[0], found
+
+
+@pytest.mark.parametrize(
+    "change, words", [(swap_across_heads, "another head"), (differ_within_a_group, "different orders")]
+)
+def test_orders_that_no_fold_can_have(damage, change, words):
+    damage.replace(f"{OUT}.input_permutation", change)
+    bind(damage.folder)
+    changed, unfit = problems(damage.folder)
+    assert changed == f"{OUT}: its weights are not those that the checkpoint was written with ({PROOFS})"
+    prove(damage.folder)
+    assert problems(damage.folder) == [unfit] and OUT in unfit and words in unfit
 
 
 def test_any_bit_of_any_bitmask(damage):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from damage import bind, problems, rewrite
+from damage import bind, problems, prove, rewrite
 from safetensors.torch import load_file, save_file
 
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -19,6 +19,7 @@ def other_run(damage):
     rewrite(other / "permutations.safetensors", lambda tensors: tensors.update({f"{DOWN}.input_permutation":
         tensors[f"{DOWN}.input_permutation"].flip(0).contiguous()}))  # fmt: skip
     bind(other)
+    prove(other)
     assert problems(other) == []
     return other
 

@@ -237,7 +237,8 @@ def test_subfolders_that_belong_to_the_model(folder, hub, tmp_path):
     add_module(folder)
     run(folder, "user/model")
     arrived = {name for name in hub.branches["main"] if "/" in name}
-    assert arrived == {"2_Dense/config.json", "2_Dense/model.safetensors", "additional_chat_templates/short.jinja"}
+    modules = {"2_Dense/config.json", "2_Dense/model.safetensors", "additional_chat_templates/short.jinja"}
+    assert arrived == modules | {"proofs/products.safetensors"}
     (folder / "2_Dense" / "more.json").symlink_to(tmp_path / "secret.txt")
     with pytest.raises(RiaError, match="2_Dense/more.json: a link that leads out"):
         run(folder, "user/model")
