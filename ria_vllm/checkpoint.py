@@ -15,6 +15,7 @@ from ria_vllm.inputs import Inputs
 from ria_vllm.json_file import read_json
 from ria_vllm.open_files import OpenFiles
 from ria_vllm.progress import Monitor
+from ria_vllm.proofs import TRANSPOSED
 from ria_vllm.schema import (
     PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
@@ -183,11 +184,18 @@ class Reader:
 
     def matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(module, its weight [out, in] as `proofs` means it) of all matrices, one in memory at a time."""
-        yield from ((name, self._exact(self.linear(name))) for name in self.sparse_names)
+        for name in self.sparse_names:
+            yield from self._proved(name, self._exact(self.linear(name)))
         for name in self.dense_names:
             module, _, part = name.rpartition(".")
             if part == "weight" and (weight := self.tensor(name)).dim() == 2:
-                yield module, weight
+                yield from self._proved(module, weight)
+
+    def _proved(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The matrix, and where it has a proof as well, the transposed one."""
+        yield name, weight
+        if self.schema.proved_transposed(name):
+            yield name + TRANSPOSED, weight.T
 
     def _exact(self, linear: SparseLinear) -> torch.Tensor:
         """[out, in], which the model's dtype would round if it is of integers."""
@@ -202,11 +210,12 @@ class Reader:
         """What is wrong with a matrix [out, in] by its proof, which is taken from `stored`, in a sentence."""
         if self.schema.proofs is None:
             return
-        found = proofs.proof(weight, self.schema.proof_vector(weight.shape[1]))
-        if name not in stored:
-            yield f"{name}: no proof of it in {PROOFS_FILE}"
-        elif not proofs.agree(found, stored.pop(name)):
-            yield f"{name}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
+        for matrix, values in self._proved(name, weight):
+            found = proofs.proof(values, self.schema.proof_vector(values.shape[1]))
+            if matrix not in stored:
+                yield f"{matrix}: no proof of it in {PROOFS_FILE}"
+            elif not proofs.agree(found, stored.pop(matrix)):
+                yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
 
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""

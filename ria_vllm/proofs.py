@@ -11,6 +11,9 @@ one, too, and a token's scale to int8 rounds nothing. Where inputs are rounded t
 `proofs/products.safetensors` holds NAME.proof, float32 [out, 2], for each matrix NAME: W r, and the root of the sum of
 (W_ij r_j)^2 over a row, its spread, which says how far sums may be off. W is what the checkpoint stores, decoded, with
 rows and columns in the model's own order.
+
+NAME.transposed.proof is that of the transposed matrix. The down projections of pruned experts have it, too: what they
+read is not r but what an activation makes of it, see `ria_vllm.serve.proving_experts`.
 """
 
 import hashlib
@@ -22,6 +25,8 @@ import torch
 from ria_vllm.errors import RiaError
 
 PROOF_SUFFIX = ".proof"
+# Behind the name of a matrix that is transposed.
+TRANSPOSED = ".transposed"
 VARIABLE = "RIA_VLLM_PROOF"
 # A computer's unit of float32 is multiplied by this and by the root of the number of terms, for the order of sums.
 SUMS = 8.0
@@ -55,12 +60,12 @@ def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
 
 
 def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """float32 [out, 2] of a matrix [out, in], see above. Summed in float64."""
+    """float32 [out, 2] of a matrix [out, in] on any device, see above. Summed in float64, on the CPU."""
     found = torch.empty(len(weight), 2, dtype=torch.float32)
-    r = r.to(weight.device, torch.float64)
+    r = r.double()
     squares = r.square()
     for start in range(0, len(weight), rows := max(1, _CHUNK // max(1, weight.shape[1]))):
-        part = weight[start : start + rows].double()
+        part = weight[start : start + rows].cpu().double()
         found[start : start + rows, 0] = part @ r
         found[start : start + rows, 1] = (part.square() @ squares).sqrt_()
     return found

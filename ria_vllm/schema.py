@@ -28,7 +28,7 @@ from pydantic import (
 from ria_vllm import fp8, proofs
 from ria_vllm.errors import RiaError
 from ria_vllm.formats import of_quantization
-from ria_vllm.layer_schema import Experts, Fold, Producer
+from ria_vllm.layer_schema import Experts, Fold, Producer, numbers_in
 from ria_vllm.weight_format import WeightFormat
 
 FORMAT: Final = "sparse-24-bitmask"
@@ -193,6 +193,10 @@ class RiaSchema(BaseModel):
     def input_dtype(self) -> torch.dtype | None:
         """The dtype to which pruned linears round each token of their inputs; None: they do not."""
         return next((dtype for dtype, words in TOKENS.items() if words == self.input_activations), None)
+
+    def proved_transposed(self, name: str) -> bool:
+        """Whether the transposed matrix `name` has a proof, too."""
+        return any(numbers_in(experts.down, name) is not None for experts in self.experts)
 
     def proof_vector(self, size: int) -> torch.Tensor:
         """float32 [size], what proofs are products with."""

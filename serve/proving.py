@@ -149,6 +149,11 @@ class Prover:
         self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
     ):
         self.layers = list(_layers(config, model, taken, embeddings))
+        self.experts = []
+        if config.experts:
+            from ria_vllm.serve.proving_experts import proved_experts  # imports kernels for them
+
+            self.experts = list(proved_experts(model))
 
     def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> None:
         """Prove all layers, and say so in the log.
@@ -172,8 +177,14 @@ class Prover:
             asked.add(layer.kernels)
             problem = layer.problem(schema, expected, tokens)
             proved += max(1, len(layer.loads))
-            if problem is not None:
-                problems.append(problem)
+            problems += [problem] if problem else []
+        for experts in self.experts:
+            if not experts.can_be_proved(stored):
+                unproved += experts.matrices
+                continue
+            problem = experts.problem(schema, stored)
+            problems += [problem] if problem else []
+            proved += len(experts.matrices)
         if problems:
             more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
             raise RiaError(

@@ -10,15 +10,16 @@ from vllm.model_executor.model_loader.weight_utils import composed_weight_loader
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT
+from ria_vllm import proofs, sparse24
+from ria_vllm.formats import FLOAT, INTEGERS
 from ria_vllm.layer_schema import Experts, Fold, Producer
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.schema import INT8_TOKENS, Proofs, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.config import RiaConfig
 from ria_vllm.serve.folding import fold
 
 WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2
 AT = "model.experts.{i}"
+FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4-g32": INTEGERS[4, 32]}
 
 
 class Scan(torch.nn.Module):
@@ -160,7 +161,24 @@ class Checkpoint:
             found |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
         return found
 
-    def config(self):
+    def proofs(self, tensors):
+        """By the formula, of plain matrices in the model's own order of channels."""
+        schema, found = self.schema(), {}
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition(".")
+            if part == "bitmask":
+                parts = {one.name: tensors[f"{module}.{one.name}"] for one in self.weight_format.parts}
+                stored = self.weight_format.decode(parts, torch.float32)
+                tensor = torch.empty_like(stored)
+                tensor[:, self.orders[module]] = stored
+            elif part != "weight" or tensor.dim() != 2:
+                continue
+            found[module] = proofs.proof(tensor, schema.proof_vector(tensor.shape[1]))
+            if schema.proved_transposed(module):
+                found[module + proofs.TRANSPOSED] = proofs.proof(tensor.T, schema.proof_vector(len(tensor)))
+        return found
+
+    def schema(self):
         up, gate, down = (f"{AT}.{{e}}.{end}" for end in ("up", "gate", "down"))
         experts = Experts(module=AT, num_experts=EXPERTS, gate=gate, up=up, down=down)
         folds = [
@@ -168,13 +186,16 @@ class Checkpoint:
             for consumer, *producers in (("model.block.down", "model.block.gate", "model.block.up"), (down, gate, up))
         ]
         quantization = self.weight_format.quantization
-        schema = RiaSchema(
-            sparsity_config=SparsityConfig(), folds=folds if self.pruned_experts else folds[:1],
+        return RiaSchema(
+            sparsity_config=SparsityConfig(), proofs=Proofs(seed=1, digest="0" * 64),
+            folds=folds if self.pruned_experts else folds[:1],
             experts=[experts] if self.pruned_experts else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
             input_activations=None if quantization is None else INT8_TOKENS,
         )  # fmt: skip
-        config = RiaConfig(schema)
+
+    def config(self):
+        config = RiaConfig(schema := self.schema())
         config._read_names(list(self.tensors(0)))
         config.names = {name: name for name in config.stored}
         config.permutations = {name: order.int().numpy() for name, order in self.orders.items()}

@@ -4,122 +4,23 @@ The oracle: after any sequence of loads, the logits are those of a fresh server 
 the server has refused, and the logits are those of before, or it refuses to compute until all weights are of one model.
 """
 
-import random
 from copy import copy
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
-from reload_model import Checkpoint, Model
-from vllm.config import LoadConfig, get_current_vllm_config
+from reload_model import FORMATS, Checkpoint
+from reload_server import Server, watch
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import reload as vllm_reload
-from vllm.model_executor.model_loader import utils, weight_utils
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.model_executor.model_loader.reload import inplace, layerwise
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INTEGERS
-from ria_vllm.serve import plugin, reload
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
-from ria_vllm.serve.layerwise import watch_reloads
-
-IDS = torch.arange(11)
-HERE = SimpleNamespace(model="the folder", revision=None, dtype=torch.float32, quantization="ria",
-                       word_embeddings_untied_by_checkpoint=False)  # fmt: skip
-FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4-g32": INTEGERS[4, 32]}
 
 
 @pytest.fixture(autouse=True)
 def watched(ranks, monkeypatch):
-    """The plugin is registered for this test."""
-    from vllm.model_executor.layers import vocab_parallel_embedding as embeddings
-    from vllm.model_executor.layers.fused_moe import config as moe_config
-
-    for module in (embeddings, moe_config, weight_utils):
-        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
-        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
-    monkeypatch.setattr(embeddings, "tensor_model_parallel_all_reduce", lambda x: x)
-    for module, names in (
-        (utils, ["record_metadata_for_reloading"]),
-        (layerwise, ["initialize_layerwise_reload", "_layerwise_process", "finalize_layerwise_processing"]),
-        (vllm_reload, ["initialize_layerwise_reload"]),
-        (inplace, ["initialize_layerwise_reload"]),
-    ):
-        for name in names:
-            monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(reload, "check_reload", Server.check_reload)
-    monkeypatch.setattr(Server, "refuses", False)
-    plugin.watch_models()
-    watch_reloads()
-
-
-@dataclass
-class Server:
-    """A server of a checkpoint, as far as weights go."""
-
-    refuses: ClassVar[bool] = False  # the files are not those that it was started with
-    checkpoint: Checkpoint
-    model: Model
-
-    @classmethod
-    def check_reload(cls, *_, **__):
-        if cls.refuses:
-            raise RiaError("not the files of the start")
-
-    @classmethod
-    def started(cls, checkpoint, training, monkeypatch):
-        """With the weights of a training; with dummies if it is None."""
-        config = get_current_vllm_config()
-        config.load_config.load_format = "dummy" if training is None else "auto"
-        config.additional_config = {"tied": checkpoint.tied}
-        monkeypatch.setattr(config, "quant_config", checkpoint.config())
-        server = cls(checkpoint, utils.initialize_model(config, model_class=Model, model_config=None))
-        if training is None:
-            DummyModelLoader(LoadConfig(load_format="dummy")).load_weights(server.model, HERE)
-        else:
-            server.model.load_weights(server.files(checkpoint.tensors(training).items()))
-        utils.process_weights_after_loading(server.model, HERE, torch.device("cpu"))
-        return server
-
-    def files(self, tensors):
-        """As vLLM's loader reads them."""
-        loader = DefaultModelLoader(LoadConfig())
-        loader._get_weights_iterator = lambda source: ((name, tensor.clone()) for name, tensor in tensors)
-        return loader.get_all_weights(HERE, self.model)
-
-    def load(self, *pieces):
-        """As vLLM's `reload_weights` and weight transfer do it."""
-        vllm_reload.initialize_layerwise_reload(self.model)
-        for piece in pieces:
-            self.model.load_weights(piece)
-        vllm_reload.finalize_layerwise_reload(self.model, HERE)
-
-    def reload(self, training, **changed):
-        """From files."""
-        tensors = {name: changed.get(name, one) for name, one in self.checkpoint.tensors(training).items()}
-        self.load(self.files([(name, one) for name, one in tensors.items() if one is not None]))
-
-    def sync(self, tensors, pieces=1, shuffled=False):
-        """By a trainer."""
-        tensors = [(name, tensor.clone()) for name, tensor in tensors.items()]
-        if shuffled:
-            random.Random(pieces).shuffle(tensors)
-        self.load(*(tensors[piece::pieces] for piece in range(pieces)))
-
-    @torch.no_grad()
-    def logits(self):
-        """None if the server refuses to compute."""
-        try:
-            return self.model.compute_logits(self.model(IDS)).clone()
-        except RiaError as error:
-            assert "the answers would be those of no model" in str(error)
-            assert self.model.ria_reloads.stopped
-            return None
+    watch(monkeypatch)
 
 
 def of(tensors, *starts):
