@@ -124,7 +124,7 @@ class Proved:
         wrong = ~((y - wanted[:, 0]).abs() <= limit)  # also where it is NaN
         if not bool(wrong.any()):
             return None
-        matrices, count = ", ".join(self.loads), int(wrong.any(0).sum())
+        matrices, count = ", ".join(self.loads) or f"vLLM's layer {self.path}", int(wrong.any(0).sum())
         rows = f"{count} of its {int(known.sum())} rows"
         first = y[wrong.any(1)][0]
         if proofs.same_rows(first, wanted, limit):
@@ -191,11 +191,9 @@ class Prover:
                 f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
                 "report this: `ria-vllm export` makes a dense folder that vLLM serves without ria-vllm."
             )
-        took = time.perf_counter() - start
-        logger.info(
-            "ria-vllm: %d matrices compute what the checkpoint says (proved in %.1f s%s).", proved, took,
-            f"; {len(unproved)} were not proved: {', '.join(unproved[:3])}, ..." if unproved else "",
-        )  # fmt: skip
+        took, others = time.perf_counter() - start, ", ".join(unproved[:3])
+        left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
+        logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", proved, took, left)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:
