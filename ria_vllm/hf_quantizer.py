@@ -20,15 +20,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ria_vllm import proofs
 from ria_vllm.consistency import check_digests, check_prefix
 from ria_vllm.errors import RiaError
 from ria_vllm.hf_dtypes import kept_dtypes
 from ria_vllm.hf_experts import ExpertsConverter, expert_converters
 from ria_vllm.hf_inputs import round_inputs
+from ria_vllm.hf_proofs import disproved
 from ria_vllm.hf_unread import refuse_unread_weights
 from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin, Placement
-from ria_vllm.schema import PERMUTATIONS_FILE, QUANT_METHOD, RiaSchema
-from ria_vllm.side_files import load_permutations
+from ria_vllm.schema import PERMUTATIONS_FILE, PROOFS_FILE, QUANT_METHOD, RiaSchema
+from ria_vllm.side_files import checked_proofs, load_permutations
 from ria_vllm.sparse_linear import checked_linear
 from ria_vllm.weight_files import tensor_names
 
@@ -54,6 +56,9 @@ class Loading:
         self.schema = schema
         self.where: str | Path = ""
         self.permutations: dict[str, torch.Tensor] = {}
+        self.proofs: dict[str, torch.Tensor] = {}
+        self.files: dict[str, Path] = {}  # tensor -> where it is
+        self.rounded: dict[str, torch.dtype] = {}  # see `ria_vllm.hf_proofs`
         self.pruned: set[str] = set()
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
@@ -79,13 +84,14 @@ class Loading:
                 "example with a `device_map`, or divide the dense folder that `ria-vllm export` writes."
             )
         self.where = files[0].parent if files else name
-        path = _permutations_file(files[0].parent, self.schema.permutes) if files else None
+        path = _side_file(files[0].parent, PERMUTATIONS_FILE, self.schema.permutes) if files else None
         if path is None and self.schema.permutes:
             raise RiaError(
                 f"{self.where}: {PERMUTATIONS_FILE} is missing, though the model was compressed with permutations."
             )
         self.permutations = {} if path is None else load_permutations(path)
         stored = [name for file in files for name in tensor_names(file)]
+        self.files = {name: file for file in files for name in tensor_names(file)}
         twice = next((name for name, count in Counter(stored).items() if count > 1), None)
         if twice is not None:
             raise RiaError(f"{self.where}: {twice} is in two weight files. Get all files of one run.")
@@ -94,6 +100,8 @@ class Loading:
         for name in sorted(set(self.permutations) - self.pruned):
             raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, files, self.where)
+        if files and self.schema.proofs is not None and proofs.wanted():
+            self.proofs = checked_proofs(_side_file(files[0].parent, PROOFS_FILE, True), self.schema, self.where)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def close(self, model: torch.nn.Module, used: list[Any]) -> None:
@@ -124,6 +132,28 @@ class Loading:
         setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where, self.schema.input_dtype)
+
+    def prove(self, model: torch.nn.Module, used: list[Any]) -> None:
+        """Check that the model, loaded and complete, holds the matrices that the checkpoint was written with.
+
+        Args:
+            used: see `close`.
+
+        Raises:
+            RiaError: names the file and the linear of the first matrix that is another one.
+        """
+        if not self.proofs:
+            return
+        theirs = [entry for entry in used if isinstance(entry, WeightConverter) and not isinstance(entry, OURS)]
+        made = {name for entry in theirs for name in _made(entry, self.shapes)}
+        for name in disproved(model, self.placements, self.rounded, made, self.schema, self.proofs):
+            file = self.files.get(f"{name}.compressed") or self.files.get(f"{name}.weight") or self.where
+            raise RiaError(
+                f"{file}: {name}: what was loaded is not the matrix that the checkpoint was written with "
+                f"({PROOFS_FILE}). Run `ria-vllm verify`: if it finds a problem, get the files again. If not, "
+                "transformers has changed the weights: load the folder that `ria-vllm export` writes, or set "
+                f"{proofs.VARIABLE}=0."
+            )
 
     def _to_undo(self, used: list[Any]) -> list[Any]:
         """The conversions that `save_pretrained` undoes, so that its files are laid out as the dense model's are.
@@ -156,7 +186,10 @@ class Loading:
         name = names[0]
         linear = checked_linear(name, tensors, self.permutations.get(name), self.schema, self.where)
         self.claimed.add(name)
-        return replace(linear, dtype=self.dtype or linear.dtype).dense()
+        dtype = self.dtype or linear.dtype
+        exact = self.schema.weights is None and torch.promote_types(linear.dtype, dtype) == dtype
+        self.rounded[name] = torch.float32 if exact else dtype
+        return replace(linear, dtype=dtype).dense()
 
 
 class RiaQuantizer(HfQuantizer):
@@ -182,6 +215,7 @@ class RiaQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(kept.get(name, dtype or parameter.dtype))
+        self.loading.prove(model, conversions)
 
     def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **_: Any) -> bool:
         """transformers compares no shapes where this says yes. `Loading.close` does, and its errors name the file."""
@@ -255,9 +289,14 @@ OURS = (LinearConverter, ExpertsConverter)
 
 def _makes_only(conversion: Any, wanted: Collection[str], names: Collection[str]) -> bool:
     """Whether the parameters that a conversion makes, of those with these names, are some of the wanted ones."""
-    reverse = conversion.reverse_transform()
-    made = [name for name in names if reverse.rename_source_key(name)[1] is not None]
+    made = _made(conversion, names)
     return bool(made) and all(name in wanted for name in made)
+
+
+def _made(conversion: Any, names: Collection[str]) -> list[str]:
+    """Those of the parameters `names` that a conversion makes."""
+    reverse = conversion.reverse_transform()
+    return [name for name in names if reverse.rename_source_key(name)[1] is not None]
 
 
 def _is_beyond(module: Any, path: str) -> bool:
@@ -269,14 +308,14 @@ def _is_beyond(module: Any, path: str) -> bool:
     return False
 
 
-def _permutations_file(folder: Path, ask: bool) -> Path | None:
-    """The permutations file for the weights in `folder`: beside them or, if `ask`, from the folder's hub repository.
+def _side_file(folder: Path, name: str, ask: bool) -> Path | None:
+    """A file that belongs to the weights in `folder`: beside them or, if `ask`, from the folder's hub repository.
 
     Raises:
         RiaError: the hub did not provide it.
     """
-    if (folder / PERMUTATIONS_FILE).is_file():
-        return folder / PERMUTATIONS_FILE
+    if (folder / name).is_file():
+        return folder / name
     # The hub's cache holds only the files that were requested, in CACHE/models--USER--NAME/snapshots/COMMIT.
     cached = [p for p in folder.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     if not cached or not ask:
@@ -285,13 +324,13 @@ def _permutations_file(folder: Path, ask: bool) -> Path | None:
     repository = cached[0].parent.name.removeprefix("models--").replace("--", "/")
     try:
         found = cached_file(
-            repository, PERMUTATIONS_FILE, revision=commit, cache_dir=str(cached[0].parents[1]),
+            repository, name, revision=commit, cache_dir=str(cached[0].parents[1]),
             subfolder="/".join(subfolders), _raise_exceptions_for_missing_entries=False,
         )  # fmt: skip
     except OSError as error:  # the caller's `token=` is not known here
         reason = " ".join(str(error).split())
         raise RiaError(
-            f"{repository}: {PERMUTATIONS_FILE} is not in {folder}, and the hub did not provide it ({reason}). Run "
+            f"{repository}: {name} is not in {folder}, and the hub did not provide it ({reason}). Run "
             f"`hf auth login`, or download the whole repository first (`hf download {repository}`) and load "
             "that folder."
         ) from None

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from damage import rewrite
+from damage import prove, rewrite
 
 from ria_vllm import sparse24
 from ria_vllm.checkpoint import Reader
@@ -40,6 +40,7 @@ def with_integers(source, out: Path, format: IntFormat, rounds_inputs: bool):
     if rounds_inputs:
         config["quantization_config"]["input_activations"] = INT8_TOKENS.model_dump()
     (out / "config.json").write_text(json.dumps(config))
+    prove(out)
     reader = Reader(out)
     dense = {f"{name}.weight": reader.dense(name) for name in reader.sparse_names}
     for name, weight in dense.items():  # a folder to damage, not an oracle; but it has to be about right

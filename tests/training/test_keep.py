@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from damage import prove
 from quantized import quantized
 from sparse_llama import TOKENS, load, loss_of, masks, outside, train
 from torch import nn
@@ -186,6 +187,7 @@ def test_a_kept_weight_may_be_zero(damage):
     """Masks are what the folder says, not where weights are not zero."""
     name = "model.layers.0.mlp.up_proj"
     damage.replace(f"{name}.compressed", torch.zeros_like)
+    prove(damage.folder)
     model, mask = load(damage.folder), masks(damage.folder)[f"{name}.weight"]
     keep_sparse(model)
     train(model, OPTIMIZERS["adamw"](model.parameters()), steps=2)
