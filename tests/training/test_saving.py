@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from compressing import run_small
-from damage import rewrite
+from damage import prove, rewrite
 from moe import save_moe
 from safetensors.torch import load_file
 from sparse_llama import load, masks, train
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep_sparse, save
+from ria_vllm.training import keep_sparse, proofs, save
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -38,7 +38,7 @@ def logits(model):
 
 
 def check_like(new, like):
-    """Everything but the values and their digest is as it was: masks, orders, names, dtypes, files."""
+    """Everything but the values, their digest and proofs is as it was: masks, orders, names, dtypes, files."""
     reader, before = Reader(new), Reader(like)
     assert list(reader.problems()) == []
     assert list(reader.files) == list(before.files) or set(reader.files) == set(before.files)
@@ -52,7 +52,8 @@ def check_like(new, like):
     assert reader.permutations.keys() == before.permutations.keys()
     assert all(torch.equal(p, before.permutations[name]) for name, p in reader.permutations.items())
     left, right = (r.config["quantization_config"] for r in (reader, before))
-    changing = dict.fromkeys(("recipe", "weights_digest"))
+    assert left["proofs"]["seed"] == right["proofs"]["seed"] and reader.proofs().keys() == before.proofs().keys()
+    changing = dict.fromkeys(("recipe", "weights_digest", "proofs"))
     assert {**left, **changing} == {**right, **changing}
     assert left["recipe"].items() >= right["recipe"].items()
     return reader
@@ -247,6 +248,7 @@ def test_tensors_that_the_model_does_not_have_stay(tmp_path):
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
     tower = {"vision_tower.weight": torch.randn(3, 5)}
     rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors.update(tower))
+    prove(tmp_path / "out")
     saved = save(trained(tmp_path / "out"), tmp_path / "new", like=tmp_path / "out")
     assert saved.kept == ["vision_tower.weight"]
     reader = check_like(tmp_path / "new", tmp_path / "out")
@@ -270,6 +272,24 @@ def test_a_head_that_training_has_untied(tmp_path):
     again = load(tmp_path / "new")
     assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.to(Reader(tmp_path / "new").tensor("lm_head.weight")))
+
+
+def test_proofs_to_send(pruned_llama, damage, tmp_path):
+    """Of each matrix that was saved, by the weights that transformers reads, in float64."""
+    save(trained(pruned_llama.folder), tmp_path / "new", like=pruned_llama.folder)
+    found, state = dict(proofs(tmp_path / "new")), load(tmp_path / "new", torch.float64).state_dict()
+    matrices = {name.removesuffix(".weight"): weight for name, weight in state.items() if weight.dim() == 2}
+    assert found.keys() == {f"{name}.proof" for name in matrices}
+    schema = Reader(tmp_path / "new").schema
+    before = dict(proofs(pruned_llama.folder))
+    for name, weight in matrices.items():
+        terms = weight * schema.proof_vector(weight.shape[1]).double()
+        exact = torch.stack([terms.sum(1), terms.norm(dim=1)], 1)
+        assert bool(((found[f"{name}.proof"] - exact).abs() <= 2.0**-22 * exact.abs().sum(1, keepdim=True)).all())
+        assert not torch.equal(found[f"{name}.proof"], before[f"{name}.proof"])
+    damage.edit_json("config.json", lambda config: config["quantization_config"].pop("proofs"))
+    with pytest.raises(RiaError, match="without proofs. Save the model again"):
+        list(proofs(damage.folder))
 
 
 def test_several_shards(pruned_llama, tmp_path):
