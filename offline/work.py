@@ -98,7 +98,9 @@ def work_folder(
             if not begun:
                 writer.restart()
             with disk_errors(work):
-                write_whole(work / FINGERPRINT_FILE, json.dumps(run))
+                temporary = work / f"{FINGERPRINT_FILE}.tmp"
+                temporary.write_text(json.dumps(run))
+                os.replace(temporary, work / FINGERPRINT_FILE)
             ranks.barrier()
         try:
             if ranks.size > 1:
