@@ -3,7 +3,8 @@
 `--stop` stops at the first error. Otherwise the next folder follows.
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
-"first": "generate" or "reload" before the generation that counts, "lora": folder of an adapter,
+"first": "generate" or "reload" before the generation that counts, "loads": steps of `weight_updates.load`, each with
+whether it must be refused, "lora": folder of an adapter,
 "prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "score" each of "documents" for
 "query" (joined by "template", or null), or "load" (see `zoo.built`), "images": for each prompt the path of an image or
 null, "texts" with "image", the file that each of them shows, after the prompts}.
@@ -64,6 +65,13 @@ def run(job: dict[str, Any]) -> Any:
         llm.generate(prompts, sampling, use_tqdm=False)
     if job.get("first") == "reload":
         llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+    if "loads" in job:
+        from weight_updates import load
+
+        for step, refused in job["loads"]:
+            (error,) = llm.collective_rpc(load, args=(step,))
+            assert (error is not None) == refused, error
         llm.reset_prefix_cache()
     results = []
     for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter):

@@ -1,0 +1,69 @@
+"""Reloads and weight transfers in whole engines of vLLM, which then answer as one that was started with these weights.
+
+`test_reload_table` has every kind of layer and sequence, without an engine.
+"""
+
+import mixtures
+import pytest
+import tiny
+import torch
+from compare import generate, job_of
+
+pytestmark = pytest.mark.slow
+
+
+def plain(family, **settings):
+    """Writes a checkpoint of a training and returns its folder."""
+
+    def write(out, seed):
+        tiny.write(tiny.FAMILIES[family], out, scope="none", seed=seed, **settings)
+        return out
+
+    return write
+
+
+FAMILIES = {
+    "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
+    "tied": plain("gemma2"),
+    "fused, int8": plain("gpt-neox", weights="int8"),
+    "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
+}
+
+
+def sequences(first, second):
+    """Steps that end with the weights of `second`, or of `first`; whether each must be refused."""
+    broken = {"send": second, "pieces": 3, "broken": "layernorm.weight"}
+    return {
+        "files": ([({"reload": second}, False)], second),
+        "files, back": ([({"reload": second}, False), ({"reload": first}, False)], first),
+        "sent": ([({"send": second, "pieces": 4}, False)], second),
+        "refused, then sent": ([(broken, True), ({"send": second, "pieces": 2}, False)], second),
+        "left, then sent": (
+            [({"send": first, "pieces": 5, "left": 2}, True), ({"send": second, "pieces": 1}, False)], second
+        ),
+        "refused, then files": ([(broken, True), ({"reload": first}, False)], first),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def runs(request, tmp_path_factory):
+    """Name of a run -> its results; `first` and `second` are fresh engines."""
+    folder = tmp_path_factory.mktemp("updates")
+    first, second = (str(FAMILIES[request.param](folder / str(seed), seed)) for seed in (1, 2))
+    todo = sequences(first, second)
+    jobs = [job_of(place, {}) for place in (first, second)]
+    jobs += [job_of(first, {"loads": steps}) for steps, _ in todo.values()]
+    sent = [({"send": second, "pieces": 3}, False)]
+    jobs.append(job_of(first, {"engine": {"load_format": "dummy"}, "loads": sent}))
+    results = dict(zip(("first", "second", *todo, "dummies, then sent"), generate(folder / "run", jobs), strict=True))
+    return results, {name: "first" if end == first else "second" for name, (_, end) in todo.items()}
+
+
+@pytest.mark.parametrize("name", [*sequences("", ""), "dummies, then sent"])
+def test_an_engine_answers_as_if_started_with_its_weights(runs, name):
+    results, ends = runs
+    got, want, other = results[name], results[ends.get(name, "second")], results["first"]
+    assert "error" not in got, got
+    if ends.get(name) != "first":
+        assert torch.tensor([r["logprobs"] for r in want]).ne(torch.tensor([r["logprobs"] for r in other])).any()
+    assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
