@@ -260,3 +260,7 @@ class Reader:
                 yield f"{self.files[name]}: {name}: {reason}"
             elif name.endswith(".weight") and tensor.dim() == 2:
                 yield from self._disproved(name.removesuffix(".weight"), tensor, stored)
+        here = sparse | {name.removesuffix(".weight") for name in dense}
+        for name in sorted(stored):
+            if name.removesuffix(TRANSPOSED) not in here:
+                yield f"{name}: missing, though {PROOFS_FILE} has its proof"

@@ -373,6 +373,13 @@ def test_a_matrix_without_a_proof(damage):
     assert problems(damage.folder) == [f"{DOWN}: no proof of it in {PROOFS}"]
 
 
+def test_a_proof_without_its_matrix(damage):
+    """Its tensors may be lost without a trace: a shard, with its entries in the index."""
+    damage.replace("lm_head.weight", lambda tensor: None)
+    damage.edit_json("model.safetensors.index.json", lambda content: content["weight_map"].pop("lm_head.weight"))
+    assert problems(damage.folder) == [f"lm_head: missing, though {PROOFS} has its proof"]
+
+
 def test_a_folder_of_an_older_version_has_none(damage):
     shutil.rmtree(damage.folder / "proofs")
     damage.edit_json("config.json", lambda config: config["quantization_config"].pop("proofs"))

@@ -48,7 +48,7 @@ def test_no_local_path_is_published(model, text, tmp_path, monkeypatch):
         assert json.loads((out / "tokenizer_config.json").read_text()) == content | {
             "name_or_path": "older", "tokenizer_file": "t.json"
         }  # fmt: skip
-        assert not [path for path in out.iterdir() if b"secret" in path.read_bytes()]
+        assert not [path for path in out.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
 
 
 def test_the_license_comes_along_and_the_card_is_a_new_one(model, text, tmp_path):
