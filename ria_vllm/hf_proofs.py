@@ -58,6 +58,6 @@ def _matrices(
                 yield name, part, rounded[name]
         elif path.endswith(".weight") and weight.dim() == 2 and path not in made:
             module = path.removesuffix(".weight")
-            names = (module, prefix + module, module.removeprefix(prefix))
-            if name := next((name for name in names if name in stored), None):
-                yield name, weight, weight.dtype
+            known = [name for name in (module, prefix + module, module.removeprefix(prefix)) if name in stored]
+            if known:
+                yield known[0], weight, weight.dtype
