@@ -417,14 +417,14 @@ def weights_digest(entries: Sequence[Entry]) -> str:
 def _add_proofs(folder: Path) -> None:
     """Write the proofs of all matrices into a folder that is complete but for them, and their digest into config.json.
 
-    What a reader makes of the folder is proved, not what the writer meant to write.
+    What a reader makes of the folder is proved, not what the writer meant to write. Matrices with NaN or infinity, as
+    some models have in rows of the embedding that nobody reads, get no proof.
     """
     reader, place = Reader(folder), folder / PROOFS_FILE
     quantization = reader.config["quantization_config"]
     schema = reader.schema.model_copy(update={"proofs": Proofs(seed=SEED, digest="0" * 64)})
-    found = {
-        name: proofs.proof(weight, schema.proof_vector(weight.shape[1])) for name, weight in reader.matrices()
-    }  # fmt: skip
+    made = ((name, proofs.proof(weight, schema.proof_vector(weight.shape[1]))) for name, weight in reader.matrices())
+    found = {name: proof for name, proof in made if proofs.check(proof) is None}
     quantization["proofs"] = Proofs(seed=SEED, digest=proofs.digest(found)).model_dump()
     place.parent.mkdir()
     save_file({f"{name}{proofs.PROOF_SUFFIX}": tensor for name, tensor in found.items()}, place)

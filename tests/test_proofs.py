@@ -251,6 +251,20 @@ def test_a_folder_has_a_proof_of_every_matrix(pruned_llama, tmp_path, format):
     assert entry == {"seed": SEED, "digest": proofs.digest(reader.proofs())}
 
 
+def test_a_row_that_is_not_finite_does_not_make_the_folder_unreadable(damage, tmp_path):
+    def change(weight):
+        weight[99, 5] = math.nan
+        return weight
+
+    damage.replace(f"{EMBEDDING}.weight", change)
+    reader = written(Reader(damage.folder), tmp_path / "out", INT8)
+    assert EMBEDDING not in reader.proofs() and len(reader.proofs()) == 14 + 1
+    (found,) = reader.problems()
+    assert found.endswith(f"{EMBEDDING}.weight: a value is NaN or infinite")
+    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert int(state[f"{EMBEDDING}.weight"].isnan().sum()) == 1
+
+
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def mixture(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
