@@ -81,8 +81,9 @@ def watch_models() -> None:
 
             prover = Prover(config, model, taken, embeddings)
 
-            def prove(sent: Mapping[str, torch.Tensor] | None) -> None:
-                present = (EngineOptions.current().model_config if embeddings else None) or built_from
+            def prove(sent: Mapping[str, torch.Tensor] | None, first: bool) -> None:
+                # Only later may vLLM have another configuration of this model; at first, perhaps one of its target.
+                present = (EngineOptions.current().model_config if embeddings and not first else None) or built_from
                 if not proofs.wanted() or present is None or (sent is not None and config.schema.proofs is None):
                     return
                 schema, stored = (config.schema, sent) if sent is not None else proofs_of(config, present)

@@ -53,6 +53,8 @@ class ShardMap:
         shard_ids: tuple[ShardId, ...] = (None,)
         if len(linears) > 1:
             shard_ids = ("q", "k", "v") if is_qkv and len(linears) == 3 else tuple(range(len(linears)))
+        if uneven:
+            shard_ids = (tuple(range(num_outputs - 1)), num_outputs - 1)
         outputs: tuple[ShardId, ...] = ("q", "k", "v") if is_qkv else (None,)
         if num_outputs > 1 and not is_qkv:
             outputs = tuple(range(num_outputs))

@@ -67,7 +67,7 @@ class WeightStream:
         check_files: Callable[[], None] = lambda: None,
         arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
         embeddings: bool = True,
-        prove: Callable[[Mapping[str, torch.Tensor] | None], None] = lambda sent: None,
+        prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = lambda sent, first: None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -87,7 +87,8 @@ class WeightStream:
                 the linear's layer will not take it.
             embeddings: see `Reloads`.
             prove: raises a RiaError if layers do not compute what the model's files say, once all weights are packed.
-                If somebody has sent the weights, its argument are the proofs that came with them.
+                If somebody has sent the weights, its first argument are the proofs that came with them; the second is
+                whether this was the first load.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
@@ -133,14 +134,14 @@ class WeightStream:
                 translation.finish()
             if complete:
                 after_reload(left_out)
-            finish()
+            finish(first=False)
 
-        def finish() -> None:
+        def finish(first: bool) -> None:
             nonlocal complete
             from_files, complete = complete, False
             sent, self.proofs = self.proofs, {}
             if from_files or sent:
-                prove(None if from_files else sent)
+                prove(None if from_files else sent, first)
 
         process = getattr(model, "process_weights_after_loading", None)
 
@@ -148,7 +149,7 @@ class WeightStream:
             """vLLM calls this when all layers of a model are packed."""
             if process is not None:
                 process()
-            finish()
+            finish(first=True)
 
         reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings)
         model.load_weights = load_weights

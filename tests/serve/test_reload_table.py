@@ -5,6 +5,7 @@ the server has refused, and the logits are those of before, or it refuses to com
 """
 
 from copy import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,22 +50,26 @@ def sync_twice_then_files(server, new):
 
 # What is done with a server of training 1, and what it must have then.
 SEQUENCES = {
-    "files, the same": (lambda server, new: server.reload(1), lambda old, new: old),
-    "files, others": whole(lambda server, new: server.reload(2)),
-    "files, twice": whole(lambda server, new: (server.reload(3), server.reload(2))),
-    "all sent at once": whole(lambda server, new: server.sync(new)),
-    "all sent in pieces": whole(lambda server, new: server.sync(new, 5)),
-    "all sent in pieces, in any order": whole(lambda server, new: server.sync(new, 7, shuffled=True)),
-    "sent twice, then files": whole(sync_twice_then_files),
-    "a pruned layer": part("model.block.down."),
-    "a fused pruned layer": part("model.block.gate.", "model.block.up.", pieces=2),
-    "a dense layer": part("model.block.o."),
-    "a dense weight without its bias": part("model.block.o.weight"),
-    "a fused dense layer": part("model.block.q.", "model.block.k.", pieces=3),
-    "the embedding": part("model.embed."),
-    "the head, if there is one": part("model.head."),
-    "the experts": part("model.experts.", pieces=3),
-    "a scan and the norm": part("model.scan.", "model.norm."),
+    "reload: the same files": (lambda server, new: server.reload(1), lambda old, new: old),
+    "reload: files of other weights that are stored alike": whole(lambda server, new: server.reload(2)),
+    "two reloads in a row": whole(lambda server, new: (server.reload(3), server.reload(2))),
+    "sent: all weights at once": whole(lambda server, new: server.sync(new)),
+    "sent: all weights in pieces": whole(lambda server, new: server.sync(new, 5)),
+    "sent: all weights in pieces, in any order": whole(lambda server, new: server.sync(new, 7, shuffled=True)),
+    "sent twice, then a reload": whole(sync_twice_then_files),
+    "sent: all tensors of a pruned layer": part("model.block.down."),
+    "sent: all tensors of pruned linears that vLLM fuses into a layer": part(
+        "model.block.gate.", "model.block.up.", pieces=2
+    ),
+    "sent: all tensors of a dense layer": part("model.block.o."),
+    "sent: the weight of a dense layer without its bias, which stays": part("model.block.o.weight"),
+    "sent: all tensors of dense linears that vLLM fuses into a layer": part(
+        "model.block.q.", "model.block.k.", pieces=3
+    ),
+    "sent: the embedding, to which the head may be tied": part("model.embed."),
+    "sent: the head": part("model.head."),
+    "sent: all experts of a layer": part("model.experts.", pieces=3),
+    "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
 }
 
 
@@ -95,27 +100,27 @@ def outside(server, new):
 
 # What a server must refuse.
 REFUSED = {
-    "files of another model": outside,
-    "a dense weight for a pruned linear, after half of a fused layer": lambda server, new: server.sync(
+    "reload: files of another model, of other linears or of other channel orders": outside,
+    "sent: a dense weight for a pruned linear": lambda server, new: server.sync(
         {"model.block.q.weight": new["model.block.q.weight"], "model.block.down.weight": torch.zeros(128, 128)}
     ),
-    "a tensor of another shape, at last": wrong_in_the_middle,
-    "a name that no model has": lambda server, new: server.sync(
+    "sent: a tensor of another shape, after layers that are new already": wrong_in_the_middle,
+    "sent: a name that the model does not have": lambda server, new: server.sync(
         of(new, "model.block.q.") | {"model.who.weight": torch.ones(3)}
     ),
-    "a bias alone, pruned": sent("model.block.down.bias"),
-    "a bias alone, dense": sent("model.block.o.bias"),
-    "one of two biases": sent("model.block.q.bias"),
-    "half of a fused dense layer": sent("model.block.q.weight"),
-    "one half twice": lambda server, new: server.load(
+    "sent: the bias of a pruned layer without its weight": sent("model.block.down.bias"),
+    "sent: the bias of a dense layer without its weight": sent("model.block.o.bias"),
+    "sent: one of the biases of a fused layer": sent("model.block.q.bias"),
+    "sent: one of the dense linears of a fused layer": sent("model.block.q.weight"),
+    "sent: one of the dense linears of a fused layer, twice": lambda server, new: server.load(
         [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
         + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
     ),
-    "half of a fused pruned layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
-    "a scan's A alone": sent("model.scan.A"),
-    "an expert alone": lambda server, new: server.sync(of(new, "model.experts.0.1.")),
-    "left in the middle": left_in_the_middle,
-    "files without the head, or the embedding": lambda server, new: server.reload(
+    "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
+    "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
+    "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.experts.0.1.")),
+    "a trainer that goes away: the next sync begins anew": left_in_the_middle,
+    "reload: files without the head, or without the embedding": lambda server, new: server.reload(
         2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
     ),
 }
@@ -171,13 +176,22 @@ def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch
     new, before = server.checkpoint.tensors(2), server.logits()
     with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
         REFUSED[name](server, new)
-    if name != "left in the middle":  # until the next one begins, the model is vLLM's, and empty
+    if (
+        name != "a trainer that goes away: the next sync begins anew"
+    ):  # until the next one begins, the model is vLLM's, and empty
         after = server.logits()
         assert after is None or torch.equal(after, before)
     server.sync(new, 4, shuffled=True)
     check(server, new, monkeypatch)
     server.reload(1)
     torch.testing.assert_close(server.logits(), before, rtol=0, atol=0)
+
+
+def test_the_docs_have_this_table():
+    """After each name, whether a server then has these weights, or has refused them."""
+    rows = [f"| {name} | yes |" for name in SEQUENCES] + [f"| {name} | refused |" for name in REFUSED]
+    page = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
+    assert "\n".join(rows) in page, "\n".join(rows)
 
 
 def test_heads_are_packed_by_vllm_as_these_tests_assume():
