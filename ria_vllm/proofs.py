@@ -30,6 +30,10 @@ TRANSPOSED = ".transposed"
 VARIABLE = "RIA_VLLM_PROOF"
 # A computer's unit of float32 is multiplied by this and by the root of the number of terms, for the order of sums.
 SUMS = 8.0
+# The power of two by which r is divided before it is multiplied, so that products fit into float16.
+SCALE = 128.0
+# Rows of the input where a kernel is asked for the first time: it may have other ways for few tokens and for many.
+TOKENS = 33
 _EPS = torch.finfo(torch.float32).eps
 _CHUNK = 1 << 17  # numbers in float64 at a time: they stay in a core's cache
 
@@ -101,6 +105,40 @@ def same_rows(products: torch.Tensor, proof: torch.Tensor, limit: torch.Tensor) 
     """
     wanted, order = proof[:, 0].sort()
     return bool(((products.sort().values - wanted).abs() <= limit[order]).all())
+
+
+def tokens_of(r: torch.Tensor, count: int) -> torch.Tensor:
+    """float32 [count, columns], what a kernel multiplies: r [columns], -r, r, ... under SCALE."""
+    return _signs(count) * r / SCALE
+
+
+def fault(y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype) -> str | None:
+    """What is wrong with a kernel's products, in words that follow its name; None if they are those of a proof.
+
+    Args:
+        y: [tokens, out] on the CPU, the products with `tokens_of`.
+        proof: float32 [out, 2], in the order in which the rows are computed.
+        columns: of the whole matrix.
+        dtype: of the activations.
+    """
+    products = y.float() * SCALE * _signs(len(y))
+    limit = bound(proof, columns, dtype)
+    wrong = ~((products - proof[:, 0]).abs() <= limit)  # also where it is NaN
+    if not bool(wrong.any()):
+        return None
+    first = products[wrong.any(1)][0]
+    if same_rows(first, proof, limit):
+        reason = "they are the right ones in another order"
+    elif len(y) > 1 and not bool(wrong[0].any()):
+        reason = f"with one token they are right, with {len(y)} they are not"
+    else:
+        reason = "its weights, the order of its input channels, or what its kernel makes of them are others"
+    rows = f"{int(wrong.any(0).sum())} of its {len(proof)} rows"
+    return f"{rows} are not what the checkpoint says: {reason}"
+
+
+def _signs(count: int) -> torch.Tensor:
+    return 1 - 2 * (torch.arange(count) % 2)[:, None]
 
 
 def check(proof: torch.Tensor) -> str | None:

@@ -1,7 +1,7 @@
 """From the weights of a layer to the calls of kernels that compute it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,8 +10,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.registry import Choice, choose
+from ria_vllm.serve.kernels.registry import Choice, choose_and_pack
 from ria_vllm.serve.parameters import set_parameter
 from ria_vllm.weight_scheme import Weights
 
@@ -133,21 +132,6 @@ def pack_linear(
             set_parameter(layer, permutation_name, torch.from_numpy(permutation).to(device))
         calls.append(KernelCall(choice, tuple(names), permutation_name, group.start))
     return PackedLinear(tuple(calls), input_channels, weights.padding)
-
-
-def choose_and_pack(
-    weights: Weights, dtype: torch.dtype, input_dtype: torch.dtype | None = None
-) -> tuple[Choice, tuple[torch.Tensor, ...]]:
-    """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
-    config = LinearLayerConfig(
-        weights.device, dtype, weights.format, weights.out_features, weights.in_features, input_dtype
-    )
-    choice = choose(config)
-    if choice.widened_from is not None:
-        weights = weights.widened(dtype)
-    elif weights.widened_from is not None:
-        choice = replace(choice, widened_from=weights.widened_from)
-    return choice, choice.kernel.pack(choice.config, weights.parts)
 
 
 def local_permutation(

@@ -29,10 +29,6 @@ from ria_vllm.serve.stream import Taker
 
 logger = init_logger("vllm.ria")
 
-# The power of two by which the vector is divided, so that products fit into float16.
-SCALE = 128.0
-# Rows of the input where a kernel is asked for the first time: it may have other ways for few tokens and for many.
-TOKENS = 33
 LOOKED_UP = 256
 
 Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
@@ -72,7 +68,7 @@ class Proved:
         return parameter.data
 
     def input(self, schema: RiaSchema) -> torch.Tensor:
-        """float32 [columns of this rank], as the layer before would hand it over."""
+        """r, float32 [columns of this rank], as the layer before would hand it over."""
         r = schema.proof_vector(self.columns)
         method = getattr(self.layer, "quant_method", None)
         if isinstance(method, Sparse24LinearMethod) and method.linears[0].folded:
@@ -80,7 +76,7 @@ class Proved:
         if isinstance(self.layer, RowParallelLinear):
             here = self.layer.input_size_per_partition
             r = r.narrow(0, self.layer.tp_rank * here, here)
-        return r / SCALE
+        return r
 
     def products(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, rows, or those looked up] of x float32 [tokens, columns of this rank], over all ranks."""
@@ -91,7 +87,7 @@ class Proved:
             y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
             y = tensor_model_parallel_all_reduce(y)
-        return y * SCALE
+        return y
 
     @property
     def looked_up(self) -> torch.Tensor | None:
@@ -115,25 +111,12 @@ class Proved:
             tokens: so many rows r, -r, r, ... are multiplied.
         """
         device = next((tensor.device for tensor in self.layer.parameters() if tensor.numel()), torch.device("cpu"))
-        signs = 1 - 2 * (torch.arange(tokens) % 2)[:, None]
-        y = self.products((signs * self.input(schema)).to(device)).cpu() * signs
+        y = self.products(proofs.tokens_of(self.input(schema), tokens).to(device)).cpu()
         expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
         known = ~expected[:, 0].isnan()
-        wanted, y = expected[known], y[:, known]
-        limit = proofs.bound(wanted, self.columns, self.dtype)
-        wrong = ~((y - wanted[:, 0]).abs() <= limit)  # also where it is NaN
-        if not bool(wrong.any()):
-            return None
-        matrices, count = ", ".join(self.loads) or f"vLLM's layer {self.path}", int(wrong.any(0).sum())
-        rows = f"{count} of its {int(known.sum())} rows"
-        first = y[wrong.any(1)][0]
-        if proofs.same_rows(first, wanted, limit):
-            reason = "they are the right ones in another order"
-        elif tokens > 1 and not bool(wrong[0].any()):
-            reason = f"with one token they are right, with {tokens} they are not"
-        else:
-            reason = "its weights, the order of its input channels, or what its kernel makes of them are others"
-        return f"{matrices} ({self.kernels}): {rows} are not what the checkpoint says: {reason}"
+        fault = proofs.fault(y[:, known], expected[known], self.columns, self.dtype)
+        matrices = ", ".join(self.loads) or f"vLLM's layer {self.path}"
+        return fault and f"{matrices} ({self.kernels}): {fault}"
 
 
 class Prover:
@@ -173,7 +156,7 @@ class Prover:
             if expected is None:
                 unproved += list(layer.loads) or [layer.path]
                 continue
-            tokens = 1 if layer.kernels in asked else TOKENS
+            tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
             problem = layer.problem(schema, expected, tokens)
             proved += max(1, len(layer.loads))

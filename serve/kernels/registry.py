@@ -1,5 +1,6 @@
 """Which kernel serves a layer: the kernels of other packages first, then ours, in order of preference."""
 
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -14,6 +15,7 @@ from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 from ria_vllm.weight_format import WeightFormat
+from ria_vllm.weight_scheme import Weights
 
 ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 """The group under which other packages register their kernels, each a `LinearKernel` class."""
@@ -136,3 +138,18 @@ def choose(config: LinearLayerConfig) -> Choice:
     if config.device.type == "cpu":
         check_forced_instruction_set()
     return choice.choose(config, kernels(), reason_against)
+
+
+def choose_and_pack(
+    weights: Weights, dtype: torch.dtype, input_dtype: torch.dtype | None = None
+) -> tuple[Choice, tuple[torch.Tensor, ...]]:
+    """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
+    config = LinearLayerConfig(
+        weights.device, dtype, weights.format, weights.out_features, weights.in_features, input_dtype
+    )
+    choice = choose(config)
+    if choice.widened_from is not None:
+        weights = weights.widened(dtype)
+    elif weights.widened_from is not None:
+        choice = replace(choice, widened_from=weights.widened_from)
+    return choice, choice.kernel.pack(choice.config, weights.parts)
