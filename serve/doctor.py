@@ -1,8 +1,10 @@
-"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not another, and what is missing."""
+"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not another, and what is missing; with a
+folder, whether these kernels compute what it says."""
 
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +16,18 @@ import click
 import torch
 
 from ria_vllm import __version__
-from ria_vllm.errors import RiaError
+from ria_vllm.checkpoint import Reader
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.formats import FLOAT, FORMATS, IntFormat
 from ria_vllm.installing import IN_A_LINE
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError
 from ria_vllm.serve.kernels.cuda.build import find_nvcc
+from ria_vllm.serve.proving_folder import Findings, prove_folder
+from ria_vllm.weight_format import name_of
 from ria_vllm.weight_scheme import misfit
 
 VECTOR_FLAGS = (
@@ -260,14 +266,31 @@ def has_nvcc() -> bool:
     return True
 
 
+def proof_lines(found: Findings) -> list[str]:
+    """What came of a folder, in lines."""
+    lines = [f"wrong: {printable(problem)}" for problem in found.problems]
+    kernels = "; ".join(f"{count} by {how}" for how, count in found.kernels.items())
+    proved, left = found.kernels.total(), f" ({kernels})" if kernels else ""
+    lines.append(f"{proved} pruned linears compute what the checkpoint says{left}, {found.seconds:.1f} s")
+    if found.experts:
+        lines.append(f"{found.experts} linears of experts were left out: a server proves them when it loads them")
+    return lines
+
+
 @click.command()
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="bfloat16; for OUT, the model's own")
 @click.option("--shape", default="4096x4096", show_default=True, help="OUTxIN of the linear to choose a kernel for.")
 @click.option("--weights", type=click.Choice(list(FORMATS)), default="float", show_default=True, help="Their format.")
 @click.option("--activations", type=click.Choice(["float", "int8"]), default="float", show_default=True)
-def doctor(device: str, dtype: str, shape: str, weights: str, activations: str) -> None:
-    """Show which kernels this machine runs, and why."""
+def doctor(out: Path | None, device: str, dtype: str | None, shape: str, weights: str, activations: str) -> None:
+    """Show which kernels this machine runs, and why.
+
+    With a compressed folder OUT, also multiply with each of its pruned linears, and compare with their proofs. Names
+    each that is wrong, and then exits with status 1.
+    """
+    reader = None if out is None else Reader(out)
     out_features, _, in_features = shape.lower().partition("x")
     sizes = (out_features, in_features)
     if not all(size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) for size in sizes):
@@ -291,11 +314,11 @@ def doctor(device: str, dtype: str, shape: str, weights: str, activations: str) 
     ]
     for label, value in rows:
         click.echo(f"{label:16}{value}")
-    act_dtype, weight_format = DTYPES[dtype], FORMATS[weights]
+    act_dtype, weight_format = DTYPES[dtype or "bfloat16"], FORMATS[weights]
     input_dtype = torch.int8 if activations == "int8" else None
     linear = LinearLayerConfig(place, act_dtype, weight_format, int(out_features), int(in_features), input_dtype)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), input_dtype=input_dtype)
-    kinds = f"{dtype}" + (f", {weights} weights" if weight_format != FLOAT else "")
+    kinds = name_of(act_dtype) + (f", {weights} weights" if weight_format != FLOAT else "")
     kinds += f", inputs rounded to {activations}" if input_dtype is not None else ""
     click.echo(f"\nkernels for a {out_features} x {in_features} linear of {kinds} on {kind}, in order of preference:")
     for line in kernel_lines(linear):
@@ -305,3 +328,13 @@ def doctor(device: str, dtype: str, shape: str, weights: str, activations: str) 
         click.echo(f"  {line}")
     facts = take_facts(linear)
     click.echo(f"\nexpected to be fastest here: {advice(facts)}")
+    if reader is None:
+        return
+    monitor = Monitor()
+    with monitor.live():
+        found = prove_folder(reader, place, None if dtype is None else act_dtype, monitor)
+    click.echo(f"\nproofs of {printable(str(out))} on {kind}:")
+    for line in proof_lines(found):
+        click.echo(f"  {line}")
+    if found.problems:
+        sys.exit(1)
