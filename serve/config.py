@@ -66,6 +66,7 @@ class RiaConfig(QuantizationConfig):
         model_built: a model was built with this config.
         rearranged: vLLM's model changes the order of rows.
         one_head: attention has one query head, so that a fold through it may look like any other.
+        scales_head: vLLM's model scales the rows of the head as it loads them.
     """
 
     def __init__(self, schema: RiaSchema, compressed_tensors: CompressedTensorsConfig | None = None):
@@ -95,6 +96,7 @@ class RiaConfig(QuantizationConfig):
         self.model_built = False
         self.rearranged = False
         self.one_head = False
+        self.scales_head = False
 
     def __repr__(self) -> str:
         return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
@@ -132,6 +134,7 @@ class RiaConfig(QuantizationConfig):
         self.rearranged = vllm_quirks.rearranged(hf_config)
         text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
         self.one_head = getattr(text_config, "num_attention_heads", None) == 1
+        self.scales_head = bool(getattr(text_config, "norm_head", False))  # BailingMoe
         try:
             headers = WeightHeaders(self.where, revision)
         except OutOfReach as error:

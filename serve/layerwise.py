@@ -83,7 +83,8 @@ def _original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Reloads:
-    """The reloads of one model.
+    """The reloads of one model. During one, each layer has `ria_path`, its path, and `ria_renewed`, whether it has new
+    weights.
 
     Args:
         model: as vLLM built it, with all layers.
@@ -91,6 +92,7 @@ class Reloads:
         after: called when a reload has ended, with the paths of the layers that got nothing, see `left_out`. It may
             raise a RiaError, which makes the model compute nothing.
         embeddings: the model has embeddings and a head of its own. A draft may have its target's.
+        before: called before a reload begins.
 
     Attributes:
         stopped: the model refuses to compute, because some of its layers have weights of a reload that failed.
@@ -102,11 +104,13 @@ class Reloads:
         dtype: torch.dtype,
         after: Callable[[Sequence[str]], None],
         embeddings: bool = True,
+        before: Callable[[], None] = lambda: None,
     ):
         self.model = model
         self.dtype = dtype
         self.after = after
         self.embeddings = embeddings
+        self.before = before
         self.stopped: _Stopped | None = None
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -119,6 +123,7 @@ class Reloads:
     def begin(self, begin: Callable[[torch.nn.Module], None]) -> None:
         """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first."""
         self.give_up()
+        self.before()
         for path, layer in self.model.named_modules():
             layer.__dict__["ria_path"], layer.__dict__["ria_renewed"] = path, False
             if (method := _ours(layer)) is not None:
@@ -137,11 +142,13 @@ class Reloads:
             info = layerwise.get_layerwise_info(layer)
             info.loaded_weights.clear()
             info.load_numel = min(info.load_numel, 0)
-        _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
-        for tensor, before in self._kept:
-            tensor.copy_(before)
-        self._kept = []
-        self._stop_if_renewed()
+        try:
+            _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
+        finally:
+            for tensor, before in self._kept:
+                tensor.copy_(before)
+            self._kept = []
+            self._stop_if_renewed()
 
     def end(self, end: Callable[[], None]) -> None:
         """End a reload, by vLLM's `end`.
@@ -153,7 +160,9 @@ class Reloads:
         left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
         tied = tied_layers(self.model)
         for layer in self.model.modules():  # attention is packed elsewhere
-            layer.__dict__["ria_renewed"] |= layerwise.get_layerwise_info(layer).load_numel > 0
+            layer.__dict__["ria_renewed"] = (
+                layer.__dict__.get("ria_renewed") or layerwise.get_layerwise_info(layer).load_numel > 0
+            )
         try:
             end()
             for layer in tied:
@@ -177,8 +186,10 @@ class Reloads:
             self.stopped = None
 
     def _stop_if_renewed(self) -> None:
-        """Have the model refuse to compute if some of its layers have new weights."""
-        if self.stopped is None and any(layer.__dict__["ria_renewed"] for layer in self.model.modules()):
+        """Have the model refuse to compute if some of its layers have new weights, or may have on another rank."""
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
+        if self.stopped is None and (renewed or not alone):
             self.stopped = _Stopped(self.model)
 
 
@@ -190,11 +201,11 @@ class _Stopped:
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
-        self.before = model.__dict__.get("compute_logits")
         self.hook = model.register_forward_pre_hook(self._refuse)
-        # CUDA graphs replay what is below without a call.
-        if hasattr(model, "compute_logits"):
-            model.__dict__["compute_logits"] = self._refuse
+        # CUDA graphs are replayed without a call of the model.
+        names = [name for name in ("compute_logits", "compute_logits_local") if hasattr(model, name)]
+        self.before = {name: model.__dict__.get(name) for name in names}
+        model.__dict__.update(dict.fromkeys(names, self._refuse))
 
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise RiaError(
@@ -204,9 +215,10 @@ class _Stopped:
 
     def undo(self) -> None:
         self.hook.remove()
-        self.model.__dict__.pop("compute_logits", None)
-        if self.before is not None:
-            self.model.__dict__["compute_logits"] = self.before
+        for name, before in self.before.items():
+            del self.model.__dict__[name]
+            if before is not None:
+                self.model.__dict__[name] = before
 
 
 def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -> None:

@@ -9,8 +9,10 @@ import torch
 def register() -> None:
     """Register quant_method "ria" with vLLM."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    from vllm.v1.worker.worker_base import WorkerBase
 
     from ria_vllm.schema import QUANT_METHOD
+    from ria_vllm.serve import served
     from ria_vllm.serve.config import RiaConfig
     from ria_vllm.serve.layerwise import watch_reloads
 
@@ -18,6 +20,7 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(RiaConfig)
         watch_models()
         watch_reloads()
+        WorkerBase.ria_prove = served.prove
 
 
 def watch_models() -> None:
@@ -86,9 +89,16 @@ def watch_models() -> None:
                 present = (EngineOptions.current().model_config if embeddings and not first else None) or built_from
                 if not proofs.wanted() or present is None or (sent is not None and config.schema.proofs is None):
                     return
+                if first and str(present.model) != config.where:
+                    return  # a draft that is built with the configuration of its target has other files
                 schema, stored = (config.schema, sent) if sent is not None else proofs_of(config, present)
                 prover.prove(schema, stored, str(present.model))
 
+            def prove_served() -> tuple[str | None, int]:
+                schema, stored = proofs_of(config, EngineOptions.current().model_config)
+                return schema.proofs and schema.proofs.digest, prover.prove(schema, stored, where)
+
+            model.ria_prove = prove_served
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
                 functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),

@@ -40,7 +40,7 @@ class Proved:
 
     Attributes:
         path: in the model.
-        loads: matrix of the checkpoint -> puts its proof where the layer's loader puts its rows.
+        loads: (matrix of the checkpoint, puts its proof where the layer's loader puts its rows). A tied head has none.
         rows: of the layer on this rank.
         columns: of the whole input.
         dtype: of its activations.
@@ -48,31 +48,44 @@ class Proved:
 
     path: str
     layer: torch.nn.Module
-    loads: Mapping[str, Load]
+    loads: tuple[tuple[str, Load], ...]
     rows: int
     columns: int
     dtype: torch.dtype
 
     def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """float32 [rows, 2], the proof of the layer's rows in the order in which it computes them, NaN for those that
-        no matrix has; None without a proof of all its matrices."""
-        if not self.loads or not all(name in stored for name in self.loads):
+        no matrix has; None without a proof of all its matrices, or if a model loads a dense layer in a way of its own.
+        """
+        if not self.loads or not all(name in stored for name in self.matrices):
             return None
         data = torch.full((self.rows, 2), torch.nan, dtype=torch.float32)
         parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=lambda *_: None)
-        for name in ("tp_rank", "tp_size"):
+        for name in ("tp_rank", "tp_size"):  # as `update_param_tp_status` sets them
             if hasattr(self.layer, name):
                 setattr(parameter, name, getattr(self.layer, name))
-        for name, load in self.loads.items():
-            load(parameter, stored[name])
+        try:
+            for name, load in self.loads:
+                load(parameter, stored[name])
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            if self._is_pruned:
+                raise
+            return None
         return parameter.data
+
+    @property
+    def matrices(self) -> list[str]:
+        return [name for name, _ in self.loads]
+
+    @property
+    def _is_pruned(self) -> bool:
+        return isinstance(self.layer.quant_method, Sparse24LinearMethod)
 
     def input(self, schema: RiaSchema) -> torch.Tensor:
         """r, float32 [columns of this rank], as the layer before would hand it over."""
         r = schema.proof_vector(self.columns)
-        method = getattr(self.layer, "quant_method", None)
-        if isinstance(method, Sparse24LinearMethod) and method.linears[0].folded:
-            r = r[torch.from_numpy(method.linears[0].permutation).long()]
+        if self._is_pruned and (first := self.layer.quant_method.linears[0]).folded:
+            r = r[torch.from_numpy(first.permutation).long()]
         if isinstance(self.layer, RowParallelLinear):
             here = self.layer.input_size_per_partition
             r = r.narrow(0, self.layer.tp_rank * here, here)
@@ -110,13 +123,23 @@ class Proved:
         Args:
             tokens: so many rows r, -r, r, ... are multiplied.
         """
-        device = next((tensor.device for tensor in self.layer.parameters() if tensor.numel()), torch.device("cpu"))
+        device = self._device
         y = self.products(proofs.tokens_of(self.input(schema), tokens).to(device)).cpu()
         expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
         known = ~expected[:, 0].isnan()
-        fault = proofs.fault(y[:, known], expected[known], self.columns, self.dtype)
-        matrices = ", ".join(self.loads) or f"vLLM's layer {self.path}"
+        # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
+        tf32 = device.type == "cuda" and self.dtype == torch.float32
+        fault = proofs.fault(y[:, known], expected[known], self.columns, torch.float16 if tf32 else self.dtype)
+        matrices = ", ".join(self.matrices) or f"vLLM's layer {self.path}"
         return fault and f"{matrices} ({self.kernels}): {fault}"
+
+    @property
+    def _device(self) -> torch.device:
+        """Of what the kernel multiplies with; offloading may move other parameters."""
+        packed = getattr(self.layer, "ria_packed", None)
+        names = ["weight"] if packed is None else packed.parameters
+        tensors = [getattr(self.layer, name) for name in names]
+        return next((tensor.device for tensor in tensors if tensor.numel()), torch.device("cpu"))
 
 
 class Prover:
@@ -138,8 +161,8 @@ class Prover:
 
             self.experts = list(proved_experts(model))
 
-    def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> None:
-        """Prove all layers, and say so in the log.
+    def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> int:
+        """Prove all layers, and say so in the log. Returns the number of matrices.
 
         Args:
             schema: of the folder that the weights are from.
@@ -154,7 +177,7 @@ class Prover:
         for layer in self.layers:
             expected = self._expected(layer, stored)
             if expected is None:
-                unproved += list(layer.loads) or [layer.path]
+                unproved += layer.matrices or [layer.path]
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
@@ -172,16 +195,18 @@ class Prover:
             more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
             raise RiaError(
                 f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
-                "report this: `ria-vllm export` makes a dense folder that vLLM serves without ria-vllm."
+                f"report this; `ria-vllm export` makes a dense folder, and {proofs.VARIABLE}=0 serves without proofs."
             )
         took, others = time.perf_counter() - start, ", ".join(unproved[:3])
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
         logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", proved, took, left)
+        return proved
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:
             return layer.expected(stored)
-        others = (one for one in self.layers if one.loads and one.layer.weight is layer.layer.weight)
+        weight = layer.layer.weight
+        others = (one for one in self.layers if one.loads and getattr(one.layer, "weight", None) is weight)
         source = next(others, None)
         return None if source is None else source.expected(stored)
 
@@ -191,34 +216,52 @@ def _layers(
 ) -> Iterator[Proved]:
     """The layers whose products are those of matrices in the checkpoint."""
     dense = dict(dense_layers(model, embeddings))
+    paths = {path for path, layer in dense.items() if isinstance(layer, VocabParallelEmbedding)}
+    tables = {
+        path: [(name, shard)]
+        for name in sorted((config.stored or set()) - config.expert_linears)
+        for path, shard in destinations(model, name) or ()
+        if path in paths and shard is None
+    }
     for path, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
         if isinstance(layer, LinearBase) and isinstance(method, Sparse24LinearMethod):
             shards = zip(method.names, method.layer_loader.shards.shard_ids)
-            loads = {name: partial(_send, method.row_loader, shard) for name, shard in shards}
-            loads |= {name: partial(_take, take, layer) for name in loads if (take := taken.get(name))}
+            loads = tuple(
+                (
+                    name,
+                    partial(_take, taken[name], layer) if taken.get(name) else partial(_send, method.row_loader, shard),
+                )
+                for name, shard in shards
+            )
             yield Proved(path, layer, loads, sum(method.output_sizes), layer.input_size, method.dtype)
-        elif path in dense and layer.weight.dim() == 2 and not config.rearranged:  # its rows may be anywhere
+        elif path in dense and _keeps_weight(config, layer):
             rows, columns = layer.weight.shape[0], getattr(layer, "input_size", layer.weight.shape[1])
-            send = partial(_send, layer.weight.weight_loader)
-            loads = {name: partial(send, shard) for name, shard in _matrices(config, model, path, layer)}
+            matrices = _linears(model, path, layer) if isinstance(layer, LinearBase) else tables.get(path, [])
+            loads = tuple((name, partial(_send, layer.weight.weight_loader, shard)) for name, shard in matrices)
             if loads or isinstance(layer, ParallelLMHead):
                 yield Proved(path, layer, loads, rows, columns, layer.weight.dtype)
 
 
-def _matrices(
-    config: RiaConfig, model: torch.nn.Module, path: str, layer: torch.nn.Module
-) -> list[tuple[str, ShardId]]:
-    """(matrix of the checkpoint, shard) of a dense layer; empty if vLLM has its own way to divide it."""
-    if isinstance(layer, LinearBase):
-        linears = model.ria_linears.get(path, ())
-        try:
-            ids = ShardMap.of(layer, linears, len(getattr(layer, "output_sizes", None) or [0])).shard_ids
-        except RiaError:
-            return []
-        return list(zip(linears, ids)) if len(ids) == len(linears) else []
-    found = [name for name in config.stored or () if (path, None) in (destinations(model, name) or ())]
-    return [(name, None) for name in found[:1]]
+def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
+    """Whether a dense layer has its matrix as the checkpoint stores it.
+
+    Models may rearrange rows, or scale those of the head; convolutions have no matrix. Latent attention takes kv_b_proj
+    apart, and decodes with parts that no proof covers.
+    """
+    absorbed = getattr(layer, "prefix", "").endswith("kv_b_proj")
+    scaled = config.scales_head and isinstance(layer, ParallelLMHead)
+    return layer.weight.dim() == 2 and not (config.rearranged or absorbed or scaled)
+
+
+def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:
+    """(linear of the checkpoint, shard) of a dense layer; empty if it is not known how vLLM divides it."""
+    linears = getattr(model, "ria_linears", {}).get(path, ())
+    try:
+        ids = ShardMap.of(layer, linears, len(getattr(layer, "output_sizes", None) or [0])).shard_ids
+    except RiaError:
+        return []
+    return list(zip(linears, ids)) if len(ids) == len(linears) else []
 
 
 def _send(

@@ -56,7 +56,14 @@ class ProvedExperts:
         """Whether the proofs tell what comes out: not with biases between the products, which no proof has."""
         downs = [self.method.experts.linear("down", expert) + TRANSPOSED for expert in self._experts]
         known = all(name in stored for name in (*self.matrices, *downs))
-        return known and activation_of(self.layer) is not None and not self.method.moe.has_bias
+        return known and activation_of(self.layer) is not None and not self.method.moe.has_bias and self._can_be_asked
+
+    @property
+    def _can_be_asked(self) -> bool:
+        """Whether the kernel takes tokens outside of a step of the engine. vLLM's own may wait for other ranks."""
+        method, moe = self.method, self.method.moe
+        alone = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
+        return self.layer.ria_experts is not None or (alone and not method.is_monolithic)
 
     def problem(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor]) -> str | None:
         """What is wrong with the experts, in a sentence; None if they compute what the proofs say."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig
 
+from ria_vllm import proofs
 from ria_vllm.checkpoint import is_compressed
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint, quantization_of
 from ria_vllm.errors import RiaError
@@ -118,6 +119,8 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
     schema = RiaSchema.parse(content["quantization_config"], str(path))
     if permutations:
         permutations_of(model, revision, schema)
+    if proofs.wanted():
+        proofs_of(config, model_config)
     headers = _headers(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)

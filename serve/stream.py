@@ -98,6 +98,11 @@ class WeightStream:
             nonlocal loaded, complete
             complete = False
             first, all_files = not loaded, are_files(weights)
+            if packed and not reloads.is_on:
+                raise RiaError(
+                    "weights arrive outside of a reload, when all layers are packed. Load them with vLLM's "
+                    "reload_weights or its weight transfer, or start the server again."
+                )
             # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
             from_files = not isinstance(weights, list | tuple)
             if loaded:
@@ -126,6 +131,7 @@ class WeightStream:
             try:
                 return load_checked(weights, *args, **kwargs)
             except BaseException:
+                self.proofs.clear()
                 reloads.give_up()
                 raise
 
@@ -137,21 +143,26 @@ class WeightStream:
             finish(first=False)
 
         def finish(first: bool) -> None:
+            """Prove what has come from files, or with proofs."""
             nonlocal complete
             from_files, complete = complete, False
-            sent, self.proofs = self.proofs, {}
+            sent = dict(self.proofs)
+            self.proofs.clear()
             if from_files or sent:
                 prove(None if from_files else sent, first)
 
+        packed = False
         process = getattr(model, "process_weights_after_loading", None)
 
         def process_weights_after_loading() -> None:
             """vLLM calls this when all layers of a model are packed."""
+            nonlocal packed
+            packed = True
             if process is not None:
                 process()
             finish(first=True)
 
-        reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings)
+        reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings, self.proofs.clear)
         model.load_weights = load_weights
         model.process_weights_after_loading = process_weights_after_loading
         model.ria_reloads = reloads

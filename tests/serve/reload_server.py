@@ -41,6 +41,7 @@ def watch(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(reload, "check_reload", Server.check_reload)
+    monkeypatch.setattr(reload, "check_first_load", lambda *_, **__: None)
     monkeypatch.setattr(reload, "proofs_of", Server.proofs_of)
     monkeypatch.setattr(get_current_vllm_config(), "model_config", HERE)
     monkeypatch.setattr(Server, "refuses", False)
@@ -75,6 +76,7 @@ class Server:
         config.load_config.load_format = "dummy" if training is None else "auto"
         config.additional_config = {"tied": checkpoint.tied}
         monkeypatch.setattr(config, "quant_config", checkpoint.config())
+        config.quant_config.where = HERE.model
         server = cls(checkpoint, utils.initialize_model(config, model_class=Model, model_config=None))
         if training is None:
             DummyModelLoader(LoadConfig(load_format="dummy")).load_weights(server.model, HERE)

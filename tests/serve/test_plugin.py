@@ -70,6 +70,7 @@ def built(ranks, monkeypatch):
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(reload, "check_reload", lambda *_, **__: None)
+    monkeypatch.setattr(reload, "proofs_of", lambda config, *_: (config.schema, {}))
     plugin.watch_models()
     watch_reloads()
     config, stored = get_current_vllm_config(), stored_model()
