@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from urllib.request import Request, urlopen
 
 import click
 from rich.console import Console
@@ -112,7 +113,8 @@ def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:
 
 @click.command()
 @click.argument("out", type=FOLDER)
-def verify(out: Path) -> None:
+@click.option("--served", metavar="URL", help="Ask a vLLM server with VLLM_SERVER_DEV_MODE=1 whether it computes OUT.")
+def verify(out: Path, served: str | None) -> None:
     """Check every invariant of the compressed checkpoint OUT.
 
     Prints each problem with its layer, and exits with status 1 if there is any.
@@ -135,6 +137,32 @@ def verify(out: Path) -> None:
         f"{out}: no problems. {len(reader.sparse_names)} pruned linears, {len(reader.permuted_names)} of them "
         f"permuted, {len(reader.dense_names)} other tensors."
     )
+    if served is not None:
+        counts = ", ".join(_proved(served, reader))
+        click.echo(f"{served}: computes what {out} says. Matrices that its ranks have proved: {counts}.")
+
+
+def _proved(url: str, reader: Reader) -> list[str]:
+    """How many matrices each rank of a server has proved.
+
+    Raises:
+        RiaError: it cannot be asked, or computes something else.
+    """
+    question = json.dumps({"method": "ria_prove"}).encode()
+    request = Request(f"{url.rstrip('/')}/collective_rpc", question, {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=600) as answer:
+            ranks = [(rank["digest"], str(rank["matrices"]), rank["problem"]) for rank in json.load(answer)["results"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RiaError(
+            f"{url} cannot be asked ({error}). Start vLLM's server with VLLM_SERVER_DEV_MODE=1 and this ria-vllm."
+        ) from None
+    for digest, _, problem in ranks or [(None, "0", None)]:
+        if problem is not None:
+            raise RiaError(f"{url}: {problem}")
+        if digest is None or digest != (reader.schema.proofs and reader.schema.proofs.digest):
+            raise RiaError(f"{url}: it serves another folder than {reader.folder}, or one without proofs.")
+    return [count for _, count, _ in ranks]
 
 
 @click.command()

@@ -2,8 +2,10 @@
 
 import json
 import re
+import threading
 import time
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -256,3 +258,46 @@ def test_commands_that_read_all_weights_say_how_far_they_are(pruned_llama, damag
 def test_push_says_how_far_its_check_is(pruned_llama, slow_reader, capsys):
     checked(pruned_llama.folder)
     assert "... checking pruned linears " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([{"digest": None, "matrices": 3, "problem": None}], None),  # None: of this folder
+        ([{"digest": "", "matrices": 3, "problem": "layer 5 is wrong"}], "^URL: layer 5 is wrong$"),
+        ([{"digest": "0" * 64, "matrices": 3, "problem": None}], "^URL: it serves another folder than"),
+        ([{"digest": None, "matrices": 3, "problem": None}, {}], "^URL cannot be asked .*VLLM_SERVER_DEV_MODE=1"),
+        ([], "^URL: it serves another folder than"),
+        (404, "^URL cannot be asked .*404"),
+    ],
+)
+def test_verify_believes_what_every_rank_of_a_server_says(pruned_llama, answer, said):
+    own = json.loads((pruned_llama.folder / "config.json").read_text())["quantization_config"]["proofs"]["digest"]
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            ranks = [] if answer == 404 else answer
+            results = [rank and rank | {"digest": rank["digest"] or own} for rank in ranks]
+            self.send_response(404 if answer == 404 else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"results": results}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        if said is None:
+            found = run(verify, pruned_llama.folder, "--served", url)
+            assert found.exit_code == 0 and "Matrices that its ranks have proved: 3." in found.output
+        else:
+            with pytest.raises(RiaError, match=said.replace("URL", url)):
+                run(verify, pruned_llama.folder, "--served", url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert asked == [("/collective_rpc", {"method": "ria_prove"})]

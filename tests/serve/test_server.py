@@ -14,6 +14,10 @@ import openai
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
+
+from ria_vllm.errors import RiaError
+from ria_vllm.folder_commands import verify
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +33,7 @@ def serving(folder: Path, log: Path, *arguments: str):
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 400
@@ -57,6 +61,19 @@ def server(tmp_path_factory):
     tiny.add_tokenizer(folder / "out")
     with serving(folder / "out", folder / "log", "--dtype", "float32", "--served-model-name", "small") as url:
         yield url, model, folder / "log"
+
+
+def test_verify_asks_the_server(server, tmp_path):
+    """A folder of other weights is not what it serves. The server goes on."""
+    url, _, log = server
+    ours, other = log.parent / "out", tmp_path / "out"
+    tiny.write(tiny.FAMILIES["llama-gqa"], other, seed=1)
+    found = CliRunner().invoke(verify, [str(ours), "--served", url], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    assert f"computes what {ours} says. Matrices that its ranks have proved: 16." in found.output
+    with pytest.raises(RiaError, match="it serves another folder than"):
+        CliRunner().invoke(verify, [str(other), "--served", url], catch_exceptions=False)
+    urllib.request.urlopen(f"{url}/health", timeout=5)
 
 
 def test_completion_has_the_logprobs_of_the_pruned_model(server):
