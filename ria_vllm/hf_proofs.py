@@ -29,13 +29,15 @@ def disproved(
         made: parameters that transformers has made of other tensors; nothing is known of these.
         stored: matrix -> its proof, float32 [out, 2].
     """
-    for name, weight, dtype in _matrices(model, placements, rounded, made, stored):
+    for name, weight, dtype, padding in _matrices(model, placements, rounded, made, stored):
         found = proofs.proof(weight, schema.proof_vector(weight.shape[1]))
         proof = stored.get(name)
         if proof is None or len(proof) != len(found):
             yield name
             continue
         limit = proofs.bound(proof, weight.shape[1], dtype)
+        if padding is not None:
+            limit[padding] = torch.inf
         if not bool(((found - proof)[:, 0].abs() <= limit).all()):
             yield name
 
@@ -46,8 +48,9 @@ def _matrices(
     rounded: Rounded,
     made: Collection[str],
     stored: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    """(name in the checkpoint, weight [out, in], the dtype to which it may have been rounded)."""
+) -> Iterator[tuple[str, torch.Tensor, torch.dtype, int | None]]:
+    """(name in the checkpoint, weight [out, in], the dtype to which it may have been rounded, the row of an embedding
+    that pads, which some models empty)."""
     prefix = f"{model.base_model_prefix}."
     for path, parameter in model.named_parameters():
         weight = parameter.detach()
@@ -55,9 +58,10 @@ def _matrices(
             continue
         if path in placements:
             for name, part in placements[path].split(weight):
-                yield name, part, rounded[name]
+                yield name, part, rounded[name], None
         elif path.endswith(".weight") and weight.dim() == 2 and path not in made:
             module = path.removesuffix(".weight")
             known = [name for name in (module, prefix + module, module.removeprefix(prefix)) if name in stored]
             if known:
-                yield known[0], weight, weight.dtype
+                padding = getattr(model.get_submodule(module), "padding_idx", None)
+                yield known[0], weight, weight.dtype, padding
