@@ -15,10 +15,13 @@ vLLM has no hooks for this, so `watch_reloads` wraps three of its functions.
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.reload import inplace, layerwise
@@ -30,6 +33,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.completeness import dense_layers
 
 _ORIGINAL = "ria_original"
+# Seconds that a rank waits for others when it has its new weights.
+PATIENCE = 300
 
 
 def watch_reloads() -> None:
@@ -95,6 +100,7 @@ class Reloads:
         before: called before a reload begins.
 
     Attributes:
+        number: of the last reload, the same on all ranks.
         stopped: the model refuses to compute, because some of its layers have weights of a reload that failed.
     """
 
@@ -111,6 +117,7 @@ class Reloads:
         self.after = after
         self.embeddings = embeddings
         self.before = before
+        self.number = 0
         self.stopped: _Stopped | None = None
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -124,6 +131,7 @@ class Reloads:
         """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first."""
         self.give_up()
         self.before()
+        self.number += 1
         for path, layer in self.model.named_modules():
             layer.__dict__["ria_path"], layer.__dict__["ria_renewed"] = path, False
             if (method := _ours(layer)) is not None:
@@ -155,7 +163,7 @@ class Reloads:
 
         Raises:
             RiaError: a layer got a part of its weights only, or layers keep those of a reload that had failed; or see
-                `after`.
+                `after` and `_wait_for_ranks`.
         """
         left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
         tied = tied_layers(self.model)
@@ -176,6 +184,7 @@ class Reloads:
             self.give_up()
             raise
         try:
+            self._wait_for_ranks()
             self.after(left)
         except BaseException:
             self._stop_if_renewed()
@@ -184,6 +193,24 @@ class Reloads:
         if self.stopped is not None:
             self.stopped.undo()
             self.stopped = None
+
+    def _wait_for_ranks(self) -> None:
+        """Wait until all tensor-parallel ranks have got as far as this one: none may serve what another has refused.
+
+        Raises:
+            RiaError: one has not.
+        """
+        if not torch.distributed.is_initialized() or (group := get_tp_group()).world_size == 1:
+            return
+        # Not a barrier: after one that a rank has missed, a group is of no use any more.
+        store, name = _get_default_store(), f"ria-vllm reload/{group.ranks[0]}/{self.number}"
+        store.set(f"{name}/{group.rank}", "")
+        try:
+            store.wait([f"{name}/{rank}" for rank in group.ranks], timedelta(seconds=PATIENCE))
+        except RuntimeError as error:
+            raise RiaError(
+                f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
+            ) from error
 
     def _stop_if_renewed(self) -> None:
         """Have the model refuse to compute if some of its layers have new weights, or may have on another rank."""

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from compare import generate, job_of
+from runs import ONE_THREAD_EACH, TWO_RANKS
 
 pytestmark = pytest.mark.slow
 
@@ -66,4 +67,16 @@ def test_an_engine_answers_as_if_started_with_its_weights(runs, name):
     assert "error" not in got, got
     if ends.get(name) != "first":
         assert torch.tensor([r["logprobs"] for r in want]).ne(torch.tensor([r["logprobs"] for r in other])).any()
+    assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
+
+
+def test_what_one_rank_refuses_no_rank_serves(tmp_path):
+    """The other rank has all of its new weights by then."""
+    write = plain("qwen2")
+    first, second = (str(write(tmp_path / str(seed), seed)) for seed in (1, 2))
+    broken = {"send": second, "pieces": 2, "broken": "norm.weight", "rank": 1, "patience": 5}
+    steps = [(broken, True), ({"send": second, "pieces": 3, "patience": 100}, False)]
+    jobs = [job_of(second, {"engine": TWO_RANKS}), job_of(first, {"engine": TWO_RANKS, "loads": steps})]
+    want, got = generate(tmp_path / "run", jobs, **ONE_THREAD_EACH)
+    assert "error" not in got, got
     assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
