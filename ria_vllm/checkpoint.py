@@ -13,7 +13,7 @@ from ria_vllm.consistency import check_digests, check_prefix, problems_of_folds,
 from ria_vllm.errors import RiaError
 from ria_vllm.inputs import Inputs
 from ria_vllm.json_file import read_json
-from ria_vllm.open_files import OpenFiles
+from ria_vllm.open_files import MOST_BYTES, OpenFiles
 from ria_vllm.progress import Monitor
 from ria_vllm.proofs import TRANSPOSED
 from ria_vllm.schema import (
@@ -61,6 +61,9 @@ def _what_works(quantization: Any) -> str:
 class Reader:
     """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
+    Args:
+        most_bytes: of what was read that stay mapped.
+
     Attributes:
         inputs: what tells whether the folder has changed since.
 
@@ -68,10 +71,10 @@ class Reader:
         RiaError: from the constructor and from every method, naming file and layer.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, most_bytes: int = MOST_BYTES):
         self.folder = Path(folder)
         self.inputs = Inputs(self.folder)
-        self._open = OpenFiles()
+        self._open = OpenFiles(most_bytes)
         self.config = read_json(self.folder / "config.json")
         quantization = self.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:

@@ -420,7 +420,7 @@ def _add_proofs(folder: Path) -> None:
     What a reader makes of the folder is proved, not what the writer meant to write. Matrices with NaN or infinity, as
     some models have in rows of the embedding that nobody reads, get no proof.
     """
-    reader, place = Reader(folder), folder / PROOFS_FILE
+    reader, place = Reader(folder, most_bytes=1 << 25), folder / PROOFS_FILE  # a run has memory for a layer
     quantization = reader.config["quantization_config"]
     schema = reader.schema.model_copy(update={"proofs": Proofs(seed=SEED, digest="0" * 64)})
     made = ((name, proofs.proof(weight, schema.proof_vector(weight.shape[1]))) for name, weight in reader.matrices())
