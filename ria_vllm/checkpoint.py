@@ -58,6 +58,9 @@ def _what_works(quantization: Any) -> str:
     )
 
 
+BLOCK = 1 << 22  # numbers of a large matrix that are read at a time
+
+
 class Reader:
     """A compressed checkpoint folder. Opening it reads only headers and the permutations.
 
@@ -193,6 +196,30 @@ class Reader:
             module, _, part = name.rpartition(".")
             if part == "weight" and (weight := self.tensor(name)).dim() == 2:
                 yield from self._proved(module, weight)
+
+    def proved(self, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
+        """(module, its proof) of all `matrices`, of which only a part is in memory if they are large and stored plain.
+
+        Args:
+            schema: says which vector they are proved with.
+        """
+        for name in self.sparse_names:
+            for matrix, weight in self._proved(name, self._exact(self.linear(name))):
+                yield matrix, proofs.proof(weight, schema.proof_vector(weight.shape[1]))
+        for name in self.dense_names:
+            module, _, part = name.rpartition(".")
+            shape = self._open.shape(self.files[name], name)
+            if part != "weight" or len(shape) != 2:
+                continue
+            if schema.proved_transposed(module):
+                weight = self.tensor(name)
+                yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
+            r, rows = schema.proof_vector(shape[1]), max(1, BLOCK // max(1, shape[1]))
+            blocks = (
+                proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)), r)
+                for start in range(0, shape[0], rows)
+            )
+            yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
 
     def _proved(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The matrix, and where it has a proof as well, the transposed one."""

@@ -36,8 +36,8 @@ class OpenFiles:
         except (SafetensorError, OSError) as error:
             raise RiaError(f"{path}: cannot read {name} ({error}). Get the file again.") from None
 
-    def read(self, path: Path, name: str, index: int | None = None) -> torch.Tensor:
-        """`tensor`, or its part with this index in the first dimension, with the errors of safetensors and the system.
+    def read(self, path: Path, name: str, index: int | slice | None = None) -> torch.Tensor:
+        """`tensor`, or this part of it in the first dimension, with the errors of safetensors and the system.
 
         Raises:
             SafetensorError, OSError: the file cannot be read, or does not have it.

@@ -423,8 +423,7 @@ def _add_proofs(folder: Path) -> None:
     reader, place = Reader(folder, most_bytes=1 << 25), folder / PROOFS_FILE  # a run has memory for a layer
     quantization = reader.config["quantization_config"]
     schema = reader.schema.model_copy(update={"proofs": Proofs(seed=SEED, digest="0" * 64)})
-    made = ((name, proofs.proof(weight, schema.proof_vector(weight.shape[1]))) for name, weight in reader.matrices())
-    found = {name: proof for name, proof in made if proofs.check(proof) is None}
+    found = {name: proof for name, proof in reader.proved(schema) if proofs.check(proof) is None}
     quantization["proofs"] = Proofs(seed=SEED, digest=proofs.digest(found)).model_dump()
     place.parent.mkdir()
     save_file({f"{name}{proofs.PROOF_SUFFIX}": tensor for name, tensor in found.items()}, place)

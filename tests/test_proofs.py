@@ -16,7 +16,7 @@ from moe import save_moe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm import proofs, sparse24
+from ria_vllm import checkpoint, proofs, sparse24
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
@@ -249,6 +249,14 @@ def test_a_folder_has_a_proof_of_every_matrix(pruned_llama, tmp_path, format):
     assert list(reader.problems()) == []
     entry = json.loads((reader.folder / "config.json").read_text())["quantization_config"]["proofs"]
     assert entry == {"seed": SEED, "digest": proofs.digest(reader.proofs())}
+
+
+def test_a_large_matrix_is_proved_block_by_block(pruned_llama, monkeypatch):
+    reader = Reader(pruned_llama.folder)
+    monkeypatch.setattr(checkpoint, "BLOCK", 1000)
+    found, whole = dict(reader.proved(reader.schema)), reader.proofs()
+    assert found.keys() == whole.keys()
+    assert all(proofs.agree(found[name], whole[name]) for name in whole)
 
 
 def test_a_row_that_is_not_finite_does_not_make_the_folder_unreadable(damage, tmp_path):
