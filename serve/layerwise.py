@@ -13,21 +13,20 @@ vLLM has no hooks for this, so `watch_reloads` wraps three of its functions.
 """
 
 import functools
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
-from vllm.model_executor.model_loader import reload
-from vllm.model_executor.model_loader.reload import inplace, layerwise
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel_loaded
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
-from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.completeness import dense_layers
@@ -77,10 +76,16 @@ def watch_reloads() -> None:
         (initialize_layerwise_reload, begin), (_layerwise_process, pack), (finalize_layerwise_processing, end)
     ):  # fmt: skip
         setattr(wrapper, _ORIGINAL, original)
-    for module in (reload, layerwise, inplace):
+    for module in holders(layerwise.initialize_layerwise_reload):
         module.initialize_layerwise_reload = initialize_layerwise_reload
     layerwise._layerwise_process = _layerwise_process
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+
+
+def holders(function: Callable[..., Any]) -> list[ModuleType]:
+    """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
+    named = function.__name__
+    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(named) is function]
 
 
 def _original(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,7 +274,7 @@ def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -
     for name, parameter in layer._parameters.items():
         if parameter is None or name in SKIP_TENSORS:
             continue  # what did not come keeps its old values
-        wanted = get_tensor_load_numel(parameter)
+        wanted = _numbers_of(parameter)
         if isinstance(layer, VocabParallelEmbedding):
             wanted = min(wanted, 1)  # rows of padding are not in any file
         elif name.startswith(("w13_", "w2_")) and layer.moe_config.hidden_dim != layer.moe_config.hidden_dim_unpadded:
@@ -279,6 +284,11 @@ def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -
                 f"vLLM's layer {path}: {numbers[name]} of the {wanted} numbers in its {name} came in this reload. A "
                 "reload replaces all weights of each layer that it has any of: send all of them together."
             )
+
+
+def _numbers_of(tensor: torch.Tensor) -> int:
+    """How many numbers of a parameter are loaded; a parameter that takes none says so."""
+    return getattr(tensor, "weight_loader_numel", tensor.numel())
 
 
 def _ours(layer: torch.nn.Module) -> Any:
@@ -295,7 +305,7 @@ def without_weights(model: torch.nn.Module) -> list[str]:
         info = layerwise.get_layerwise_info(layer)
         if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
             continue
-        wanted = [name for name, tensor in info.restore_metadata[0].items() if get_tensor_load_numel(tensor)]
+        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
         if wanted and not any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values()):
             found.append(path)
     return found

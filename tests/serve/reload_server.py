@@ -12,13 +12,14 @@ from vllm.model_executor.model_loader import reload as vllm_reload
 from vllm.model_executor.model_loader import utils, weight_utils
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-from vllm.model_executor.model_loader.reload import inplace, layerwise
+from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin, reload
-from ria_vllm.serve.layerwise import watch_reloads
+from ria_vllm.serve.layerwise import holders, watch_reloads
 
 IDS = torch.arange(11)
+BEGIN = "initialize_layerwise_reload"
 HERE = SimpleNamespace(model="the folder", revision=None, dtype=torch.float32, quantization="ria",
                        word_embeddings_untied_by_checkpoint=False)  # fmt: skip
 
@@ -34,9 +35,8 @@ def watch(monkeypatch):
     monkeypatch.setattr(embeddings, "tensor_model_parallel_all_reduce", lambda x: x)
     for module, names in (
         (utils, ["record_metadata_for_reloading"]),
-        (layerwise, ["initialize_layerwise_reload", "_layerwise_process", "finalize_layerwise_processing"]),
-        (vllm_reload, ["initialize_layerwise_reload"]),
-        (inplace, ["initialize_layerwise_reload"]),
+        (layerwise, ["_layerwise_process", "finalize_layerwise_processing"]),
+        *((module, [BEGIN]) for module in holders(getattr(layerwise, BEGIN))),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
