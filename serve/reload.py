@@ -119,8 +119,8 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
     schema = RiaSchema.parse(content["quantization_config"], str(path))
     if permutations:
         permutations_of(model, revision, schema)
-    if proofs.wanted():
-        proofs_of(config, model_config)
+        if proofs.wanted():
+            proofs_of(config, model_config)
     headers = _headers(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)

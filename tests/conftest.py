@@ -25,6 +25,12 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 128, 192, 4, 2, 2
 HEAD_DIM = HIDDEN // HEADS
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """A test that leaves torch without gradients spoils no other."""
+    torch.set_grad_enabled(True)
+
+
 @dataclass(frozen=True)
 class PrunedLlama:
     """folder: the compressed model. source: its dense model. dense: what every tensor must be after export."""

@@ -10,7 +10,7 @@ import mixtures
 import pytest
 import tiny
 import torch
-from damage import bind, rewrite
+from damage import bind, prove, rewrite
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -112,6 +112,7 @@ def test_saved_under_the_newer_names_of_the_files(tmp_path):
     config = folder / "config.json"
     config.write_text(config.read_text().replace("block_sparse_moe", "mlp"))
     bind(folder)
+    prove(folder)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
     check_files(tmp_path / "saved", dense)
 
