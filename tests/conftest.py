@@ -25,8 +25,7 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 128, 192, 4, 2, 2
 HEAD_DIM = HIDDEN // HEADS
 
 
-@pytest.fixture(autouse=True)
-def gradients():
+def pytest_runtest_setup() -> None:
     """A test that leaves torch without gradients spoils no other."""
     torch.set_grad_enabled(True)
 
