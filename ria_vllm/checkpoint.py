@@ -188,17 +188,8 @@ class Reader:
         """
         return self.dense_tensors().keys() - set(self.dense_names)
 
-    def matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(module, its weight [out, in] as `proofs` means it) of all matrices, one in memory at a time."""
-        for name in self.sparse_names:
-            yield from self._proved(name, self._exact(self.linear(name)))
-        for name in self.dense_names:
-            module, _, part = name.rpartition(".")
-            if part == "weight" and (weight := self.tensor(name)).dim() == 2:
-                yield from self._proved(module, weight)
-
     def proved(self, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
-        """(module, its proof) of all `matrices`, of which only a part is in memory if they are large and stored plain.
+        """(matrix, its proof) of all matrices, one in memory at a time, and of large plain ones only a part.
 
         Args:
             schema: says which vector they are proved with.

@@ -8,7 +8,6 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ria_vllm import proofs
 from ria_vllm.checkpoint import Reader
 from ria_vllm.errors import RiaError
 
@@ -54,10 +53,7 @@ def bind_proofs(folder: Path) -> None:
 def prove(folder: Path) -> None:
     """Write the proofs of what a folder holds by now, so that nothing shows that it was changed."""
     reader = Reader(folder)
-    found = {
-        f"{name}.proof": proofs.proof(weight, reader.schema.proof_vector(weight.shape[1]))
-        for name, weight in reader.matrices()
-    }
+    found = {f"{name}.proof": proof for name, proof in reader.proved(reader.schema)}
     save_file(found, folder / PROOFS)
     bind_proofs(folder)
 
