@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,7 +16,9 @@ from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 from ria_vllm.weight_format import WeightFormat
-from ria_vllm.weight_scheme import Weights
+
+if TYPE_CHECKING:  # it needs pydantic, which a machine that measures GPUs need not have
+    from ria_vllm.weight_scheme import Weights
 
 ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 """The group under which other packages register their kernels, each a `LinearKernel` class."""
@@ -141,7 +144,7 @@ def choose(config: LinearLayerConfig) -> Choice:
 
 
 def choose_and_pack(
-    weights: Weights, dtype: torch.dtype, input_dtype: torch.dtype | None = None
+    weights: "Weights", dtype: torch.dtype, input_dtype: torch.dtype | None = None
 ) -> tuple[Choice, tuple[torch.Tensor, ...]]:
     """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
     config = LinearLayerConfig(

@@ -43,8 +43,7 @@ def folder(pruned_llama, tmp_path, monkeypatch):
 
 
 def example() -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    return code
+    return re.search(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
 
 
 def test_the_chats_are_conversations():
