@@ -8,11 +8,11 @@ from ria_vllm.checkpoint import Reader
 from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
 from ria_vllm.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import EXPORTED_KEY, PAGE_FILE, PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.schema import EXPORTED_KEY, PERMUTATIONS_FILE, REPORT_FILE
 from ria_vllm.weight_files import INDEX_FILE
 from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
 
-OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, PAGE_FILE, CARD_FILE}
+OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
 

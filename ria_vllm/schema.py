@@ -39,7 +39,6 @@ PERMUTATIONS_FILE = "permutations.safetensors"
 ROTATIONS_FILE = "rotations/heads.safetensors"
 PROOFS_FILE = "proofs/products.safetensors"
 REPORT_FILE = "ria_report.json"
-PAGE_FILE = "ria_report.html"  # made from it; not copied into folders made from this one
 PERMUTATION_SUFFIX = ".input_permutation"
 ROTATIONS_SUFFIX = ".rotations"
 # The recipe's entry that has what experiments found out about the layers: for programs, too long for a card or a table.

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, benchmark tasks, and the report on a compression."""
+"""How good a model is: perplexity and benchmark tasks."""

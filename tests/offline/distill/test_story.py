@@ -84,20 +84,13 @@ def of_weights(folder: Path) -> str:
 
 
 def check_shown(out: Path, text: Path, curve: list[dict]) -> None:
-    """Every command reads a folder whose recipe has digests, the card and the page show them, and the page has the
-    curve."""
+    """Every command reads a folder whose recipe has digests, the card shows them, and the curve has two points."""
     assert f"| text_sha256 | `{sha256(text)}` |" in (out / "README.md").read_text()
-    commands = (["verify", str(out)], ["report", str(out)], ["inspect", str(out), "--json"])
+    commands = (["verify", str(out)], ["inspect", str(out), "--json"])
     done = [CliRunner().invoke(group, arguments, catch_exceptions=False) for arguments in commands]
-    assert [one.exit_code for one in done] == [0, 0, 0]
-    page = (out / "ria_report.html").read_text()
-    assert sha256(text) in page and "<h2>Recovery</h2>" in page
-    scores = [(point["tokens"], point["held_out"][text.name]) for point in curve]
-    assert [tokens for tokens, _ in scores] == [0, 256]
-    for tokens, score in scores:
-        for name, key in (("perplexity", "perplexity"), ("KL", "kl")):
-            assert f"<title>{text.name}: {name}, tokens {tokens}: {score[key]:.4g}</title>" in page
-    assert f"<title>loss: kl, tokens 256: {curve[-1]['kl']:.4g}</title>" in page
+    assert [one.exit_code for one in done] == [0, 0]
+    assert [point["tokens"] for point in curve] == [0, 256]
+    assert all({"perplexity", "kl"} <= set(point["held_out"][text.name]) for point in curve) and "kl" in curve[-1]
     assert json.loads(done[-1].output)["recipe"]["distill"][0]["text_sha256"] == sha256(text)
 
 
