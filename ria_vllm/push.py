@@ -127,15 +127,13 @@ def upload(files: Mapping[str, Path], repository: str, target: Target) -> str:
             click.echo(f"weights of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, _content(path, repository)) for name, path in files.items()]
-        monitor = Monitor()
-        with monitor.live(bars=False), monitor.phase("uploading"):  # huggingface_hub has bars of its own
-            found = api.create_commit(
-                repository,
-                operations,
-                commit_message=target.message,
-                revision=target.revision,
-                create_pr=target.create_pr,
-            )
+        found = api.create_commit(
+            repository,
+            operations,
+            commit_message=target.message,
+            revision=target.revision,
+            create_pr=target.create_pr,
+        )
         # A .gitignore in the repository makes the Hub skip files silently.
         there = set(api.list_repo_files(repository, revision=found.pr_revision or revision))
     except RiaError:

@@ -6,13 +6,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from threading import Event
 
 import hub as stand_in
 import pytest
 from click.testing import CliRunner
 
-from ria_vllm import progress
 from ria_vllm.errors import RiaError
 from ria_vllm.push import push
 from ria_vllm.weight_files import weight_files
@@ -169,16 +167,6 @@ def test_the_hub_does_not_answer(folder, hub, monkeypatch):
         with pytest.raises(RiaError, match="the upload failed .*Connection refused.* run the same command") as caught:
             run(folder, "user/model")
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_slow_upload_shows_that_it_goes_on(folder, hub, monkeypatch):
-    """huggingface_hub's bars say nothing line by line, nor while files are hashed."""
-    monkeypatch.setattr(progress, "EVERY", 0.1)
-    monkeypatch.setattr(progress, "POLL", 0.01)
-    commit = hub.commit
-    monkeypatch.setattr(hub, "commit", lambda *arguments: Event().wait(1) or commit(*arguments))
-    said = CliRunner().invoke(push, [str(folder), "user/model"], catch_exceptions=False).stderr
-    assert said.count("... uploading (0:0") > 2
 
 
 def test_not_logged_in(folder, hub, monkeypatch, tmp_path):

@@ -88,11 +88,8 @@ def run_tasks(
         harness_model = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model))
         del loaded
         arguments = {}
-    with (
-        monitor.live(bars=False),
-        monitor.phase(f"tasks for {words}"),
-        contextlib.redirect_stdout(sys.stderr),  # the harness prints as it computes standard errors
-    ):
+    # Not live, because the harness has bars of its own. It also prints as it computes standard errors.
+    with monitor.phase(f"tasks for {words}"), contextlib.redirect_stdout(sys.stderr):
         output = lm_eval.simple_evaluate(
             model=harness_model,
             model_args=arguments,
