@@ -26,14 +26,14 @@ def draw_scores(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, channels, generator=draw).abs() * spread * torch.rand(rows, 1, generator=draw)
 
 
-def direct_gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int, n: int) -> torch.Tensor:
-    """As published: form each candidate group, sort its scores in each row, and sum the n largest."""
+def direct_gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int) -> torch.Tensor:
+    """As published: form each candidate group, sort its scores in each row, and sum the two largest."""
     groups, others = len(index), [j for j in range(index.shape[1]) if j != position]
     score = columns.new_empty(groups, groups)
     for g in range(groups):
         fixed = columns[index[g, others]]
         candidate = torch.cat([fixed.expand(groups, -1, -1), columns[index[:, position], None]], dim=1)
-        score[g] = candidate.sort(dim=1, descending=True).values[:, :n].sum(dim=(1, 2))
+        score[g] = candidate.sort(dim=1, descending=True).values[:, :2].sum(dim=(1, 2))
     return score
 
 
@@ -50,12 +50,12 @@ def compare_gain_matrices(channels: int, rows: int) -> None:
     columns = draw_scores(rows, channels).T.contiguous()
     index = torch.arange(channels).view(-1, 4)
     ladder = levels(columns, 4)
-    direct = seconds(lambda: direct_gain_matrix(columns, index, 0, 2))
+    direct = seconds(lambda: direct_gain_matrix(columns, index, 0))
     print(f"gain matrix of one position, {channels} channels x {rows} rows")
     print(f"  every candidate group gathered and sorted   {direct:8.3f} s")
     for label, work in (
-        ("one L1 distance matrix (exact)", lambda: gain_matrix(columns, index, 0, 2)),
-        ("matrix product of codes, 4 steps", lambda: coded_gain_matrix(columns, index, 0, 2, ladder, DTYPE)),
+        ("one L1 distance matrix (exact)", lambda: gain_matrix(columns, index, 0)),
+        ("matrix product of codes, 4 steps", lambda: coded_gain_matrix(columns, index, 0, ladder, DTYPE)),
     ):
         taken = seconds(work, repeats=5)
         print(f"  {label:42s}  {taken:8.3f} s   {direct / taken:6.0f} x")

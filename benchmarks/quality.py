@@ -20,7 +20,6 @@ from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.device import choose_device
-from ria_vllm.offline.work import ways_of_this_version
 from ria_vllm.progress import Monitor
 
 WAYS = tuple(
@@ -98,7 +97,7 @@ def main(
     recipes = {way: Recipe(**common | options_of(way)) for way in ways or WAYS}
     click.echo("| options | perplexity | time | calibration passes | weights |\n| --- | --- | --- | --- | --- |")
     for way, recipe in recipes.items():
-        measured = {"text": str(text), "windows": windows} | ways_of_this_version(recipe)
+        measured = {"text": str(text), "windows": windows}
         key = json.dumps(recipe.dump(model) | measured, sort_keys=True)
         if key not in known:
             known[key] = measure(model, recipe, tokens, 1024, place)

@@ -10,26 +10,17 @@ import click
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.runtime import options
 
-SERVED_DEFAULT = "lsa; none if the pattern is not served"
-
-
 @click.command()
 @click.argument("model")
 @options.out
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
-@click.option("--permute", show_default=SERVED_DEFAULT, help="Channel permutation: lsa, heuristic or none.")
+@click.option("--permute", default="lsa", show_default=True, help="Channel permutation: lsa, heuristic or none.")
 @click.option(
     "--permute-scope",
     default="shared",
     show_default=True,
     help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
-)
-@click.option(
-    "--pattern",
-    default="2:4",
-    show_default=True,
-    help="2:4 is served; N:M and unstructured[:KEPT] are written as plain dense weights.",
 )
 @click.option(
     "--calibration",
@@ -90,7 +81,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @click.option(
     "--rotate",
     type=click.Choice(["none", "heads"]),
-    show_default="heads for 2:4 with --reconstruct short and block, else none",
+    show_default="heads with --reconstruct short and block, else none",
     help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. vLLM then turns "
     "adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
@@ -129,7 +120,7 @@ SERVED_DEFAULT = "lsa; none if the pattern is not served"
 @options.resume
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
-    model, out, method, exponent, permute, permute_scope, pattern, calibration, self_written, samples, seq_len, seed,
+    model, out, method, exponent, permute, permute_scope, calibration, self_written, samples, seq_len, seed,
     reconstruct, skip_sensitive, weights, group_size, activations, smooth, rotate, distill, eval_text, ignore, device,
     compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
@@ -141,7 +132,6 @@ def compress(
     """
     from ria_vllm.offline.compress import Settings
     from ria_vllm.offline.compress import compress as run
-    from ria_vllm.offline.pruning.masks import Pattern
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
@@ -152,11 +142,9 @@ def compress(
         raise RiaError(
             "--eval-text measures while --distill trains: give both. `ria-vllm eval` measures a finished model."
         )
-    parsed = Pattern.parse(pattern)
-    served = (parsed.n, parsed.m) == (2, 4)
     recipe = Recipe(
-        method=method, exponent=exponent, permute=permute or ("lsa" if served else "none"), permute_scope=permute_scope,
-        pattern=parsed, calibration=calibration, self_written=self_written, samples=samples, seq_len=seq_len, seed=seed,
+        method=method, exponent=exponent, permute=permute, permute_scope=permute_scope,
+        calibration=calibration, self_written=self_written, samples=samples, seq_len=seq_len, seed=seed,
         ignore=tuple(ignore), reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
         group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
         smooth=smooth, rotate=rotate, compute_dtype=compute_dtype,
@@ -166,8 +154,6 @@ def compress(
     chosen_device = choose_device(device)
     settings = Settings(chosen_device, activation_cache, parse_size(max_shard_size), overwrite, resume)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
-    if not served:
-        monitor.say(f"pattern {parsed}: no kernel serves it, so {out} becomes a plain dense folder with zeros.")
     try:
         if distill is None:
             report = run(model, out, recipe, settings, monitor)

@@ -13,7 +13,9 @@ from ria_vllm.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.hub import HubText
-from ria_vllm.offline.expert_store import ExpertStore
+from ria_vllm.offline.experts.plan import describe_experts, folds_of_experts
+from ria_vllm.offline.experts.prune import named, short_of_tokens
+from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.model.architecture import text_config
 from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
@@ -22,8 +24,6 @@ from ria_vllm.offline.model.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.topology import Topologies, Topology
 from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.plan import Plan, make_plan, most_sensitive, widths
-from ria_vllm.offline.plan_experts import describe_experts
-from ria_vllm.offline.prune_experts import named, short_of_tokens
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.rotating import turned_biases
@@ -309,8 +309,7 @@ class _Run:
             linears |= store.records(index, plan.experts[index])
         count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
         recipe = self._dumped_recipe(topologies, count, rotated)
-        found_on = [topology.found_on for topology in topologies.kinds]
-        found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense), "found_on": found_on}
+        found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense)}
         if self.recipe.migration_strength:
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(
@@ -342,27 +341,26 @@ class _Run:
             keys.append(f"outside-{number:05d}")
             writer.write(keys[-1], {name: model.read(name)})
         for index in range(len(model.layers)):
-            keys += [layer_key(index), *store.written(index, plan.experts[index])]
+            keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
         check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
-        zeros = round((1 - recipe.pattern.density) * pruned / model.linear_weights, 6)
-        if recipe.served:
-            sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
-            experts, folds_of_experts = describe_experts(model, topologies, plan.experts)
-            folds = topologies.absolute_folds(model.written_linear) + folds_of_experts
-            words = recipe.weight_format.quantization
-            weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
-            schema = RiaSchema(
-                sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
-                input_activations=None if recipe.activations == "none" else INT8_TOKENS,
-                recipe=report["recipe"],
-            )  # fmt: skip
-            json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
+        zeros = round(0.5 * pruned / model.linear_weights, 6)
+        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
+        experts = describe_experts(model, plan.experts)
+        folds = topologies.absolute_folds(model.written_linear) + folds_of_experts(model, topologies, plan.experts)
+        words = recipe.weight_format.quantization
+        weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
+        schema = RiaSchema(
+            sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
+            input_activations=None if recipe.activations == "none" else INT8_TOKENS,
+            recipe=report["recipe"],
+        )  # fmt: skip
+        json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
-        permuted = recipe.served and recipe.permute != "none"
-        cards = {CARD_FILE: pruned_card(source.folder, report, zeros, recipe.served, self.monitor.warn)}
+        permuted = recipe.permute != "none"
+        cards = {CARD_FILE: pruned_card(source.folder, report, zeros, self.monitor.warn)}
         copies, copied_from = kept_copies(writer, copies, source.folder)
         source.inputs.check()
         writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, copied_from)
@@ -371,8 +369,6 @@ class _Run:
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
     for name, record in records.items():
         text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
-        if "retained_without_blocks" in record:
-            text += f" ({record['retained_without_blocks']:.4f} if its order did not have to keep to blocks)"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         monitor.say(text)

@@ -1,7 +1,7 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,18 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.embed import embed
-from ria_vllm.offline.calibration.routing import Reads, RoutedTokens, read_by
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
-from ria_vllm.offline.expert_store import ExpertStore
-from ria_vllm.offline.model.run_experts import set_weights
+from ria_vllm.offline.experts.layer import ExpertsPass
+from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.routing import Reads
+from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.plan import Plan
-from ria_vllm.offline.prune_experts import ExpertsPruner
 from ria_vllm.offline.pruned import Pruned
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.rounding import PASSES
@@ -29,7 +28,7 @@ from ria_vllm.offline.rotating import Rotator
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.smoothing import Smoother, set_parameter
-from ria_vllm.offline.solve import find_orders, retained_without_blocks, solve
+from ria_vllm.offline.solve import find_orders, solve
 from ria_vllm.offline.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -63,11 +62,11 @@ class LayerPass:
         topologies: Topologies | None = None,
     ):
         self.store = store
-        self._stored: list[Reads | Activations] = []  # beside the streams, for the current layer
         self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
         follow_dense = follow_dense and recipe.follows_dense
         self.embedded = embed(model, tokens, recipe.chunk_tokens, cache, follow_dense, ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
+        self.experts = ExpertsPass(model, self.streams, recipe, ranks, monitor, store)
 
     def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
         """Prune layer `index` and, if a later one is pruned, too, take the activations through it.
@@ -86,7 +85,7 @@ class LayerPass:
         strength, turns = recipe.migration_strength, recipe.rotates_heads
         smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
         rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if turns else None
-        with self._stored_removed():
+        with self.experts.removed_after_layer():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
                 if index < plan.last or sublayer_pass is not sublayer_passes[-1]:
@@ -105,7 +104,7 @@ class LayerPass:
         """
         records: dict[str, dict[str, Any]] = {}
         sublayer_passes = self._load(index)
-        with self._stored_removed():
+        with self.experts.removed_after_layer():
             for sublayer_pass in sublayer_passes:
                 for number, stage in enumerate(sublayer_pass.stages):
                     found, of_experts = self._solve_stage(
@@ -130,7 +129,7 @@ class LayerPass:
         for name, value in parameters.items():
             set_parameter(self.model.layers[index], name, value)
         for path in experts:
-            self._use_pruned(index, path)
+            self.experts.use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
             sublayer_pass.advance(self.streams.pruned)
         self._free(index)
@@ -174,16 +173,14 @@ class LayerPass:
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         undone = nullcontext if rotator is None else rotator.undone
         with undone():
-            dense = self._dense_reads(index, sublayer_pass, stages)
+            paths = [group.experts for groups in stages for group in groups if group.experts]
+            dense = self.experts.dense_reads(index, sublayer_pass, paths)
         if not stages and self.streams.dense is not None:
             sublayer_pass.advance(self.streams.dense)
-        earlier = self.topologies.earlier(index)
         for number, groups in enumerate(stages):
-            # A second search in every layer would take too long.
-            compared = plan.first_in_blocks(index, sublayer_pass.stages[number], earlier)
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             found, _ = self._solve_stage(
-                index, sublayer_pass, number, groups, dense, recipe, compared, damping=recipe.damping, scale=scale
+                index, sublayer_pass, number, groups, dense, recipe, damping=recipe.damping, scale=scale
             )
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
@@ -199,7 +196,7 @@ class LayerPass:
                 smoother.apply(found, pruned)
             for group in groups:
                 if group.experts:
-                    self._use_pruned(index, group.experts)
+                    self.experts.use_pruned(index, group.experts)
             pruned |= found
         if recipe.trains and pruned:
             pruned = train_sublayer(sublayer_pass, pruned, recipe, self._share(index, sublayer_pass))
@@ -217,35 +214,6 @@ class LayerPass:
         }
         return sizes[runner.sublayer.name] / max(sizes.values())
 
-    def _dense_reads(
-        self, index: int, sublayer_pass: SublayerPass, stages: Sequence[Sequence[Group]]
-    ) -> dict[str, Reads]:
-        """What the experts of a sublayer read in the dense model, if it is followed; before anything is pruned."""
-        if self.streams.dense is None:
-            return {}
-        return {
-            group.experts: self._read_by(index, sublayer_pass, group.experts, self.streams.dense)
-            for groups in stages
-            for group in groups
-            if group.experts
-        }
-
-    def _read_by(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
-        experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream, f"{index}-{path}")
-        self._stored.append(reads)
-        place = f"{self.model.folder}: {self.model.experts[index][path].module}"
-        read_by(experts, sublayer_pass, stream, reads, place)
-        return reads
-
-    @contextmanager
-    def _stored_removed(self) -> Iterator[None]:
-        """What is kept for experts is needed only until their layer is pruned, and takes as much space as a stream."""
-        try:
-            yield
-        finally:
-            while self._stored:
-                self._stored.pop().remove()
-
     def _solve_stage(
         self,
         index: int,
@@ -254,7 +222,6 @@ class LayerPass:
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
         recipe: Recipe,
-        compared: Collection[str] = (),
         passes: int = PASSES,
         damping: float = DAMPING,
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
@@ -264,8 +231,6 @@ class LayerPass:
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
             recipe: of the linears. Experts are always pruned by the whole recipe.
-            compared: also record what orders without blocks would retain for these linears, whose orders have to keep
-                to blocks.
             passes: of rounding to integers.
             damping: ADMM's, of the linears.
             scale: migrates scales in the statistics and weights of the groups' linears.
@@ -287,101 +252,25 @@ class LayerPass:
         with self.monitor.phase("permutations"):
             alone = [group for group in plain if not (group.experts and shared)]
             orders = find_orders(alone, weights, statistics, self.recipe, self.ranks)
-        pruners: dict[str, tuple[ExpertsPruner, torch.Tensor | None]] = {}
-        for group in groups:
-            if not group.experts:
-                continue
-            pruner = self._pruner(index, sublayer_pass, group.experts, dense.get(group.experts), passes)
+        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
+        for group in (group for group in groups if group.experts):
+            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), passes)
             order = None
             if shared:
                 beside = {name: weights[name] for name in group.linears}
-                search = partial(pruner.order, beside, {name: statistics[name] for name in beside})
                 with self.monitor.phase("permutations"):
-                    order = search() if self.store is None else self.store.order(index, group.experts, search)
+                    order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})
                 orders |= dict.fromkeys(group.linears, order)
-            pruners[group.experts] = pruner, order
+            mixtures.append((experts, order))
         with self.monitor.phase("masks and weights"):
             trim()
             dtype, place = self.model.stored_dtype, sublayer_pass.place
             solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, damping)
-        if compared:
-            free: dict[str, float] = {}
-            if self.ranks.first:
-                with self.monitor.phase("permutations"):
-                    kept = [group for group in plain if group.linears[0] in compared]
-                    free = retained_without_blocks(kept, weights, statistics, self.recipe)
-            # On all ranks: once trained, a linear comes from the one that rounds it.
-            for name, share in self.ranks.broadcast(free).items():
-                solved[name].record["retained_without_blocks"] = share
         del found, statistics
         trim()
-        for path, (pruner, order) in pruners.items():
-            records |= self._prune_experts(index, path, pruner, order)
+        for experts, order in mixtures:
+            records |= self.experts.prune(index, experts, order)
         return solved, records
-
-    def _pruner(
-        self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, passes: int
-    ) -> ExpertsPruner:
-        runner, layout = sublayer_pass.runner, self.model.experts[index][path].layout
-        pruned = self._read_by(index, sublayer_pass, path, self.streams.pruned)
-        total = RoutedTokens.count(pruned, layout.num_experts)
-        self.ranks.all_reduce(total)
-        return ExpertsPruner(
-            experts=runner.layer.get_submodule(path),
-            dense=self.model.from_files(index, path),
-            tokens=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total),
-            recipe=self.recipe,
-            ranks=self.ranks,
-            dtype=self.model.stored_dtype,
-            device=runner.device,
-            compute_dtype=runner.dtype,
-            place=sublayer_pass.place,
-            passes=passes,
-        )
-
-    def _prune_experts(
-        self, index: int, path: str, pruner: ExpertsPruner, order: torch.Tensor | None
-    ) -> dict[str, dict[str, Any]]:
-        """Prune all experts that the store does not have; the records of all, by names relative to the layer."""
-        records: dict[str, dict[str, Any]] = {}
-        experts = range(pruner.layout.num_experts)
-        store = self.store
-        kept = self.ranks.broadcast([store is not None and store.has(index, path, expert) for expert in experts])
-        trainer = None
-        if store is not None and self.recipe.trains_experts and not all(kept):
-            trainer = pruner.trainer(self._lacking_folder(index, path), self.monitor)
-        for expert in self.monitor.steps(experts, "experts", len(experts)):
-            if not kept[expert]:
-                pruned = pruner.prune(expert, order, trainer)
-                records |= {name: linear.record for name, linear in pruned.items()}
-                if store is not None:
-                    store.write(index, path, expert, self._written(index, pruned))
-                del pruned
-                trim()
-            if trainer is not None and store is not None and not all(kept[expert + 1 :]):
-                trainer.account(expert, store.weights(index, path, expert))
-        self.ranks.barrier()  # before the others read what the first one has written
-        return records
-
-    def _lacking_folder(self, index: int, path: str) -> Path | None:
-        """Where the streams are in files: a folder of this rank for what the experts' output lacks."""
-        stream = self.streams.pruned
-        if stream.folder is None:
-            return None
-        lacking = Activations(stream.folder.with_name(f"{stream.folder.name}-{index}-{path}-lacking"))
-        self._stored.append(lacking)
-        return lacking.folder
-
-    def _use_pruned(self, index: int, path: str) -> None:
-        """Let the experts of a loaded layer be run with the weights in the store."""
-        assert self.store is not None
-        experts, store = self.model.layers[index].get_submodule(path), self.store
-
-        def weights(expert: int) -> dict[str, torch.Tensor]:
-            found = store.weights(index, path, expert)
-            return {kind: weight.to(self.model.device, self.model.dtype) for kind, weight in found.items()}
-
-        set_weights(experts, weights)
 
     def _place(self, index: int, name: str) -> str:
         """What an error about a linear begins with: the model's folder, and the name in its files."""

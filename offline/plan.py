@@ -1,6 +1,6 @@
 """Which linears are pruned, and which stay dense, and why."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.layer_schema import Fold
+from ria_vllm.offline.experts.plan import describe_experts, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.model.architecture import output_heads
 from ria_vllm.offline.model.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, linears_of, rank_blocks
-from ria_vllm.offline.plan_experts import check_alike, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 from ria_vllm.vllm_quirks import fused_sets, served_dense
@@ -55,20 +55,6 @@ class Plan:
             for group in stage
         ]
         return [group for group in left if group.linears or group.experts]
-
-    def first_in_blocks(self, index: int, stage: Sequence[Group], earlier: Iterable[int]) -> set[str]:
-        """Linears of a stage whose permutation keeps to blocks in layer `index`, and in none of the `earlier` layers.
-
-        Args:
-            stage: its groups in the topology.
-            earlier: layers of the same kind.
-        """
-
-        def in_blocks(layer: int) -> set[str]:
-            groups = self.groups(layer, stage)
-            return {group.linears[0] for group in groups if group.linears and group.blocks > 1}
-
-        return in_blocks(index).difference(*map(in_blocks, earlier))
 
 
 def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sensitive: Iterable[str] = ()) -> Plan:
@@ -131,8 +117,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, sens
     if not any(pruned.values()) and not any(mixtures.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
-    if recipe.served:
-        check_alike(model, mixtures)
+    describe_experts(model, mixtures)  # which refuses experts that differ
     outside = {model.names.linear(name): why for name, why in _outside(model)}
     copied = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     dense = copied | outside | dense
@@ -167,10 +152,8 @@ def _reason(model: StreamedModel, index: int, name: str, module: nn.Linear, reci
         return "transformers renames its weight, and would not find it compressed"
     if recipe.ignores(model.written_linear(index, name)):
         return "--ignore"
-    if recipe.served and width % IN_FEATURES_MULTIPLE:
+    if width % IN_FEATURES_MULTIPLE:
         return f"its {width} in-features are not a multiple of {IN_FEATURES_MULTIPLE}"
-    if recipe.pattern.structured and width % recipe.pattern.m:
-        return f"its {width} in-features do not divide into groups of {recipe.pattern.m}"
     return None
 
 

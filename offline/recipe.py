@@ -15,7 +15,7 @@ from ria_vllm.offline.calibration.mixture import check_fraction, written_of
 from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.pruning import permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING
-from ria_vllm.offline.pruning.masks import Pattern
+from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
 from ria_vllm.weight_format import WeightFormat
 
@@ -56,7 +56,6 @@ class Recipe:
     exponent: float = 0.5
     permute: str = "lsa"
     permute_scope: str = "shared"
-    pattern: Pattern = Pattern(n=2, m=4)
     calibration: str = "self"
     self_written: float = 0.0
     samples: int = 128
@@ -92,12 +91,6 @@ class Recipe:
             raise RiaError("--smooth is for rounded inputs; give --activations int8 as well.")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise RiaError(f"--smooth {self.smooth}: choose a number from 0 (off) to 1; the paper's is 0.5.")
-        if self.weights != "float" and not self.served:
-            raise RiaError(
-                f"--weights {self.weights} is for the pattern 2:4; {self.pattern} is written as plain dense weights."
-            )
-        if self.rotate == "heads" and not self.pattern.structured:
-            raise RiaError(f"--rotate {self.rotate} is for patterns N:M, not for {self.pattern}.")
         if self.samples < 1 or self.seq_len < 2:
             raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         check_fraction(self.self_written, self.samples, self.calibration)
@@ -110,11 +103,6 @@ class Recipe:
                 re.compile(expression)
             except re.error as error:
                 raise RiaError(f"--ignore {expression!r}: not a regular expression ({error}).") from None
-
-    @property
-    def served(self) -> bool:
-        """Whether a kernel serves the pattern. If not, weights are written as plain dense ones."""
-        return (self.pattern.n, self.pattern.m) == (2, 4)
 
     @property
     def needs_gram(self) -> bool:
@@ -145,11 +133,8 @@ class Recipe:
 
     @property
     def rotates_heads(self) -> bool:
-        """Whether the channels of heads are turned first. By default they are where weights are trained anyway; but not
-        for patterns that are written as plain weights, where nothing would tell that the dense model's adapters do not
-        fit."""
-        default = self.trains and self.served
-        return default if self.rotate is None else self.rotate == "heads"
+        """Whether the channels of heads are turned first. By default they are where weights are trained anyway."""
+        return self.trains if self.rotate is None else self.rotate == "heads"
 
     @property
     def follows_dense(self) -> bool:
@@ -270,7 +255,7 @@ class Recipe:
     def dump(self, source: str) -> dict[str, Any]:
         """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
-        plain = {"pattern": str(self.pattern), "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
+        plain = {"pattern": PATTERN, "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
         options = asdict(self) | plain
         # Options of later versions are named where they were given.
         if not self.self_written:

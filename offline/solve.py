@@ -56,31 +56,11 @@ def find_orders(
     orders = {}
     for (group, names), owner in zip(problems, owners, strict=True):
         p = None
-        if owner == ranks.rank and recipe.pattern.structured and recipe.permute != "none":
+        if owner == ranks.rank and recipe.permute != "none":
             p = _find_order(group, names, weights, statistics, recipe)
         p = ranks.broadcast(p, owner)
         orders |= dict.fromkeys(names, p)
     return orders
-
-
-def retained_without_blocks(
-    groups: Iterable[Group],
-    weights: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, Statistics],
-    recipe: Recipe,
-) -> dict[str, float]:
-    """What an order that need not keep to blocks would retain of the score, for linears whose order has to."""
-    found = {}
-    if not recipe.pattern.structured or recipe.permute == "none":
-        return {}
-    n, m = recipe.pattern.n, recipe.pattern.m
-    for group in groups:
-        name = group.linears[0]
-        if _keeps_to_blocks(group, weights[name].shape[1], m):
-            S = _stacked_scores([name], weights, statistics, recipe)
-            p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
-            found[name] = permute.retained(S, p, n, m)
-    return found
 
 
 def solve(
@@ -166,9 +146,9 @@ def _score(
     return scores.score(method, weight, norm, recipe.exponent, column_sums)
 
 
-def _keeps_to_blocks(group: Group, width: int, m: int) -> bool:
-    """Whether an order can keep to the group's blocks: each has to hold whole groups of m channels."""
-    return group.blocks > 1 and width % (group.blocks * m) == 0
+def _keeps_to_blocks(group: Group, width: int) -> bool:
+    """Whether an order can keep to the group's blocks: each has to hold whole groups of four channels."""
+    return group.blocks > 1 and width % (group.blocks * masks.GROUP) == 0
 
 
 def _find_order(
@@ -179,20 +159,17 @@ def _find_order(
     recipe: Recipe,
 ) -> torch.Tensor | None:
     S = _stacked_scores(names, weights, statistics, recipe)
-    n, m = recipe.pattern.n, recipe.pattern.m
-    if _keeps_to_blocks(group, S.shape[1], m):
+    if _keeps_to_blocks(group, S.shape[1]):
         p = permute.search_heads(
-            S, group.blocks, group.blocks, S.shape[1] // group.blocks, n, m, recipe.permute, seed=recipe.seed,
-            dtype=recipe.matmul_dtype,
-        )  # fmt: skip
+            S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.permute, recipe.seed, recipe.matmul_dtype
+        )
     elif group.heads is None:
-        p = permute.search(S, n, m, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
-    elif group.heads.head_dim % m == 0:
+        p = permute.search(S, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+    elif group.heads.head_dim % masks.GROUP == 0:
         heads = group.heads
         p = permute.search_heads(
-            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, n, m, recipe.permute, seed=recipe.seed,
-            dtype=recipe.matmul_dtype,
-        )  # fmt: skip
+            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, recipe.permute, recipe.seed, recipe.matmul_dtype
+        )
     else:
         return None  # groups would span two heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()
@@ -221,12 +198,12 @@ def _prune(
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
-        W, mask = _sparsegpt(weight, statistics, p, recipe)
-        record = _retained(score(weight, statistics, recipe), mask, recipe)
+        W, mask = _sparsegpt(weight, statistics, p)
+        record = _retained(score(weight, statistics, recipe), mask)
     else:
         S = score(weight, statistics, recipe)
-        mask = _mask(S, p, recipe)
-        record = _retained(S, mask, recipe)
+        mask = _mask(S, p)
+        record = _retained(S, mask)
         del S  # as large as the weight, so it would raise the peak memory
     start, scales, weight_format = mask, None, recipe.weight_format
     if recipe.reconstruct != "none":
@@ -257,34 +234,34 @@ def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
         column_sums = column_sums / statistics.scales
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
-        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p, recipe)
+        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p)
 
     return choose
 
 
-def _mask(S: torch.Tensor, p: torch.Tensor | None, recipe: Recipe) -> torch.Tensor:
-    """The mask bool [out, in], in the model's own order, that has the recipe's pattern in order p."""
+def _mask(S: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
+    """The mask bool [out, in], in the model's own order, that is 2:4 in order p."""
     if p is None:
-        return masks.mask(S, recipe.pattern)
+        return masks.mask(S)
     p = p.to(S.device)  # index_select is several times faster than indexing, and ADMM chooses masks often
-    return masks.mask(S.index_select(1, p), recipe.pattern).index_select(1, permutation.invert(p))
+    return masks.mask(S.index_select(1, p)).index_select(1, permutation.invert(p))
 
 
 def _sparsegpt(
-    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe
+    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gram, scales = statistics.gram, statistics.scales
     with one_thread():
         if p is None:
-            return sparsegpt(weight, gram, recipe.pattern, scales=scales)
+            return sparsegpt(weight, gram, scales=scales)
         p = p.to(weight.device)
-        W, mask = sparsegpt(weight[:, p], gram, recipe.pattern, order=p, scales=scales)
+        W, mask = sparsegpt(weight[:, p], gram, order=p, scales=scales)
     back = permutation.invert(p)
     return W[:, back], mask[:, back]
 
 
-def _retained(S: torch.Tensor, mask: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
-    """The retained score, as a share: with the pattern in the model's own order, and with this mask."""
+def _retained(S: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """The retained score, as a share: 2:4 in the model's own order, and with this mask."""
     whole = float(S.sum(dtype=torch.float64)) or 1.0
-    kept = {"retained_before": masks.mask(S, recipe.pattern), "retained_after": mask}
+    kept = {"retained_before": masks.mask(S), "retained_after": mask}
     return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

@@ -23,20 +23,6 @@ def exact_key(index: int) -> str:
     return f"exact-{index:05d}"
 
 
-def expert_key(index: int, path: str, expert: int) -> str:
-    """The key of one expert.
-
-    Args:
-        path: of the layer's experts, relative to the layer.
-    """
-    return f"{layer_key(index)}-{path.replace('.', '-')}-{expert:05d}"
-
-
-def order_key(index: int, path: str) -> str:
-    """The key of the order that the experts at `path` share."""
-    return f"{layer_key(index)}-{path.replace('.', '-')}-order"
-
-
 def layer_tensors(
     model: StreamedModel,
     index: int,
@@ -67,9 +53,6 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in pruned.items():
-        if not recipe.served:
-            tensors[f"{name}.weight"] = linear.weight
-            continue
         order = slice(None) if linear.p is None else linear.p
         parts = recipe.weight_format.encode(linear.weight[:, order], linear.mask[:, order], linear.scale)
         dtype = linear.weight.dtype

@@ -11,9 +11,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.inputs import ChangedInput
 from ria_vllm.json_file import read_json
 from ria_vllm.offline.model.source import Source
-from ria_vllm.offline.pruning.admm import DAMPING
-from ria_vllm.offline.pruning.block import COMPARED
-from ria_vllm.offline.recipe import LEAST_RATE, LEAST_SHARE, Recipe
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.units import layer_key
 from ria_vllm.writer import UNITS, CheckpointWriter, disk_errors, write_whole
@@ -31,27 +29,7 @@ def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
         "state of the calibration text": source.inputs.stamps(text) if text.is_file() else None,
     }
     names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
-    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps | ways_of_this_version(recipe)))
-
-
-def ways_of_this_version(recipe: Recipe) -> dict[str, Any]:
-    """What earlier versions of the same number did otherwise with this recipe, and did not write down."""
-    # They cut fewer layers in two, and kept what they had found out about layers in another form.
-    layers = {"cut": "with stand-ins"}
-    # They rounded to the nearest integers; then, before they trained, if at all; then, before they went on.
-    rounding = {} if recipe.weights == "float" else {"rounding": "descent"}
-    rounding |= {"rounded": "apart" if recipe.continues_exactly else "last"} if rounding and recipe.trains else {}
-    # They trained in longer steps, and each expert by itself; sublayers with fewer weights in as many steps as others,
-    # or as far in each; kept what had only got better after the first pass; compared more chunks; rounded what a model
-    # keeps in float32; and began where ADMM alone would end.
-    training = {"steps": recipe.chunk_tokens, "experts": "together"} if recipe.trains_experts else {}
-    training |= {"least share": LEAST_SHARE, "least rate": LEAST_RATE} if recipe.reconstruct == "short" else {}
-    training |= {"kept": "if better than at first", "compared": COMPARED} if recipe.trains else {}
-    training |= {"damping": recipe.damping} if recipe.damping != DAMPING else {}
-    # They did not store how heads were turned, and turned them otherwise.
-    rotations = {"rotations": "stored"} if recipe.rotates_heads and recipe.served else {}
-    rotations |= {"turned": "along rotations"} if recipe.rotates_heads else {}
-    return layers | rounding | training | rotations
+    return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
 
 
 def begun_run(out: Path) -> dict[str, Any]:
@@ -164,18 +142,8 @@ def check_same_run(work: Path, begun: dict[str, Any], run: dict[str, Any]) -> No
     differing = [key for key in run | begun if begun and begun.get(key) != run.get(key)]
     if differing[:1] == ["versions"]:
         raise RiaError(f"--resume: {work} is from a run with {_other_versions(begun['versions'], run['versions'])}")
-    if CONFIG in differing and CONFIG not in begun:  # every compression has it now, whatever its options
-        raise RiaError(
-            f"--resume: an earlier version began {work} and did not record which {CONFIG} it read, so it is "
-            "unknown whether that has changed since. Leave out --resume to start again."
-        )
     if differing:
         what, before = differing[0].replace("_", "-"), begun.get(differing[0])
-        if differing[0] not in begun:
-            raise RiaError(
-                f"--resume: {work} is from a run without {what}: its options were others, or an earlier version wrote "
-                "it. Give the same options, or leave out --resume."
-            )
         shown = f" ({before})" if isinstance(before, str | int | float) else ""
         raise RiaError(
             f"--resume: {work} is from a run with another {what}{shown}. Give the same one, or leave out --resume."

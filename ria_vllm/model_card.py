@@ -59,14 +59,13 @@ _PERPLEXITY, END_OF_PERPLEXITY = "<!-- ria-vllm: perplexity -->", "<!-- ria-vllm
 _PERPLEXITY_HEAD = "| text | tokens | window | perplexity | base model |\n| --- | --- | --- | --- | --- |"
 
 
-def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool, warn: Warn) -> str:
+def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) -> str:
     """The card of a folder that `compress` writes.
 
     Args:
         folder: of the base model.
         report: as in ria_report.json.
         zeros: the share of zeros among the weights of the decoder layers' linears.
-        served: whether the folder is compressed, so that vLLM serves it; otherwise it is dense, with zeros.
     """
     recipe = report["recipe"]
     base = read_front_matter(folder, warn)
@@ -74,23 +73,13 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, served: bool
     if identity is not None:
         base["base_model"] = identity
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
-        if served:
-            base["base_model_relation"] = "quantized"
-    pattern = plain(recipe["pattern"])
-    if served:
-        use = _USE
-    else:
-        use = [
-            "## Use",
-            f"No kernel serves the pattern {pattern}, so this is a plain dense model with zeros in it: it loads "
-            "wherever the base model does, takes as much memory, and is no faster.",
-        ]
-    title = f"{_name(recipe['source'])}, pruned to {pattern}"
-    tags = ["ria-vllm", "pruned", "sparse", *(["vllm"] if served else [])]
+        base["base_model_relation"] = "quantized"
+    title = f"{_name(recipe['source'])}, pruned to {plain(recipe['pattern'])}"
+    tags = ["ria-vllm", "pruned", "sparse", "vllm"]
     body = [
         _origin(recipe, identity),
-        *use,
-        *_what_was_pruned(report, zeros, served),
+        *_USE,
+        *_what_was_pruned(report, zeros, rotations=True),
         *_perplexity_section(),
         *_options(recipe),
     ]

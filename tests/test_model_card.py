@@ -60,8 +60,8 @@ def front_of(card: str):
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def card(folder, served=True, report=REPORT):
-    return pruned_card(folder, report, 0.4375, served, pytest.fail)
+def card(folder, report=REPORT):
+    return pruned_card(folder, report, 0.4375, pytest.fail)
 
 
 def test_license_language_and_tags_are_the_base_models(tmp_path):
@@ -115,19 +115,13 @@ def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
         {"note": "SFT|x", "dtype": "float32", "settings": ["a", "b"], "none": None},
         {"note": "DPO", "settings": []},
     ]
-    card = pruned_card(tmp_path, REPORT | {"recipe": RECIPE | {"training": runs}}, 0.5, True, print)
+    card = pruned_card(tmp_path, REPORT | {"recipe": RECIPE | {"training": runs}}, 0.5, print)
     rows = [line for line in card.splitlines() if line.startswith("| training")]
     assert rows == [
         r"| training, 1 | `note SFT\|x, dtype float32, settings a, b` |",
         "| training, 2 | `note DPO` |",
     ]
     assert "| versions | `ria-vllm 0.1.0, torch 2.13` |" in card
-
-
-def test_a_pattern_that_is_not_served_claims_nothing_of_serving(tmp_path):
-    text = card(tmp_path, served=False, report=REPORT | {"recipe": RECIPE | {"pattern": "4:8"}})
-    assert "# Base-1B, pruned to 4:8\n" in text and "No kernel serves the pattern 4:8" in text
-    assert "vllm serve" not in text and "pip install" not in text and "vllm" not in front_of(text)["tags"]
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
@@ -140,8 +134,6 @@ def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
     front = front_of(card(cached))
     assert front["base_model"] == "org/Base-1B" and front["base_model_relation"] == "quantized"
     assert "[org/Base-1B](https://huggingface.co/org/Base-1B), pruned" in card(cached)
-    dense = front_of(card(cached, served=False))
-    assert dense["base_model"] == "org/Base-1B" and "base_model_relation" not in dense
 
 
 def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tmp_path):

@@ -139,7 +139,6 @@ class Topology:
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
     rotations: the consumers of folds whose heads can be turned.
-    found_on: what was run to find this out, for the report.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -148,7 +147,6 @@ class Topology:
     together: tuple[frozenset[str], ...] = ()
     migrations: tuple[Migration, ...] = ()
     rotations: tuple[str, ...] = ()
-    found_on: str = field(default="a copy with the layer's own widths", compare=False)
 
     @property
     def linears(self) -> list[str]:
@@ -169,10 +167,7 @@ class Topology:
         return any(fold.consumer.startswith(f"{path}.{{e}}.") for fold in self.folds)
 
     def dump(self) -> dict[str, Any]:
-        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one.
-
-        Without `found_on`, which depends on the machine's free memory.
-        """
+        """As JSON, for the recipe: the same text, whether found in this run or kept by an earlier one."""
         sublayers = [asdict(sublayer) for sublayer in self.sublayers]
         folds = [fold.model_dump(mode="json", exclude_none=True) for fold in self.folds]
         migrations = [{"from": list(one.consumers), "to": one.absorber} for one in self.migrations]
@@ -207,10 +202,6 @@ class Topologies:
     def of(self, index: int) -> Topology:
         """The topology of layer `index`."""
         return self.kinds[self.layers[index]]
-
-    def earlier(self, index: int) -> list[int]:
-        """The layers before layer `index` that are of its kind."""
-        return [other for other in range(index) if self.layers[other] == self.layers[index]]
 
     def dump(self) -> list[dict[str, Any]]:
         """As JSON, for the recipe: each kind, and its layers."""

@@ -1,4 +1,4 @@
-"""Channel permutation: an order of the input channels in which an N:M mask retains more of the score.
+"""Channel permutation: an order of the input channels in which a 2:4 mask retains more of the score.
 
 (Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.)
 """
@@ -7,6 +7,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
+from ria_vllm.offline.pruning.masks import GROUP
 
 METHODS = ("lsa", "heuristic", "none")
 # After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
@@ -17,17 +18,11 @@ LADDER_STEPS = 4
 
 
 def search(
-    S: torch.Tensor,
-    n: int = 2,
-    m: int = 4,
-    method: str = "lsa",
-    rounds: int = 8,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    S: torch.Tensor, method: str = "lsa", rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Search for the order of input channels that retains the most score.
 
-    heuristic: sort the channels by their summed score and deal them out to the groups in m passes, every second pass
+    heuristic: sort the channels by their summed score and deal them out to the groups in four passes, every second pass
     reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
     as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
     what the last one could not. A round is kept only if the score that it really retains is higher.
@@ -43,23 +38,23 @@ def search(
         own order or the heuristic's.
 
     Raises:
-        RiaError: unknown method, or channels that do not divide into groups of m.
+        RiaError: unknown method, or channels that do not divide into groups of 4.
     """
     channels = S.shape[1]
     if method not in METHODS:
         raise RiaError(f"unknown permutation method {method!r}; choose one of {', '.join(METHODS)}")
-    if channels % m:
-        raise RiaError(f"{channels} input channels do not divide into groups of {m}")
-    index = torch.arange(channels, device=S.device).view(-1, m)
-    if method == "none" or channels == m:
+    if channels % GROUP:
+        raise RiaError(f"{channels} input channels do not divide into groups of {GROUP}")
+    index = torch.arange(channels, device=S.device).view(-1, GROUP)
+    if method == "none" or channels == GROUP:
         return index.flatten()
     columns = S.T.float().contiguous()
-    best = retained_score(columns, index, n)
-    dealt = deal(columns, m)
-    if (score := retained_score(columns, dealt, n)) >= best:
+    best = retained_score(columns, index)
+    dealt = deal(columns)
+    if (score := retained_score(columns, dealt)) >= best:
         index, best = dealt, score
     if method == "lsa":
-        index = _improve(columns, index, best, n, rounds, seed, dtype)
+        index = _improve(columns, index, best, rounds, seed, dtype)
     return index.flatten()
 
 
@@ -68,10 +63,7 @@ def search_heads(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    n: int = 2,
-    m: int = 4,
     method: str = "lsa",
-    rounds: int = 8,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -99,13 +91,13 @@ def search_heads(
     order = []
     for kv in range(num_kv_heads):
         stacked = heads[:, kv].reshape(-1, head_dim)
-        inner = search(stacked, n, m, method, rounds, seed, dtype)
+        inner = search(stacked, method, seed=seed, dtype=dtype)
         order += [inner + (kv * share + query) * head_dim for query in range(share)]
     return torch.cat(order)
 
 
-def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int = 4) -> float:
-    """The share of the total score that an n:m mask retains with the channels in order p (None: as they are).
+def retained(S: torch.Tensor, p: torch.Tensor | None = None) -> float:
+    """The share of the total score that a 2:4 mask retains with the channels in order p (None: as they are).
 
     Args:
         S: [rows, channels].
@@ -114,35 +106,35 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None, n: int = 2, m: int 
     columns = S.T.float().contiguous()
     order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
     total = columns.sum(dtype=torch.float64)
-    return float(retained_score(columns, order.view(-1, m), n) / total) if total > 0 else 1.0
+    return float(retained_score(columns, order.view(-1, GROUP)) / total) if total > 0 else 1.0
 
 
-def deal(columns: torch.Tensor, m: int) -> torch.Tensor:
-    """The heuristic order, int64 [G, m].
+def deal(columns: torch.Tensor) -> torch.Tensor:
+    """The heuristic order, int64 [G, 4].
 
-    Of the channels ranked by summed score, each group gets one from each of m equal parts.
+    Of the channels ranked by summed score, each group gets one from each of four equal parts.
     """
-    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(m, -1)
+    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(GROUP, -1)
     return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
 
 
 def _improve(
-    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, n: int, rounds: int, seed: int, dtype: torch.dtype
+    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, rounds: int, seed: int, dtype: torch.dtype
 ) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    groups, m = index.shape
+    groups = len(index)
     ladder = levels(columns, LADDER_STEPS) if groups > EXACT_GROUPS else None
     # With few groups a round is cheap and has little choice, so more of them may fail before the search stops.
     patience = 1 + 32 // groups
     trial, idle = index, 0
     while rounds > 0 and idle < patience:
-        for position in range(m):
+        for position in range(GROUP):
             if ladder is None:
-                gain = gain_matrix(columns, trial, position, n)
+                gain = gain_matrix(columns, trial, position)
             else:
-                gain = coded_gain_matrix(columns, trial, position, n, ladder, dtype)
+                gain = coded_gain_matrix(columns, trial, position, ladder, dtype)
             trial = reassign(trial, gain, position)
-        score = retained_score(columns, trial, n)
+        score = retained_score(columns, trial)
         idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
         if score > best:
             index, best, rounds = trial, score, rounds - 1

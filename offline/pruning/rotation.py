@@ -1,9 +1,9 @@
-"""Orthogonal matrices between two linears, learned before pruning so that a pattern N:M loses less.
+"""Orthogonal matrices between two linears, learned before pruning so that a 2:4 mask loses less.
 
 Attention mixes the tokens of v's output, head by head, and never its channels. So an orthogonal matrix on the rows of v
 that belong to a key-value head, and its transpose on the columns of o that read this head, change nothing. Which matrix
 is best for pruning is learned, after "DenoiseRotator" (arXiv 2505.23049). There, the entropy of the scores falls. Here
-it is what the pattern loses: the sum of w^2 / [H^-1]_jj over the entries it removes, H the damped Gram matrix of a
+it is what the mask loses: the sum of w^2 / [H^-1]_jj over the entries it removes, H the damped Gram matrix of a
 linear's input. That is the output error that remains for a removed weight if the others make up for it.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ria_vllm.offline.pruning.masks import Pattern, kept_of_groups
+from ria_vllm.offline.pruning.masks import GROUP, kept_of_groups
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 # Gradient descent with momentum: in each step, every key-value head turns by as many radians as the rate says (root
@@ -80,7 +80,7 @@ def blocks_of(matrix: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
 
 
-def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
+def learned(heads: Heads, seed: int) -> torch.Tensor | None:
     """The matrix of each key-value head: float64 [kv heads, d, d] on the CPU, orthogonal.
 
     None if what is learned loses no less than the model's own channels do.
@@ -93,7 +93,7 @@ def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
     for step in range(STEPS):
         with torch.enable_grad():
             rotations = found.float().requires_grad_()
-            gradient = torch.autograd.grad(_lost(heads, rotations, pattern, draw), rotations)[0].double()
+            gradient = torch.autograd.grad(_lost(heads, rotations, draw), rotations)[0].double()
         turn = gradient @ found.mT
         turn = turn - turn.mT  # skew-symmetric: what keeps a rotation a rotation
         speed = MOMENTUM * speed + turn
@@ -102,14 +102,14 @@ def learned(heads: Heads, pattern: Pattern, seed: int) -> torch.Tensor | None:
         half = RATE / 2 * (1 - step / STEPS) * ahead / size.clamp(min=torch.finfo(torch.float64).tiny)
         found = torch.linalg.solve(identity + half, (identity - half) @ found)
     before, after = (
-        sum(float(_lost(heads, one, pattern, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
+        sum(float(_lost(heads, one, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
         for one in (identity.float(), found.float())
     )
     return found.cpu() if after < before else None
 
 
-def _lost(heads: Heads, rotations: torch.Tensor, pattern: Pattern, draw: torch.Generator) -> torch.Tensor:
-    """The share of the scores that the pattern loses, of v plus of o, in groups of channels drawn at random."""
+def _lost(heads: Heads, rotations: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """The share of the scores that the mask loses, of v plus of o, in groups of channels drawn at random."""
     out = heads.outputs.shape[2]
     rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (out, heads.width))
     # Where all are looked at, the order of the rows does not matter, and that of the columns only to the mask.
@@ -122,12 +122,12 @@ def _lost(heads: Heads, rotations: torch.Tensor, pattern: Pattern, draw: torch.G
     of_heads = rotations.repeat_interleave(heads.share, 0)
     outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads).flatten()
     of_channels = _some(len(outputs_cost), len(outputs_cost), draw).to(rotations.device)
-    of_v = _share_lost(values.flatten(0, 1).T.contiguous(), values_cost, of_columns, pattern)
-    return of_v + _share_lost(outputs.flatten(0, 1), outputs_cost, of_channels, pattern)
+    of_v = _share_lost(values.flatten(0, 1).T.contiguous(), values_cost, of_columns)
+    return of_v + _share_lost(outputs.flatten(0, 1), outputs_cost, of_channels)
 
 
-def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The share of the scores w^2 / cost that the pattern loses, in whole groups of neighbours.
+def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The share of the scores w^2 / cost that the mask loses, in whole groups of neighbours.
 
     Only the mask needs every score. The sums take those of squares over rows, and then divide by the cost.
 
@@ -136,11 +136,11 @@ def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, 
         cost: [columns].
         order: int64 [columns], the channels in the order in which they are neighbours.
     """
-    order = order[: len(order) // pattern.m * pattern.m]
+    order = order[: len(order) // GROUP * GROUP]
     squares = weights.square()
     with torch.no_grad():
-        groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, pattern.m)).unbind(1)
-        kept = torch.stack(kept_of_groups(groups, pattern.n), 1).flatten(0, 1)
+        groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, GROUP)).unbind(1)
+        kept = torch.stack(kept_of_groups(groups), 1).flatten(0, 1)
         removed = torch.zeros_like(squares).index_copy_(0, order, (~kept).to(squares.dtype))
         counted = torch.zeros_like(cost).index_fill_(0, order, 1.0)
     lost, total = ((of.sum(1) / cost * counted).sum() for of in (squares * removed, squares))

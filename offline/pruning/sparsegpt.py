@@ -3,14 +3,13 @@
 import torch
 
 from ria_vllm.offline.pruning.admm import damping_of
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import GROUP, mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix, inverted_in_place
 
 
 def sparsegpt(
     weight: torch.Tensor,
     gram: torch.Tensor | SymmetricMatrix,
-    pattern: Pattern,
     block: int = 128,
     damping: float = 0.01,
     order: torch.Tensor | None = None,
@@ -19,8 +18,8 @@ def sparsegpt(
     """Prune and update one linear.
 
     H is the damped Gram matrix (the Hessian) and R the upper Cholesky factor of its inverse. Removing w_j costs
-    w_j^2 / R_jj^2, and w_k -= (w_j / R_jj) R_jk on the columns k > j compensates for it. The mask of an N:M group is
-    chosen when its first column is reached; an unstructured mask is chosen block by block, for all rows at once.
+    w_j^2 / R_jj^2, and w_k -= (w_j / R_jj) R_jk on the columns k > j compensates for it. The mask of a 2:4 group is
+    chosen when its first column is reached.
 
     Args:
         weight: [out, in], any floating dtype.
@@ -34,12 +33,11 @@ def sparsegpt(
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
 
     Raises:
-        RiaError: `in` is not a multiple of the pattern's M.
+        RiaError: `in` is not a multiple of 4.
     """
     W = weight.float().clone()
     rows, columns = W.shape
-    group = pattern.m if pattern.structured else 1
-    block = max(group, block // group * group)
+    block = max(GROUP, block // GROUP * GROUP)
     dead = gram.diagonal() == 0
     # Weights of a channel that is always zero are pruned first.
     W[:, dead if order is None else dead[order]] = 0
@@ -48,13 +46,11 @@ def sparsegpt(
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part, factor, keep = W[:, start:stop], R[start:stop, start:stop], kept[:, start:stop]
-        if not pattern.structured:
-            keep[:] = _block_mask(part / factor.diagonal(), pattern.fraction)
         errors = torch.zeros_like(part)
         for j in range(stop - start):
-            if pattern.structured and j % group == 0:
-                upcoming = slice(j, j + group)
-                keep[:, upcoming] = mask((part[:, upcoming] / factor.diagonal()[upcoming]).abs(), pattern)
+            if j % GROUP == 0:
+                upcoming = slice(j, j + GROUP)
+                keep[:, upcoming] = mask((part[:, upcoming] / factor.diagonal()[upcoming]).abs())
             error = torch.where(keep[:, j], 0.0, part[:, j]) / factor[j, j]
             part[:, j:] -= error[:, None] * factor[j, j:]
             errors[:, j] = error
@@ -74,9 +70,3 @@ def _inverse_factor(
     diagonal[diagonal == 0] = 1.0
     H = inverted_in_place(H)
     return torch.linalg.cholesky(H, upper=True, out=H)
-
-
-def _block_mask(importance: torch.Tensor, fraction: float) -> torch.Tensor:
-    keep = max(1, round(importance.numel() * fraction))
-    order = importance.abs().flatten().argsort(descending=True, stable=True)[:keep]
-    return torch.zeros_like(importance, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(importance)

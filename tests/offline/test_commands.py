@@ -31,20 +31,10 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
     assert phases <= set(seconds)
 
 
-def test_a_pattern_without_a_kernel_says_so_and_stays_in_the_models_order(tiny, text, tmp_path):
-    options = ("--pattern", "4:8", "--calibration", text, "--samples", 4, "--seq-len", 32)
-    result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
-    assert result.exit_code == 0, result.output
-    assert "no kernel serves it" in result.stderr
-    assert not (tmp_path / "out" / "permutations.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--method", "best"], "--method 'best': choose one of ria, ri, wanda, magnitude, sparsegpt"),
-        (["--pattern", "4:2"], "N:M keeps N of every M"),
-        (["--pattern", "dense"], "unknown pattern 'dense'"),
         (["--permute", "sort"], "--permute 'sort'"),
         (["--permute-scope", "all"], "--permute-scope 'all'"),
         (["--reconstruct", "well"], "--reconstruct 'well'"),

@@ -34,7 +34,6 @@ from ria_vllm.offline.model.expert_files import ExpertFiles
 from ria_vllm.offline.model.experts import ExpertsLayout
 from ria_vllm.offline.plan_experts import check_alike
 from ria_vllm.offline.prune_experts import ExpertsPruner
-from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.sizes import human_size
 from ria_vllm.writer import CheckpointWriter
 
@@ -126,24 +125,6 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
 def pytest_generate_tests(metafunc):
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", KINDS)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "granitemoe", "gpt_oss", "llama4_text"])
-def test_a_pattern_without_a_kernel_is_written_as_the_dense_model_was(kind, moe, text, tmp_path, monkeypatch):
-    finish = CheckpointWriter.finish
-
-    def finished(writer, *arguments):
-        assert not list(writer.work.glob("experts-*"))  # a dense copy of the whole model would take too much space
-        finish(writer, *arguments)
-
-    monkeypatch.setattr(CheckpointWriter, "finish", finished)
-    run_small(moe(kind), tmp_path / "out", text, pattern=Pattern(n=4, m=8))
-    pruned, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(moe(kind) / "model.safetensors")
-    assert set(pruned) == set(original)
-    experts = [name for name in original if "experts" in name or "_linear" in name]
-    for name in [name for name in experts if "bias" not in name]:
-        assert torch.equal(pruned[name], original[name] * (pruned[name] != 0))
-        assert float((pruned[name] == 0).float().mean()) == 0.5
 
 
 @pytest.mark.parametrize(

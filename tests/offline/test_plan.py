@@ -40,16 +40,6 @@ def test_a_fold_with_a_dense_producer_needs_blocks(tiny, text, tmp_path):
     assert inside == [True, False]
 
 
-@pytest.mark.parametrize(("ignored", "layer"), [("1", 1), ("[01]", 0)])
-def test_what_blocks_cost_is_said_in_the_first_layer_where_a_fold_does_not_hold(ignored, layer, tiny, text, tmp_path):
-    producers = tuple(f".*layers.{ignored}.mlp.{name}_proj" for name in ("gate", "up"))
-    report, _ = run_small(tiny("llama"), tmp_path / "out", text, ignore=producers)
-    compared = {name: record for name, record in report["linears"].items() if "retained_without_blocks" in record}
-    assert list(compared) == [f"model.layers.{layer}.mlp.down_proj"]
-    (record,) = compared.values()
-    assert record["retained_before"] < record["retained_after"] < record["retained_without_blocks"]
-
-
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2, 0.3, 0.5])
 def test_the_most_sensitive_of_an_unknown_family_stay_together(fraction, tiny, text, tmp_path):
     run_small(tiny("qwen3.5"), tmp_path / "out", text, skip_sensitive=fraction)

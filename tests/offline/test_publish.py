@@ -7,7 +7,6 @@ import torch
 from compressing import edit_config, run_small
 
 from ria_vllm.checkpoint import Reader
-from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.publish import published
 
 
@@ -73,18 +72,6 @@ def test_the_license_comes_along_and_the_card_is_a_new_one(model, text, tmp_path
     run_small(model, tmp_path / "again", text)
     assert list(Reader(tmp_path / "again").problems()) == []
     assert "license" not in (tmp_path / "again" / "README.md").read_text().split("---\n")[1]
-
-
-def test_plain_dense_folders_have_a_card_too(model, text, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    run_small(model, tmp_path / "out", text, pattern=Pattern(n=1, m=4), permute="none")
-    card = (tmp_path / "out" / "README.md").read_text()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers
-    weights = [m.weight for m in found.modules() if isinstance(m, torch.nn.Linear)]
-    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    assert f"1:4; {zeros:.1%} of the weights" in card and "No kernel serves the pattern 1:4" in card
-    assert "vllm serve" not in card
 
 
 def test_a_name_that_cannot_be_a_path_is_no_error(tmp_path, monkeypatch):

@@ -28,7 +28,6 @@ from ria_vllm.offline.model.hf import load_model
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.source_tensors import SourceTensors
 from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
@@ -80,7 +79,6 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         {"reconstruct": "admm"},
         {"calibration": "self"},
         {"ignore": ("experts",)},
-        {"pattern": Pattern(n=4, m=8)},
         {"weights": "int8", "activations": "int8"},
     ],
     ids=str,
@@ -290,12 +288,11 @@ def test_what_is_copied_is_said_to_be_dequantized(pair, text, tmp_path):
     assert torch.equal(tensors(tmp_path / "out")[name], from_fp8(parts))
 
 
-@pytest.mark.parametrize("served", [True, False])
-def test_the_dtype_is_written_where_the_source_names_none(served, pair, text, tmp_path):
+def test_the_dtype_is_written_where_the_source_names_none(pair, text, tmp_path):
     """transformers would take that of the first tensor, and vLLM the widest one; both are another one here."""
     folder = shutil.copytree(pair("gpt_oss")[0], tmp_path / "in")
     rewrite(folder / FIRST, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
-    run_small(folder, tmp_path / "out", text, **({} if served else {"pattern": Pattern(n=4, m=8)}))
+    run_small(folder, tmp_path / "out", text)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
     assert load_model(str(tmp_path / "out"), CPU).dtype == torch.bfloat16

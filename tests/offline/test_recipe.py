@@ -7,15 +7,12 @@ from dataclasses import replace
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.work import ways_of_this_version
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"pattern": Pattern.parse("4:8"), "weights": "int8"}, "--weights int8 is for the pattern 2:4"),
         ({"weights": "int3"}, "choose one of float, int8, int4"),
         ({"weights": "int4-g64"}, "choose one of float, int8, int4"),
         ({"weights": "int4", "group_size": 16}, "--group-size 16: choose one of row, 32, 64, 128"),
@@ -98,25 +95,6 @@ def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
         found = [Recipe(reconstruct=reconstruct, samples=a, seq_len=b).damping for a, b in tokens]
         assert found == [2.0, 2.0, 1.0, 0.5, 0.25, 0.2, 0.2]
     assert Recipe(reconstruct="admm", samples=4, seq_len=32).damping == 0.2
-
-
-def test_a_run_begun_with_another_share_of_steps_is_another_run():
-    ways, of_block = ways_of_this_version(Recipe()), ways_of_this_version(Recipe(reconstruct="block"))
-    assert ways["least share"] == 1 / 3 and ways["least rate"] == 1 / 2
-    assert not {"least share", "least rate"} & set(of_block)  # earlier versions had the same
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
-def test_a_run_begun_when_heads_were_turned_otherwise_is_another_run(pattern):
-    recipe = Recipe(pattern=Pattern.parse(pattern), permute="none", rotate="heads", reconstruct="admm")
-    ways = ways_of_this_version(recipe)
-    assert ways["turned"] == "along rotations" and ("rotations" in ways) == (pattern == "2:4")
-    assert "turned" not in ways_of_this_version(replace(recipe, rotate="none"))
-
-
-def test_a_run_begun_with_another_damping_is_another_run():
-    assert ways_of_this_version(Recipe(samples=32, seq_len=512))["damping"] == 1.0
-    assert "damping" not in ways_of_this_version(Recipe())  # earlier versions had the same
 
 
 @pytest.mark.parametrize("seq_len", [64, 1024, 2048, 8192])

@@ -23,7 +23,6 @@ from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
 from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.pruning.masks import Pattern
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 from ria_vllm.push import files_to_push
@@ -233,16 +232,3 @@ def test_what_is_said_of_it(model, text, tmp_path):
     export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
     for name, fit in (("out", "fit only in vLLM with ria-vllm"), ("dense", "do not fit")):
         assert f"adapters (LoRA) of the dense model {fit}" in (tmp_path / name / "README.md").read_text()
-
-
-def test_a_pattern_that_is_not_served_stores_no_rotations(model, text, tmp_path):
-    """vLLM would load them as weights, and nothing there turns adapters."""
-    run_small(model, tmp_path / "out", text, rotate="heads", pattern=Pattern.parse("4:8"))
-    assert not (tmp_path / "out" / ROTATIONS_FILE).exists()
-    assert not any("rotations" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
-    assert "adapters (LoRA) of the dense model do not fit" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_a_pattern_without_groups(model, text, tmp_path):
-    with pytest.raises(RiaError, match="--rotate heads is for patterns N:M, not for unstructured"):
-        run_small(model, tmp_path / "out", text, rotate="heads", pattern=Pattern.parse("unstructured"))

@@ -3,7 +3,7 @@ import torch
 
 from ria_vllm.offline.pruning.admm import admm, admm_solver, output_error
 from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 
 
 def layer(out, channels, tokens, seed=0):
@@ -12,7 +12,7 @@ def layer(out, channels, tokens, seed=0):
     mixing = torch.randn(channels, channels, generator=draw) / channels**0.5 + torch.eye(channels)
     X = torch.randn(tokens, channels, generator=draw) @ mixing * torch.randn(channels, generator=draw).exp()
     W = torch.randn(out, channels, generator=draw)
-    return W, X, mask(W.abs() * X.norm(dim=0), Pattern(n=2, m=4))
+    return W, X, mask(W.abs() * X.norm(dim=0))
 
 
 def objective(W, V, X):
@@ -70,8 +70,7 @@ def test_no_row_is_worse_than_masked_if_the_input_has_drifted():
 
 def test_a_chosen_mask_keeps_the_pattern_and_is_better():
     W, X, keep = layer(300, 32, 400)
-    pattern = Pattern(n=2, m=4)
-    V, chosen = admm_solver(X.T @ X).solve(W, keep, choose=lambda rows: mask(rows.abs() * X.norm(dim=0), pattern))
+    V, chosen = admm_solver(X.T @ X).solve(W, keep, choose=lambda rows: mask(rows.abs() * X.norm(dim=0)))
     assert (chosen.view(300, -1, 4).sum(-1) == 2).all() and (chosen != keep).any()
     assert (V[~chosen] == 0).all()
     assert objective(W, V, X) < 0.97 * objective(W, admm(W, X.T @ X, keep), X)

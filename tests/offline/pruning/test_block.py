@@ -5,7 +5,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.block import Grid, train_block
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 
 
 class Sublayer(torch.nn.Module):
@@ -35,7 +35,7 @@ def problem():
         masks = {}
         for name in ("gate", "up", "down"):
             linear = model.get_submodule(name)
-            masks[f"{name}.weight"] = mask(linear.weight.abs(), Pattern(n=2, m=4))
+            masks[f"{name}.weight"] = mask(linear.weight.abs())
             linear.weight.mul_(masks[f"{name}.weight"])
     model.requires_grad_(False)
     params = {name: p for name, p in model.named_parameters() if name in masks}

@@ -5,7 +5,7 @@ import torch
 
 from ria_vllm import permutation
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.permute import deal, retained, search, search_heads
 
 
@@ -16,29 +16,27 @@ def scores(rows, channels, seed):
     return torch.randn(rows, channels, generator=draw).abs() * spread * torch.rand(rows, 1, generator=draw)
 
 
-@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (4, 8)])
-def test_retained_is_the_score_under_the_mask(n, m):
+def test_retained_is_the_score_under_the_mask():
     S = scores(13, 48, 0)
     for p in (None, torch.randperm(48, generator=torch.Generator().manual_seed(1))):
         stored = (S if p is None else S[:, p]).double()
-        expected = (stored[mask(stored, Pattern(n=n, m=m))].sum() / stored.sum()).item()
-        assert retained(S, p, n, m) == pytest.approx(expected, rel=1e-6)
+        expected = (stored[mask(stored)].sum() / stored.sum()).item()
+        assert retained(S, p) == pytest.approx(expected, rel=1e-6)
 
 
 def test_retained_of_nothing():
     assert retained(torch.zeros(3, 8)) == 1.0
 
 
-@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (4, 8)])
 @pytest.mark.parametrize("seed", range(4))
-def test_search_is_a_permutation_and_never_below_its_starts(n, m, seed):
+def test_search_is_a_permutation_and_never_below_its_starts(seed):
     S = scores(40, 64, seed)
-    own, dealt = retained(S, None, n, m), retained(S, deal(S.T.contiguous(), m).flatten(), n, m)
+    own, dealt = retained(S), retained(S, deal(S.T.contiguous()).flatten())
     found = {}
     for method in ("none", "heuristic", "lsa"):
-        p = search(S, n, m, method, seed=seed)
+        p = search(S, method, seed=seed)
         assert p.dtype == torch.int64 and permutation.check(p, 64) is None
-        found[method] = retained(S, p, n, m)
+        found[method] = retained(S, p)
     assert found["none"] == own
     assert found["heuristic"] == max(own, dealt)
     assert found["lsa"] > found["heuristic"]

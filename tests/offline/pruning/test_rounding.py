@@ -8,7 +8,7 @@ import torch
 from ria_vllm import formats
 from ria_vllm.offline.pruning import rounding
 from ria_vllm.offline.pruning.admm import admm
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
@@ -22,7 +22,7 @@ def layer(out, channels, tokens, seed=0):
     mixing = torch.randn(channels, channels, generator=draw) / channels**0.5 + torch.eye(channels)
     X = torch.randn(tokens, channels, generator=draw) @ mixing * torch.randn(channels, generator=draw).exp()
     W, p = torch.randn(out, channels, generator=draw), torch.randperm(channels, generator=draw)
-    keep = mask((W.abs() * X.norm(dim=0))[:, p], Pattern(n=2, m=4))[:, torch.argsort(p)]
+    keep = mask((W.abs() * X.norm(dim=0))[:, p])[:, torch.argsort(p)]
     R = 0.3 * X @ torch.randn(channels, out, generator=draw) / channels**0.5  # what the output lacks
     return W, X, keep, p, R
 

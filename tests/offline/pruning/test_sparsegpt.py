@@ -3,7 +3,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.admm import output_error
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 
 
@@ -15,7 +15,7 @@ def layer(out, channels, tokens, seed=0):
     return torch.randn(out, channels, generator=draw), X
 
 
-def reference(W, gram, n, m, damping):
+def reference(W, gram, damping):
     """The optimal brain surgeon's own recursion in float64: no Cholesky factor, no blocks.
 
     Columns go left to right. Removing w_j moves the columns to its right by -w_j / G_jj * G_j, G the inverse of H
@@ -27,60 +27,51 @@ def reference(W, gram, n, m, damping):
     keep = torch.ones_like(W, dtype=torch.bool)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(C)]
     for j in range(C):
-        if j % m == 0:
-            costs = torch.stack([W[:, k] ** 2 / inverses[k][0, 0] for k in range(j, j + m)], dim=1)
-            keep[:, j : j + m].scatter_(1, costs.topk(m - n, largest=False).indices, False)
+        if j % 4 == 0:
+            costs = torch.stack([W[:, k] ** 2 / inverses[k][0, 0] for k in range(j, j + 4)], dim=1)
+            keep[:, j : j + 4].scatter_(1, costs.topk(2, largest=False).indices, False)
         move = torch.where(keep[:, j], 0.0, W[:, j] / inverses[j][0, 0])
         W[:, j:] -= move[:, None] * inverses[j][0]
     return W * keep, keep
 
 
-@pytest.mark.parametrize("n,m", [(2, 4), (4, 8), (1, 4)])
 @pytest.mark.parametrize("block", [8, 128])
-def test_against_the_recursion(n, m, block):
+def test_against_the_recursion(block):
     W, X = layer(10, 32, 200)
-    found, keep = sparsegpt(W, X.T @ X, Pattern(n=n, m=m), block=block)
-    expected, expected_keep = reference(W, X.T @ X, n, m, 0.01)
+    found, keep = sparsegpt(W, X.T @ X, block=block)
+    expected, expected_keep = reference(W, X.T @ X, 0.01)
     assert torch.equal(keep, expected_keep)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_better_than_masking_alone():
     W, X = layer(32, 64, 500)
-    gram, pattern = X.T @ X, Pattern(n=2, m=4)
-    V, keep = sparsegpt(W, gram, pattern)
+    gram = X.T @ X
+    V, keep = sparsegpt(W, gram)
     assert V.dtype == torch.float32 and (V[~keep] == 0).all()
     assert (keep.view(32, -1, 4).sum(-1) == 2).all()
     error = output_error(W, V, gram)
-    assert error < 0.8 * output_error(W, W * mask(W.abs(), pattern), gram)
+    assert error < 0.8 * output_error(W, W * mask(W.abs()), gram)
     assert error < output_error(W, W * keep, gram)
-
-
-def test_unstructured_keeps_the_fraction_and_helps():
-    W, X = layer(32, 64, 500)
-    gram = X.T @ X
-    V, keep = sparsegpt(W, gram, Pattern(fraction=0.5), block=16)
-    assert keep.view(32, 4, 16).sum(dim=(0, 2)).tolist() == [256] * 4
-    assert output_error(W, V, gram) < 0.8 * output_error(W, W * mask(W.abs(), Pattern(fraction=0.5)), gram)
 
 
 def test_dead_channels_and_dead_inputs():
     W, X = layer(8, 16, 60)
     X[:, 4] = 0
     for gram in (X.T @ X, torch.zeros(16, 16)):
-        V, keep = sparsegpt(W, gram, Pattern(n=2, m=4))
+        V, keep = sparsegpt(W, gram)
         assert torch.isfinite(V).all() and (keep.view(8, 4, 4).sum(-1) == 2).all()
-    V, keep = sparsegpt(W, X.T @ X, Pattern(n=2, m=4))
+    V, keep = sparsegpt(W, X.T @ X)
     assert not keep[:, 4].any()
 
 
 def test_the_weight_is_not_changed_in_place():
     W, X = layer(8, 16, 60)
     before = W.clone()
-    sparsegpt(W, X.T @ X, Pattern(n=2, m=4))
+    sparsegpt(W, X.T @ X)
     assert torch.equal(W, before)
 
 
 def test_columns_must_divide_into_groups():
     with pytest.raises(RiaError, match="groups of 4"):
-        sparsegpt(torch.rand(4, 18), torch.eye(18), Pattern(n=2, m=4))
+        sparsegpt(torch.rand(4, 18), torch.eye(18))

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ria_vllm.offline.calibration.statistics import GramSum
 from ria_vllm.offline.pruning import admm
 from ria_vllm.offline.pruning.admm import admm_solver, output_error
-from ria_vllm.offline.pruning.masks import Pattern, mask
+from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
 
@@ -126,7 +126,7 @@ def problem(request):
     X[:, width // 3] = 0
     W = torch.randn(150, width, generator=draw)
     norm = X.norm(dim=0)
-    return W, X.T @ X, lambda rows: mask(rows.abs() * norm, Pattern(n=2, m=4))
+    return W, X.T @ X, lambda rows: mask(rows.abs() * norm)
 
 
 @pytest.mark.parametrize("problem", [4, 256, 516, 776], indirect=True)
@@ -148,7 +148,7 @@ def test_wide_reconstruction_equals_the_narrow_one(problem, halved, monkeypatch)
 def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
     W, gram, choose = problem
     far_apart = W.sign() * torch.tensor([1.0, 20.0, 2.0, 40.0]).repeat(129) / gram.diagonal().sqrt().clamp(min=1)
-    start = mask(far_apart.abs(), Pattern(n=2, m=4)).roll(1, dims=1)
+    start = mask(far_apart.abs()).roll(1, dims=1)
     _, narrow = admm_solver(gram).solve(far_apart, start, choose=choose)
     monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     _, wide = admm_solver(gram).solve(far_apart, start, choose=choose)
@@ -158,7 +158,7 @@ def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
 def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
     monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
     W, gram = torch.randn(6, 300), SymmetricMatrix.of(torch.zeros(300, 300))
-    choose = lambda rows: mask(rows.abs(), Pattern(n=2, m=4))  # noqa: E731
+    choose = lambda rows: mask(rows.abs())  # noqa: E731
     for damping in (0.0, 0.2):
         V, kept = admm_solver(gram, damping).solve(W, choose(W), choose=choose)
         assert torch.equal(V, W * choose(W)) and torch.equal(kept, choose(W))
@@ -168,7 +168,7 @@ def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
 @pytest.mark.parametrize("problem", [516], indirect=True)
 def test_the_narrow_path_and_sparsegpt_take_half_stored_matrices(problem):
     W, gram, choose = problem
-    half, pattern, p = SymmetricMatrix.of(gram), Pattern(n=2, m=4), permutation(516)
+    half, p = SymmetricMatrix.of(gram), permutation(516)
     assert torch.equal(admm_solver(half).solve(W, choose(W))[0], admm_solver(half.dense()).solve(W, choose(W))[0])
     for order in (None, p):
         permuted = half.dense(order)
@@ -203,7 +203,7 @@ def test_wide_matrices_are_never_dense():
     width, rows = admm.DENSE_WIDTH + 500, 8
     half, block, weight = 4 * width * (width + BLOCK) / 2, 4 * BLOCK * width, 4 * rows * width
     X, W = torch.randn(64, width), torch.randn(rows, width)
-    keep = mask(W.abs(), Pattern(n=2, m=4))
+    keep = mask(W.abs())
     with Peak(X) as gathering:
         total = GramSum(width, X.device)
         total.add(X)
@@ -225,6 +225,6 @@ def test_sparsegpt_makes_one_dense_matrix():
     gram = SymmetricMatrix.of(X.T @ X)
     for order in (None, permutation(width)):
         with Peak(*gram.blocks, W) as peak:
-            sparsegpt(W, gram, Pattern(n=2, m=4), order=order)
+            sparsegpt(W, gram, order=order)
         whole = 4 * width**2
         assert peak.largest == whole and peak.total <= whole + 3 * 4 * BLOCK * width
