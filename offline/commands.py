@@ -2,13 +2,13 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.runtime import options
+
 
 @click.command()
 @click.argument("model")
@@ -33,8 +33,7 @@ from ria_vllm.offline.runtime import options
     "--self-written",
     default=0.0,
     show_default=True,
-    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration. With "
-    "--distill, of the training text, too.",
+    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
 )
 @click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
 @click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")
@@ -85,20 +84,6 @@ from ria_vllm.offline.runtime import options
     help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. vLLM then turns "
     "adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
-@click.option(
-    "--distill",
-    type=click.IntRange(min=2),
-    metavar="TOKENS",
-    help="Then train the kept weights on so many tokens of the calibration text, with the defaults of `ria-vllm "
-    "distill`; in one process, so not with torchrun, and not if MODEL is a .gguf file.",
-)
-@click.option(
-    "--eval-text",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False),
-    help="With --distill: a text file to measure on while training. By the first one, the best step is kept, and "
-    "training stops when it no longer gets better. Repeatable.",
-)
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @options.device
 @click.option(
@@ -121,7 +106,7 @@ from ria_vllm.offline.runtime import options
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(
     model, out, method, exponent, permute, permute_scope, calibration, self_written, samples, seq_len, seed,
-    reconstruct, skip_sensitive, weights, group_size, activations, smooth, rotate, distill, eval_text, ignore, device,
+    reconstruct, skip_sensitive, weights, group_size, activations, smooth, rotate, ignore, device,
     compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
 ):  # fmt: skip
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
@@ -138,10 +123,6 @@ def compress(
     from ria_vllm.sizes import parse_size
     from ria_vllm.writer import check_file_place, disk_errors
 
-    if eval_text and distill is None:
-        raise RiaError(
-            "--eval-text measures while --distill trains: give both. `ria-vllm eval` measures a finished model."
-        )
     recipe = Recipe(
         method=method, exponent=exponent, permute=permute, permute_scope=permute_scope,
         calibration=calibration, self_written=self_written, samples=samples, seq_len=seq_len, seed=seed,
@@ -155,30 +136,7 @@ def compress(
     settings = Settings(chosen_device, activation_cache, parse_size(max_shard_size), overwrite, resume)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
-        if distill is None:
-            report = run(model, out, recipe, settings, monitor)
-        else:
-            from ria_vllm.offline.distill.after import compress_and_distill
-            from ria_vllm.offline.distill.recipe import Distillation
-            from ria_vllm.offline.distill.run import Settings as Run
-
-            length = min(seq_len, 512)
-            if distill < (step := Distillation.batch * length):
-                raise RiaError(f"--distill {distill}: a single step takes {step} tokens. Give more.")
-            report = compress_and_distill(
-                lambda pruned, inputs: run(
-                    model, pruned, recipe, replace(settings, overwrite=True), monitor, inputs
-                ),
-                model, out, recipe,
-                Distillation(
-                    tokens=distill, text=calibration, self_written=self_written, seq_len=length, seed=seed,
-                    # float16 is for pruning only: in training, small gradients would vanish.
-                    compute_dtype="float32" if compute_dtype == "float16" else compute_dtype,
-                    eval_text=tuple(eval_text),
-                ),
-                Run(chosen_device, max_shard_size=settings.max_shard_size, overwrite=overwrite, resume=resume),
-                monitor,
-            )  # fmt: skip
+        report = run(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}

@@ -56,13 +56,8 @@ class Settings:
     resume: bool = False
 
 
-def compress(
-    model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor, inputs: Inputs | None = None
-) -> dict[str, Any]:
+def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
     """Compress `model` into the folder `out`.
-
-    Args:
-        inputs: what must not have changed, if this is a part of a longer run.
 
     Returns:
         The report, as written to `out`.
@@ -75,7 +70,7 @@ def compress(
 
     logging.disable_progress_bar()
     check_place(out, Path(model))
-    inputs = Inputs() if inputs is None else inputs
+    inputs = Inputs()
     if Path(recipe.calibration).is_file():
         check_place(out, Path(recipe.calibration))
         inputs.stamps(Path(recipe.calibration))

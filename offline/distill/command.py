@@ -49,31 +49,10 @@ from ria_vllm.offline.runtime import options
     "--clip", default=1.0, show_default=True, help="Limit of a parameter's update, in learning rates; 0: no limit."
 )
 @click.option(
-    "--loss",
-    default="kl",
+    "--text-loss",
+    default=0.0,
     show_default=True,
-    help="Terms and weights, such as kl=1,hidden=0.5. kl: the divergence from the teacher's predictions. hidden: the "
-    "error of each layer's output. text: the cross entropy of the text itself.",
-)
-@click.option("--temperature", default=1.0, show_default=True, help="Divides the logits of both models for kl.")
-@click.option(
-    "--top-k",
-    default=0,
-    show_default=True,
-    help="Compare this many of the teacher's most probable tokens one by one, all others as one; 0: all one by one.",
-)
-@click.option(
-    "--train",
-    default="scales",
-    show_default=True,
-    help="What is trained besides kept weights: norms, biases, and scales of quantized formats, separated by commas; "
-    "nothing if empty.",
-)
-@click.option(
-    "--cache-teacher",
-    is_flag=True,
-    help="Ask the teacher first, keep its --top-k on the disk (6 bytes for each), and free its memory. Needs --top-k; "
-    "not with --loss hidden.",
+    help="Weight of the cross entropy of the text itself, beside the divergence from the teacher's predictions.",
 )
 @click.option(
     "--eval-text",
@@ -112,18 +91,12 @@ from ria_vllm.offline.runtime import options
 @options.max_shard_size
 @options.overwrite
 @options.resume
-def distill(
-    folder, teacher, out, tokens, text, self_written, seq_len, batch, micro_batch, passes, lr, warmup, weight_decay,
-    clip, loss, temperature, top_k, train, cache_teacher, eval_text, eval_tokens, evals, patience, seed, device,
-    compute_dtype, save_memory, shard, save_every, max_shard_size, overwrite, resume,
-):  # fmt: skip
+def distill(folder, teacher, out, device, save_memory, shard, save_every, max_shard_size, overwrite, resume, **recipe):
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
     torchrun or accelerate launch divides each step among several processes.
     """
-    from ria_vllm.offline.distill.checks import warn_of_trained_texts
-    from ria_vllm.offline.distill.loss import Loss
     from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.offline.distill.run import Settings
     from ria_vllm.offline.distill.run import distill as run
@@ -131,22 +104,14 @@ def distill(
     from ria_vllm.progress import Monitor
     from ria_vllm.sizes import parse_size
 
-    if not eval_text:
+    if not recipe["eval_text"]:
         _refuse_given("eval_tokens", "evals", "patience")
-    recipe = Distillation(
-        tokens=tokens, text=text, self_written=self_written, seq_len=seq_len, batch=batch, micro_batch=micro_batch,
-        passes=passes, lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip,
-        loss=Loss.parse(loss, temperature, top_k), train=tuple(filter(None, train.split(","))),
-        cache_teacher=cache_teacher, eval_text=tuple(eval_text), eval_tokens=eval_tokens, evals=evals,
-        patience=patience, compute_dtype=compute_dtype, seed=seed,
-    )  # fmt: skip
     settings = Settings(
         choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume
     )
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
-    warn_of_trained_texts(recipe, monitor)
     try:
-        report = run(folder, teacher, out, recipe, settings, monitor)
+        report = run(folder, teacher, out, Distillation(**recipe), settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]

@@ -1,26 +1,22 @@
 """What a distillation should do: every option that affects the result, checked and written into the checkpoint."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.mixture import check_fraction, written_of
-from ria_vllm.offline.distill.loss import Loss
-from ria_vllm.offline.model import dtypes
 from ria_vllm.offline.publish import published
 
-ALSO = ("norms", "biases", "scales")
-COMPUTE_DTYPES = tuple(choice for choice in dtypes.CHOICES if choice != "float16")
 # By the seed itself, the dense model writes the text that `compress` calibrates on.
 TEXT_SEED = 1_000_003
 
 
-@dataclass(frozen=True)
-class Distillation:
+class Distillation(BaseModel):
     """The options; `ria-vllm distill --help` explains each.
 
     micro_batch: None: as `among` says.
@@ -29,57 +25,49 @@ class Distillation:
         RiaError: an invalid value.
     """
 
-    tokens: int
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    tokens: int = Field(ge=2)
     text: str = "self"
     self_written: float = 0.0
-    seq_len: int = 512
-    batch: int = 2
-    micro_batch: int | None = None
-    passes: int = 1
-    lr: float = 3e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    loss: Loss = field(default_factory=Loss)
-    train: tuple[str, ...] = ("scales",)
-    cache_teacher: bool = False
+    seq_len: int = Field(512, ge=2)
+    batch: int = Field(2, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    passes: int = Field(1, ge=1)
+    lr: float = Field(3e-4, ge=0, le=1)
+    warmup: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    clip: float = Field(1.0, ge=0)
+    text_loss: float = Field(0.0, ge=0)
     eval_text: tuple[str, ...] = ()
-    eval_tokens: int = 8192
-    evals: int = 10
-    patience: int = 3
-    compute_dtype: str = "auto"
+    eval_tokens: int = Field(8192, ge=2)
+    evals: int = Field(10, ge=1)
+    patience: int = Field(3, ge=1)
+    # In float16, small gradients would vanish.
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        whole = {"tokens": 2, "seq_len": 2, "batch": 1, "micro_batch": 1, "passes": 1, "eval_tokens": 2, "evals": 1}
-        for name, least in (whole | {"patience": 1}).items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give at least {least}.")
-        for name, most in (("lr", 1.0), ("warmup", 1.0), ("weight_decay", 1.0), ("clip", 1e6)):
-            if not (math.isfinite(getattr(self, name)) and 0 <= getattr(self, name) <= most):
-                raise RiaError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number from 0 to {most:g}.")
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = "-".join(["-", *map(str, first["loc"])]).replace("_", "-")
+            raise RiaError(f"{option} {first['input']}: {first['msg']}.") from None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "Distillation":
         check_fraction(self.self_written, self.windows, self.text)
-        if self.batch % (self.micro_batch or 1):
-            raise RiaError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}.")
         if self.tokens < self.batch * self.seq_len:
             raise RiaError(
                 f"--tokens {self.tokens}: a single step takes {self.batch * self.seq_len} (--batch {self.batch} "
                 f"sequences of --seq-len {self.seq_len}). Give more tokens, or smaller steps."
             )
-        for name in self.train:
-            if name not in ALSO:
-                raise RiaError(f"--train {name!r}: choose of {', '.join(ALSO)}, or give nothing to train no more.")
-        if self.compute_dtype == "float16":
-            raise RiaError(
-                "--compute-dtype float16: small gradients would vanish in it. Give bfloat16 or float32, or leave it "
-                "out."
-            )
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise RiaError(f"--compute-dtype {self.compute_dtype!r}: choose one of {', '.join(COMPUTE_DTYPES)}.")
-        if self.cache_teacher and not self.loss.top_k:
-            raise RiaError("--cache-teacher keeps the teacher's most probable tokens: give their number as --top-k.")
-        if self.cache_teacher and self.loss.hidden:
-            raise RiaError("--cache-teacher does not keep hidden states, which --loss hidden needs. Leave one out.")
+        return self
+
+    def with_options(self, **changes: Any) -> "Distillation":
+        """The same recipe but for these options, checked anew."""
+        return Distillation(**self.model_dump() | changes)
 
     def among(self, processes: int) -> "Distillation":
         """The recipe for so many processes. Where no micro-batch is given, a process's sequences of a step are one, so
@@ -89,15 +77,13 @@ class Distillation:
             RiaError: the micro-batches of a step cannot be divided evenly.
         """
         micro = self.micro_batch or max(1, self.batch // processes)
-        if self.batch // micro % processes or self.batch % micro:
-            way_out = f"Give a multiple of {processes} as --batch."
-            if self.micro_batch:
-                way_out = f"Give a multiple of {micro * processes} as --batch, or a smaller --micro-batch."
-            in_parts = f" in micro-batches of {micro}" if self.micro_batch else ""
+        if self.batch % (micro * processes):
+            multiple = micro * processes if self.micro_batch else processes
             raise RiaError(
-                f"--batch {self.batch}{in_parts} cannot be divided evenly among {processes} processes. {way_out}"
+                f"--batch {self.batch}: micro-batches of {micro} sequences cannot be divided evenly among {processes} "
+                f"processes. Give a multiple of {multiple} as --batch."
             )
-        return replace(self, micro_batch=micro)
+        return self.with_options(micro_batch=micro)
 
     @property
     def text_seed(self) -> int:
@@ -133,18 +119,7 @@ class Distillation:
         Args:
             revision: the teacher's commit on the hub; None: a folder.
         """
+        origin = {"teacher": published(teacher)} | ({} if revision is None else {"teacher_revision": revision})
+        names = {"text": Path(self.text).name, "eval_text": [Path(text).name for text in self.eval_text]}
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers")}
-        loss = {"loss": str(self.loss), "temperature": self.loss.temperature, "top_k": self.loss.top_k}
-        shown = {
-            "text": Path(self.text).name,
-            "train": list(self.train),
-            "eval_text": [Path(text).name for text in self.eval_text],
-        }
-        found: dict[str, Any] = {"teacher": published(teacher)}
-        if revision is not None:
-            found["teacher_revision"] = revision
-        for name in (option.name for option in fields(self)):
-            if name == "self_written" and not self.self_written:
-                continue  # earlier versions did not have it
-            found |= loss if name == "loss" else {name: shown.get(name, getattr(self, name))}
-        return found | {"versions": versions}
+        return origin | self.model_dump() | names | {"versions": versions}

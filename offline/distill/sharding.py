@@ -7,7 +7,7 @@ outside of what FSDP sees.
 import torch
 from torch import nn
 
-from ria_vllm.offline.distill.logits import TwoPart
+from ria_vllm.offline.distill.teacher.two_part import TwoPart
 
 
 def shard(model: TwoPart, device: torch.device) -> None:

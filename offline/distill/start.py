@@ -1,6 +1,7 @@
-"""The 2:4 checkpoint that training starts from: one of our own. See `foreign` for others."""
+"""The 2:4 folder that training starts from: one that ria-vllm wrote, or another program's (see `foreign`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +10,6 @@ import torch
 from ria_vllm.checkpoint import Reader
 from ria_vllm.schema import RiaSchema
 from ria_vllm.sparse_linear import SparseLinear
-
-
-class Start:
-    """A folder that ria-vllm wrote.
-
-    Attributes:
-        files: tensor name -> file.
-        linears: the names of pruned linears, in the order of the files.
-        others: the names of all other tensors -> how to read them.
-        config: config.json.
-        schema: its quantization_config.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.reader = Reader(folder)
-        self.files = self.reader.files
-        self.config: dict[str, Any] = self.reader.config
-        self.schema: RiaSchema = self.reader.schema
-        self.linears: list[str] = self.reader.sparse_names
-        self.others: Mapping[str, torch.Tensor] = Tensors(self.reader.dense_names, self.reader.tensor)
-
-    def linear(self, name: str) -> SparseLinear:
-        """One pruned linear, checked."""
-        return self.reader.linear(name)
-
-    def dense_names(self) -> list[str]:
-        """The names of the dense model's tensors."""
-        return list(self.reader.dense_tensors())
-
-    def state(self) -> dict[str, torch.Tensor] | None:
-        """All tensors of the dense model, if transformers cannot read the folder by itself."""
-        return None
-
-    def report(self) -> dict[str, Any]:
-        """What `compress` measured."""
-        return self.reader.report()
 
 
 class Tensors(Mapping[str, torch.Tensor]):
@@ -59,11 +23,56 @@ class Tensors(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return self.read(name)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training needs of the folder.
+
+    linears: the names of pruned linears, in the order of the files. linear: reads one of them, checked.
+    others: the names of all other tensors -> how to read them.
+    dense_names: of the dense model's tensors.
+    config: config.json. schema: its quantization_config.
+    report: what `compress` measured.
+    needs_state: transformers cannot read the folder by itself.
+    """
+
+    folder: Path
+    linears: list[str]
+    linear: Callable[[str], SparseLinear]
+    others: Mapping[str, torch.Tensor]
+    dense_names: list[str]
+    config: dict[str, Any]
+    schema: RiaSchema
+    report: dict[str, Any]
+    needs_state: bool = False
+
+    def state(self) -> dict[str, torch.Tensor] | None:
+        """All tensors of the dense model, if transformers must be given them."""
+        if not self.needs_state:
+            return None
+        return {f"{name}.weight": self.linear(name).dense() for name in self.linears} | dict(self.others)
+
+
+def own_start(folder: Path) -> Start:
+    """From a folder that ria-vllm wrote.
+
+    Raises:
+        RiaError: it is damaged.
+    """
+    reader = Reader(folder)
+    return Start(
+        folder=folder,
+        linears=reader.sparse_names,
+        linear=reader.linear,
+        others=Tensors(reader.dense_names, reader.tensor),
+        dense_names=list(reader.dense_tensors()),
+        config=reader.config,
+        schema=reader.schema,
+        report=reader.report(),
+    )

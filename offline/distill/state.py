@@ -1,21 +1,94 @@
 """What a run keeps in its work folder, so that it can be killed at any moment and go on to the same bytes.
 
-A state is one file for each trained parameter, then a file that names the step. The state of an earlier step stays
-until that file is in place. So do the tensors of the best step so far, which are stored as they will be written.
+A state is one file for each trained parameter, then a file that names the step and how the run went so far. The state
+of an earlier step stays until that file is in place. So do the tensors of the best step so far, which are stored as
+they will be written.
 """
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
-from ria_vllm.offline.distill.parameters import diverged
-from ria_vllm.offline.distill.progress import Course
-from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.student.parameters import diverged
+from ria_vllm.offline.distill.student.student import TERMS, Student
 from ria_vllm.sparse_linear import not_finite
 from ria_vllm.weight_format import name_of
 from ria_vllm.writer import CheckpointWriter
 
 STATE = "state"
+
+
+@dataclass
+class Course:
+    """The course of a run: all that a resumed run must know besides the parameters.
+
+    step: how many are done.
+    sums: of the terms of the loss, over the tokens since the last point of the curve; `counted` are these tokens.
+    curve: points; see `point`.
+    best: the step after which the held-out loss was lowest, and that loss; None: nothing is held out. 0 is the start.
+    lowest: the held-out loss of the best step of training, which may be above that of the start.
+    worse: measurements since that step.
+    stopped: whether the run is over, because it got no better.
+    """
+
+    step: int = 0
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(TERMS))
+    counted: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: tuple[int, float] | None = None
+    lowest: float | None = None
+    worse: int = 0
+    stopped: bool = False
+
+    def add(self, terms: list[float], tokens: int) -> None:
+        """Count a step.
+
+        Args:
+            terms: sums over its tokens.
+        """
+        self.step += 1
+        self.sums = [total + term for total, term in zip(self.sums, terms, strict=True)]
+        self.counted += tokens
+
+    def point(self, tokens: int, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Add a point to the curve: the mean of each term since the last one, and the scores of held-out texts.
+
+        Args:
+            tokens: that were trained on until now.
+        """
+        found: dict[str, Any] = {"step": self.step, "tokens": tokens}
+        if self.counted:
+            found |= {name: total / self.counted for name, total in zip(TERMS, self.sums, strict=True)}
+        if scores:
+            found["held_out"] = scores
+        found = json.loads(json.dumps(found, sort_keys=True))  # in the order in which a resumed run reads it
+        self.curve.append(found)
+        self.sums, self.counted = [0.0] * len(TERMS), 0
+        return found
+
+    def judge(self, loss: float, patience: int) -> bool:
+        """Take note of a held-out loss; whether it is the lowest so far.
+
+        It may rise in the first steps, while the learning rate is high, and fall below that of the start later. So what
+        counts against `patience` are measurements that are no better than an earlier one of training.
+        """
+        if self.step and (self.lowest is None or loss < self.lowest):
+            self.lowest, self.worse = loss, 0
+        elif self.step:
+            self.worse += 1
+            self.stopped = self.worse >= patience
+        if self.best is None or loss < self.best[1]:
+            self.best = (self.step, loss)
+            return True
+        return False
+
+    @property
+    def kept(self) -> int:
+        """The step that is written: the best one, or the last if nothing is held out."""
+        return self.best[0] if self.best else self.step
 
 
 class Work:
@@ -38,13 +111,19 @@ class Work:
 
     def save_course(self, course: Course) -> None:
         """Make what was saved for this step count, and delete what no longer does."""
-        self.writer.write(STATE, {}, course.dump())
-        best = course.best[0] if course.best else course.step
-        self._keep_only({f"{STATE}-{course.step:09d}", _best(best)})
+        self.writer.write(STATE, {}, asdict(course))
+        current = {f"{STATE}-{course.step:09d}", _best(course.kept)}
+        for path in self.writer.work.glob("units/*.safetensors"):
+            kind, _, rest = path.stem.partition("-")
+            if kind in (STATE, "best") and rest and f"{kind}-{rest[:9]}" not in current:
+                path.unlink()
 
     def course(self) -> Course | None:
         """That of the interrupted run; None if it has saved nothing."""
-        return Course.restored(self.writer.record(STATE)) if self.writer.has(STATE) else None
+        if not self.writer.has(STATE):
+            return None
+        found = self.writer.record(STATE)
+        return Course(**found | {"best": found["best"] and tuple(found["best"])})
 
     def restore(self, student: Student, step: int) -> None:
         """Put the parameters after a step into the student."""
@@ -60,17 +139,11 @@ class Work:
                 self.writer.write(f"{_best(step)}-{number:06d}", tensors)
 
     def results(self, names: Iterable[str], step: int) -> dict[str, str]:
-        """Trained tensor -> the key of what `save_result` wrote for it."""
+        """Trained linear -> the key of what `save_result` wrote for it."""
         return {name: f"{_best(step)}-{number:06d}" for number, name in enumerate(names)}
 
     def _key(self, step: int, number: int) -> str:
         return f"{STATE}-{step:09d}-{number:06d}{self.part}"
-
-    def _keep_only(self, beginnings: set[str]) -> None:
-        for path in self.writer.work.glob("units/*.safetensors"):
-            kind, _, rest = path.stem.partition("-")
-            if kind in (STATE, "best") and rest and f"{kind}-{rest[:9]}" not in beginnings:
-                path.unlink()
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:

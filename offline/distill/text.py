@@ -1,9 +1,7 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +9,6 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.calibration.mixture import written_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.progress import Monitor
@@ -31,32 +28,9 @@ SAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class TrainingText:
-    """What `training_windows` returns, and for the recipe what it is from (`digests.of_text`)."""
-
-    windows: torch.Tensor
-    origin: dict[str, str]
-
-
 def training_text(
-    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor, option: str = "--tokens"
-) -> TrainingText:
-    """`training_windows`, and the digest of the file while it is still what was read."""
-    with monitor.phase("reading the text"):
-        text = data.opened(recipe.text, monitor)
-        windows = training_windows(recipe, tokenizer, calibrated, text, option)
-    with monitor.phase("digests of files"):
-        return TrainingText(windows, digests.of_text(text, "text"))
-
-
-def training_windows(
-    recipe: Distillation,
-    tokenizer: Any,
-    calibrated: Mapping[str, Any] = MappingProxyType({}),
-    text: str | HubText | None = None,
-    option: str = "--tokens",
-) -> torch.Tensor:
+    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor
+) -> tuple[torch.Tensor, dict[str, str]]:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
 
     Those that the teacher writes beside it are not among them. Windows that the model was calibrated on come last: it
@@ -64,21 +38,24 @@ def training_windows(
 
     Args:
         calibrated: the recipe by which the model was pruned.
-        text: the recipe's, opened; None: it is a file.
-        option: which one says how many tokens, for errors.
 
     Returns:
-        int32 [windows, seq_len].
+        int32 [windows, seq_len]; and for the recipe what they are from (`digests.of_text`), while it is still what was
+        read.
 
     Raises:
         RiaError: no such text, or too little of it.
     """
     count = recipe.windows - recipe.windows_written
-    asked = f"{option} and --self-written ask for {count}" if recipe.windows_written else f"{option} asks for {count}"
+    options = "--tokens and --self-written ask" if recipe.windows_written else "--tokens asks"
     earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
-    return data.from_text(
-        text or recipe.text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND, earlier
-    )
+    with monitor.phase("reading the text"):
+        text = data.opened(recipe.text, monitor)
+        windows = data.from_text(
+            text, tokenizer, count, recipe.seq_len, recipe.seed, f"{options} for {count}", MOST_BEYOND, earlier
+        )
+    with monitor.phase("digests of files"):
+        return windows, digests.of_text(text, "text")
 
 
 def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:

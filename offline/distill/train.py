@@ -1,26 +1,26 @@
-"""The steps of a distillation."""
+"""The steps of a distillation, and what is measured on held-out text between them."""
 
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.inputs import Inputs
-from ria_vllm.offline.distill.heldout import HeldOut, Score
-from ria_vllm.offline.distill.loss import TERMS
-from ria_vllm.offline.distill.parameters import Pace, diverged
-from ria_vllm.offline.distill.progress import Course
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.state import Work
-from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.state import Course, Work
+from ria_vllm.offline.distill.student.parameters import Pace, diverged
+from ria_vllm.offline.distill.student.student import TERMS, Student
+from ria_vllm.offline.distill.teacher.teacher import read
+from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.text import batch_of
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 # Seconds between two lines about the loss.
 EVERY = 30.0
+Scores = dict[str, dict[str, float]]
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Training:
     """One run, and what its steps need.
 
     windows: integers [windows, seq_len].
-    answers: `Teacher` or `CachedTeacher`. logits_of: the former, for the logits of its hidden states.
+    held_out: the windows of each held-out text, int64 [windows, tokens], by its name.
+    hidden: of each of these windows what the teacher's head reads [tokens, hidden]: the teacher reads them only once.
     inputs: what must not have changed when a state is saved.
     save_every: seconds between two states in the work folder.
     sharded: whether each process has only some rows of the parameters.
@@ -37,10 +38,10 @@ class Training:
     recipe: Distillation
     student: Student
     pace: Pace
-    answers: Any
-    logits_of: Any
+    teacher: TwoPart
     windows: torch.Tensor
-    held_out: HeldOut
+    held_out: dict[str, torch.Tensor]
+    hidden: dict[str, list[torch.Tensor]]
     work: Work
     ranks: Ranks
     monitor: Monitor
@@ -102,15 +103,14 @@ class Training:
         """
         recipe, pace = self.recipe, self.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
+        assert recipe.micro_batch is not None
         mine = range(self.ranks.rank, recipe.batch // recipe.micro_batch, self.ranks.size)
         # On the device: the processes' group on GPUs takes nothing else.
         total = torch.zeros(len(TERMS), dtype=torch.float64, device=self.student.two.model.device)
         for micro in mine:
             pace.last = micro == mine[-1]
-            numbers = batch_of(recipe, step, micro)
-            tokens = self.windows[numbers].to(self.student.two.model.device, torch.int64)
-            answer = self.answers.answer(tokens, numbers)
-            loss, terms = self.student.loss(tokens, answer, self.logits_of, recipe.loss)
+            tokens = self.windows[batch_of(recipe, step, micro)].to(self.student.two.model.device, torch.int64)
+            loss, terms = self.student.loss(tokens, read(self.teacher, tokens), self.teacher, recipe.text_loss)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise diverged(step + 1, f"loss {value}")
@@ -121,23 +121,43 @@ class Training:
         total[TERMS.index("text")] *= recipe.seq_len / (recipe.seq_len - 1)
         return total.tolist()
 
+    @torch.no_grad()
+    def _scores(self) -> Scores:
+        """Of the student as it is: its perplexity, and KL(teacher, student) in nats a token, by the texts' names.
+
+        Raises:
+            RiaError: logits that are not finite.
+        """
+        found = {}
+        for name, windows in self.held_out.items():
+            total = torch.zeros(len(TERMS), dtype=torch.float64)
+            pairs = list(zip(windows, self.hidden[name], strict=True))
+            for window, hidden in self.monitor.steps(pairs, "measuring", len(pairs)):
+                tokens = window[None].to(self.student.two.model.device)
+                total += self.student.loss(tokens, hidden, self.teacher, 1.0)[1]
+            count, length = windows.shape
+            kl, mean = float(total[0]) / (count * length), float(total[1]) / (count * (length - 1))
+            if not math.isfinite(mean) or not math.isfinite(kl):
+                raise RiaError(
+                    f"{name}: the student's predictions are not finite. Give a smaller --lr, or check that the model "
+                    "works if this was before the first step."
+                )
+            found[name] = {"perplexity": math.exp(min(mean, 700.0)), "kl": kl}
+        return found
+
     def _measure(self, course: Course, rate: float = 0.0) -> None:
-        scores = self.held_out.measure(self.student, self.monitor) if self.held_out.texts else {}
-        scores = self.ranks.broadcast(scores)  # all go on and stop together, though devices round differently
+        scores = self.ranks.broadcast(self._scores())  # all stop together, though devices round differently
         point = course.point(course.step * self.recipe.batch * self.recipe.seq_len, scores)
         words = [_terms([point[name] for name in TERMS], 1)] if "kl" in point else []
         words += [f"{rate:.0f} tokens/s"] if rate else []
-        words += [f"{name}: {score}" for name, score in scores.items()]
+        words += [f"{name}: perplexity {one['perplexity']:.2f}, KL {one['kl']:.4f}" for name, one in scores.items()]
         self.monitor.say(f"{self._place(course)}: {', '.join(words)}" if words else self._place(course))
-        if scores:
-            better = course.judge(self._loss_of(next(iter(scores.values()))), self.recipe.patience)
-            if better:
-                self.work.save_result(self.student, course.step)
+        if scores and course.judge(self._loss_of(next(iter(scores.values()))), self.recipe.patience):
+            self.work.save_result(self.student, course.step)
 
-    def _loss_of(self, score: Score) -> float:
-        """What the loss is on held-out text, without the part of hidden states."""
-        kl, text = self.recipe.loss.kl, self.recipe.loss.text
-        return kl * score.kl + text * math.log(score.perplexity) if kl or text else score.kl
+    def _loss_of(self, score: dict[str, float]) -> float:
+        """What the loss is on held-out text."""
+        return score["kl"] + self.recipe.text_loss * math.log(score["perplexity"])
 
     def _save(self, course: Course, over: bool = False) -> None:
         """Save what a resumed run needs. If training is `over`, it needs no parameters: the result is saved already."""

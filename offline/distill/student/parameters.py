@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.layouts import GPU_BLOCK, Kept, Whole
-from ria_vllm.offline.distill.rounding import StraightThrough
 from ria_vllm.offline.distill.sharding import local
+from ria_vllm.offline.distill.student.layouts import GPU_BLOCK, Kept, Whole
+from ria_vllm.offline.distill.student.rounding import StraightThrough
 
 # Numbers that AdamW handles at a time on a CPU: all that it reads and writes of them stays in a core's cache.
 CHUNK = 1 << 16

@@ -11,6 +11,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.architecture import find_base, find_decoder, output_head
 from ria_vllm.weight_format import name_of
 
+# Tokens whose logits are in memory at a time.
+CHUNK = 256
+
 
 class TwoPart:
     """A causal LM as the function from tokens to hidden states and that from hidden states to logits.

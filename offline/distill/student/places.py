@@ -1,23 +1,21 @@
 """Where the pruned linears of a folder are in transformers' model: which of its parameters are trained."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.experts_layout import experts_modules
 from ria_vllm.offline.distill.start import Start
-from ria_vllm.offline.model.experts import experts_modules
 from ria_vllm.offline.model.names import Names
 from ria_vllm.placement import Placement
 from ria_vllm.stacks import LayerExperts, layers_of_experts
 
 
-def places_of(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, Placement]:
+def places_of(model: Any, start: Start, names: Names) -> dict[str, Placement]:
     """Parameter of the model -> the pruned linears in it: one, or those of all experts of a layer.
 
     Args:
         model: may be on the meta device.
-        names: of the model, with the tensors of `start.dense_names()`.
+        names: of the model, with the tensors of `start.dense_names`.
 
     Raises:
         RiaError: a pruned linear shares a parameter with others in a way that is not known.
@@ -41,26 +39,7 @@ def places_of(model: Any, start: Start | ForeignStart, names: Names) -> dict[str
     return found
 
 
-def routers(model: Any, pruned: Iterable[str]) -> set[str]:
-    """The paths of modules that choose experts.
-
-    These are the modules beside experts that have a weight with a row for each expert, and no pruned linear.
-
-    Args:
-        pruned: names of the model's parameters with pruned linears.
-    """
-    pruned, found = list(pruned), set()
-    for path, layout in experts_modules(model).items():
-        block = path.rpartition(".")[0]
-        for name, module in model.get_submodule(block).named_children():
-            inside = f"{block}.{name}" if block else name
-            chooses = any(one.dim() == 2 and len(one) == layout.num_experts for one in module.parameters())
-            if chooses and inside != path and not any(one.startswith(f"{inside}.") for one in pruned):
-                found.add(inside)
-    return found
-
-
-def _stacks(model: Any, start: Start | ForeignStart, names: Names) -> dict[str, Placement]:
+def _stacks(model: Any, start: Start, names: Names) -> dict[str, Placement]:
     """Parameter of the model -> the linears of all experts of a layer that are stacked in it.
 
     `start.dense_names` has made sure that none of them is missing.

@@ -14,22 +14,14 @@ class StraightThrough:
     Args:
         scales: as stored: [out, 1], or [out, groups].
         dtype: of the model.
-        smallest: the smallest value, if it is not the format's own.
     """
 
-    def __init__(
-        self,
-        weight_format: IntFormat | Fp8Format,
-        scales: torch.Tensor,
-        dtype: torch.dtype,
-        smallest: float | None = None,
-    ):
+    def __init__(self, weight_format: IntFormat | Fp8Format, scales: torch.Tensor, dtype: torch.dtype):
         self.format, self.scales, self.dtype = weight_format, scales, dtype
-        self.smallest = weight_format.smallest if smallest is None else smallest
 
     def __call__(self, values: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self.scales[rows]
-        rounded = self.format.nearest(values, scales, self.smallest).to(self.dtype).float()
+        rounded = self.format.nearest(values, scales).to(self.dtype).float()
         step = wide_scales(scales, values.shape[1]) * self.format.spacing
         gap = values - rounded
         return rounded, torch.where(gap.abs() > step, rounded + gap.clamp(-step, step), values)
@@ -46,8 +38,8 @@ class StraightThrough:
         """
         scales = self.scales[rows]
         wide = wide_scales(scales, values.shape[1])
-        rounded = self.format.nearest(values, scales, self.smallest)
-        low, high = self.smallest * wide, self.format.largest * wide
+        rounded = self.format.nearest(values, scales)
+        low, high = self.format.smallest * wide, self.format.largest * wide
         added = torch.where((values < low) | (values > high), rounded, rounded - values)
         return (gradient * added).unflatten(1, (scales.shape[1], -1)).sum(-1)
 

@@ -83,7 +83,7 @@ class Kept:
 
 
 class Whole:
-    """All entries of a dense tensor, such as a norm's weight or a bias."""
+    """All entries of a dense tensor, such as scales."""
 
     def __init__(self, shape: torch.Size):
         self.shape = tuple(shape)

@@ -1,0 +1,57 @@
+"""What a finished folder says of its training: in the recipe, in ria_report.json and in the model card."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ria_vllm.model_card import pruned_card
+from ria_vllm.offline.distill.start import Start
+from ria_vllm.offline.publish import published
+from ria_vllm.report import without_errors
+
+
+def with_training(start: Start, this: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the folder that training started from, with one more training.
+
+    Args:
+        this: what the recipe says of it.
+        curve: points, see `Course.point`.
+    """
+    found: dict[str, Any] = {"linears": {}} | without_errors(start.report)
+    recipe = start.schema.recipe
+    runs = recipe | {"distill": [*_entries(recipe), this]}
+    return found | {"recipe": runs, "distill": [*_entries(found), {"curve": curve}]}
+
+
+def _entries(story: Mapping[str, Any]) -> list[Any]:
+    """The earlier trainings in a recipe or report, which another program may have written."""
+    earlier = story.get("distill")
+    return earlier if isinstance(earlier, list) else []
+
+
+def card_of(start: Start, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:
+    """The model card of the finished folder.
+
+    Args:
+        teacher: what the user calls it.
+        report: as `with_training` gives it.
+    """
+    recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
+    recipe = {"source": published(teacher), "pattern": "2:4"} | recipe
+    zeros = start.schema.sparsity_config.global_sparsity
+    card = pruned_card(start.folder, report | {"recipe": recipe}, zeros, warn)
+    return card + "\n" + recovery_section(report["recipe"]["distill"])
+
+
+def recovery_section(runs: Sequence[dict[str, Any]]) -> str:
+    """The part of a model card that says how the kept weights were trained."""
+    lines = ["## Recovery", "", "After pruning, the kept weights were trained towards the dense model's predictions."]
+    for run in runs:
+        lines += ["", "| option | value |", "| --- | --- |"]
+        for key, value in run.items():
+            if key == "versions" or value is None or value is False or value in ([], ""):
+                continue
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(f"| {key} | `{text.replace('`', chr(39)).replace('|', ' ')}` |")
+        if run.get("kept_step") == 0:
+            lines += ["", "Step 0 was kept: the weights are those from before this training, which made none better."]
+    return "\n".join(lines) + "\n"

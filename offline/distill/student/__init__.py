@@ -1,0 +1,1 @@
+"""The pruned model in training, and its sparse parameters."""

@@ -1,0 +1,86 @@
+"""The teacher: a folder, or one commit of a repository on the hub; and what it says of a text."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.teacher.two_part import TwoPart
+from ria_vllm.offline.model.hf import commit_of, from_hub
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+from ria_vllm.weight_format import name_of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The files of the dense model.
+
+    name: what the user calls it, without a revision.
+    folder: with its files, here or in the hub's cache.
+    revision: the commit of a repository on the hub; None: a folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+def located(teacher: str, recipes: list[Mapping[str, Any]], ranks: Ranks, monitor: Monitor) -> Origin:
+    """Find the teacher, or fetch it. All processes get the same commit, each into the cache of its own machine.
+
+    Args:
+        teacher: a folder, or a hub id, perhaps with @ and a branch, tag or commit. Where none is named, it is the
+            commit in the first of `recipes` that names one, otherwise that of the main branch.
+        recipes: the fingerprint of the interrupted run, if there is one, and what `compress` wrote into the student's
+            folder.
+
+    Raises:
+        RiaError: it cannot be fetched, or the hub's cache does not say which commit it is.
+    """
+    if os.path.exists(teacher):
+        return Origin(teacher, Path(teacher))
+    name, _, revision = teacher.partition("@")
+    with monitor.phase("fetching the teacher from the hub"):
+        commit = None
+        if ranks.first:
+            recorded = (_recorded(name, recipe) for recipe in recipes)
+            folder = from_hub(name, revision or next(filter(None, recorded), None))
+            commit = commit_of(folder)
+            if commit is None:
+                raise RiaError(
+                    f"{teacher}: {folder} is not named after a commit, so it would not be known which one the student "
+                    "has learned from. Give this folder as --teacher."
+                )
+        commit = ranks.broadcast(commit)
+        return Origin(name, from_hub(name, commit), commit)
+
+
+def _recorded(teacher: str, recipe: Mapping[str, Any]) -> str | None:
+    """The commit of a hub id in a recipe, which may be another program's."""
+    for name, commit in (("teacher", "teacher_revision"), ("source", "source_revision")):
+        found = recipe.get(commit)
+        if recipe.get(name) == teacher and isinstance(found, str) and re.fullmatch("[0-9a-f]{40}", found):
+            return found
+    return None
+
+
+@torch.no_grad()
+def read(teacher: TwoPart, tokens: torch.Tensor) -> torch.Tensor:
+    """The teacher's last hidden states [tokens of all windows, hidden], for int64 [windows, tokens].
+
+    Raises:
+        RiaError: one is not finite: with a NaN in them, training would seem to diverge.
+    """
+    hidden = teacher.hidden(tokens)
+    if not bool(hidden.isfinite().all()):
+        raise RiaError(
+            f"{teacher.name}: the teacher itself computes NaN or infinity in {name_of(hidden.dtype)}. Check that it "
+            "works without pruning, or give --compute-dtype float32."
+        )
+    return hidden.flatten(0, 1)
