@@ -66,20 +66,16 @@ test-zoo: .venv/ready
 	PYTHONPATH=tests $(BIN)/python -m zoo.table
 	$(BIN)/python -m pytest -n 0 tests/zoo -m "not slow"
 
-# The tools have an environment of their own, without torch and vLLM, which takes seconds to create. mypy and
-# import-linter see the package as it is installed, with offline/ and serve/ inside ria_vllm/.
+# The tools have an environment of their own, without torch and vLLM, which takes seconds to create.
 LINT := .venv-lint/bin
-INSTALLED := .work/lint
 CPP_SOURCES = $(shell find serve tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 lint: .venv-lint/ready
 	$(LINT)/ruff check .
 	$(LINT)/ruff format --check .
 	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
-	rm -rf $(INSTALLED) && mkdir -p $(INSTALLED)
-	cp -Rp ria_vllm benchmarks $(INSTALLED) && cp -Rp offline serve $(INSTALLED)/ria_vllm
-	cd $(INSTALLED) && ../../$(LINT)/lint-imports ../../pyproject.toml --no-cache --no-logo
-	cd $(INSTALLED) && ../../$(LINT)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+	PYTHONPATH=. $(LINT)/lint-imports --no-cache --no-logo
+	$(LINT)/mypy --cache-dir .work/mypy
 
 .venv-lint/ready: pyproject.toml
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint

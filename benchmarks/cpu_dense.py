@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from ria_vllm.formats import INT8
+from ria_vllm.format.formats import INT8
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 

@@ -31,12 +31,12 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_kernels import clock
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, INT8, IntFormat
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
-from ria_vllm.weight_format import WeightFormat
 
 SHAPES = {  # experts, hidden, intermediate, top k
     "32 experts": (32, 2048, 768, 4),

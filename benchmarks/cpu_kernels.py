@@ -30,10 +30,10 @@ import torch
 
 from benchmarks import cpu_dense
 from benchmarks.cpu_dense import Linear
-from ria_vllm.formats import FLOAT, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, INT8, IntFormat
+from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes
-from ria_vllm.weight_format import Parts, WeightFormat
 
 SHAPES = {  # out x in
     "SmolLM2 o": (576, 576),

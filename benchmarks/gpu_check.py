@@ -25,15 +25,15 @@ import torch
 from benchmarks import gpu_products, gpu_tiles, gpu_timing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm import fp8
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import architectures
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
-from ria_vllm.weight_format import WeightFormat
 
 # The kernels for GPUs, ours and torch's; a new one belongs here.
 FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)

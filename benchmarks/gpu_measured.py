@@ -10,8 +10,8 @@ import torch
 from benchmarks import gpu_tiles
 from benchmarks.gpu_record import Record
 from benchmarks.gpu_timing import Row
-from ria_vllm import fp8
 from ria_vllm.errors import RiaError
+from ria_vllm.format import fp8
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 
 Table = Mapping[tuple[int, ...], tuple[tuple[int, str, int], ...]]

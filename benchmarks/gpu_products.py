@@ -9,14 +9,14 @@ import torch
 
 from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm import fp8, sparse24
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, can_run
-from ria_vllm.weight_format import Parts, WeightFormat
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
 GRAPH_TOKENS = (1, 64, 333, 2048)
@@ -88,7 +88,7 @@ def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weight
 
 def real_layers(folder: Path) -> Iterator[Layer]:
     """One linear of each shape among the first MOST_REAL_LINEARS of a checkpoint."""
-    from ria_vllm.checkpoint import Reader  # not at the top: it needs more than torch
+    from ria_vllm.checkpoint.reader import Reader  # not at the top: it needs more than torch
 
     reader = Reader(folder)
     shapes = set()

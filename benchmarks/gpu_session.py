@@ -23,9 +23,9 @@ from benchmarks.gpu_check import Options, Part
 from benchmarks.gpu_record import CUT, FAILED, Record, missing, run_missing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import Row
-from ria_vllm import fp8
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8
+from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda.architectures import find_architecture, for_capability
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE

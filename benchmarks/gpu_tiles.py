@@ -6,8 +6,8 @@ from itertools import product
 import torch
 
 from benchmarks.gpu_timing import DEVICE, Row, config_of, microseconds, random_weights, sizes_of
-from ria_vllm import fp8
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8
+from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ria_vllm import fp8, sparse24
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
-from ria_vllm.weight_format import Parts, WeightFormat
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = ((11008, 4096), (4096, 11008), (28672, 8192), (8192, 28672))

@@ -1,7 +1,7 @@
 """A Llama model that decodes one token for each sequence of a batch, in plain torch, dense or 2:4. Part of gpu_session.
 
 It stands in for vLLM, whose CUDA wheel does not fit on every machine with a GPU. Its linears are fused as vLLM fuses
-them (q, k, v; gate, up), and a sparse one calls its kernel as serve/packing.py does. The weights are random.
+them (q, k, v; gate, up), and a sparse one calls its kernel as serve/linear/packing.py does. The weights are random.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.registry import choose
 

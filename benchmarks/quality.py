@@ -15,10 +15,10 @@ import click
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
 
@@ -35,17 +35,9 @@ def options_of(way: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for entry in way.split():
         name, separator, value = entry.partition("=")
-        known = Recipe.__dataclass_fields__.get(name)
-        kind = known and known.type
-        if name == "group_size":  # a number, or "row"
-            kind = int if value.isdigit() else str
-        if name == "smooth":
-            kind = float
-        if name == "rotate":
-            kind = str
-        if not separator or kind not in (str, int, float):
+        if not separator or name not in Recipe.__dataclass_fields__:
             raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, where NAME is an option of `ria-vllm compress`.")
-        options[name] = kind(value)
+        options[name] = int(value) if value.isdigit() else value
     return options
 
 
@@ -94,7 +86,7 @@ def main(
     tokens = read_tokens(model, text, windows * 1024)
     known = json.loads(results.read_text()) if results.exists() else {}
     common = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
-    recipes = {way: Recipe(**common | options_of(way)) for way in ways or WAYS}
+    recipes = {way: Recipe.of_options(common | options_of(way)) for way in ways or WAYS}
     click.echo("| options | perplexity | time | calibration passes | weights |\n| --- | --- | --- | --- | --- |")
     for way, recipe in recipes.items():
         measured = {"text": str(text), "windows": windows}

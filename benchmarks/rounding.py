@@ -13,12 +13,12 @@ from typing import Any
 import click
 import torch
 
-from ria_vllm.formats import INTEGERS, IntFormat
-from ria_vllm.offline import layers
-from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.format.formats import INTEGERS, IntFormat
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import layers
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 

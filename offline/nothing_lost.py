@@ -3,8 +3,8 @@
 from collections import Counter
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.weight_format import WeightFormat
+from ria_vllm.format.weight_format import WeightFormat
+from ria_vllm.offline.model.run.streaming import StreamedModel
 
 
 def planned(model: StreamedModel) -> list[str]:

@@ -2,25 +2,24 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
-from ria_vllm import __version__, formats
+from ria_vllm import __version__
 from ria_vllm.errors import RiaError
+from ria_vllm.format import formats
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.offline.calibration.mixture import check_fraction, written_of
-from ria_vllm.offline.model import dtypes
-from ria_vllm.offline.pruning import permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
-from ria_vllm.weight_format import WeightFormat
 
-METHODS = (*scores.METHODS, "sparsegpt")
-SCOPES = ("shared", "linear")
 # How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
 RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
 # The least share of them that a sublayer with fewer weights gets in a short training. Measured on SmolLM2, whose
@@ -32,10 +31,6 @@ LEAST_RATE = 1 / 2
 # SmolLM2: docs/quality.md.
 DAMPED_TOKENS = 16384
 MOST_DAMPING = 2.0
-WEIGHTS = ("float", "int8", "int4")
-ROW = "row"
-ACTIVATIONS = ("none", "int8")
-ROTATIONS = ("none", "heads")
 SMOOTH = 0.5
 
 
@@ -49,55 +44,50 @@ class Recipe:
     rotate: "heads", "none", or None for the default: see `rotates_heads`.
 
     Raises:
-        RiaError: an invalid value.
+        pydantic.ValidationError: a value that an option cannot have.
+        RiaError: options that do not go together.
     """
 
-    method: str = "ria"
-    exponent: float = 0.5
-    permute: str = "lsa"
-    permute_scope: str = "shared"
+    method: Literal["ria", "ri", "wanda", "magnitude", "sparsegpt"] = "ria"
+    exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
+    permute: Literal["lsa", "heuristic", "none"] = "lsa"
+    permute_scope: Literal["shared", "linear"] = "shared"
     calibration: str = "self"
     self_written: float = 0.0
-    samples: int = 128
-    seq_len: int = 2048
+    samples: Annotated[int, Field(ge=1)] = 128
+    seq_len: Annotated[int, Field(ge=2)] = 2048
     seed: int = 0
     ignore: tuple[str, ...] = ()
-    reconstruct: str = "short"
-    skip_sensitive: float = 0.0
-    weights: str = "float"
-    group_size: int | str | None = None
-    activations: str = "none"
-    smooth: float | None = None
-    rotate: str | None = None
-    compute_dtype: str = "auto"
+    reconstruct: Literal["none", "admm", "short", "block"] = "short"
+    skip_sensitive: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weights: Literal["float", "int8", "int4"] = "float"
+    group_size: Literal[32, 64, 128, "row"] | None = None
+    activations: Literal["none", "int8"] = "none"
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
+    rotate: Literal["none", "heads"] | None = None
+    compute_dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
+        """The recipe for options of the command line.
+
+        Raises:
+            RiaError: an invalid one.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise RiaError(f"--{name.replace('_', '-')} {options[name]!r}: {first['msg']}.") from None
 
     def __post_init__(self) -> None:
-        choices = (("method", METHODS), ("permute", permute.METHODS), ("permute_scope", SCOPES))
-        more = (
-            ("reconstruct", (*RECONSTRUCTIONS,)),
-            ("weights", WEIGHTS),
-            ("compute_dtype", dtypes.CHOICES),
-            ("rotate", (None, *ROTATIONS)),
-        )
-        of_integers = (("group_size", (None, ROW, *formats.GROUP_SIZES)), ("activations", ACTIVATIONS))
-        for name, allowed in (*choices, *more, *of_integers):
-            if getattr(self, name) not in allowed:
-                option, known = "--" + name.replace("_", "-"), [str(one) for one in allowed if one is not None]
-                raise RiaError(f"{option} {getattr(self, name)!r}: choose one of {', '.join(known)}.")
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
             option = "--activations" if self.group_size is None else "--group-size"
             raise RiaError(f"{option} goes with integer weights; give --weights int8 or int4 as well.")
         if self.smooth and self.activations == "none":
             raise RiaError("--smooth is for rounded inputs; give --activations int8 as well.")
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise RiaError(f"--smooth {self.smooth}: choose a number from 0 (off) to 1; the paper's is 0.5.")
-        if self.samples < 1 or self.seq_len < 2:
-            raise RiaError("--samples takes at least 1, --seq-len at least 2.")
         check_fraction(self.self_written, self.samples, self.calibration)
-        if not 0 <= self.skip_sensitive < 1:
-            raise RiaError(f"--skip-sensitive {self.skip_sensitive}: give a fraction of at least 0 and less than 1.")
-        if not 0 <= self.exponent <= 4:
-            raise RiaError(f"--exponent {self.exponent}: choose a number from 0 to 4; the paper's is 0.5.")
         for expression in self.ignore:
             try:
                 re.compile(expression)
@@ -178,35 +168,11 @@ class Recipe:
         On the same tokens, twice as many steps make `block` better, but not a short training: docs/quality.md."""
         return 1024 if self.reconstruct == "block" else 2048
 
-    def _training_steps(self, share: float) -> int:
-        """About how many steps of training there are, with a chunk for each.
-
-        Args:
-            share: the sublayer's weights divided by those of the layer's largest sublayer.
-        """
-        tokens = RECONSTRUCTIONS[self.reconstruct]
-        if self.reconstruct == "short":
-            tokens = round(tokens * max(share, LEAST_SHARE))
-        return tokens // max(self.chunk_tokens, self.seq_len)
-
-    def training_chunks(self, total: int, share: float = 1.0) -> list[int]:
-        """Which of `total` chunks training reads: all; or of many, for a short training, half as many as it has steps,
-        evenly spread."""
-        count = min(total, max(1, self._training_steps(share) // 2)) if self.reconstruct == "short" else total
-        return [i * total // count for i in range(count)]
-
-    def training_passes(self, chunks: int, share: float = 1.0) -> int:
-        """How many passes of training there are over so many chunks, with a step for each: as many as the tokens of
-        RECONSTRUCTIONS allow, but 2 to 8."""
-        return min(8, max(2, self._training_steps(share) // chunks))
-
-    def training_rate(self, share: float = 1.0) -> float:
-        """The learning rate of training, in that of the layer's largest sublayer.
-
-        Args:
-            share: see `_training_steps`.
-        """
-        return max(share, LEAST_RATE) if self.reconstruct == "short" else 1.0
+    @property
+    def schedule(self) -> "Schedule":
+        """Of the training, if there is any."""
+        in_step = max(self.chunk_tokens, self.seq_len)
+        return Schedule(RECONSTRUCTIONS[self.reconstruct], in_step, is_short=self.reconstruct == "short")
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -237,12 +203,9 @@ class Recipe:
         misfits = [] if size is None else [name for name, width in widths.items() if width % size]
         if misfits:
             fitting = [str(one) for one in formats.GROUP_SIZES if _whole_groups(widths, one)]
-            # One expression for all layers and experts.
-            patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\\\.)", "[0-9]+", re.escape(name)) for name in misfits)
             raise RiaError(
                 f"--group-size {size}: {misfits[0]} has {widths[misfits[0]]} in-features, which do not divide into "
-                f"such groups. Give --group-size {', '.join(fitting)} or {ROW}, or leave all that do not fit dense: "
-                + " ".join(f"--ignore '{pattern}'" for pattern in patterns)
+                f"such groups. Give --group-size {', '.join(fitting)} or row, or leave it dense with --ignore."
             )
         if self.weights != "int4" or self.group_size is not None:
             return self
@@ -255,23 +218,45 @@ class Recipe:
     def dump(self, source: str) -> dict[str, Any]:
         """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
+        chosen = {"smooth": self.migration_strength, "rotate": "heads" if self.rotates_heads else "none"}
         plain = {"pattern": PATTERN, "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
-        options = asdict(self) | plain
-        # Options of later versions are named where they were given.
-        if not self.self_written:
-            del options["self_written"]
-        if self.weights == "float" or (self.weights == "int8" and self._columns is None):
-            del options["group_size"]
-        if self.activations == "none":
-            del options["activations"], options["smooth"]
-        else:
-            options["smooth"] = self.migration_strength
-        del options["rotate"]
-        if self.rotates_heads or replace(self, rotate=None).rotates_heads:
-            options["rotate"] = "heads" if self.rotates_heads else "none"
-        if self.compute_dtype == "auto":
-            del options["compute_dtype"]  # not chosen yet
-        return options | {"source": published(source), "versions": versions}
+        return asdict(self) | chosen | plain | {"source": published(source), "versions": versions}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a sublayer is trained, in steps of one chunk each.
+
+    A short training has fewer steps for sublayers with fewer weights. `share` is always a sublayer's weights divided by
+    those of the layer's largest sublayer.
+
+    tokens: that the largest sublayer is trained on.
+    tokens_in_step: in one of its steps.
+    is_short: of `--reconstruct short`, not of `block`.
+    """
+
+    tokens: int
+    tokens_in_step: int
+    is_short: bool
+
+    def steps(self, share: float) -> int:
+        """About how many there are."""
+        tokens = round(self.tokens * max(share, LEAST_SHARE)) if self.is_short else self.tokens
+        return tokens // self.tokens_in_step
+
+    def chunks(self, total: int, share: float = 1.0) -> list[int]:
+        """Which of `total` chunks training reads: all; or of many, for a short training, half as many as it has steps,
+        evenly spread."""
+        count = min(total, max(1, self.steps(share) // 2)) if self.is_short else total
+        return [i * total // count for i in range(count)]
+
+    def passes(self, chunks: int, share: float = 1.0) -> int:
+        """How many passes there are over so many chunks: as many as the steps allow, but 2 to 8."""
+        return min(8, max(2, self.steps(share) // chunks))
+
+    def rate(self, share: float = 1.0) -> float:
+        """The learning rate, in that of the layer's largest sublayer."""
+        return max(share, LEAST_RATE) if self.is_short else 1.0
 
 
 def _whole_groups(widths: Mapping[str, int], size: int, ranks: int = 1) -> bool:

@@ -5,11 +5,11 @@ from types import MappingProxyType
 
 import torch
 
-from ria_vllm import permutation
-from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.pruned import Pruned
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
+from ria_vllm.format import permutation
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.sparse_linear import SparseLinear
+from ria_vllm.offline.sublayer.pruned import Pruned
 
 
 def layer_key(index: int) -> str:

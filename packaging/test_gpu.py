@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks import gpu_check  # its __init__ makes ria_vllm.serve importable
+from benchmarks import gpu_check
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.architectures import CudaBuildError, for_capability

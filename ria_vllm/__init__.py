@@ -5,9 +5,9 @@ __version__ = "0.1.0"
 import importlib
 from types import ModuleType
 
-from ria_vllm import hf
+from ria_vllm.hf.install import install as _install
 
-hf.install()
+_install()
 
 
 def __getattr__(name: str) -> ModuleType:

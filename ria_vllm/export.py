@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ria_vllm.checkpoint import Reader
-from ria_vllm.companions import leads_out, left_where_it_is, nested_companions
-from ria_vllm.model_card import CARD_FILE, exported_card
+from ria_vllm.checkpoint.companions import leads_out, left_where_it_is, nested_companions
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.weight_files import INDEX_FILE
+from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
+from ria_vllm.format.schema import EXPORTED_KEY, PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.hub.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import EXPORTED_KEY, PERMUTATIONS_FILE, REPORT_FILE
-from ria_vllm.weight_files import INDEX_FILE
-from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
 
 OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}

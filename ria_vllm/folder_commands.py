@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.inventory import Inventory, LinearEntry, Values, take_inventory
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
-from ria_vllm.inventory import Inventory, LinearEntry, Values, take_inventory
+from ria_vllm.files.sizes import human_size, parse_size
 from ria_vllm.progress import Monitor
-from ria_vllm.sizes import human_size, parse_size
 
 FOLDER = click.Path(path_type=Path)
 

@@ -33,7 +33,7 @@ DENSE_ONLY = {
 }  # fmt: skip
 
 # vLLM's models of these families change the order of attention's rows as they load them, see
-# `ria_vllm.serve.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
+# `ria_vllm.serve.model.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
 REARRANGED = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
 
 

@@ -14,16 +14,16 @@ import click
 import torch
 
 from ria_vllm import __version__
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.formats import FLOAT, FORMATS, IntFormat
+from ria_vllm.format.formats import FLOAT, FORMATS, IntFormat
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
-from ria_vllm.serve.proving_folder import Findings, prove_folder
-from ria_vllm.weight_format import name_of
+from ria_vllm.serve.proving.folder import Findings, prove_folder
 
 EXPERTS = (32, 2048, 768)
 """The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""

@@ -11,10 +11,10 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from ria_vllm.schema import QUANT_METHOD
-    from ria_vllm.serve import served
-    from ria_vllm.serve.config import RiaConfig
-    from ria_vllm.serve.layerwise import watch_reloads
+    from ria_vllm.format.schema import QUANT_METHOD
+    from ria_vllm.serve.load.layerwise import watch_reloads
+    from ria_vllm.serve.model.config import RiaConfig
+    from ria_vllm.serve.proving import served
 
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(RiaConfig)
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def watch_models() -> None:
-    """Have `ria_vllm.serve.layer_matching` see every model that is built with our config, complete and not yet loaded.
+    """Have `ria_vllm.serve.model.layer_matching` see every model that is built with our config, complete and not yet loaded.
 
     vLLM has no hook for that. The last thing that `initialize_model` does with a model is to record its parameters.
     Models inside a model are built by the same function; only the outermost has the paths that the checkpoint knows.
@@ -32,18 +32,18 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm import proofs
     from ria_vllm.errors import RiaError
-    from ria_vllm.serve.adapters import turn_adapters
-    from ria_vllm.serve.cache_readers import check_turned_heads
-    from ria_vllm.serve.completeness import check_loaded, empty_weights
-    from ria_vllm.serve.config import RiaConfig
-    from ria_vllm.serve.engine import EngineOptions, models_being_built
-    from ria_vllm.serve.layer_matching import match_layers
-    from ria_vllm.serve.linear import arrival_checks
-    from ria_vllm.serve.proving import Prover
-    from ria_vllm.serve.reload import check_first_load, check_reload, proofs_of
-    from ria_vllm.serve.stream import Taker
+    from ria_vllm.format import proofs
+    from ria_vllm.serve.linear.method import arrival_checks
+    from ria_vllm.serve.load.completeness import check_loaded, empty_weights
+    from ria_vllm.serve.load.engine import EngineOptions, models_being_built
+    from ria_vllm.serve.load.stream import Taker
+    from ria_vllm.serve.model.adapters import turn_adapters
+    from ria_vllm.serve.model.cache_readers import check_turned_heads
+    from ria_vllm.serve.model.config import RiaConfig
+    from ria_vllm.serve.model.layer_matching import match_layers
+    from ria_vllm.serve.model.reload import check_first_load, check_reload, proofs_of
+    from ria_vllm.serve.proving.layers import Prover
 
     record = utils.record_metadata_for_reloading
 
@@ -56,11 +56,11 @@ def watch_models() -> None:
             check = functools.partial(check_reload, config, engine.model_config, lora=engine.lora)
             taken: dict[str, Taker | None] = {}
             if config.rearranged and config.stored is not None:
-                from ria_vllm.serve import rearranged
+                from ria_vllm.serve.model import rearranged
 
                 taken |= rearranged.takers(model, config.required)
             if config.experts:
-                from ria_vllm.serve import experts_matching
+                from ria_vllm.serve.model import experts_matching
 
                 taken |= experts_matching.takers(config, model)
             # A draft may be built with the configuration of its target, but has files of its own.

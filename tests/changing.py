@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from ria_vllm.open_files import OpenFiles
+from ria_vllm.files.open_files import OpenFiles
 
 OPENERS = ("open_files", "weight_files", "offline.model.tensors", "offline.model.which_weights")
 

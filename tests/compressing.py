@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 TOKENS = torch.arange(2, 60)[None]
@@ -54,7 +54,7 @@ def interrupted_after_a_layer() -> Iterator[None]:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ria_vllm.offline.compress._say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.run.compress._say_layer", interrupt)
         yield
 
 

@@ -14,9 +14,9 @@ from damage import Damage
 from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
 from safetensors.torch import load_file
 
-from ria_vllm import sparse24
-from ria_vllm.permutation import invert
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.format import sparse24
+from ria_vllm.format.permutation import invert
 
 # TRL, once it is imported, would set it to ERROR for all tests after it.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")

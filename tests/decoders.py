@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ria_vllm.offline.model.describe import describe
-from ria_vllm.offline.model.layer_call import LayerCall
+from ria_vllm.offline.model.experiments.describe import describe
+from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.topology import Topologies, decoder_layers, kinds_of
 
 BASE = {

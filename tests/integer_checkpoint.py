@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from damage import prove, rewrite
 
-from ria_vllm import sparse24
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import IntFormat
-from ria_vllm.schema import INT8_TOKENS
-from ria_vllm.weight_files import INDEX_FILE
-from ria_vllm.weight_format import name_of
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.weight_files import INDEX_FILE
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.schema import INT8_TOKENS
+from ria_vllm.format.weight_format import name_of
 
 
 def with_integers(source, out: Path, format: IntFormat, rounds_inputs: bool):

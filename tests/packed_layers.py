@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
-from ria_vllm.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 # The offline stage as its commands use it, what transformers imports only for some model, and what trains.
 IMPORTED = (
-    "ria_vllm.offline.commands", "ria_vllm.offline.compress", "ria_vllm.offline.distill.command",
+    "ria_vllm.offline.commands", "ria_vllm.offline.run.compress", "ria_vllm.offline.distill.command",
     "ria_vllm.offline.distill.run", "ria_vllm.training", "accelerate", "scipy.optimize", "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto",
 )  # fmt: skip

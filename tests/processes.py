@@ -28,7 +28,7 @@ LONGEST = (
     "tests/offline/distill/test_run.py",
     "tests/serve/test_pipeline.py",
     "tests/serve/test_vllm_formats.py",
-    "tests/offline/test_expert_store.py",
+    "tests/offline/experts/test_peak_memory.py",
 )
 GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks
 # The variable that names the folder the processes share. The first process creates it and hands it down.

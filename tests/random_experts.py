@@ -8,9 +8,9 @@ import torch
 from packed_layers import random_parts
 from torch.nn.functional import gelu
 
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
-from ria_vllm.weight_format import WeightFormat
 
 SILU = Activation("silu")
 ACTIVATIONS = (

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import ria_vllm  # noqa: F401  (teaches from_pretrained to read it)
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 
 TOKENS = torch.randint(3, 250, (8, 24), generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from damage import bind, problems, prove, rewrite
 
-from ria_vllm.checkpoint import Reader, is_compressed
+from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.errors import RiaError
 
 Q, OUT = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.o_proj"

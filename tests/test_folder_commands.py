@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from ria_vllm import progress
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.hub.push import checked
 from ria_vllm.progress import Monitor
-from ria_vllm.push import checked
 
 Q, DOWN, GATE = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
 

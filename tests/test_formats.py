@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ria_vllm import formats, sparse24
-from ria_vllm.formats import FLOAT, FORMATS, FP8, INT4, INT8, INTEGERS
-from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format import formats, sparse24
+from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT4, INT8, INTEGERS
+from ria_vllm.format.schema import RiaSchema, SparsityConfig, WeightQuantization
 
 ROWS, COLUMNS = 24, 256
 

@@ -11,12 +11,12 @@ from moe import save_moe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from wrappers import tiny_wrapper  # noqa: F401
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.hf_inputs import round_inputs
-from ria_vllm.offline.model.hf import load_model
-from ria_vllm.token_rounding import round_tokens
+from ria_vllm.format.token_rounding import round_tokens
+from ria_vllm.hf.inputs import round_inputs
+from ria_vllm.offline.model.run.hf import load_model
 
 INT4 = {"weights": "int4", "group_size": 32, "activations": "int8"}
 

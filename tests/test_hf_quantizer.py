@@ -20,9 +20,9 @@ from transformers.quantizers import auto as quantizers
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FP8, INT8, INTEGERS
+from ria_vllm.format.formats import FLOAT, FP8, INT8, INTEGERS
 
 TOKENS = torch.arange(3, 60)[None]
 
@@ -59,10 +59,10 @@ def store(model, out, pruned, renames=(), format=FLOAT) -> None:
 
     Its weights then are as `format` quantizes them for its dtype.
     """
-    from ria_vllm import sparse24
-    from ria_vllm.permutation import invert
-    from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
-    from ria_vllm.writer import CheckpointWriter
+    from ria_vllm.checkpoint.writer import CheckpointWriter
+    from ria_vllm.format import sparse24
+    from ria_vllm.format.permutation import invert
+    from ria_vllm.format.schema import RiaSchema, SparsityConfig, WeightQuantization
 
     def on_disk(name: str) -> str:
         for old, new in renames:
@@ -297,7 +297,7 @@ def test_permutations_come_from_where_the_weights_do(pruned_llama, cached, monke
         asked.append((repository, name, options["revision"], options["cache_dir"], options["subfolder"]))
         return str(pruned_llama.folder / name)
 
-    monkeypatch.setattr("ria_vllm.hf_quantizer.cached_file", fetch)
+    monkeypatch.setattr("ria_vllm.hf.quantizer.cached_file", fetch)
     options = {"cache_dir": tmp_path / "cache", "local_files_only": True, "subfolder": subfolder}
     loaded = AutoModel.from_pretrained("user/model", **options)
     assert torch.equal(hidden(loaded), expected) and (folder / "config.json").is_file()
@@ -311,7 +311,7 @@ def test_permutations_that_the_hub_does_not_provide(cached, monkeypatch, tmp_pat
     def refuse(*_, **__):
         raise OSError("You are trying to access\na gated repo.")
 
-    monkeypatch.setattr("ria_vllm.hf_quantizer.cached_file", refuse)
+    monkeypatch.setattr("ria_vllm.hf.quantizer.cached_file", refuse)
     with pytest.raises(RiaError, match="trying to access a gated repo.*`hf auth login`.*`hf download user/model`"):
         AutoModel.from_pretrained("user/model", cache_dir=tmp_path / "cache", local_files_only=True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ria_vllm.checkpoint.inputs import ChangedInput, Inputs
 from ria_vllm.errors import RiaError
-from ria_vllm.inputs import ChangedInput, Inputs
 
 
 @pytest.fixture

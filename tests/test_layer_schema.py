@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.format.layer_schema import Fold, Producer
 
 
 def test_blocks_are_written_only_where_there_are_several():

@@ -8,7 +8,7 @@ import torch
 from compressed_tensors_writer import FOLDER, Writer, needs_writer, random_24, scales_of
 
 from ria_vllm.compressed_tensors import marlin24
-from ria_vllm.formats import FLOAT, INTEGERS
+from ria_vllm.format.formats import FLOAT, INTEGERS
 
 SHAPES = ((64, 128), (64, 256), (128, 384), (192, 512), (320, 1152))  # groups of scales are interleaved from 384 on
 CASES = [

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export
-from ria_vllm.model_card import (
+from ria_vllm.hub.model_card import (
     Measured,
     base_repository,
     check_card,

@@ -7,10 +7,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ria_vllm import open_files
+from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.errors import RiaError
-from ria_vllm.open_files import MOST_FILES, OpenFiles
-from ria_vllm.side_files import load_permutations
+from ria_vllm.files import open_files
+from ria_vllm.files.open_files import MOST_FILES, OpenFiles
 
 
 @pytest.fixture

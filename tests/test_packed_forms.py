@@ -8,8 +8,8 @@ from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from ria_vllm.compressed_tensors.packed_forms import BytesOfFourBits, Marlin24, PackQuantized, Translation
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INTEGERS
-from ria_vllm.weight_scheme import WeightScheme
+from ria_vllm.format.formats import FP8, INTEGERS
+from ria_vllm.format.weight_scheme import WeightScheme
 
 PLAIN = {"norm.weight": torch.ones(4), "fc.bias": torch.ones(64)}
 

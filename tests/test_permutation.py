@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from ria_vllm import permutation
+from ria_vllm.format import permutation
 
 
 def randperm(size: int, seed: int = 0) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressed_tensors_writer import random_24
 
-from ria_vllm import plain24, sparse24
+from ria_vllm.format import plain24, sparse24
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]
 

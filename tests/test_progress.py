@@ -131,7 +131,6 @@ def test_through_a_pipe_there_are_whole_lines_and_no_bars():
         assert word in done.stderr
 
 
-
 def on_a_terminal(script: str) -> str:
     """What a program writes to a standard error that is a terminal."""
     main, side = pty.openpty()
@@ -156,7 +155,6 @@ def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
         assert word in text
 
 
-
 def test_bars_leave_alone_what_is_printed_into_a_file_meanwhile(tmp_path):
     script = """
 import time
@@ -172,8 +170,6 @@ with monitor.live(), monitor.phase("checking"):
     os.close(side)
     assert done.stdout == "a result\n" and "checking" in os.read(main, 4096).decode()
     os.close(main)
-
-
 
 
 def test_a_reader_that_goes_away_costs_no_result():

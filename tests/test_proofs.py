@@ -16,14 +16,15 @@ from moe import save_moe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm import checkpoint, proofs, sparse24
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint import reader as checkpoint
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import SEED, CheckpointWriter, tensor_entries, weights_digest
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import verify
-from ria_vllm.formats import FLOAT, FP8, INT8, INTEGERS
-from ria_vllm.schema import FP8_TOKENS
-from ria_vllm.writer import SEED, CheckpointWriter, tensor_entries, weights_digest
+from ria_vllm.format import proofs, sparse24
+from ria_vllm.format.formats import FLOAT, FP8, INT8, INTEGERS
+from ria_vllm.format.schema import FP8_TOKENS
 
 EPS = 2.0**-23
 DOWN, EMBEDDING = "model.layers.0.mlp.down_proj", "model.embed_tokens"

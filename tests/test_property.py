@@ -13,10 +13,10 @@ from mutations import Damaged, damaged, examples, other_run
 from transformers import AutoModelForCausalLM
 
 import ria_vllm
-from ria_vllm.checkpoint import Reader, is_compressed
+from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export, inspect, verify
-from ria_vllm.formats import INTEGERS
+from ria_vllm.format.formats import INTEGERS
 
 OURS = str(Path(ria_vllm.__file__).parent)
 

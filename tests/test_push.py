@@ -11,9 +11,9 @@ import hub as stand_in
 import pytest
 from click.testing import CliRunner
 
+from ria_vllm.checkpoint.weight_files import weight_files
 from ria_vllm.errors import RiaError
-from ria_vllm.push import push
-from ria_vllm.weight_files import weight_files
+from ria_vllm.hub.push import push
 
 CARD = "---\nlicense: mit\n---\n\n# A model\n\n```sh\npip install .[cuda]\nvllm serve .\n```\n"
 EXPECTED = {

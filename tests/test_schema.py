@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8
-from ria_vllm.schema import INT8_TOKENS, RiaSchema
+from ria_vllm.format.formats import FP8
+from ria_vllm.format.schema import INT8_TOKENS, RiaSchema
 
 CONFIG = {
     "quant_method": "ria",

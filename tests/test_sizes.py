@@ -3,7 +3,7 @@
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.sizes import human_size, parse_size
+from ria_vllm.files.sizes import human_size, parse_size
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm.format import sparse24
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ria_vllm import stacks
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Experts, Stacked
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.stacks import _in_layer, layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.format import stacks
+from ria_vllm.format.layer_schema import Experts, Stacked
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.format.stacks import _in_layer, layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
 
 
 def schema(num_experts: int = 3, **stacked) -> RiaSchema:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.model_card import Measured, note_perplexity
+from ria_vllm.hub.model_card import Measured, note_perplexity
 from ria_vllm.task_card import Average, Score, note_tasks
 
 ROW = Score("arc", "acc_norm", 50, 0, 0.45, 0.02, 0.5, 0.03, 90.0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ria_vllm.sparse24 import VALUE_DTYPES
-from ria_vllm.token_rounding import quantize_tokens, round_tokens
+from ria_vllm.format.sparse24 import VALUE_DTYPES
+from ria_vllm.format.token_rounding import quantize_tokens, round_tokens
 
 
 def one_by_one(token: np.ndarray) -> tuple[list[int], np.float32]:

@@ -8,7 +8,7 @@ from damage import problems, rewrite
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.weight_files import weight_files
+from ria_vllm.checkpoint.weight_files import weight_files
 
 Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 INDEX = "model.safetensors.index.json"

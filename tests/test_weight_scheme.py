@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.formats import INT8, INTEGERS
-from ria_vllm.weight_scheme import WeightScheme, row_scales
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import INT8, INTEGERS
+from ria_vllm.format.weight_scheme import WeightScheme, row_scales
 
 
 def test_dummies_get_a_valid_bitmask():

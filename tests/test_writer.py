@@ -17,9 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-from ria_vllm import writer as writer_module
-from ria_vllm.errors import RiaError
-from ria_vllm.writer import (
+from ria_vllm.checkpoint import writer as writer_module
+from ria_vllm.checkpoint.writer import (
     CheckpointWriter,
     check_free,
     check_place,
@@ -28,6 +27,7 @@ from ria_vllm.writer import (
     locked,
     write_whole,
 )
+from ria_vllm.errors import RiaError
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
 

@@ -11,8 +11,8 @@ import torch
 from compressing import run_small
 from safetensors.torch import save_file
 
-from ria_vllm.offline import rotating
-from ria_vllm.offline.pruning import rotation
+from ria_vllm.offline.sublayer import rotating
+from ria_vllm.offline.transforms import rotation
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.writer import disk_errors
 
 
 class Activations:

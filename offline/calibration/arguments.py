@@ -10,8 +10,8 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.model.layer_call import Entry, LayerCall, Left, Slot, tensors_of, with_tensors
-from ria_vllm.offline.model.sharing import Sharing
+from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, Slot, tensors_of, with_tensors
+from ria_vllm.offline.model.run.sharing import Sharing
 
 # What one call of a layer needs besides what all calls of its shape have in common.
 Given = tuple[dict[Slot, torch.Tensor], Left]

@@ -20,7 +20,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.calibration.messages import rendered
-from ria_vllm.offline.model.architecture import text_config
+from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.progress import Monitor
 
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")

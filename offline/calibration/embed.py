@@ -1,6 +1,6 @@
 """Starts a calibration run: embeds the tokens and finds out how the model's layers look and how it calls them.
 
-The forward pass of one batch is in `ria_vllm.offline.model.embedding`.
+The forward pass of one batch is in `ria_vllm.offline.model.run.embedding`.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.arguments import AllArguments, LeftBehind
-from ria_vllm.offline.model.architecture import text_config
-from ria_vllm.offline.model.embedding import Embedder
-from ria_vllm.offline.model.sharing import Sharing, find_sharing
-from ria_vllm.offline.model.streaming import StreamedModel
-from ria_vllm.offline.model.survey import survey
+from ria_vllm.offline.model.experiments.survey import survey
+from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.embedding import Embedder
+from ria_vllm.offline.model.run.sharing import Sharing, find_sharing
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.hf import first_line
+from ria_vllm.offline.model.run.hf import first_line
 from ria_vllm.progress import Monitor
 
 # Hub id, configuration, and whether to stream it because it is too large to download.

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.offline.model.hf import first_line
+from ria_vllm.offline.model.run.hf import first_line
 
 WAY_OUT = "Leave the row out, or give a field 'text'."
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.pruning.drift import Drift, InputDrift, OutputDrift
 from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.weight_format import name_of
 
 
 @dataclass

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.embedding import Reached, first_tensor
-from ria_vllm.offline.model.layer_call import LayerCall, Left
-from ria_vllm.offline.model.split import replaced
+from ria_vllm.offline.model.experiments.split import replaced
+from ria_vllm.offline.model.run.embedding import Reached, first_tensor
+from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Sublayer
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.recipe import Distillation
@@ -13,12 +14,11 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student.places import places_of
 from ria_vllm.offline.distill.teacher.teacher import Origin
 from ria_vllm.offline.distill.text import same_tokens
-from ria_vllm.offline.model.architecture import model_class, output_head, text_config
-from ria_vllm.offline.model.hf import explained, load_tokenizer, read_config
-from ria_vllm.offline.model.names import Names
-from ria_vllm.offline.model.which_weights import meant_weights
+from ria_vllm.offline.model.files.which_weights import meant_weights
+from ria_vllm.offline.model.run.architecture import model_class, output_head, text_config
+from ria_vllm.offline.model.run.hf import explained, load_tokenizer, read_config
+from ria_vllm.offline.model.run.names import Names
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import check_place
 
 
 def outline(name: str) -> Any:

@@ -97,12 +97,12 @@ def distill(folder, teacher, out, device, save_memory, shard, save_every, max_sh
     FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
     torchrun or accelerate launch divides each step among several processes.
     """
+    from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.offline.distill.run import Settings
     from ria_vllm.offline.distill.run import distill as run
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
-    from ria_vllm.sizes import parse_size
 
     if not recipe["eval_text"]:
         _refuse_given("eval_tokens", "evals", "patience")

@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 
-from ria_vllm import plain24, sparse24
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.compressed_tensors.config import quantization_of, quantization_places
 from ria_vllm.compressed_tensors.packed_forms import UNMISTAKABLE
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
-from ria_vllm.json_file import read_json
-from ria_vllm.model_card import ANOTHER_PROGRAM
+from ria_vllm.files.json_file import read_json
+from ria_vllm.files.open_files import OpenFiles
+from ria_vllm.format import plain24, sparse24
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.schema import FORMAT, RiaSchema, SparsityConfig
+from ria_vllm.format.weight_format import SHAPE
+from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.distill.checks import outline
 from ria_vllm.offline.distill.start import Start, Tensors
-from ria_vllm.offline.model.architecture import find_decoder
-from ria_vllm.offline.model.names import Names
+from ria_vllm.offline.model.files.which_weights import meant_weights
+from ria_vllm.offline.model.run.architecture import find_decoder
+from ria_vllm.offline.model.run.names import Names
 from ria_vllm.offline.model.topology import linears_of
-from ria_vllm.offline.model.which_weights import meant_weights
 from ria_vllm.offline.publish import published
-from ria_vllm.open_files import OpenFiles
-from ria_vllm.schema import FORMAT, RiaSchema, SparsityConfig
-from ria_vllm.sparse_linear import SparseLinear
 from ria_vllm.vllm_quirks import fused_sets, served_dense
-from ria_vllm.weight_format import SHAPE
 
 LAYER = re.compile(r"\.\d+\.")
 QUANTIZED = ("weight_scale", *UNMISTAKABLE)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ria_vllm.model_card import pruned_card
+from ria_vllm.hub.model_card import pruned_card
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.publish import published
 from ria_vllm.report import without_errors

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import is_compressed
+from ria_vllm.checkpoint.inputs import Inputs
+from ria_vllm.checkpoint.reader import is_compressed
+from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.export import companion_files, kept_copies
-from ria_vllm.inputs import Inputs
-from ria_vllm.model_card import CARD_FILE
+from ria_vllm.format.schema import REPORT_FILE
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.mixture import spread_among
@@ -27,16 +30,13 @@ from ria_vllm.offline.distill.teacher.teacher import Origin, located, read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.model.architecture import output_head, text_config
-from ria_vllm.offline.model.dtypes import choose_dtype
-from ria_vllm.offline.model.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
-from ria_vllm.offline.model.source_tensors import SourceTensors
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
+from ria_vllm.offline.model.run.architecture import output_head, text_config
+from ria_vllm.offline.model.run.dtypes import choose_dtype
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
+from ria_vllm.offline.run.work import begun_run, not_shared, work_folder
 from ria_vllm.offline.runtime.ranks import Ranks, joined
-from ria_vllm.offline.work import begun_run, not_shared, work_folder
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import REPORT_FILE
-from ria_vllm.weight_format import name_of
-from ria_vllm.writer import CheckpointWriter, check_free, check_place
 
 TEXT_KEY = "text"
 DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there are two

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint import Reader
-from ria_vllm.schema import RiaSchema
-from ria_vllm.sparse_linear import SparseLinear
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
+from ria_vllm.format.schema import RiaSchema
 
 
 class Tensors(Mapping[str, torch.Tensor]):

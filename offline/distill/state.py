@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.sparse_linear import not_finite
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.distill.student.parameters import diverged
 from ria_vllm.offline.distill.student.student import TERMS, Student
-from ria_vllm.sparse_linear import not_finite
-from ria_vllm.weight_format import name_of
-from ria_vllm.writer import CheckpointWriter
 
 STATE = "state"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
-from ria_vllm.inputs import Inputs
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.state import Course, Work
 from ria_vllm.offline.distill.student.parameters import Pace, diverged

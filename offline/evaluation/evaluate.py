@@ -12,14 +12,16 @@ from typing import Any
 import click
 import torch
 
+from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
-from ria_vllm.inputs import Inputs
-from ria_vllm.model_card import Measured, check_card, note_perplexity
-from ria_vllm.offline.evaluation.recovery import average, comparison, lines, table
-from ria_vllm.offline.evaluation.tasks import run_tasks
-from ria_vllm.offline.model.architecture import text_config
-from ria_vllm.offline.model.dtypes import CHOICES, choose_dtype
-from ria_vllm.offline.model.hf import (
+from ria_vllm.files.text_file import read_text
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.hub.model_card import check_card, note_perplexity
+from ria_vllm.offline.evaluation.recovery import TITLES, average, cells, compare, comparison, note_tasks
+from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
+from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
+from ria_vllm.offline.model.run.hf import (
     configured_dtype,
     dequantized_from,
     folder_of,
@@ -30,9 +32,7 @@ from ria_vllm.offline.model.hf import (
 from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
-from ria_vllm.task_card import note_tasks
-from ria_vllm.text_file import read_text
-from ria_vllm.weight_format import name_of
+from ria_vllm.table import print_table
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,30 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, count, len(windows), seq_len)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The arguments of the command; see its help."""
+
+    model: str
+    text: Path | None
+    seq_len: int | None
+    max_tokens: int | None
+    baseline: str | None
+    update_card: bool
+    tasks: str | None
+    include_path: Path | None
+    engine: str
+    limit: int | None
+    device: str
+    compute_dtype: str
+    as_json: bool
+
+    @property
+    def models(self) -> list[str]:
+        """The baseline last, if there is one."""
+        return [self.model] if self.baseline is None else [self.model, self.baseline]
+
+
 @click.command()
 @click.argument("model")
 @click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
@@ -126,77 +150,96 @@ def perplexity(model: Any, tokens: torch.Tensor, seq_len: int, monitor: Monitor 
     help="auto: the model's own, unless the device computes slowly in it; then float32.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(
-    model: str,
-    text: Path | None,
-    seq_len: int | None,
-    max_tokens: int | None,
-    baseline: str | None,
-    update_card: bool,
-    tasks: str | None,
-    include_path: Path | None,
-    engine: str,
-    limit: int | None,
-    device: str,
-    compute_dtype: str,
-    as_json: bool,
-) -> None:
+def evaluate(**options: Any) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
-    if (text is None) == (tasks is None):
+    asked = Options(**options)
+    if (asked.text is None) == (asked.tasks is None):
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
-    if tasks is not None:
-        if engine == "vllm" and compute_dtype != "auto":
-            raise RiaError(
-                "eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out."
-            )
-        chosen_device = choose_device(device)
-        evaluate_tasks(
-            model, baseline, tasks.split(","), engine, limit, chosen_device, include_path, compute_dtype, update_card,
-            as_json,
-        )  # fmt: skip
-        return
-    assert text is not None
-    if update_card:
-        check_card(Path(model))
-    monitor, chosen_device = Monitor(), choose_device(device)
-    inputs = Inputs(text)
-    folders = folders_of([model] if baseline is None else [model, baseline], inputs)
+    if asked.update_card:
+        check_card(Path(asked.model))
+    if asked.text is not None:
+        evaluate_text(asked, asked.text)
+    else:
+        evaluate_tasks(asked, str(asked.tasks).split(","))
+
+
+def evaluate_text(asked: Options, text: Path) -> None:
+    """`eval --text`."""
+    monitor, device, inputs = Monitor(), choose_device(asked.device), Inputs(text)
+    folders = folders_of(asked.models, inputs)
     configs = {name: read_config(folder) for name, folder in folders.items()}
-    seq_len = window_length(configs, seq_len)
-    compute_dtype = common_dtype(list(configs.values()), chosen_device, compute_dtype)
+    seq_len = window_length(configs, asked.seq_len)
+    dtype = common_dtype(list(configs.values()), device, asked.compute_dtype)
+    found: dict[str, Perplexity] = {}
     with monitor.live(), inputs.watched():
         with monitor.phase("reading the text"):
-            tokens = read_tokens(folders[model], text, max_tokens)
-            if baseline is not None and not torch.equal(read_tokens(folders[baseline], text, max_tokens), tokens):
-                raise RiaError(
-                    f"{baseline}: splits the text into different tokens than {model}, so the perplexities are not "
-                    "comparable."
-                )
-        with monitor.phase("loading the model"):
-            loaded = load_model(folders[model], chosen_device, compute_dtype)
-        dtype = name_of(loaded.dtype)
-        found, dense = perplexity(loaded, tokens, seq_len, monitor), None
-        del loaded  # before the baseline is loaded
-        if baseline is not None:
-            with monitor.phase("loading the baseline"):
-                loaded = load_model(folders[baseline], chosen_device, dtype)
-            dense = perplexity(loaded, tokens, seq_len, monitor)
+            tokens, *others = (read_tokens(folder, text, asked.max_tokens) for folder in folders.values())
+        if not all(torch.equal(tokens, other) for other in others):
+            raise RiaError(
+                f"{asked.baseline}: splits the text into different tokens than {asked.model}, so the perplexities are "
+                "not comparable."
+            )
+        for name, folder in folders.items():
+            with monitor.phase(f"loading {name}"):
+                loaded = load_model(folder, device, dtype)
+            dtype = name_of(loaded.dtype)  # for the baseline, too
+            found[name] = perplexity(loaded, tokens, seq_len, monitor)
+            del loaded  # before the next one is loaded
     inputs.check()
-    if as_json:
-        about = {"model": model, "text": str(text), "compute_dtype": dtype, **_dequantized(configs[model])}
-        about |= asdict(found)
-        if dense is not None:
-            about["baseline"] = {"model": baseline, **_dequantized(configs[str(baseline)]), **asdict(dense)}
+    own, dense = found[asked.model], None if asked.baseline is None else found[asked.baseline]
+    if asked.as_json:
+        entries = {name: {"model": name, **_dequantized(configs[name]), **asdict(found[name])} for name in found}
+        compared = {} if asked.baseline is None else {"baseline": entries[asked.baseline]}
+        about = {"text": str(text), "compute_dtype": dtype} | entries[asked.model] | compared
         click.echo(json.dumps(about, indent=2))
     else:
         _say_dequantized(configs)
-        windows = f"{found.windows} windows of {found.seq_len}"
-        click.echo(f"perplexity {found.perplexity:.4f} ({found.tokens} tokens, {windows}, computed in {dtype})")
+        windows = f"{own.windows} windows of {own.seq_len}"
+        click.echo(f"perplexity {own.perplexity:.4f} ({own.tokens} tokens, {windows}, computed in {dtype})")
         if dense is not None:
-            click.echo(f"{baseline}: perplexity {dense.perplexity:.4f}")
-    if update_card:
-        other = None if dense is None else dense.perplexity
-        note_perplexity(Path(model), Measured(text.name, found.tokens, found.seq_len, found.perplexity, other))
+            click.echo(f"{asked.baseline}: perplexity {dense.perplexity:.4f}")
+    if asked.update_card:
+        values = own.perplexity, None if dense is None else dense.perplexity
+        note_perplexity(Path(asked.model), text.name, (own.tokens, own.seq_len), values)
+
+
+def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
+    """`eval --tasks`."""
+    if asked.engine == "vllm" and asked.compute_dtype != "auto":
+        raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out.")
+    model, baseline, own_tasks, device = asked.model, asked.baseline, asked.include_path, choose_device(asked.device)
+    inputs = Inputs(*(path for path in (own_tasks.rglob("*") if own_tasks else ()) if path.is_file()))
+    transformers = asked.engine == "hf"
+    # vLLM fetches what is on the hub itself, and serves quantized weights as they are.
+    folders = folders_of([name for name in asked.models if transformers or Path(name).is_dir()], inputs)
+    configs = {name: read_config(folder) for name, folder in folders.items()} if transformers else {}
+    dtype = common_dtype(list(configs.values()), device, asked.compute_dtype) if configs else "auto"
+    harness, monitor, dense = Harness(tasks, asked.engine, asked.limit, device, own_tasks, dtype), Monitor(), None
+    with inputs.watched():
+        found = run_tasks(folders.get(model, model), harness, monitor)
+        if baseline is not None:
+            dense = run_tasks(folders.get(baseline, baseline), harness, monitor, "the baseline")
+    inputs.check()
+    program = f"lm-evaluation-harness {version('lm_eval')}"
+    rows, mean = compare(found, dense), None if dense is None else average(found, dense)
+    if asked.as_json:
+        about = {
+            "model": model,
+            "engine": asked.engine,
+            "harness": program,
+            **(_dequantized(configs[model]) if configs else {}),
+            "tasks": {task: scores.metrics for task, scores in found.items()},
+            "examples": {task: scores.examples for task, scores in found.items()},
+        }
+        compared = {} if dense is None else comparison(rows, mean, dense, str(baseline))
+        if compared and configs:
+            compared["baseline"] |= _dequantized(configs[str(baseline)])
+        click.echo(json.dumps(about | compared, indent=2))
+    else:
+        _say_dequantized(configs)
+        print_table(TITLES, cells(rows, mean))
+    if asked.update_card:
+        note_tasks(Path(model), cells(rows, mean), program)
 
 
 def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:
@@ -243,53 +286,3 @@ def common_dtype(configs: Sequence[Any], device: torch.device, asked: str) -> st
     if None in stored:
         return asked
     return name_of(functools.reduce(torch.promote_types, [choose_dtype(dtype, device, asked) for dtype in stored]))
-
-
-def evaluate_tasks(
-    model: str,
-    baseline: str | None,
-    tasks: list[str],
-    engine: str,
-    limit: int | None,
-    device: torch.device,
-    folder: Path | None,
-    compute_dtype: str,
-    update_card: bool,
-    as_json: bool,
-) -> None:
-    """`eval --tasks`; see `run_tasks` for what the arguments mean."""
-    if update_card:
-        check_card(Path(model))
-    models = [model] if baseline is None else [model, baseline]
-    inputs = Inputs(*(() if folder is None else (path for path in folder.rglob("*") if path.is_file())))
-    # vLLM fetches what is on the hub itself.
-    folders = folders_of([name for name in models if engine == "hf" or Path(name).is_dir()], inputs)
-    # It serves quantized weights as they are.
-    configs = {name: read_config(folder) for name, folder in folders.items()} if engine == "hf" else {}
-    if baseline is not None and configs:
-        compute_dtype = common_dtype(list(configs.values()), device, compute_dtype)
-    same = (tasks, engine, limit, device, folder, compute_dtype, Monitor())
-    with inputs.watched():
-        found = run_tasks(folders.get(model, model), *same)
-        dense = None if baseline is None else run_tasks(folders.get(baseline, baseline), *same, "the baseline")
-    inputs.check()
-    harness = f"lm-evaluation-harness {version('lm_eval')}"
-    rows, mean = table(found, dense), None if dense is None else average(found, dense)
-    if as_json:
-        about = {
-            "model": model,
-            "engine": engine,
-            "harness": harness,
-            **(_dequantized(configs[model]) if configs else {}),
-            "tasks": {task: scores.metrics for task, scores in found.items()},
-            "examples": {task: scores.examples for task, scores in found.items()},
-        }
-        compared = {} if dense is None else comparison(found, dense, str(baseline))
-        if compared and configs:
-            compared["baseline"] |= _dequantized(configs[str(baseline)])
-        click.echo(json.dumps(about | compared, indent=2))
-    else:
-        _say_dequantized(configs)
-        click.echo(lines(rows, mean))
-    if update_card:
-        note_tasks(Path(model), rows, mean, harness)

@@ -7,10 +7,51 @@ four choices shows 50% for a model that guesses if the dense model has 0.50.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ria_vllm.hub.model_card import card_table, note, plain
 from ria_vllm.offline.evaluation.tasks import TaskScores
-from ria_vllm.task_card import Average, Score
+
+TITLES = ("task", "metric", "examples", "score", "base model", "recovery")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task. Errors are standard errors; None: not known.
+
+    Attributes:
+        examples: how many were asked; None for a group of tasks.
+        shots: examples in each prompt.
+        dense: the base model's score.
+        recovery: the score in percent of the base model's; None where lower is better, or without a base model.
+    """
+
+    task: str
+    metric: str
+    examples: int | None
+    shots: int | None
+    score: float
+    error: float | None
+    dense: float | None
+    dense_error: float | None
+    recovery: float | None
+
+
+@dataclass(frozen=True)
+class Average:
+    """The mean over tasks of one metric each.
+
+    Attributes:
+        metrics: which metric of which task.
+        recovery: the mean score in percent of the base model's mean score.
+    """
+
+    metrics: Mapping[str, str]
+    score: float
+    dense: float
+    recovery: float | None
 
 
 def recovery(score: float, dense: float) -> float | None:
@@ -18,7 +59,7 @@ def recovery(score: float, dense: float) -> float | None:
     return 100 * score / dense if math.isfinite(score) and math.isfinite(dense) and dense > 0 else None
 
 
-def table(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores] | None) -> list[Score]:
+def compare(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores] | None) -> list[Score]:
     """Every metric of every task, without the standard errors as rows of their own.
 
     Args:
@@ -66,31 +107,59 @@ def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) ->
     return Average(chosen, score, base, recovery(score, base))
 
 
-def lines(rows: Sequence[Score], mean: Average | None) -> str:
-    """For a terminal: a line for each metric, and one for the mean. Columns without an entry are left out."""
-    cells = [("task", "metric", "examples", "model", "baseline", "recovery")]
-    cells += [row.cells() for row in rows]
+def cells(rows: Sequence[Score], mean: Average | None) -> list[tuple[str, ...]]:
+    """The rows of a table under TITLES: one for each metric, and one for the mean."""
+    found = []
+    for row in rows:
+        shots = "" if row.shots is None else f", {row.shots}-shot"
+        asked = "" if row.examples is None else f"{row.examples}{shots}"
+        scores = _shown(row.score, row.error), _shown(row.dense, row.dense_error)
+        found.append((row.task, row.metric, asked, *scores, _percent(row.recovery)))
     if mean is not None:
-        cells.append(mean.cells())
-    columns = [column for column in zip(*cells, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    filled = zip(*columns, strict=True)
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in filled)
+        names = ", ".join(dict.fromkeys(mean.metrics.values()))
+        means = _shown(mean.score, None), _shown(mean.dense, None), _percent(mean.recovery)
+        count = len(mean.metrics)
+        found.append((f"mean of {count} task{'s' if count > 1 else ''}", names, "", *means))
+    return found
 
 
-def comparison(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores], name: str) -> dict[str, Any]:
+def _shown(score: float | None, error: float | None) -> str:
+    if score is None:
+        return ""
+    return f"{score:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}%"
+
+
+def note_tasks(folder: Path, rows: Sequence[tuple[str, ...]], harness: str) -> None:
+    """Put the scores of one run into the model card, in the place of those of an earlier run.
+
+    Args:
+        rows: cells under TITLES.
+        harness: its name and version.
+
+    Raises:
+        RiaError: as `ria_vllm.hub.model_card.note`.
+    """
+    table = card_table(TITLES, [tuple(map(plain, row)) for row in rows])
+    explained = (
+        f"Scores of {plain(harness)}, ± their standard errors. Recovery is the score in percent of the base model's, "
+        "without subtracting the level of chance. A mean is over one metric of each task, acc_norm where there is one, "
+        "and is then compared."
+    )
+    note(folder, "Benchmark tasks", lambda _: f"{table}\n\n{explained}")
+
+
+def comparison(
+    rows: Sequence[Score], mean: Average | None, dense: Mapping[str, TaskScores], name: str
+) -> dict[str, Any]:
     """For --json: the baseline's scores, recovery in percent by task and metric, and of the mean."""
-    kept: dict[str, dict[str, float]] = {task: {} for task in model}
-    for row in table(model, dense):
+    kept: dict[str, dict[str, float]] = {task: {} for task in dense}
+    for row in rows:
         if row.recovery is not None:
             kept[row.task][row.metric] = row.recovery
-    mean = average(model, dense)
-    return {
-        "baseline": {"model": name, "tasks": {task: found.metrics for task, found in dense.items()}},
-        "recovery": kept,
-        "average": None
-        if mean is None
-        else {
-            "metrics": mean.metrics, "score": mean.score, "baseline": mean.dense, "recovery": mean.recovery,
-        },
-    }  # fmt: skip
+    means = mean and {"metrics": mean.metrics, "score": mean.score, "baseline": mean.dense, "recovery": mean.recovery}
+    baseline = {"model": name, "tasks": {task: found.metrics for task, found in dense.items()}}
+    return {"baseline": baseline, "recovery": kept, "average": means}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
 
 BOOTSTRAP = 1000  # resamples for a standard error that has no formula; the harness's 100,000 take minutes
@@ -39,24 +39,33 @@ class TaskScores:
     in_group: bool = False
 
 
+@dataclass(frozen=True)
+class Harness:
+    """What lm-evaluation-harness is to do.
+
+    Attributes:
+        tasks: by their names.
+        engine: `hf` decompresses a compressed folder, `vllm` serves it as it is.
+        limit: examples per task; None: all.
+        folder: with tasks of the user's own, besides those of the harness.
+        compute_dtype: for the engine `hf`; see `load_model`.
+    """
+
+    tasks: list[str]
+    engine: str = "hf"
+    limit: int | None = None
+    device: torch.device = torch.device("cpu")
+    folder: Path | None = None
+    compute_dtype: str = "auto"
+
+
 def run_tasks(
-    model: str,
-    tasks: list[str],
-    engine: str,
-    limit: int | None,
-    device: torch.device,
-    folder: Path | None = None,
-    compute_dtype: str = "auto",
-    monitor: Monitor | None = None,
-    words: str = "the model",
+    model: str, harness: Harness, monitor: Monitor | None = None, words: str = "the model"
 ) -> dict[str, TaskScores]:
     """Run lm-evaluation-harness. On a terminal it draws bars of its own.
 
     Args:
-        model: folder or hub id. The engine `hf` decompresses a compressed folder, `vllm` serves it as it is.
-        limit: examples per task; None: all.
-        folder: with tasks of the user's own, besides those of the harness.
-        compute_dtype: for the engine `hf`; see `load_model`.
+        model: folder or hub id.
         monitor: not live yet.
         words: what progress calls the model.
 
@@ -74,17 +83,17 @@ def run_tasks(
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise RiaError(f"--tasks needs lm-evaluation-harness ({error}). Install it: pip install lm_eval") from None
-        manager = TaskManager(include_path=None if folder is None else str(folder))
-        unknown = [task for task in tasks if not manager.match_tasks([task])]
+        manager = TaskManager(include_path=None if harness.folder is None else str(harness.folder))
+        unknown = [task for task in harness.tasks if not manager.match_tasks([task])]
         if unknown:
             raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
-    if engine == "vllm":
+    if harness.engine == "vllm":
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results
         harness_model: Any = "vllm"
         arguments = {"pretrained": model}
     else:
         with monitor.live(), monitor.phase(f"loading {words}"):
-            loaded = load_model(model, device, compute_dtype)
+            loaded = load_model(model, harness.device, harness.compute_dtype)
         harness_model = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model))
         del loaded
         arguments = {}
@@ -93,8 +102,8 @@ def run_tasks(
         output = lm_eval.simple_evaluate(
             model=harness_model,
             model_args=arguments,
-            tasks=tasks,
-            limit=limit,
+            tasks=list(harness.tasks),
+            limit=harness.limit,
             task_manager=manager,
             bootstrap_iters=BOOTSTRAP,
         )

@@ -11,25 +11,20 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ria_vllm.checkpoint import is_compressed
-from ria_vllm.companions import is_companion, leads_out, left_where_it_is, nested_companions
+from ria_vllm.checkpoint.companions import is_companion, leads_out, left_where_it_is, nested_companions
+from ria_vllm.checkpoint.inputs import Inputs, Stamps
+from ria_vllm.checkpoint.reader import is_compressed
+from ria_vllm.checkpoint.weight_files import INDEX_FILE, unindexed_files
+from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
-from ria_vllm.inputs import Inputs, Stamps
-from ria_vllm.json_file import read_json
-from ria_vllm.offline.model.architecture import model_class
-from ria_vllm.offline.model.dequantize import scheme_of
-from ria_vllm.offline.model.gguf_file import convert_gguf
-from ria_vllm.offline.model.hf import (
-    commit_of,
-    from_hub,
-    reason_of,
-    without_quantization,
-)
-from ria_vllm.offline.model.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
+from ria_vllm.files.json_file import read_json
+from ria_vllm.offline.model.files.dequantize import scheme_of
+from ria_vllm.offline.model.files.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
+from ria_vllm.offline.model.gguf.gguf_file import convert_gguf
+from ria_vllm.offline.model.run.architecture import model_class
+from ria_vllm.offline.model.run.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-from ria_vllm.weight_files import INDEX_FILE, unindexed_files
-from ria_vllm.writer import disk_errors
 
 NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
 # Without files whose names start like this, a model is not served as it was meant to be.

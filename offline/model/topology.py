@@ -1,6 +1,6 @@
 """What decoder layers look like: which linears share an input, in what order they run, and what can be folded.
 
-`ria_vllm.offline.model.describe` finds it out by experiment.
+`ria_vllm.offline.model.experiments.describe` finds it out by experiment.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.vllm_quirks import fused_sets
 
 # With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.

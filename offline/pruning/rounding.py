@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ria_vllm import permutation
-from ria_vllm.formats import IntFormat, wide_scales
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import IntFormat, wide_scales
 from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH, damping_of
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 

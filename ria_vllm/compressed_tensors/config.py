@@ -12,9 +12,9 @@ from ria_vllm.compressed_tensors import marlin24
 from ria_vllm.compressed_tensors.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
 from ria_vllm.compressed_tensors.patterns import compile_pattern
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FORMATS, GROUP_SIZES, IntFormat
-from ria_vllm.weight_format import WeightFormat
-from ria_vllm.weight_scheme import WeightScheme
+from ria_vllm.format.formats import FORMATS, GROUP_SIZES, IntFormat
+from ria_vllm.format.weight_format import WeightFormat
+from ria_vllm.format.weight_scheme import WeightScheme
 
 WHERE = "config.json: quantization_config"
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ria_vllm.formats import INTEGERS, IntFormat
-from ria_vllm.sparse24 import VALUE_DTYPES
+from ria_vllm.format.formats import INTEGERS, IntFormat
+from ria_vllm.format.sparse24 import VALUE_DTYPES
 
 TENSORS = ("weight_packed", "scale_packed", "meta")
 GROUP_SIZE = 128

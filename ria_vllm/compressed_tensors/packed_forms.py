@@ -2,7 +2,7 @@
 
 A layer never sees them. Their tensors are tiled, or have several values to a word, so vLLM could not shard them by rows
 and columns. `Translation` stands before vLLM's model in the stream of weights: it unpacks whole tensors, and hands on
-those of `ria_vllm.formats`, or a plain weight with its zeros.
+those of `ria_vllm.format.formats`, or a plain weight with its zeros.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -13,8 +13,8 @@ import torch
 
 from ria_vllm.compressed_tensors import marlin24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import IntFormat
-from ria_vllm.weight_format import WeightFormat
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.weight_format import WeightFormat
 
 Named = tuple[str, torch.Tensor]
 

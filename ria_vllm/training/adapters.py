@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ria_vllm.checkpoint.placement import inside_adapters
 from ria_vllm.errors import RiaError
-from ria_vllm.placement import inside_adapters
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 

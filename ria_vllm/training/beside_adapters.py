@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ria_vllm.checkpoint.weight_files import file_metadata, tensor_names
+from ria_vllm.checkpoint.writer import save_whole
 from ria_vllm.errors import RiaError
-from ria_vllm.open_files import OpenFiles
+from ria_vllm.files.open_files import OpenFiles
 from ria_vllm.training.adapters import own_parameters
 from ria_vllm.training.gathering import own_share, whole
 from ria_vllm.training.keep import kept_weights
 from ria_vllm.training.ranks import is_first, together
-from ria_vllm.weight_files import file_metadata, tensor_names
-from ria_vllm.writer import save_whole
 
 TRAINED_FILE = "ria_trained.safetensors"
 CHECKPOINT_ID = "checkpoint"

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.sparse_linear import SparseLinear, not_finite
 from ria_vllm.errors import RiaError
-from ria_vllm.sparse_linear import SparseLinear, not_finite
+from ria_vllm.format import sparse24
 
 
 class Encoder:

@@ -26,10 +26,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.hf_inputs import round_inputs
-from ria_vllm.placement import ORIGIN_ATTRIBUTE, Origin
+from ria_vllm.hf.inputs import round_inputs
 from ria_vllm.training.adapters import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
 from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of

@@ -11,20 +11,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.placement import Origin, Placement
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import companion_files, kept_copies
-from ria_vllm.model_card import CARD_FILE, trained_card
-from ria_vllm.placement import Origin, Placement
+from ria_vllm.format.schema import REPORT_FILE
+from ria_vllm.hub.model_card import CARD_FILE, trained_card
 from ria_vllm.progress import Monitor
 from ria_vllm.report import without_errors
-from ria_vllm.schema import REPORT_FILE
 from ria_vllm.training.adapters import clean_name
 from ria_vllm.training.encoding import Encoder
 from ria_vllm.training.gathering import gathered, ready
 from ria_vllm.training.ranks import is_first, together
 from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_tokenizer
-from ria_vllm.writer import CheckpointWriter, check_place, discarded_on_failure
 
 UNIT_BYTES = 1 << 28
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.proofs import PROOF_SUFFIX
+from ria_vllm.format.proofs import PROOF_SUFFIX
 
 
 def proofs(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(NAME.proof, float32 [out, 2]) of each matrix NAME of a folder that `save` has written, see `ria_vllm.proofs`.
+    """(NAME.proof, float32 [out, 2]) of each matrix NAME of a folder that `save` has written, see `ria_vllm.format.proofs`.
 
     A server that gets them in the same reload as the folder's tensors refuses weights that compute something else.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ria_vllm.checkpoint import Reader
-from ria_vllm.companions import TEMPLATES_FOLDER
+from ria_vllm.checkpoint.companions import TEMPLATES_FOLDER
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 
 GENERATION_FILE = "generation_config.json"

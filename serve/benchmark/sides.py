@@ -1,21 +1,32 @@
-"""The models of a comparison, and their names."""
+"""The sides of a comparison: models, their names, and the sizes of their weights."""
 
-import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ria_vllm.checkpoint.weight_files import MISTRAL_FILES
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.machine import weight_bytes
-from ria_vllm.serve.benchmark.results import DENSE, SPARSE, Side
-
-NAME = re.compile(r"[\w.+-]+")
 
 
-def sides_of(baselines: Sequence[str], outs: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -> list[Side]:
-    """The baselines, the first of which is the reference, then the compressed folders.
+@dataclass(frozen=True)
+class Side:
+    """One way to serve the model. The first side is the reference: ratios and divergences are against it.
 
-    One of each without a name is "dense" and "sparse". Others are called like their folder, or NAME in NAME=MODEL.
+    Attributes:
+        bytes: size of its weight files, None if they are not on this machine.
+        arguments: for its `vllm serve` alone.
+    """
+
+    name: str
+    model: str
+    bytes: int | None
+    arguments: tuple[str, ...] = ()
+
+
+def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -> list[Side]:
+    """A side for each folder, hub id or NAME=MODEL. Without a name it is called like its folder.
 
     Args:
         arguments: (name of a side, more arguments for its `vllm serve`).
@@ -23,40 +34,33 @@ def sides_of(baselines: Sequence[str], outs: Sequence[str], arguments: Sequence[
     Raises:
         RiaError: two sides share a name, or arguments are for an unknown side.
     """
-    named = [named_model(text) for text in (*baselines, *outs)]
-    if len(baselines) == len(outs) == 1 and not any(name for name, _ in named):
-        named = [(name, model) for name, (_, model) in zip((DENSE, SPARSE), named, strict=True)]
-    own: dict[str, list[str]] = {}
-    for name, text in arguments:
-        own.setdefault(name, []).extend(shlex.split(text))
-    sides = []
-    for name, model in named:
-        name = name or default_name(model)
-        other = next((side.model for side in sides if side.name == name), None)
-        if other is not None:
-            raise RiaError(f"{other} and {model} would both be called {name}. Name one of them: NAME={model}")
-        sides.append(Side(name, model, weight_bytes(model), tuple(own.pop(name, ()))))
+    own = {name: tuple(shlex.split(text)) for name, text in arguments}
+    sides: dict[str, Side] = {}
+    for text in models:
+        name, named, model = text.partition("=")
+        if not named or "/" in name or Path(text).exists():  # a path may contain "="
+            name, model = Path(text).name, text
+        if name in sides:
+            raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
+        sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()))
     if own:
-        names = ", ".join(side.name for side in sides)
-        raise RiaError(f"--serve-args-of {next(iter(own))}: no such side. There are {names}.")
-    return sides
+        raise RiaError(f"--serve-args-of {next(iter(own))}: no such side. There are {', '.join(sides)}.")
+    return list(sides.values())
 
 
-def named_model(text: str) -> tuple[str | None, str]:
-    """(NAME, MODEL) of NAME=MODEL; a path that exists, or a slash before "=", is a model even with "=" in it.
+def weight_bytes(model: str) -> int | None:
+    """Bytes of the weight files of a folder, or of a hub id's local copy; None if there are none.
 
-    Raises:
-        RiaError: no side can be called NAME.
+    Weights in Mistral's own format beside others are a second copy, and do not count.
     """
-    name, separator, model = text.partition("=")
-    if not separator or Path(text).exists() or "/" in name:
-        return None, text
-    if not NAME.fullmatch(name):
-        raise RiaError(f"{name!r} cannot be the name of {model}: NAME has letters, digits, '_', '.', '+' and '-'.")
-    return name, model
+    folder = Path(model)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
 
-
-def default_name(model: str) -> str:
-    """The last part of a path or a hub id, without GGUF's ending."""
-    path = Path(model)
-    return (path.resolve() if path.exists() else path).name.removesuffix(".gguf")
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except Exception:  # the hub's library raises many types for a missing copy
+            return None
+    files = sorted(folder.glob("*.safetensors"))
+    own = [path for path in files if not fnmatchcase(path.name, MISTRAL_FILES)]
+    return sum(path.stat().st_size for path in own or files) or None

@@ -2,10 +2,10 @@
 
     python supervisor.py COMMAND...
 
-The command gets a session of its own. The supervisor ends it when the supervisor's standard input reaches end-of-file.
-That happens when the asking process closes the pipe, is interrupted, crashes or is killed with SIGKILL; it need not run
-any handler. Descendants that detach themselves are adopted by the supervisor, and ended too. This file imports nothing
-of ria_vllm, so that it starts fast and needs little memory.
+The supervisor ends the command when its own standard input reaches end-of-file. That happens when the asking process
+closes the pipe, is interrupted, crashes or is killed with SIGKILL; it need not run any handler. Descendants that detach
+themselves are adopted by the supervisor, and ended too. This file imports nothing of ria_vllm, so that it starts fast
+and needs little memory.
 """
 
 import contextlib
@@ -45,21 +45,12 @@ def end_tree(child: subprocess.Popen) -> None:
 
 def main(command: list[str]) -> int:
     """The command's exit status, or 128 + the number of the signal that ended it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # only end-of-file stops this process
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=default_signals)
-    while child.poll() is None:
-        if select.select([sys.stdin], [], [], 0.1)[0] and not os.read(sys.stdin.fileno(), 4096):
-            break
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while child.poll() is None and not select.select([sys.stdin], [], [], 0.1)[0]:
+        pass
     end_tree(child)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def default_signals() -> None:
-    """Undo the ignored signals, which the command would inherit."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
-from ria_vllm.formats import FORMATS, IntFormat
-from ria_vllm.sparse24 import VALUE_DTYPES
-from ria_vllm.weight_format import WeightFormat, name_of
+from ria_vllm.format.formats import FORMATS, IntFormat
+from ria_vllm.format.sparse24 import VALUE_DTYPES
+from ria_vllm.format.weight_format import WeightFormat, name_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LinearLayerConfig:
 def cannot_decode(config: "LinearLayerConfig | ExpertsLayerConfig") -> str | None:
     """Why the reference kernels, for linears and for experts, cannot serve such weights and activations, or None."""
     if FORMATS.get(config.weight_format.name) != config.weight_format:
-        return f"{config.weight_format.name} is not in ria_vllm.formats.FORMATS"
+        return f"{config.weight_format.name} is not in ria_vllm.format.formats.FORMATS"
     if config.act_dtype not in VALUE_DTYPES:
         return f"dtype {name_of(config.act_dtype)}; {', '.join(map(name_of, VALUE_DTYPES))} only"
     if config.input_dtype not in (None, torch.int8):

@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
-from ria_vllm.weight_format import WeightFormat, name_of
 
 KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
 """Names the kernel that must serve every linear, and every layer's experts if it is a kernel for experts, too."""

@@ -4,13 +4,13 @@ from functools import lru_cache
 
 import torch
 
-from ria_vllm import sparse24
+from ria_vllm.format import sparse24
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels import choice, int8_inputs, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import check_forced_instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel, activate
-from ria_vllm.weight_format import WeightFormat
 
 KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKernel)
 

@@ -1,6 +1,6 @@
 """Products whose inputs are rounded to int8, one token at a time: what every kernel with `input_dtype` computes.
 
-Of a token x [K], `ria_vllm.token_rounding.quantize_tokens` computes, in float32 and with each operation rounded on its
+Of a token x [K], `ria_vllm.format.token_rounding.quantize_tokens` computes, in float32 and with each operation rounded on its
 own:
 
     largest = max |x|
@@ -24,10 +24,10 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import pad
 
-from ria_vllm import sparse24
-from ria_vllm.formats import IntFormat
-from ria_vllm.token_rounding import quantize_tokens
-from ria_vllm.weight_format import WeightFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.token_rounding import quantize_tokens
+from ria_vllm.format.weight_format import WeightFormat
 
 
 def product(

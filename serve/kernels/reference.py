@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm.formats import FORMATS
+from ria_vllm.format.formats import FORMATS
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from ria_vllm.formats import FORMATS
+from ria_vllm.format.formats import FORMATS
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
 

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
+from ria_vllm.format import sparse24
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels import choice, int8_inputs
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, check_forced_instruction_set
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
-from ria_vllm.weight_format import WeightFormat
 
 if TYPE_CHECKING:  # it needs pydantic, which a machine that measures GPUs need not have
-    from ria_vllm.weight_scheme import Weights
+    from ria_vllm.format.weight_scheme import Weights
 
 ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 """The group under which other packages register their kernels, each a `LinearKernel` class."""

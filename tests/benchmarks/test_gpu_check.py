@@ -14,8 +14,8 @@ from pretend_hopper import TILES, PretendLibrary
 from small_gpu import MockStream
 
 from benchmarks import gpu_check, gpu_products, gpu_tiles
-from ria_vllm import fp8
 from ria_vllm.errors import RiaError
+from ria_vllm.format import fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import mixture
 from benchmarks.mixture import Mixture, main
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 
 SMALL = Mixture(
     layers=2, hidden=64, experts=4, intermediate=64, top_k=2, heads=4, kv_heads=2, head_dim=16, vocabulary=300

@@ -9,7 +9,7 @@ from benchmarks import quality
 from benchmarks.quality import main, options_of
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 
 
 def run(tiny, text, tmp_path, *ways):

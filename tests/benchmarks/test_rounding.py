@@ -3,8 +3,8 @@
 from click.testing import CliRunner
 
 from benchmarks.rounding import main
-from ria_vllm.offline import layers
-from ria_vllm.offline.solve import solve
+from ria_vllm.offline.run import layers
+from ria_vllm.offline.sublayer.solve import solve
 
 
 def test_each_part_lowers_the_error(tiny, text):

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from benchmarks.text_tasks import main, read_documents, sentences
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.tasks import run_tasks
-from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 
 NAMES = [
     first + last for first in ("Anna", "Bertha", "Clara", "Doris") for last in ("", "line", "bell", "mary", "rose")

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import openai
 import pytest
 
-from ria_vllm.checkpoint import Reader
-from ria_vllm.offline.model import gguf_file
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.offline.model.gguf import gguf_file
 from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.load import Outcome, Workload
 from ria_vllm.serve.benchmark.machine import machine

@@ -20,20 +20,20 @@ from mutations import other_run
 from transformers import AutoModelForCausalLM
 
 import ria_vllm  # noqa: F401  (teaches from_pretrained to read compressed folders)
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.commands import compress as compress_command
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.distill import run as distill_run
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation import evaluate as measuring
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 from ria_vllm.training import save
-from ria_vllm.writer import CheckpointWriter
 
 
 def run_compress(place: Path, out: Path, settings: Settings = Settings(), **options) -> Any:
@@ -241,7 +241,7 @@ def test_no_figures_of_a_text_that_has_changed(place, monkeypatch):
 
 def test_a_model_on_the_hub_is_one_commit_whatever_is_pushed_meanwhile(place, world, monkeypatch):
     commits = iter([place / "dense", *[world.other / "dense"] * 9])
-    monkeypatch.setattr("ria_vllm.offline.model.hf.from_hub", lambda name: next(commits))
+    monkeypatch.setattr("ria_vllm.offline.model.run.hf.from_hub", lambda name: next(commits))
     words = ["--text", str(place / "text.txt"), "--seq-len", "64", "--max-tokens", "200", "--json"]
     found = [
         json.loads(CliRunner().invoke(evaluate, [model, *words], catch_exceptions=False).stdout)["perplexity"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 
@@ -80,7 +80,7 @@ def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
 
     options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
     with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.compress._say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.run.compress._say_layer", interrupt)
         result = invoke(*options)
     assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
     result = invoke(*options, "--resume")

@@ -11,14 +11,14 @@ from compressing import digests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.weight_files import tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import inspect
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.weight_files import tensor_names
+from ria_vllm.serve.model.config import RiaConfig
 
 FAMILIES = (
     "llama", "llama-mha", "llama-mqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm",
@@ -150,7 +150,7 @@ def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tm
     """Heads of 6 channels do not divide into groups of four, so o_proj, the only pruned linear, keeps its order."""
     from transformers import AutoModelForCausalLM
 
-    from ria_vllm.serve.checkpoint_files import permutations_of
+    from ria_vllm.serve.model.checkpoint_files import permutations_of
 
     model = make_model(
         tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6

@@ -13,11 +13,11 @@ from hub_texts import NEW, OLD, install
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
-from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.model import source
+from ria_vllm.offline.run.compress import Settings
 
 FIELDS = {"calibration_sha256", "source_sha256", "source_weights_digest"}
 

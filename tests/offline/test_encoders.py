@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import ria_vllm  # noqa: F401  (from_pretrained reads compressed folders)
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.offline.model.hf import load_model
-from ria_vllm.schema import PROOFS_FILE
+from ria_vllm.format.schema import PROOFS_FILE
+from ria_vllm.offline.model.run.hf import load_model
 
 TOKENS = torch.arange(2, 60)[None]
 # As sentence-transformers saves an embedding model: a pooling module without weights, a projection, a norm.

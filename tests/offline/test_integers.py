@@ -13,13 +13,13 @@ from damage import rewrite
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.inventory import take_inventory
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export, inspect, verify
-from ria_vllm.inventory import take_inventory
-from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.format.schema import INT8_TOKENS
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.schema import INT8_TOKENS
+from ria_vllm.offline.run.compress import Settings, compress
 
 NAME = "model.layers.1.mlp.gate_proj"  # 192 x 128
 DOWN = "model.layers.1.mlp.down_proj"  # 128 x 192

@@ -14,12 +14,12 @@ from compressing import digests, edit_config, interrupted_after_a_layer
 from gguf_files import write_gguf
 from transformers.utils import logging
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings, _Run, compress
-from ria_vllm.offline.model import streaming
+from ria_vllm.offline.model.run import streaming
 from ria_vllm.offline.pruning import block
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, _Run, compress
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 

@@ -8,17 +8,17 @@ import torch
 from compressing import digests, edited, interrupted_after_a_layer, run_small
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as compressing
-from ria_vllm.offline import solve, train
 from ria_vllm.offline.calibration import embed
 from ria_vllm.offline.calibration.data import from_text
-from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.model.run.hf import load_tokenizer
 from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import compress as compressing
+from ria_vllm.offline.run.compress import Settings, compress
+from ria_vllm.offline.run.layers import LayerPass
+from ria_vllm.offline.sublayer import solve, train
 from ria_vllm.progress import Monitor
 
 

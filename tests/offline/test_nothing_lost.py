@@ -9,12 +9,12 @@ import torch
 from compressing import check_complete, edited, logits, logits_of_pruned, run_small
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress
-from ria_vllm.offline.compress import Settings
-from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.run import compress
+from ria_vllm.offline.run.compress import Settings
+from ria_vllm.offline.run.layers import LayerPass
 
 EXTRA = (
     "model.layers.2.eh_proj.weight", "model.layers.2.self_attn.q_proj.weight",

@@ -5,9 +5,9 @@ import torch
 from compressing import check_complete, check_export, edited, run_small
 from transformers import LlamaForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.model.topology import rank_blocks
-from ria_vllm.offline.plan import most_sensitive
+from ria_vllm.offline.run.plan import most_sensitive
 
 
 def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import torch
 from compressing import edit_config, run_small
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.publish import published
 
 

@@ -15,19 +15,19 @@ from quantized_sources import fp8_pair, from_fp8, mxfp4_pair, save_pair, to_fp8
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.inputs import Inputs
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.inputs import Inputs
-from ria_vllm.offline import tokens as offline_tokens
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
 from ria_vllm.offline.evaluation.evaluate import evaluate
-from ria_vllm.offline.model import hf
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
+from ria_vllm.offline.model.run import hf
+from ria_vllm.offline.model.run.hf import load_model
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.source import Source
-from ria_vllm.offline.model.source_tensors import SourceTensors
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.run import tokens as offline_tokens
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ def test_a_quantized_model_of_the_hub_is_loaded_from_the_hubs_cache(pair, monkey
         return str(quantized)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("ria_vllm.offline.model.hf.read_config", lambda name: AutoConfig.from_pretrained(quantized))
+    monkeypatch.setattr("ria_vllm.offline.model.run.hf.read_config", lambda name: AutoConfig.from_pretrained(quantized))
     state = load_model("some/model", CPU).state_dict()
     wanted = load_file(plain / "model.safetensors")["lm_head.weight"]
     assert asked == ["some/model"] and torch.equal(state["lm_head.weight"], wanted)

@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from turning import FAMILIES, WITH_BIAS
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect, verify
-from ria_vllm.offline.compress import Settings
+from ria_vllm.format.schema import ROTATIONS_FILE
+from ria_vllm.hub.push import files_to_push
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
-from ria_vllm.offline.layers import LayerPass
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings
+from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.progress import Monitor
-from ria_vllm.push import files_to_push
-from ria_vllm.schema import ROTATIONS_FILE
 from ria_vllm.training import save
 
 

@@ -10,11 +10,11 @@ from compressing import TOKENS, digests, edit_weights, interrupted_after_a_layer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect, verify
-from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings
 
 INT8 = {"weights": "int8", "activations": "int8"}
 LAYER = "model.layers.1."

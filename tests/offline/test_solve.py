@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from ria_vllm import formats
+from ria_vllm.format import formats
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.drift import InputDrift
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.solve import find_orders, solve
+from ria_vllm.offline.sublayer.solve import find_orders, solve
 
 INT4 = {"weights": "int4", "group_size": 64}
 FORMAT = formats.INTEGERS[4, 64]

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import tokens
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.model import dtypes
+from ria_vllm.offline.model.run import dtypes
+from ria_vllm.offline.run import tokens
 
 
 def test_the_model_writes_its_text_in_the_fast_dtype(make_model, tmp_path, monkeypatch):

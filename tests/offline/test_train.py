@@ -12,17 +12,18 @@ from transformers import AutoModelForCausalLM
 from zoo.toy import build
 from zoo.toys import TOYS
 
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import IntFormat
-from ria_vllm.offline import compress as compressing
-from ria_vllm.offline import train, train_experts
-from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.layers import LayerPass
-from ria_vllm.offline.pruned import Pruned, packed, stored_weight
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.offline import train_experts
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
+from ria_vllm.offline.run import compress as compressing
+from ria_vllm.offline.run.compress import Settings, compress
+from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.train import after_training
+from ria_vllm.offline.sublayer import train
+from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
+from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.offline.pruned import Pruned, packed, stored_weight
+from ria_vllm.format import sparse24
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.units import layer_tensors, pruned_weights
 
 NAME = "layers.0.q_proj"

@@ -11,11 +11,11 @@ import preloaded
 import pytest
 import torch
 
+from ria_vllm.checkpoint.writer import locked
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.run.work import work_folder
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.units import layer_key
-from ria_vllm.offline.work import work_folder
-from ria_vllm.writer import locked
 
 RUN = {"exponent": 1}
 OWNERS = Path(__file__).parents[1] / "owners.py"

@@ -12,7 +12,7 @@ from wrappers import PROCESSOR, VOCABULARY, WRAPPERS, save_wrapper
 import ria_vllm  # noqa: F401  (from_pretrained reads compressed folders)
 from ria_vllm.export import export_dense
 from ria_vllm.offline.evaluation.evaluate import perplexity
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 
 TOKENS = torch.arange(2, 60)[None]
 # These go through everything wherever tests run quickly: a vision tower, positions in three dimensions, and sound.
@@ -134,7 +134,7 @@ def test_a_wrapper_writes_its_own_calibration_text(tiny_wrapper, tmp_path):
 def test_an_interrupted_run_is_resumed(tiny_wrapper, text, tmp_path):
     from compressing import digests, interrupted_after_a_layer
 
-    from ria_vllm.offline.compress import Settings
+    from ria_vllm.offline.run.compress import Settings
 
     run_small(tiny_wrapper("llava"), tmp_path / "whole", text)
     with interrupted_after_a_layer():

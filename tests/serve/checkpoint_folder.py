@@ -5,10 +5,10 @@ import json
 from damage import rewrite
 from safetensors.torch import load_file
 
-from ria_vllm import permutation
-from ria_vllm.schema import DIGESTS, PERMUTATIONS_FILE
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.weight_files import SINGLE_FILE
+from ria_vllm.checkpoint.weight_files import SINGLE_FILE
+from ria_vllm.format import permutation
+from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE
+from ria_vllm.serve.model.config import RiaConfig
 
 
 def config_of(folder) -> RiaConfig:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ria_vllm import sparse24
+from ria_vllm.format import sparse24
 
 DTYPES = {"int": (torch.int8, 127), "float": (torch.float8_e4m3fn, 448)}
 

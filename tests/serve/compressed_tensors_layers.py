@@ -3,8 +3,8 @@
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from ria_vllm import fp8, sparse24
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.serve.model.config import RiaConfig
 
 FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
 INT = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -26,7 +26,8 @@ def watched(engine, monkeypatch):
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve import layer_matching, plugin
+    from ria_vllm.serve import plugin
+    from ria_vllm.serve.model import layer_matching
 
     monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
     monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
@@ -41,7 +42,7 @@ def ranks(engine, monkeypatch):
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.mamba import mamba_mixer2
 
-    from ria_vllm.serve import load_report
+    from ria_vllm.serve.load import load_report
 
     def become(rank, size):
         for module in (linear, parameter, load_report, mamba_mixer2):

@@ -15,7 +15,7 @@ from mixture_layers import EXPERTS, HIDDEN, INNER, KINDS, LAYER, StoredMixture
 from packed_checkpoints import Packed, quantization_config
 from safetensors.torch import save_file
 
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.model.config import RiaConfig
 
 SPARSE = {"format": "dense", "sparsity_structure": "2:4", "global_sparsity": 0.5, "targets": ["Linear"], "ignore": []}
 BITMASK = SPARSE | {"format": "sparse-24-bitmask"}

@@ -8,10 +8,10 @@ from stored import Stored
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.linear import arrival_checks
-from ria_vllm.serve.reload import check_reload
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.serve.linear.method import arrival_checks
+from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.model.reload import check_reload
 
 HIDDEN = tiny.HIDDEN
 PREFIX, INNER = "model.layers.0", 256

@@ -6,15 +6,15 @@ from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
-from ria_vllm import permutation
-from ria_vllm.formats import FLOAT
-from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.experts_matching import takers
-from ria_vllm.serve.folding import fold
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.sparse24 import compress, mask_from_bitmask
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.sparse24 import compress, mask_from_bitmask
+from ria_vllm.serve.load.folding import fold
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.experts_matching import takers
+from ria_vllm.serve.model.layer_matching import match_layers
 
 HIDDEN, INNER, EXPERTS, TOP = 128, 128, 4, 2
 AT = "model.layers.{i}.mlp.experts"

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ria_vllm import permutation
-from ria_vllm.formats import FORMATS
-from ria_vllm.layer_schema import Experts, Fold, Producer, Stacked
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.sparse24 import compress, mask_from_bitmask
-from ria_vllm.weight_format import SHAPE, name_of
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.sparse24 import compress, mask_from_bitmask
+from ria_vllm.format.weight_format import SHAPE, name_of
 
 HIDDEN, INNER, EXPERTS = 64, 64, 4
 

@@ -15,8 +15,9 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve import plugin, reload
-from ria_vllm.serve.layerwise import holders, watch_reloads
+from ria_vllm.serve import plugin
+from ria_vllm.serve.load.layerwise import holders, watch_reloads
+from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)
 BEGIN = "initialize_layerwise_reload"

@@ -2,11 +2,11 @@
 
 import torch
 
-from ria_vllm import permutation, sparse24
-from ria_vllm.formats import FLOAT, FP8
-from ria_vllm.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.folding import fold
+from ria_vllm.format import permutation, sparse24
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.serve.load.folding import fold
+from ria_vllm.serve.model.config import RiaConfig
 
 
 class Stored:

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.serve.adapters import check_base
+from ria_vllm.serve.model.adapters import check_base
 
 SOURCE = "Org/Dense-1B"
 BOTH_WAYS = "RIA_VLLM_OWN_ADAPTERS=1 .* RIA_VLLM_OWN_ADAPTERS=0"

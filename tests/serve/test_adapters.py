@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.layer_schema import Producer
-from ria_vllm.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
-from ria_vllm.serve.adapters import Turn, turn, turn_adapters
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.reload import check_reload
-from ria_vllm.weight_files import SINGLE_FILE
+from ria_vllm.format.layer_schema import Producer
+from ria_vllm.format.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
+from ria_vllm.serve.model.adapters import Turn, turn, turn_adapters
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.reload import check_reload
 
 RANDOM = torch.Generator().manual_seed(5)
 LORA = {"enable_lora": True, "max_lora_rank": 8}
@@ -91,7 +91,7 @@ def compressed(folder) -> SimpleNamespace:
     given = [random_rotations(2), random_rotations(2)]
     with pytest.MonkeyPatch.context() as patch:
         waiting = iter(given)
-        patch.setattr("ria_vllm.offline.pruning.rotation.learned", lambda *_: next(waiting))
+        patch.setattr("ria_vllm.offline.transforms.rotation.learned", lambda *_: next(waiting))
         run_small(folder / "dense", folder / "out", folder / "text.txt", rotate="heads")
     export_dense(Reader(folder / "out"), folder / "exported", 1 << 40)
 

@@ -18,9 +18,9 @@ from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
 from vllm.v1.worker.gpu.spec_decode.gemma4 import speculator
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import ROTATIONS_FILE
-from ria_vllm.serve.engine import EngineOptions
-from ria_vllm.serve.reload import check_reload
+from ria_vllm.format.schema import ROTATIONS_FILE
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.model.reload import check_reload
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 READ = "model.layers.1.self_attn.o_proj"  # by the draft of a target with two layers of one type

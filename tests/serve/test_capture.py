@@ -9,9 +9,8 @@ import pytest
 import torch
 from graph_capture import GraphCapture
 
-from ria_vllm import fp8, sparse24
-from ria_vllm.formats import FLOAT, FP8, INT4, INT8, INTEGERS
-from ria_vllm.serve import packing
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.format.formats import FLOAT, FP8, INT4, INT8, INTEGERS
 from ria_vllm.serve.kernels import reference, reference_experts
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
@@ -20,8 +19,9 @@ from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.kernels.registry import Choice
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
-from ria_vllm.serve.packing import KernelCall, PackedLinear
-from ria_vllm.serve.parameters import set_parameter
+from ria_vllm.serve.linear import packing
+from ria_vllm.serve.linear.packing import KernelCall, PackedLinear
+from ria_vllm.serve.linear.parameters import set_parameter
 
 GPU = "meta"
 BODIES = {

@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 
+from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
-from ria_vllm.serve import checkpoint_files
-from ria_vllm.serve.checkpoint_files import Offline, OutOfReach, is_offline, locate
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.linear import Sparse24LinearMethod
-from ria_vllm.serve.reload import check_first_load, check_reload
-from ria_vllm.weight_files import INDEX_FILE, SINGLE_FILE
+from ria_vllm.format.schema import PERMUTATIONS_FILE
+from ria_vllm.serve.linear.method import Sparse24LinearMethod
+from ria_vllm.serve.model import checkpoint_files
+from ria_vllm.serve.model.checkpoint_files import Offline, OutOfReach, is_offline, locate
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.reload import check_first_load, check_reload
 
 
 def test_local_folder(checkpoint):

@@ -24,11 +24,11 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.completeness import check_loaded, empty_weights
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.layerwise import left_out
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.load.completeness import check_loaded, empty_weights
+from ria_vllm.serve.load.layerwise import left_out
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.layer_matching import match_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -10,11 +10,11 @@ from compare import check, generate, prompts
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file
 
-from ria_vllm import formats, sparse24
 from ria_vllm.compressed_tensors.config import is_24_checkpoint
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.format import formats, sparse24
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.layer_matching import match_layers
 
 # Name of the run: how the checkpoint is written
 RUNS = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ria_vllm.compressed_tensors.config import LONGEST_NAME, CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.model.config import RiaConfig
 
 VALID = {
     "quant_method": "compressed-tensors",

@@ -16,10 +16,11 @@ from vllm.config import LoRAConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.serve import layer_matching, plugin
-from ria_vllm.serve.engine import EngineOptions
-from ria_vllm.serve.experts import Sparse24MoEMethod
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.serve import plugin
+from ria_vllm.serve.experts.method import Sparse24MoEMethod
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.model import layer_matching
 
 TARGET = SimpleNamespace(model="the target", revision=None, dtype=torch.float32)
 DRAFT = SimpleNamespace(model="the draft", revision=None, dtype=torch.float32)

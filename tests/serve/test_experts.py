@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids
 
-from ria_vllm.formats import FORMATS, WRITTEN
-from ria_vllm.serve.experts_matching import takers
+from ria_vllm.format.formats import FORMATS, WRITTEN
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+from ria_vllm.serve.model.experts_matching import takers
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

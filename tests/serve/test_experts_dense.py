@@ -8,10 +8,10 @@ from mixture_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.experts import Sparse24MoEMethod
-from ria_vllm.serve.experts_dense import DenseExpertsMethod
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.experts.method import Sparse24MoEMethod
+from ria_vllm.serve.model.config import RiaConfig
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

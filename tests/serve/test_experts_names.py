@@ -7,9 +7,9 @@ import torch
 from mixture_layers import Model
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.experts_dense import DenseExpertsMethod
-from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.layer_matching import match_layers
 
 LAYER = "model.layers.1.mlp.experts"
 GATED = ("gate_proj", "up_proj", "down_proj")

@@ -9,9 +9,9 @@ from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INTEGERS
-from ria_vllm.schema import WeightQuantization
-from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.format.formats import INTEGERS
+from ria_vllm.format.schema import WeightQuantization
+from ria_vllm.serve.model.layer_matching import match_layers
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -84,7 +84,7 @@ def test_a_permutation_of_the_wrong_length():
 
 
 def test_a_fold_into_rows_of_an_expert_from_elsewhere():
-    from ria_vllm.serve.folding import RowOrder
+    from ria_vllm.serve.load.folding import RowOrder
 
     config = StoredMixture().config()
     order = config.permutations[f"{LAYER}.0.down_proj"][::-1].copy()

@@ -5,12 +5,12 @@ import pytest
 import tiny
 import torch
 
-from ria_vllm import permutation
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.folding import RowOrder, fold
+from ria_vllm.format import permutation
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.load.folding import RowOrder, fold
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.model_loader.ep_weight_filter import compute_local_expert_ids, should_skip_weight
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.experts_dense import DenseExpertsMethod
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
 
 pytestmark = [pytest.mark.usefixtures("ranks"), needs_writer]
 

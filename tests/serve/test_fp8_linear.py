@@ -7,9 +7,9 @@ from stored import Stored
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from ria_vllm import fp8
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8
+from ria_vllm.format import fp8
+from ria_vllm.format.formats import FP8
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

@@ -1,4 +1,4 @@
-"""`from_pretrained` on a compressed folder (ria_vllm/hf.py, hf_quantizer.py), on the small checkpoints of `tiny`."""
+"""`from_pretrained` on a compressed folder (ria_vllm/hf/install.py, hf_quantizer.py), on the small checkpoints of `tiny`."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import PERMUTATIONS_FILE
+from ria_vllm.format.schema import PERMUTATIONS_FILE
 
 
 def logits(model):

@@ -21,10 +21,10 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.kv_cache import KVCacheScales
-from ria_vllm.serve.layerwise import left_out
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.load.layerwise import left_out
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.kv_cache import KVCacheScales
 
 served = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM has no fp8 cache on this CPU and says so"

@@ -27,8 +27,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.linear import Sparse24LinearMethod
+from ria_vllm.serve.linear.method import Sparse24LinearMethod
+from ria_vllm.serve.model.layer_matching import match_layers
 
 MAMBA = (("mamba_d_conv", 4), ("mamba_d_head", 32), ("mamba_d_state", 16), ("mamba_n_groups", 1), ("mamba_n_heads", 8))
 # Families whose layers vLLM names by a prefix that is not their path, or whose fused layers only its loaders know.

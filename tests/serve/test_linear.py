@@ -22,10 +22,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FORMATS, INTEGERS
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.serve import packing
-from ria_vllm.serve.engine import EngineOptions
+from ria_vllm.format.formats import FORMATS, INTEGERS
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.serve.linear import packing
+from ria_vllm.serve.load.engine import EngineOptions
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 

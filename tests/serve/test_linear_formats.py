@@ -19,13 +19,13 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from ria_vllm import permutation
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FORMATS, INTEGERS
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.serve import packing
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import FLOAT, FORMATS, INTEGERS
+from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.linear import packing
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 512
 

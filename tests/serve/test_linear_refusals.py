@@ -9,7 +9,7 @@ from vllm.config import LoadConfig, LoRAConfig, VllmConfig, set_current_vllm_con
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FORMATS
+from ria_vllm.format.formats import FLOAT, FORMATS
 
 HIDDEN, INNER = 128, 256
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.model.config import RiaConfig
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

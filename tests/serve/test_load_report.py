@@ -9,15 +9,15 @@ from mixture_layers import StoredMixture, served
 from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8
-from ria_vllm.serve import load_report
+from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT8
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.choice import Choice
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
-from ria_vllm.serve.load_report import LoadReport
+from ria_vllm.serve.load import load_report
+from ria_vllm.serve.load.load_report import LoadReport
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from compressed_tensors_layers import INT, Checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.mamba import mamba_mixer2
 
-from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT8, WRITTEN
-from ria_vllm.schema import RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.layer_matching import match_layers
+from ria_vllm.format import permutation, sparse24
+from ria_vllm.format.formats import FLOAT, INT8, WRITTEN
+from ria_vllm.format.schema import RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.layer_matching import match_layers
 
 HIDDEN, INNER, STATE, HEADS = 128, 256, 16, 8
 OUTPUTS = {"gate": INNER, "x": INNER, "B": STATE, "C": STATE, "dt": HEADS}

@@ -5,7 +5,7 @@ import torch
 from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer, WeightsMapper
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.model_paths import destinations, place_of
+from ria_vllm.serve.load.model_paths import destinations, place_of
 
 
 def tree(*paths):

@@ -12,10 +12,11 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.compressed_tensors.packed_forms import Marlin24, Translation
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INTEGERS
-from ria_vllm.serve import layer_matching, plugin, reload
-from ria_vllm.serve.layerwise import watch_reloads
-from ria_vllm.serve.stream import WeightStream
+from ria_vllm.format.formats import INTEGERS
+from ria_vllm.serve import plugin
+from ria_vllm.serve.load.layerwise import watch_reloads
+from ria_vllm.serve.load.stream import WeightStream
+from ria_vllm.serve.model import layer_matching, reload
 
 
 def test_models_inside_a_model_wait_for_the_outermost(ranks, monkeypatch):

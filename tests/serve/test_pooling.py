@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
 
 pytestmark = pytest.mark.slow

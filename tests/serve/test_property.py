@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from mutations import Damaged, damaged, examples, other_run
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.config import RiaConfig
+from ria_vllm.serve.model.config import RiaConfig
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import torch
 from click.testing import CliRunner
 from damage import bind_proofs, rewrite
 
+from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FORMATS
+from ria_vllm.format.formats import FORMATS
 from ria_vllm.serve.doctor import doctor
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
-from ria_vllm.weight_files import SINGLE_FILE
 
 DOWN = "model.layers.1.mlp.down_proj"
 ENDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

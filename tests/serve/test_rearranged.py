@@ -12,13 +12,13 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader
 
-from ria_vllm import permutation, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import INT8
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.schema import WeightQuantization
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.rearranged import takers
+from ria_vllm.format import permutation, sparse24
+from ria_vllm.format.formats import INT8
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.format.schema import WeightQuantization
+from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.model.rearranged import takers
 
 HEADS, WIDTH, HIDDEN = 4, 32, 128
 

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vllm.config import VllmConfig, set_current_vllm_config
 
+from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.schema import DIGESTS, PERMUTATIONS_FILE
-from ria_vllm.serve.config import RiaConfig
-from ria_vllm.serve.reload import check_adapters, check_first_load, check_reload
-from ria_vllm.weight_files import SINGLE_FILE
+from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.reload import check_adapters, check_first_load, check_reload
 
 
 def reload_from(config, folder, lora=False):

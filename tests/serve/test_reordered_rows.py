@@ -2,7 +2,7 @@
 
 import torch
 
-from ria_vllm.serve.reordered_rows import ReorderedRows
+from ria_vllm.serve.load.reordered_rows import ReorderedRows
 
 
 def test_reordered_rows_are_what_indexing_gives():

@@ -8,7 +8,7 @@ from reload_model import FORMATS, Checkpoint
 from reload_server import Server, watch
 from vllm.config import get_current_vllm_config
 
-from ria_vllm.serve import served
+from ria_vllm.serve.proving import served
 
 
 @pytest.fixture

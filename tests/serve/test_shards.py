@@ -4,7 +4,7 @@ import pytest
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, ReplicatedLinear
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.shards import ShardMap
+from ria_vllm.serve.load.shards import ShardMap
 
 pytestmark = pytest.mark.usefixtures("ranks")
 

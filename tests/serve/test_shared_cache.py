@@ -10,7 +10,7 @@ from test_folding import logits
 from transformers import Gemma4TextConfig, LlamaConfig
 from vllm.config import KVTransferConfig, LoRAConfig, get_current_vllm_config
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 LAYER = "model.layers.1"

@@ -2,9 +2,9 @@ import pytest
 from mixture_layers import AT, EXPERTS, LAYER, StoredMixture
 
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Experts
-from ria_vllm.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.stored_experts import named_experts, stored_experts
+from ria_vllm.format.layer_schema import Experts
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.experts.stored import named_experts, stored_experts
 
 
 def schema(**changes):

@@ -8,9 +8,9 @@ from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finish
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.layer_matching import match_layers
-from ria_vllm.serve.reload import check_reload
-from ria_vllm.serve.stream import WeightStream
+from ria_vllm.serve.load.stream import WeightStream
+from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.model.reload import check_reload
 
 
 @pytest.fixture

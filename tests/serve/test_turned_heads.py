@@ -11,9 +11,9 @@ from compressing import run_small
 from families import LATENT_ATTENTION, TEXT, save_model
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
-from ria_vllm.offline.pruning import rotation
+from ria_vllm.offline.transforms import rotation
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from zoo.check import disagreement
 from zoo.family import dense_folder, pruned_folders
 from zoo.toys import TOYS
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 
 pytestmark = pytest.mark.slow
 

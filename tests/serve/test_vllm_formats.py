@@ -9,7 +9,7 @@ import torch
 from compare import check, differences
 from runs import ONE_THREAD_EACH, TWO_RANKS, Runs
 
-from ria_vllm.formats import FP8, INTEGERS
+from ria_vllm.format.formats import FP8, INTEGERS
 
 pytestmark = pytest.mark.slow
 

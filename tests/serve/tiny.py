@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from ria_vllm import permutation, sparse24
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import FORMATS
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.weight_format import name_of
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.format import permutation, sparse24
+from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.weight_format import name_of
 
 HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 4, 32, 128, 256, 288
 Rows = tuple[str, tuple[int, int] | None]  # of each of `value_blocks` blocks, for values

@@ -10,7 +10,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from ria_vllm.serve import layerwise
+from ria_vllm.serve.load import layerwise
 
 
 class FromFolder(WeightTransferEngine):

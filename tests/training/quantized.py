@@ -2,11 +2,11 @@
 
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import FORMATS
-from ria_vllm.schema import INT8_TOKENS, RiaSchema
-from ria_vllm.writer import CheckpointWriter
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.schema import INT8_TOKENS, RiaSchema
 
 
 def quantized(like, out, name, shrink=1.0, activations=False):

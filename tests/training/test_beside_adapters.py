@@ -11,7 +11,7 @@ from sparse_llama import load, loss_of, masks, outside
 from test_resuming import Remember, equal, trainer
 from transformers import TrainerCallback
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.training import BesideAdapters, keep_sparse, read_trained, save, write_trained
 

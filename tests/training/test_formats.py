@@ -7,9 +7,9 @@ import torch
 from quantized import quantized
 from sparse_llama import load, masks
 
-from ria_vllm import sparse24
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import WRITTEN
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import WRITTEN
 from ria_vllm.training import keep_sparse, save
 
 FORMATS = ["int8", "int4", "int8-g64", "int4-g32", "fp8"]

@@ -10,7 +10,7 @@ from ranks import STEPS, MovesEverything
 from safetensors.torch import load_file
 from sparse_llama import TOKENS, load, loss_of, masks, outside
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.training.beside_adapters import TRAINED_FILE
 
 

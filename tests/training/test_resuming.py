@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sparse_llama import TOKENS, load, masks, outside
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.training import keep_sparse, save
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sparse_llama import load, masks, train
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.training import keep_sparse, proofs, save
 

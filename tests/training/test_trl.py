@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sparse_llama import TOKENS, load, loss_of, masks, outside
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import verify
 from ria_vllm.training import keep_sparse, save

@@ -66,9 +66,9 @@ def load(folder: str, engine: dict[str, Any]) -> dict[str, Any]:
     from vllm.utils.network_utils import get_distributed_init_method, get_ip, get_open_port
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from ria_vllm.serve.experts import Sparse24MoEMethod
-    from ria_vllm.serve.experts_matching import takers
-    from ria_vllm.serve.linear import Sparse24LinearMethod
+    from ria_vllm.serve.experts.method import Sparse24MoEMethod
+    from ria_vllm.serve.linear.method import Sparse24LinearMethod
+    from ria_vllm.serve.model.experts_matching import takers
 
     settings = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128}
     config = EngineArgs(folder, enable_prefix_caching=False, **(settings | engine)).create_engine_config()

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from zoo.agreement import load, prompts
 from zoo.toy import ROUTERS, Toy, build
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
-from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.format.sparse24 import IN_FEATURES_MULTIPLE
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
-from ria_vllm.sparse24 import IN_FEATURES_MULTIPLE
 
 DECODER = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 ELSEWHERE = re.compile(r"vision|visual|audio|image|mtp\.")

@@ -11,7 +11,7 @@ from zoo.serving import serve
 from zoo.toy import BASE
 from zoo.toys import TOYS
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 
 pytestmark = pytest.mark.slow
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.errors import RiaError
-from ria_vllm.experts_layout import experts_modules
+from ria_vllm.format.stacks import LayerExperts, layers_of_experts
+from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.distill.start import Start
-from ria_vllm.offline.model.names import Names
-from ria_vllm.placement import Placement
-from ria_vllm.stacks import LayerExperts, layers_of_experts
+from ria_vllm.offline.model.run.names import Names
 
 
 def places_of(model: Any, start: Start, names: Names) -> dict[str, Placement]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ria_vllm.formats import Fp8Format, IntFormat, wide_scales
+from ria_vllm.format.formats import Fp8Format, IntFormat, wide_scales
 
 
 class StraightThrough:

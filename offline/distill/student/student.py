@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ria_vllm.checkpoint.placement import Placement
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.start import Start
@@ -17,9 +19,7 @@ from ria_vllm.offline.distill.student.places import places_of
 from ria_vllm.offline.distill.student.rounding import StraightThrough, scaled
 from ria_vllm.offline.distill.teacher.divergence import divergence, in_chunks
 from ria_vllm.offline.distill.teacher.two_part import CHUNK, TwoPart
-from ria_vllm.offline.model.names import Names
-from ria_vllm.placement import Placement
-from ria_vllm.sparse_linear import SparseLinear
+from ria_vllm.offline.model.run.names import Names
 
 # The learning rate of the logarithms of scales, in that of weights, which are some hundredths large.
 SCALES_SPEED = 10.0

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
-from ria_vllm.offline.model.hf import commit_of, from_hub
+from ria_vllm.offline.model.run.hf import commit_of, from_hub
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-from ria_vllm.weight_format import name_of
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import find_base, find_decoder, output_head
-from ria_vllm.weight_format import name_of
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.offline.model.run.architecture import find_base, find_decoder, output_head
 
 # Tokens whose logits are in memory at a time.
 CHUNK = 256

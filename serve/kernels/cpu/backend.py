@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.weight_format import WeightFormat, name_of
 
 INSTRUCTION_SET_VARIABLE = "RIA_VLLM_CPU_ISA"
 """Names the instruction set that the kernels use."""

@@ -13,13 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm import fp8
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
-from ria_vllm.weight_format import name_of
 
 _ALIGNMENT = 16  # bytes, of every pointer
 

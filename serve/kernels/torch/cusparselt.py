@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.weight_format import name_of
 
 _MULTIPLE_TOKENS = 8  # cuSPARSELt requires rows and columns of a multiple of 16 bytes
 _MULTIPLE_FEATURES = 16

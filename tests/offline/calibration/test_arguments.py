@@ -9,8 +9,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, LeftBehind
 from ria_vllm.offline.calibration.sublayer_pass import _InputsAndCalls
-from ria_vllm.offline.model.layer_call import LayerCall
-from ria_vllm.offline.model.sharing import Sharing
+from ria_vllm.offline.model.run.layer_call import LayerCall
+from ria_vllm.offline.model.run.sharing import Sharing
 from ria_vllm.offline.runtime.ranks import Ranks
 
 ENTRY, OTHER = (0, "full"), (0, "sliding")

@@ -4,11 +4,11 @@ import pytest
 import torch
 from compressing import run_small
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress as compressing
-from ria_vllm.offline import tokens
 from ria_vllm.offline.calibration.mixture import spread_among
+from ria_vllm.offline.run import compress as compressing
+from ria_vllm.offline.run import tokens
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 

@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
-from ria_vllm.offline.compress import Settings, compress
-from ria_vllm.offline.model import survey
+from ria_vllm.offline.model.experiments import survey
 from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "opt-postnorm")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 

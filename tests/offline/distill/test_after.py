@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from compressing import digests
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill.command import distill
@@ -66,7 +66,7 @@ def test_interrupted_after_pruning_it_does_not_prune_again(step, tiny, text, tmp
         patch.setattr(f"ria_vllm.offline.distill.{step}", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(tiny("llama"), out, text, "--distill", "512")
-    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: 1 / 0)
     if step == "train.Training._step":
         monkeypatch.setattr("ria_vllm.offline.distill.text.training_windows", lambda *_: 1 / 0)
         monkeypatch.setattr("ria_vllm.offline.digests.of_text", lambda *_: 1 / 0)
@@ -146,7 +146,7 @@ def test_the_best_step_on_held_out_text_is_kept(tiny, text, tmp_path, monkeypatc
     ],
 )
 def test_what_training_would_refuse_is_refused_before_pruning(options, why, tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: 1 / 0)
     model = shutil.copytree(tiny("llama"), tmp_path / "in")
     (model / "short.txt").write_text("it")
     with pytest.raises(RiaError, match=why):

@@ -10,14 +10,14 @@ import preloaded
 import pytest
 from click.testing import CliRunner
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import locked
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import after
 from ria_vllm.offline.distill.command import distill
 from ria_vllm.offline.distill.parameters import diverged
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import locked
 
 
 def arguments(model, out, text, *options: str) -> list[str]:
@@ -41,7 +41,7 @@ def test_an_error_names_a_command_that_trains_otherwise_without_pruning_again(ti
         patch.setattr("ria_vllm.offline.distill.train.Training._step", steps)
         with pytest.raises(RiaError, match="Give a smaller --lr.* without --resume does.* such as --lr, use") as error:
             run(tiny("llama"), out, text, "--distill", "512", *same)
-    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: 1 / 0)
     with pytest.raises(RiaError, match="another tokens .512.* without --resume does") as resumed:
         run(tiny("llama"), out, text, "--distill", "256", *same, "--resume")
     commands = [re.search("`(ria-vllm .*)`", str(one.value))[1] for one in (error, resumed)]

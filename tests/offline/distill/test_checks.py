@@ -8,13 +8,13 @@ import pytest
 from compressing import WarningRecorder, run_small
 from distilling import run
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.distill.checks import check_texts, warn_of_trained_texts
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import recovery_section
 from ria_vllm.offline.distill.train import Training
+from ria_vllm.offline.run.compress import Settings
 
 
 def recipe(text: Path | str, *held_out: Path) -> Distillation:

@@ -10,15 +10,15 @@ from compressed_tensors_writer import Writer, needs_writer
 from compressing import edit_config, edit_weights, run_small
 from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.offline.distill import foreign
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.progress import Monitor
-from ria_vllm.sparse_linear import SparseLinear
 
 SPARSITY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": []}
 COMPRESSED_TENSORS, ZEROS = {"quant_method": "compressed-tensors"}, SPARSITY | {"format": "dense"}

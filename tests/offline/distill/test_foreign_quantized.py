@@ -13,14 +13,14 @@ from damage import rewrite
 from distilling import run
 from safetensors.torch import load_file
 
-from ria_vllm import sparse24
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT4, INT8, INTEGERS, wide_scales
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FP8, INT4, INT8, INTEGERS, wide_scales
+from ria_vllm.format.schema import FP8_TOKENS, INT8_TOKENS
+from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.progress import Monitor
-from ria_vllm.schema import FP8_TOKENS, INT8_TOKENS
-from ria_vllm.sparse_linear import SparseLinear
-from ria_vllm.weight_format import WeightFormat, name_of
 
 BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 SPARSITY = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}

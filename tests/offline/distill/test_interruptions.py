@@ -14,13 +14,13 @@ import pytest
 from compressing import digests, edit_config
 from distilling import command, has_reached, run, stop_at
 
+from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import teacher
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.run import Settings
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.writer import CheckpointWriter
 
 
 @pytest.mark.parametrize(

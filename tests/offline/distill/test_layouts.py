@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ria_vllm import permutation, sparse24
+from ria_vllm.format import permutation, sparse24
 from ria_vllm.offline.distill import layouts
 from ria_vllm.offline.distill.layouts import Kept, Whole
 

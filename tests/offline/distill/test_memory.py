@@ -16,7 +16,6 @@ from allocations import alive, traced
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from ria_vllm.offline.compress import Settings, compress
 from ria_vllm.offline.distill import divergence, layouts, parameters
 from ria_vllm.offline.distill.foreign import ForeignStart
 from ria_vllm.offline.distill.layouts import Kept
@@ -25,8 +24,9 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
 from ria_vllm.offline.distill.student import Student, _trained_scales
 from ria_vllm.offline.distill.teacher import CHUNK, Teacher
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 # Prints how far the memory of one step rises above what the process holds before it.
@@ -40,7 +40,7 @@ from ria_vllm.offline.distill.parameters import AdamW, Pace
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Answer, Teacher
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.runtime.memory import map_large_blocks, trim
 
 map_large_blocks()

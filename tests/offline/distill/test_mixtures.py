@@ -14,8 +14,8 @@ from sparse_llama import masks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import ria_vllm.hf  # noqa: F401  loads pruned folders
-from ria_vllm.checkpoint import Reader
+import ria_vllm.hf.install  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.distill import places
@@ -31,7 +31,7 @@ from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Teacher
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from compressing import digests, edit_weights, run_small
 from hub_cache import NAME, Cache
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import after

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ria_vllm import sparse24
 from ria_vllm.errors import RiaError
+from ria_vllm.format import sparse24
 from ria_vllm.offline.distill import layouts
 from ria_vllm.offline.distill.layouts import Kept
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import ria_vllm.hf  # noqa: F401  loads pruned folders
-from ria_vllm.checkpoint import Reader
-from ria_vllm.formats import WRITTEN
+import ria_vllm.hf.install  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.sparse_linear import SparseLinear
+from ria_vllm.format.formats import WRITTEN
 from ria_vllm.offline.distill.recipe import ALSO, Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_windows
-from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.model.run.hf import load_tokenizer
 from ria_vllm.progress import Monitor
-from ria_vllm.sparse_linear import SparseLinear
 
 RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 

@@ -15,7 +15,7 @@ from compressing import digests, weight_digests
 from distilling import command, has_reached
 from torch.distributed.tensor import DTensor
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill.processes import joined
@@ -133,7 +133,7 @@ def test_several_processes_that_accelerate_did_not_start_are_missed(processes, t
     with pytest.raises(RiaError, match="has started one process.*`torchrun --nproc-per-node N -m ria_vllm distill"):
         with joined(torch.device("cpu")):
             pass
-    monkeypatch.setattr("ria_vllm.offline.compress.compress", lambda *_: 1 / 0)
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: 1 / 0)
     both = [str(tiny("llama")), "-o", str(tmp_path / "out"), "--calibration", str(text), "--distill", "1024"]
     with pytest.raises(RiaError, match="has started one process"):
         CliRunner().invoke(compress, both, catch_exceptions=False)

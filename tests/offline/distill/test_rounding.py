@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FORMATS, FP8, INTEGERS
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FORMATS, FP8, INTEGERS
 from ria_vllm.offline.distill.layouts import Kept
 from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.rounding import StraightThrough

@@ -15,7 +15,8 @@ from distilling import run, stop_at
 from safetensors.torch import load_file, save_file
 
 from ria_vllm import progress
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.weight_files import file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill import train
@@ -27,10 +28,9 @@ from ria_vllm.offline.distill.run import Settings, _Run, distill
 from ria_vllm.offline.distill.text import training_windows
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
-from ria_vllm.offline.model import dtypes
-from ria_vllm.offline.model.hf import load_model, load_tokenizer
+from ria_vllm.offline.model.run import dtypes
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 from ria_vllm.progress import Monitor
-from ria_vllm.weight_files import file_metadata
 
 CPU = torch.device("cpu")
 

@@ -6,14 +6,14 @@ import preloaded
 import pytest
 import torch
 
+from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.offline.calibration.data import from_model
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.processes import joined
 from ria_vllm.offline.distill.sharding import local, shard
 from ria_vllm.offline.distill.teacher import CachedTeacher, Teacher, fill_cache, most_probable
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import CheckpointWriter
 
 CPU, QUIET = torch.device("cpu"), Monitor(shown=False)
 

@@ -19,7 +19,7 @@ from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.evaluation.evaluate import read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.progress import Monitor
 
 K = 8

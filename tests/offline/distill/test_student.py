@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from wrappers import tiny_wrapper  # noqa: F401
 
-import ria_vllm.hf  # noqa: F401  loads pruned folders
-from ria_vllm.checkpoint import Reader
+import ria_vllm.hf.install  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.distill.logits import TwoPart
 from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.parameters import AdamW, Pace
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student import Student
 from ria_vllm.offline.distill.teacher import Teacher
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 
 EXACT = AdamW(first=torch.float32, second=torch.float32, clip=0.0)
 CPU = torch.device("cpu")

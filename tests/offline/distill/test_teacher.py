@@ -5,6 +5,7 @@ import torch
 from compressing import weight_digests
 from decoders import small
 
+from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.divergence import Top
 from ria_vllm.offline.distill.logits import TwoPart
@@ -13,7 +14,6 @@ from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.teacher import CachedTeacher, Teacher, fill_cache
 from ria_vllm.progress import Monitor
-from ria_vllm.writer import CheckpointWriter
 
 K = 8
 

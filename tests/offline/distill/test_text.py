@@ -13,7 +13,7 @@ from ria_vllm.offline.distill.text import (
     held_out_windows,
     training_windows,
 )
-from ria_vllm.offline.model.hf import load_tokenizer
+from ria_vllm.offline.model.run.hf import load_tokenizer
 from ria_vllm.offline.recipe import Recipe
 
 

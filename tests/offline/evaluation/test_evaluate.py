@@ -14,7 +14,7 @@ from compressing import edited
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import evaluate, perplexity, read_tokens
-from ria_vllm.offline.model.hf import load_model
+from ria_vllm.offline.model.run.hf import load_model
 
 CPU = torch.device("cpu")
 TEXT = "The two largest of every four stay, and the others are gone. " * 8
@@ -184,7 +184,7 @@ def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch)
     shutil.copytree(tiny_llama, wide)
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(wide)
     edited(wide, tmp_path / "short", lambda t: None, max_position_embeddings=100)
-    monkeypatch.setattr("ria_vllm.offline.model.dtypes.fast_bf16", lambda device: True)
+    monkeypatch.setattr("ria_vllm.offline.model.run.dtypes.fast_bf16", lambda device: True)
     found = json.loads(run(tiny_llama, "--text", text, "--baseline", tmp_path / "short", "--json").stdout)
     assert found["compute_dtype"] == "float32" and found["seq_len"] == found["baseline"]["seq_len"] == 100
     assert found["perplexity"] == found["baseline"]["perplexity"]  # the same values, computed alike

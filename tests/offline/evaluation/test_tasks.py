@@ -98,7 +98,7 @@ def right_answers(folder: Path, source: Path) -> int:
     """The number of questions whose right choice the pruned model finds most likely, in plain transformers."""
     from transformers import AutoTokenizer
 
-    from ria_vllm.offline.model.hf import load_model
+    from ria_vllm.offline.model.run.hf import load_model
 
     model, tokenizer = load_model(str(folder), torch.device("cpu")), AutoTokenizer.from_pretrained(source)
     right = 0

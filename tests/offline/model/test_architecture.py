@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
 from wrappers import WRAPPERS, save_wrapper, wrapper_config
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.architecture import find_decoder, model_class, output_head, output_heads
-from ria_vllm.offline.model.embedding import Embedder
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.architecture import find_decoder, model_class, output_head, output_heads
+from ria_vllm.offline.model.run.embedding import Embedder
+from ria_vllm.offline.model.run.streaming import StreamedModel
 
 TOKENS = torch.arange(2, 50).view(2, 24)
 FAST = ("gemma3", "qwen2_5_vl", "idefics3")

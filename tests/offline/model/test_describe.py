@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
-from ria_vllm.offline.model.describe import describe, describe_as_it_is
+from ria_vllm.offline.model.experiments.describe import describe, describe_as_it_is
 
 
 def table(text: str) -> list[str]:

@@ -13,17 +13,17 @@ from compressing import digests, interrupted_after_a_layer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings, compress
+from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.evaluation.evaluate import evaluate
-from ria_vllm.offline.model import dtypes
-from ria_vllm.offline.model.dtypes import choose_dtype, fast_bf16
-from ria_vllm.offline.model.hf import load_model
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run import dtypes
+from ria_vllm.offline.model.run.dtypes import choose_dtype, fast_bf16
+from ria_vllm.offline.model.run.hf import load_model
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
-from ria_vllm.weight_format import name_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -80,7 +80,7 @@ def test_instructions_for_bf16_and_what_forbids_them(flags, variables, expected,
 
 def test_agrees_with_onednn_on_this_machine():
     """Never yes if oneDNN says no, and no if oneDNN is limited to AVX2."""
-    code = "import torch; from ria_vllm.offline.model.dtypes import fast_bf16; "
+    code = "import torch; from ria_vllm.offline.model.run.dtypes import fast_bf16; "
     code += "print(fast_bf16(torch.device('cpu')), torch.ops.mkldnn._is_mkldnn_bf16_supported())"
     for variables in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}):
         environment = os.environ | variables

@@ -5,10 +5,10 @@ import torch
 from decoders import calls_of, check_same, described, in_float64, layers_of, small
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from ria_vllm.layer_schema import Fold, Producer
-from ria_vllm.offline.model.candidates import head_counts
-from ria_vllm.offline.model.experiment import Experiment
-from ria_vllm.offline.model.folds import holds
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.offline.model.experiments.candidates import head_counts
+from ria_vllm.offline.model.experiments.experiment import Experiment
+from ria_vllm.offline.model.experiments.folds import holds
 
 TOKENS = torch.arange(40, 70).view(2, 15)
 # One family for each kind of fold.
@@ -224,9 +224,8 @@ def test_head_counts_come_from_modules_and_configurations():
 
         num_attention_heads = 4
 
-    module, config = (0, "head_dim"), (1, "num_attention_heads")
-    assert head_counts(192, Module(), Refuses()) == {4: {config}, 6: {module, (0, "num_heads")}}
-    assert head_counts(128, Module(), Refuses()) == {4: {module, config}}
+    assert head_counts(192, Module(), Refuses()) == [4, 6]
+    assert head_counts(128, Module(), Refuses()) == [4]
 
 
 def test_an_experiment_leaves_the_layer_as_it_is():

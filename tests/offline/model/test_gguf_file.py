@@ -10,7 +10,7 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.gguf_file import convert_gguf
+from ria_vllm.offline.model.gguf.gguf_file import convert_gguf
 
 
 def test_a_whole_file_becomes_the_model_that_was_written(tiny, tmp_path):

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Starcoder2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model import gguf_file
-from ria_vllm.offline.model.gguf_file import convert_gguf
+from ria_vllm.offline.model.gguf import gguf_file
+from ria_vllm.offline.model.gguf.gguf_file import convert_gguf
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LLAMA3 = {

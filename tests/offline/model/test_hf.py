@@ -11,12 +11,12 @@ from moe import save_moe
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from wrappers import save_wrapper
 
-import ria_vllm.hf  # noqa: F401  loads pruned folders
-from ria_vllm.checkpoint import Reader
+import ria_vllm.hf.install  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.offline.model.hf import configured_dtype, explained, first_line, load_model, read_config
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.hf import configured_dtype, explained, first_line, load_model, read_config
+from ria_vllm.offline.model.run.streaming import StreamedModel
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings
-from ria_vllm.offline.model.dtypes import keep_float32
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.dtypes import keep_float32
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.run.compress import Settings
 
 CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -5,7 +5,7 @@ import torch
 from decoders import calls_of, check_same, described, in_float64, layers_of, small
 from torch import nn
 
-from ria_vllm.offline.model.describe import describe
+from ria_vllm.offline.model.experiments.describe import describe
 
 TOKENS = torch.arange(40, 70).view(2, 15)
 # Family -> (what reads the tensor -> what absorbs its scales), in the last layer.

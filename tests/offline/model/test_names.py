@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightRenaming
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.compress import Settings
-from ria_vllm.offline.model import names
+from ria_vllm.offline.model.run import names
+from ria_vllm.offline.run.compress import Settings
 
 
 def test_nemotron_h(tiny, text, tmp_path):

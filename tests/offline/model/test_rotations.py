@@ -4,7 +4,7 @@ import pytest
 import torch
 from decoders import Halved, calls_of, check_same, described, in_float64, layers_of, small
 
-from ria_vllm.offline.model.describe import describe
+from ria_vllm.offline.model.experiments.describe import describe
 
 TOKENS = torch.arange(40, 70).view(2, 15)
 # Family -> (the linear before attention, the one after it) in the last layer.

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.run_experts import own_weights, run_one_by_one, set_watcher, set_weights
-from ria_vllm.offline.model.streaming import StreamedModel
 
 TOKENS = torch.arange(2, 60)[None]
 

@@ -10,9 +10,9 @@ from decoders import layers_of, small
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.embedding import Embedder
-from ria_vllm.offline.model.layer_call import LayerCall
-from ria_vllm.offline.model.sharing import find_sharing, with_what_is_left
+from ria_vllm.offline.model.run.embedding import Embedder
+from ria_vllm.offline.model.run.layer_call import LayerCall
+from ria_vllm.offline.model.run.sharing import find_sharing, with_what_is_left
 
 SHARED = {
     "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,

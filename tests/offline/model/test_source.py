@@ -13,11 +13,11 @@ import torch
 from compressing import edit_config, edit_weights, edited, run_small
 from huggingface_hub.utils import filter_repo_objects
 
-from ria_vllm.checkpoint import Reader
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress
-from ria_vllm.offline.compress import Settings
 from ria_vllm.offline.model import source
+from ria_vllm.offline.run import compress
+from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.runtime.ranks import Ranks
 
 

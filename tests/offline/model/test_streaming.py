@@ -11,8 +11,8 @@ from transformers import AutoConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline import compress
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.run import compress
 
 
 def test_a_linear_that_one_of_the_layers_does_not_use(tiny, text, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """One experiment for each kind of layer of a stored model, and what happens if one is impossible."""
 
-from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -9,9 +8,9 @@ from compressing import check_complete, check_export, run_small
 from torch import nn
 from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 
-from ria_vllm.offline.model import survey
-from ria_vllm.offline.model.layer_call import LayerCall
-from ria_vllm.offline.model.streaming import StreamedModel
+from ria_vllm.offline.model.experiments import survey
+from ria_vllm.offline.model.run.layer_call import LayerCall
+from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Sublayer, Topology
 
 
@@ -69,22 +68,6 @@ def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_pa
     assert loaded == [(0, 0), (0, 1), (1, 1)]
 
 
-@pytest.mark.parametrize("family", ["llama", "lfm2"])
-def test_layers_of_a_stored_model_have_smaller_copies(family, tiny, text, tmp_path, monkeypatch):
-    """With them, the same is found."""
-    reports = []
-    for name in ("own", "smaller"):
-        report, warnings = run_small(tiny(family), tmp_path / name, text)
-        assert not [text for text in warnings if "without folds" in text]
-        reports.append(report)
-        monkeypatch.setattr(survey, "describe_smaller", partial(survey.describe_smaller, enough=1))
-        monkeypatch.setattr(survey, "describe", Mock(side_effect=AssertionError("not with its own widths")))
-    own, smaller = reports
-    assert own["recipe"]["topology"] == smaller["recipe"]["topology"]
-    assert set(own["found_on"]) == {"a copy with the layer's own widths"}
-    assert set(smaller["found_on"]) == {"a smaller copy, then tried on the layer's own widths"}
-
-
 class Passing(nn.Module):
     """The first one leaves something for all the others."""
 
@@ -97,10 +80,10 @@ class Passing(nn.Module):
 def test_layers_are_of_two_kinds_if_only_one_leaves_something_for_others(monkeypatch):
     """The folds of one might change what the other leaves."""
 
-    def found(whole, embedder, index, texts, short):
-        return Topology((Sublayer(f"of layer {index}", ()),))
+    def found(model, index, short, long):
+        return Topology((Sublayer(f"of layer {index}", ()),)), []
 
-    monkeypatch.setattr(survey, "describe_smaller", found)
+    monkeypatch.setattr(survey, "_describe", found)
     layers = nn.ModuleList([Passing() for _ in range(3)])
     calls = [LayerCall(({},), {}, False, "toy", mappings={0: 0}) for _ in layers]
     topologies = survey.survey(

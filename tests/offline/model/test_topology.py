@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ria_vllm.errors import RiaError
-from ria_vllm.layer_schema import Fold, Producer
+from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.offline.model.topology import Group, Sublayer, Topologies, Topology, decoder_layers, kinds_of
 
 FOLD = Fold(consumer="mlp.down", producers=[Producer(name="mlp.up")], coupling="elementwise")

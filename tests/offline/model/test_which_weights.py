@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.foreign import ForeignStart
-from ria_vllm.offline.model.hf import from_hub, load_model
+from ria_vllm.offline.model.run.hf import from_hub, load_model
 
 CPU = torch.device("cpu")
 

@@ -3,10 +3,10 @@ from itertools import combinations
 import pytest
 import torch
 
-from ria_vllm import permutation
 from ria_vllm.errors import RiaError
+from ria_vllm.format import permutation
 from ria_vllm.offline.pruning.masks import mask
-from ria_vllm.offline.pruning.permute import deal, retained, search, search_heads
+from ria_vllm.offline.transforms.permute import deal, retained, search, search_heads
 
 
 def scores(rows, channels, seed):

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ria_vllm.offline.pruning import rotation
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
+from ria_vllm.offline.transforms import rotation
 
 KV, SHARE, D, IN, OUT = 2, 2, 8, 24, 20
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ria_vllm import formats
+from ria_vllm.format import formats
 from ria_vllm.offline.pruning import rounding
 from ria_vllm.offline.pruning.admm import admm
 from ria_vllm.offline.pruning.masks import mask

@@ -6,7 +6,7 @@ from math import log2
 import pytest
 import torch
 
-from ria_vllm.offline.pruning.smoothing import divided, migration_scales, times
+from ria_vllm.offline.transforms.scales import divided, migration_scales, times
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])

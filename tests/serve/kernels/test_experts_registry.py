@@ -7,7 +7,7 @@ import torch
 from random_experts import ACTIVATIONS, random_experts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8, INT8, INTEGERS
+from ria_vllm.format.formats import FP8, INT8, INTEGERS
 from ria_vllm.serve.kernels import choice, experts_registry
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel

@@ -8,7 +8,7 @@ import torch
 from packed_layers import pack, random_parts
 from random_experts import random_experts, random_routing
 
-from ria_vllm.formats import FLOAT, FP8, INTEGERS
+from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, LinearLayerConfig
 from ria_vllm.serve.kernels.reference import ReferenceKernel

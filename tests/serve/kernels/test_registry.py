@@ -10,7 +10,7 @@ import torch
 from packed_layers import pack, random_parts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FORMATS, FP8, INT8, INTEGERS
+from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT8, INTEGERS
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from packed_layers import PackedLayer, pack
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
-from ria_vllm.weight_format import WeightFormat
 
 FLOATS = tuple((FLOAT, dtype) for dtype in sparse24.VALUE_DTYPES)
 GROUPED = tuple((IntFormat(bits, size), torch.bfloat16) for bits in (4, 8) for size in GROUP_SIZES)

@@ -7,7 +7,7 @@ kernel promises about batches, threads and NaNs, and fails at the first deviatio
 import torch
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 
-from ria_vllm.formats import FLOAT, INTEGERS
+from ria_vllm.format.formats import FLOAT, INTEGERS
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 

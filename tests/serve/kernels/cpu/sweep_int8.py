@@ -8,8 +8,8 @@ from packed_layers import PackedLayer, pack
 from sweep import EDGES, RandomWeight, random_weight
 from torch.nn.functional import pad
 
-from ria_vllm import sparse24
-from ria_vllm.formats import GROUP_SIZES, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import GROUP_SIZES, IntFormat
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 
 FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))

@@ -14,8 +14,8 @@ import torch
 from random_experts import ACTIVATIONS, SILU, RandomExperts, random_experts, random_routing
 from sweep_int8 import FORMATS, assert_equal, product
 
-from ria_vllm import sparse24
-from ria_vllm.formats import INT4, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import Activation
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel

@@ -10,7 +10,7 @@ from instruction_sets import said_by
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_experts import KINDS, check_case, nans_stay_in_their_token, same_bits, sweep
 
-from ria_vllm.formats import FLOAT, FP8, INT4, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, FP8, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference_experts
 from ria_vllm.serve.kernels.cpu.backend import packing_arguments
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel

@@ -9,11 +9,11 @@ from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
 from sweep_int8 import FORMATS, assert_equal
 from sweep_int8_experts import EXACT, digest, extremes, formula, random_x, rounding_experts, same_bits, special_tokens
 
-from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.sparse24 import VALUE_DTYPES
 from ria_vllm.serve.kernels.cpu.backend import packing_arguments
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
-from ria_vllm.sparse24 import VALUE_DTYPES
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx_vnni", "avx2", "portable")
 

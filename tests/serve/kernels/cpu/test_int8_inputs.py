@@ -17,8 +17,8 @@ from sweep_int8 import (
     special_tokens,
 )
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
 

@@ -11,8 +11,8 @@ from instruction_sets import run_with, said_by
 from packed_layers import pack
 from sweep import KINDS, assert_close_to_float64, nans_stay_in_their_token_and_row, random_weight, same_bits, sweep
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes, packing_arguments
@@ -286,7 +286,7 @@ CHOOSE = """
 import torch
 from random_experts import random_experts
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 

@@ -6,7 +6,7 @@ from packed_layers import pack
 from torch._inductor import metrics
 
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel

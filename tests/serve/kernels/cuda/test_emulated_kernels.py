@@ -10,9 +10,9 @@ from cuda_libraries import chosen_tiles, emulated
 from graph_capture import GraphCapture
 from packed_layers import pack
 
-from ria_vllm import fp8, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FLOAT, FP8
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda.tiles import (
     COUNTER_BYTES,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from packed_layers import pack
 
-from ria_vllm import fp8, sparse24
 from ria_vllm.errors import RiaError
-from ria_vllm.formats import FP8
+from ria_vllm.format import fp8, sparse24
+from ria_vllm.format.formats import FP8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.tiles import choose_tile

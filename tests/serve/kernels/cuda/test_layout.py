@@ -7,7 +7,7 @@ import torch
 from cuda_libraries import compiled
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from ria_vllm import sparse24
+from ria_vllm.format import sparse24
 
 SHAPES = [(8, 64), (64, 128), (200, 192), (136, 320), (1000, 448)]
 LEGAL_GROUPS = {0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ria_vllm import sparse24
-from ria_vllm.formats import FLOAT, INT8
+from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT, INT8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel

@@ -1,0 +1,199 @@
+"""Prune the routed experts of one layer, one by one: no more than one of them is in memory."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm.format import permutation
+from ria_vllm.hf.experts_layout import DOWN, ExpertsLayout
+from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
+from ria_vllm.offline.experts.routing import RoutedTokens
+from ria_vllm.offline.model.experts.run import Weights, inner
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.solve import find_orders, score, solve
+from ria_vllm.offline.transforms import permute
+
+# The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
+# are taken, evenly spread over the linears.
+SEARCHED_ROWS = 8192
+# As many experts as a warning names.
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one layer while they are pruned.
+
+    module: of transformers, whose weights are nowhere as a whole.
+    dense: the weights of its experts, on the device in the dtype of the computations.
+    tokens: that they read.
+    device: of the computations, whose dtype is `compute_dtype`; `dtype` is the checkpoint's.
+    place: a linear's name relative to the layer -> what an error about it begins with.
+    passes: of rounding to integers.
+    """
+
+    module: nn.Module
+    dense: Weights
+    tokens: RoutedTokens
+    recipe: Recipe
+    ranks: Ranks
+    device: torch.device
+    compute_dtype: torch.dtype
+    dtype: torch.dtype
+    place: Callable[[str], str]
+    passes: int
+
+    @property
+    def layout(self) -> ExpertsLayout:
+        return self.module.layout
+
+
+def shared_order(
+    experts: LayerExperts, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
+) -> torch.Tensor | None:
+    """The order of the residual stream that the gate and up projections of all experts share.
+
+    Args:
+        weights, statistics: of other linears that share it, those of the shared expert; by their names.
+
+    Returns:
+        int64 [width] on the CPU; None for the model's own order.
+    """
+    recipe, layout = experts.recipe, experts.layout
+    if recipe.permute == "none":
+        return None
+    rows = len(layout.first) * layout.inner * layout.num_experts + sum(map(len, weights.values()))
+    step = -(-rows // SEARCHED_ROWS)
+    parts = [score(weights[name], statistics[name], recipe)[::step] for name in weights]
+    for expert in range(layout.num_experts):
+        found = experts.dense(expert)
+        norms = _reads(experts, expert, with_gram=False)
+        parts += [score(found[kind], norms, recipe)[::step].clone() for kind in layout.first]
+        del found
+    p = None
+    if experts.ranks.first:
+        S = torch.cat([part.T for part in parts], dim=1).T  # by columns, as the search needs them
+        p = permute.search(S, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+        p = None if permutation.is_identity(p) else p.cpu()
+    return experts.ranks.broadcast(p)
+
+
+def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+    """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
+
+    Args:
+        order: from `shared_order`; ignored if each linear has an order of its own.
+
+    Returns:
+        Name relative to the layer -> pruned linear.
+    """
+    layout, recipe, dense = experts.layout, experts.recipe, experts.dense(expert)
+    weights = {layout.linear(expert, kind): dense[kind] for kind in layout.kinds}
+    *first, down = weights
+    orders = dict.fromkeys(first, order) if recipe.permute_scope == "shared" else None
+    found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), orders)
+    trim()
+    pruned = {kind: found[name].weight.to(experts.device) for kind, name in zip(layout.first, first, strict=True)}
+    found |= _solved(experts, [down], weights, _reads_of_down(experts, expert, dense, pruned))
+    trim()
+    counts = {"tokens": experts.tokens.counts[expert]}
+    if missing := experts.tokens.missing(expert):
+        counts["borrowed"] = missing
+    return {name: replace(linear, record=linear.record | counts) for name, linear in found.items()}
+
+
+def _solved(
+    experts: LayerExperts,
+    names: Sequence[str],
+    weights: Mapping[str, torch.Tensor],
+    read: Statistics,
+    orders: Mapping[str, torch.Tensor | None] | None = None,
+) -> dict[str, Pruned]:
+    """Linears of one expert with one input, pruned.
+
+    Args:
+        read: their input.
+        orders: of the input's channels; None: they are searched.
+    """
+    recipe, ranks, statistics = experts.recipe, experts.ranks, dict.fromkeys(names, read)
+    if orders is None:
+        orders = find_orders([Group(tuple(names))], weights, statistics, recipe, ranks)
+    return solve(names, weights, statistics, orders, experts.dtype, recipe, ranks, experts.place, experts.passes)
+
+
+def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
+    """The statistics of what gate and up read."""
+    total = StatisticsSum(experts.layout.width, with_gram, experts.device)
+    follows = with_gram and experts.tokens.dense is not None
+    if follows:
+        _no_drift(total)
+    for X, dense in experts.tokens.of(expert):
+        X = X.to(experts.device)
+        total.add(X)
+        if follows:
+            total.add_input_drift(X, dense.to(experts.device))
+    place = experts.place(experts.layout.linear(expert, experts.layout.first[0]))
+    return total.finish(experts.ranks, place, experts.compute_dtype)
+
+
+def _reads_of_down(
+    experts: LayerExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+) -> Statistics:
+    """The statistics of what down reads, and how far that is from what it reads in the dense model.
+
+    Args:
+        dense: the expert's weights by kind.
+        pruned: those of gate and up.
+    """
+    layout, device, with_gram = experts.layout, experts.device, experts.recipe.needs_gram
+    follows, of_output = with_gram and experts.tokens.dense is not None, layout.width < layout.inner
+    total = StatisticsSum(layout.inner, with_gram, device)
+    if follows:
+        _no_drift(total, layout.width if of_output else None)
+    for X, in_dense in experts.tokens.of(expert):
+        read = inner(experts.module, expert, X.to(device), pruned).float()
+        total.add(read)
+        if not follows:
+            continue
+        wanted = inner(experts.module, expert, in_dense.to(device), dense).float()
+        if of_output:  # the smaller of the two drifts
+            total.add_output_drift(read, (wanted - read) @ dense[DOWN].float().T)
+        else:
+            total.add_input_drift(read, wanted)
+    return total.finish(experts.ranks, experts.place(layout.linear(expert, DOWN)), experts.compute_dtype)
+
+
+def _no_drift(total: StatisticsSum, out: int | None = None) -> None:
+    """Begin the sums of the drift: a rank that has none of an expert's tokens takes part in those of the others.
+
+    Args:
+        out: out-features of the linear whose output drifts; None: its input does.
+    """
+    nothing = torch.zeros(1, total.width, device=total.device)
+    if out is None:
+        total.add_input_drift(nothing, nothing)
+    else:
+        total.add_output_drift(nothing, torch.zeros(1, out, device=total.device))
+
+
+def short_of_tokens(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """From a report's records of the experts of one layer, the numbers of those that got too few tokens.
+
+    Returns:
+        (those that got none, those that got some and took others' besides), each in ascending order.
+    """
+    borrowing = {int(name.split(".")[-2]): record["tokens"] for name, record in records.items() if "borrowed" in record}
+    return [n for n in sorted(borrowing) if not borrowing[n]], [n for n in sorted(borrowing) if borrowing[n]]
+
+
+def named(experts: Sequence[int]) -> str:
+    """As "expert 3", "experts 3, 5" or, if there are more than `NAMED`, "experts 0, 1, ... and 12 more"."""
+    shown, more = ", ".join(map(str, experts[:NAMED])), len(experts) - NAMED
+    return f"expert{'' if len(experts) == 1 else 's'} {shown}{f' and {more} more' if more > 0 else ''}"

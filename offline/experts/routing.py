@@ -1,0 +1,128 @@
+"""What the experts of a layer read, which tokens its router sends to each of them, and with which weights."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.model.experts.run import set_watcher
+from ria_vllm.offline.model.run.embedding import Reached
+
+
+class Reads:
+    """What the experts at one place read, for this rank's chunks of one stream.
+
+    inputs: [tokens, width] each.
+    choices: int16 [tokens, top_k] each: the experts that a token goes to.
+    shares: float32 [tokens, top_k] each: the router's weights of these choices.
+    """
+
+    def __init__(self, like: Activations, name: str):
+        folder = None if like.folder is None else like.folder.with_name(f"{like.folder.name}-{name}")
+        self.inputs = Activations(folder, None, like.stored_dtype)
+        self.choices, self.shares = Activations(None), Activations(None)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def remove(self) -> None:
+        """Free the memory or the files that they take."""
+        for kept in (self.inputs, self.choices, self.shares):
+            kept.remove()
+
+    def shares_of(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of a chunk go to an expert, and with which weight; 0 for the others."""
+        chosen = self.choices[index] == expert
+        return chosen.any(1), (self.shares[index] * chosen).sum(1)
+
+
+def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, reads: Reads, place: str) -> None:
+    """Run a stream through a sublayer until it reaches the experts.
+
+    Args:
+        experts: the module, in the sublayer.
+        stream: one of the two before the sublayer.
+        reads: empty; what they read is added here.
+        place: what an error begins with.
+
+    Raises:
+        RiaError: the sublayer does not reach them.
+    """
+
+    def watch(X: torch.Tensor, choices: torch.Tensor, shares: torch.Tensor) -> None:
+        reads.inputs.append(X.reshape(-1, X.shape[-1]))
+        reads.choices.append(choices.reshape(-1, choices.shape[-1]).to(torch.int16))
+        reads.shares.append(shares.reshape(-1, choices.shape[-1]).float())
+        raise Reached
+
+    set_watcher(experts, watch)
+    try:
+        for index in sublayer_pass.monitor.steps(range(len(stream)), "calibration passes", len(stream)):
+            try:
+                sublayer_pass.run(stream, index)
+            except Reached:
+                continue
+            raise RiaError(f"{place}: not used in this layer, but in others like it. Leave them dense by --ignore.")
+    finally:
+        set_watcher(experts, None)
+
+
+class RoutedTokens:
+    """The tokens from which the statistics of each expert are taken.
+
+    These are the tokens that the router sends to it. An expert that gets fewer than `enough` also takes tokens that
+    went to others, evenly spread over all of them, until there are that many: it leans on what the layer's experts read
+    on average. Which ones depends neither on the ranks nor on the order of the chunks.
+
+    Args:
+        pruned: what the experts read in the pruned model, and their choices, which are followed.
+        dense: what the same tokens are in the dense model; None: it is not followed.
+        enough: so many tokens suffice; the width of what the widest linear reads.
+        total: int64 [1 + num_experts], summed over all ranks: the number of all tokens, and of each expert's.
+    """
+
+    def __init__(self, pruned: Reads, dense: Reads | None, enough: int, total: torch.Tensor):
+        self.pruned, self.dense, self.enough = pruned, dense, enough
+        self.tokens, *self.counts = total.tolist()
+
+    @staticmethod
+    def count(pruned: Reads, num_experts: int) -> torch.Tensor:
+        """This rank's part of `total`."""
+        total = torch.zeros(1 + num_experts, dtype=torch.int64)
+        for index in range(len(pruned)):
+            choices = pruned.choices[index]
+            total[0] += len(choices)
+            # One more place, for choices that mean no expert.
+            total[1:] += torch.bincount(choices.flatten().long().clamp(max=num_experts), minlength=num_experts + 1)[:-1]
+        return total
+
+    def missing(self, expert: int) -> int:
+        """How many tokens the expert lacks, and so takes of those that went to others."""
+        return max(0, min(self.enough, self.tokens) - self.counts[expert])
+
+    def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
+        yield from (self.chunk(index, expert) for index in self.chunks(expert))
+
+    def chunks(self, expert: int) -> list[int]:
+        """The numbers of this rank's chunks in which the expert reads something."""
+        return [index for index in range(len(self.pruned)) if bool(self.chosen(index, expert).any())]
+
+    def chunk(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One of the chunks that `of` gives."""
+        chosen = self.chosen(index, expert)
+        dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
+        return self.pruned.inputs[index][chosen].float(), dense
+
+    def chosen(self, index: int, expert: int) -> torch.Tensor:
+        """bool [tokens]: which tokens of a chunk the expert reads, those of others that it takes included."""
+        choices = self.pruned.choices[index]
+        chosen = (choices == expert).any(1)
+        others = torch.where(~chosen)[0]
+        share = -(-self.missing(expert) * len(choices) // self.tokens)  # rounded up
+        taken = min(share, len(others))
+        chosen[others[torch.arange(taken) * len(others) // max(taken, 1)]] = True
+        return chosen

@@ -1,0 +1,190 @@
+"""Block reconstruction of a layer's routed experts: towards their joint output, with one of them in memory at a time.
+
+This is block coordinate descent on the output of the mixture, the sum of its experts' outputs weighted by the router.
+Each expert in turn is trained towards the dense model's mixture output, on its own path, minus what the other experts
+contribute now: those before it as they were pruned, those after it still dense. So an expert also makes up for the
+errors of those before it, for what the router chose otherwise, and for the drift of what they all read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.hf.experts_layout import DOWN
+from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.routing import Reads
+from ria_vllm.offline.model.experts.run import output, output_of
+from ria_vllm.offline.pruning.block import Grid, train_block
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.train import after_training
+from ria_vllm.progress import Monitor
+
+# A token's error counts relative to the squared norm of the mixture's output for it, but to no less than this share of
+# the median over its chunk: for a token to which the experts add next to nothing, rounding errors would be learned.
+SMALLEST = 0.01
+
+
+class MixtureTrainer:
+    """Trains the experts of one layer, and keeps what their output lacks.
+
+    Args:
+        experts: all of them still dense. Their tokens are all followed in the dense model, or none.
+        lacking: empty; gets the dense model's output less the own one, [tokens, width] for each of this rank's chunks.
+        monitor: of the progress while that is computed.
+    """
+
+    def __init__(self, experts: LayerExperts, lacking: Activations, monitor: Monitor):
+        self.experts, self.tokens, self.lacking = experts, experts.tokens, lacking
+        pruned, dense = self.tokens.pruned, self.tokens.dense
+        for index in range(len(pruned)):
+            lacking.append(torch.zeros(pruned.inputs[index].shape))
+        numbers, what = range(experts.layout.num_experts), "what experts should output"
+        for expert in monitor.steps(numbers, what, len(numbers)):
+            self._add(pruned if dense is None else dense, expert, experts.dense(expert), 1)
+        # [tokens] each: what each token's error is divided by.
+        self.norms = [_norms(lacking[index]) for index in range(len(lacking))]
+        for expert in monitor.steps(numbers, what, len(numbers)):
+            self._add(pruned, expert, experts.dense(expert), -1)
+
+    def account(self, expert: int, pruned: Mapping[str, torch.Tensor]) -> None:
+        """From now on, an expert has these weights [out, in], by kind, in the dtype that they are stored in."""
+        dense = self.experts.dense(expert)
+        self._add(self.tokens.pruned, expert, dense, 1)
+        pruned = {kind: weight.to(self.experts.device, dense[kind].dtype) for kind, weight in pruned.items()}
+        self._add(self.tokens.pruned, expert, pruned, -1)
+
+    @torch.no_grad()
+    def _add(self, reads: Reads, expert: int, weights: Mapping[str, torch.Tensor], sign: int) -> None:
+        """Add what an expert contributes to the output, or subtract it."""
+        for index in range(len(reads)):
+            own, shares = reads.shares_of(index, expert)
+            (rows,) = torch.where(own)
+            if len(rows):
+                X = reads.inputs[index].to(self.experts.device, torch.float32)
+                added = output_of(self.experts.module, expert, X, rows.to(X.device), weights).cpu()
+                lacking = self.lacking[index]
+                lacking[rows] += added * (sign * shares[rows, None])
+                self.lacking[index] = lacking
+
+    def train(self, expert: int, found: Mapping[str, Pruned]) -> dict[str, Pruned]:
+        """Train the kept weights of one expert. All ranks do the same.
+
+        Args:
+            found: name relative to the layer -> its pruned linear.
+
+        Returns:
+            The same linears, see `after_training`.
+        """
+        module, recipe, ranks, device = (
+            self.experts.module,
+            self.experts.recipe,
+            self.experts.ranks,
+            self.experts.device,
+        )
+        names = {kind: self.experts.layout.linear(expert, kind) for kind in self.experts.layout.kinds}
+        linears, dense = {kind: found[name] for kind, name in names.items()}, self.experts.dense(expert)
+        # Copies, to go back.
+        params = {
+            kind: nn.Parameter(linear.weight.to(device, torch.float32, copy=True)) for kind, linear in linears.items()
+        }
+        own = self.tokens.chunks(expert)
+        places = [(rank, index) for rank in range(ranks.size) for index in ranks.broadcast(own, rank)]
+
+        def forward(X: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return output(module, expert, X, params) * scale[:, None]
+
+        with torch.enable_grad():
+            losses = train_block(
+                forward,
+                params,
+                {kind: linear.mask.to(device) for kind, linear in linears.items()},
+                _Made(places, ranks, device, lambda index: self._input(index, expert)),
+                _Made(places, ranks, device, lambda index: self._target(index, expert, dense)),
+                passes=recipe.schedule.passes(len(places)),
+                seed=recipe.seed,
+                dtype=recipe.matmul_dtype,
+                place=f"{self.experts.place(names[DOWN])} and what is trained with it: ",
+                grids=grids_of(linears, recipe, device),
+                relative=False,
+                agreed=ranks.broadcast,
+            )
+        return {
+            name: after_training(linears[kind], params[kind].data, losses, recipe, ranks)
+            for kind, name in names.items()
+        }
+
+    def _input(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the expert reads in a chunk [tokens, width], and the factor of its output for each token."""
+        chosen, _, scale = self._read(index, expert)
+        return self.tokens.pruned.inputs[index][chosen].float(), scale
+
+    @torch.no_grad()
+    def _target(self, index: int, expert: int, dense: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the expert's output for these tokens should be, times the same factor."""
+        chosen, own, scale = self._read(index, expert)
+        X, in_dense = self.tokens.chunk(index, expert)
+        if in_dense is not None:  # nothing says what is lacking for tokens that the expert only leans on
+            X = torch.where(own[:, None], X, in_dense)
+        lacking = own[:, None] * self.lacking[index][chosen] / self.norms[index][chosen, None]
+        return output(self.experts.module, expert, X.to(self.experts.device), dense).cpu() * scale[:, None] + lacking
+
+    def _read(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which tokens of a chunk the expert reads; of those, which go to it, and the factor of its output."""
+        chosen, (own, shares) = self.tokens.chosen(index, expert), self.tokens.pruned.shares_of(index, expert)
+        # A token that the expert takes though it went to others counts as if it had been sent here, too.
+        shares = torch.where(own, shares, self.tokens.pruned.shares[index].mean(1)) / self.norms[index]
+        return chosen, own[chosen], shares[chosen]
+
+
+def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:
+    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not integers."""
+    weight_format, grids = recipe.weight_format, {}
+    if isinstance(weight_format, IntFormat):
+        for name, linear in pruned.items():
+            assert linear.scale is not None
+            width = linear.weight.shape[1]
+            groups = torch.arange(width) // (weight_format.group_size or width)  # of the stored columns
+            groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
+            low, high = weight_format.smallest, weight_format.largest
+            grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
+    return grids
+
+
+def _norms(wanted: torch.Tensor) -> torch.Tensor:
+    """The norm by which each token's error is divided."""
+    squares = wanted.square().sum(1)
+    return squares.clamp(min=max(SMALLEST * float(squares.median()), 1e-12)).sqrt()
+
+
+T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
+
+
+@dataclass(frozen=True)
+class _Made(Sequence[T]):
+    """What `make` makes of each chunk, when it is asked for: no more than one is in memory.
+
+    All ranks have to ask for the same one at the same time: the rank that holds the chunk broadcasts it.
+
+    places: (rank, number among its chunks) of each.
+    """
+
+    places: Sequence[tuple[int, int]]
+    ranks: Ranks
+    device: torch.device
+    make: Callable[[int], T]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> T:  # type: ignore[override]
+        owner, index = self.places[number]
+        made: T = self.ranks.broadcast(self.make(index) if owner == self.ranks.rank else None, owner)
+        return made.to(self.device) if isinstance(made, torch.Tensor) else tuple(part.to(self.device) for part in made)

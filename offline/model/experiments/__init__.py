@@ -1,0 +1,1 @@
+"""What decoder layers look like, found out by experiment."""

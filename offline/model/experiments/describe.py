@@ -1,0 +1,190 @@
+"""Finds out by experiment what decoder layers look like: the `Topology` of each kind of layer.
+
+One layer of each kind is run by itself in float64, with random parameters. That shows
+
+- which linears read the same tensor, and which depend on which;
+- where the residual stream can be cut: the layer, run from the stream there with what comes before returning zeros,
+  must give the same output;
+- which folds hold: random permutations must change nothing but rounding;
+- what can absorb the scales of an input's channels: random scales must change nothing but rounding;
+- where the channels of heads can be turned: random orthogonal matrices must change nothing but rounding.
+
+What cannot be shown is not claimed. At worst a linear then gathers its own input, or a layer is one sublayer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm.format.layer_schema import Fold
+from ria_vllm.hf.experts_layout import experts_modules
+from ria_vllm.offline.model.experiments.experiment import Batch, Experiment, Seen, watch
+from ria_vllm.offline.model.experiments.folds import confirmed, find_folds
+from ria_vllm.offline.model.experiments.migrations import find_migrations
+from ria_vllm.offline.model.experiments.rotations import find_rotations
+from ria_vllm.offline.model.experiments.split import find_cut, is_sum
+from ria_vllm.offline.model.run.layer_call import LayerCall
+from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
+from ria_vllm.vllm_quirks import served_dense
+
+
+def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:
+    """The topology of a layer, found by experiment.
+
+    Args:
+        config: the text model's configuration.
+        layer: its weights may be on the meta device.
+        short: a call, and a residual stream [1, tokens, hidden], with which everything is tried.
+        long: the same with more tokens, with which all that was found is tried once more.
+
+    Raises:
+        RiaError: a copy of the layer in float64 with random parameters cannot be run by itself.
+    """
+    experiment = Experiment(layer, *short)
+    dense = served_dense(layer)
+    seen = experiment.watch()
+    groups = _groups(layer, seen, dense)
+    depends = _dependencies(experiment, seen, groups)
+    order = [name for group in groups for name in group.linears]
+    order.sort(key=[call.name for call in seen].index)
+    sets = [set(group.linears) for group in groups if group.linears]
+    folds = find_folds(experiment, order, sets, config)
+    sublayers = _sublayers(experiment, groups, depends, seen)
+    with_many_tokens = experiment.with_batch(*long)
+    folds = confirmed(with_many_tokens, folds)
+    sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
+    migrations = find_migrations(experiment, with_many_tokens, seen, groups, folds)
+    rotations = find_rotations(experiment, with_many_tokens, folds)
+    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations)
+
+
+def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:
+    """What one run of a layer with its own weights shows: linears that read the same tensor. There are no folds.
+
+    Args:
+        stream: [1, tokens, hidden], for this call.
+
+    Raises:
+        RiaError: it does not run.
+    """
+    dense = served_dense(layer)
+    groups = _groups(layer, watch(layer, lambda: call(layer, stream)), dense)
+    order = [name for group in groups for name in group.linears]
+    first, rest = groups[:1], groups[1:]
+    stages = (tuple(first + [_with_blocks(group, layer, stream.shape[-1]) for group in rest]),)
+    dense = _all_dense(layer, dense, order)
+    return Topology((Sublayer("layer", stages),), (), dense, _together(groups))
+
+
+def _all_dense(layer: nn.Module, dense: dict[str, str], pruned: Sequence[str]) -> dict[str, str]:
+    unused = [name for name in linears_of(layer) if name not in dense and name not in pruned]
+    return dense | dict.fromkeys(unused, "takes no part in a forward pass")
+
+
+def _groups(layer: nn.Module, seen: Sequence[Seen], dense: dict[str, str]) -> list[Group]:
+    """Linears and routed experts by the tensor that they read, in the order of the calls."""
+    linears, experts = set(linears_of(layer)) - set(dense), set(experts_modules(layer))
+    readers: dict[tuple, list[str]] = {}
+    called: set[str] = set()
+    for call in seen:
+        # A linear that is called again counts for its first input.
+        if call.name in linears | experts and call.name not in called:
+            readers.setdefault(call.key, []).append(call.name)
+            called.add(call.name)
+    found = []
+    for names in readers.values():
+        first, *more = [name for name in names if name in experts] or [None]
+        found.append(Group(tuple(name for name in names if name in linears), experts=first))
+        found += [Group((), experts=name) for name in more]
+    return found
+
+
+def _together(groups: Sequence[Group]) -> tuple[frozenset[str], ...]:
+    """The linears of each module that read the same tensor: vLLM may fuse them."""
+    siblings: dict[tuple[int, str], set[str]] = {}
+    for number, group in enumerate(groups):
+        for name in group.linears:
+            siblings.setdefault((number, name.rpartition(".")[0]), set()).add(name)
+    return tuple(map(frozenset, siblings.values()))
+
+
+def _members(group: Group) -> list[str]:
+    return [*group.linears, *([group.experts] if group.experts else [])]
+
+
+def _dependencies(experiment: Experiment, seen: Sequence[Seen], groups: Sequence[Group]) -> list[set[int]]:
+    """For each group, the numbers of the groups on whose outputs its input depends."""
+    reads = _first_reads(seen)
+    depends: list[set[int]] = [set() for _ in groups]
+    for number, group in enumerate(groups):
+        with experiment.disturbed(_members(group)):
+            disturbed = _first_reads(experiment.watch())
+        for other, members in enumerate(map(_members, groups)):
+            now = disturbed.get(members[0])
+            if other != number and (now is None or not _alike(now, reads[members[0]])):
+                depends[other].add(number)
+    return depends
+
+
+def _first_reads(seen: Sequence[Seen]) -> dict[str, torch.Tensor]:
+    return {call.name: call.read for call in reversed(seen)}
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hidden: int) -> Sublayer:
+    """The sublayer's groups with the structure that their permutations need."""
+    of = {fold.consumer: fold for fold in folds}
+
+    def within(group: Group, number: int) -> Group:
+        fold = of.get(group.linears[0]) if len(group.linears) == 1 else None
+        if fold is not None and fold.coupling == "heads":
+            size = layer.get_submodule(fold.consumer).in_features // fold.num_heads
+            return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, size))
+        # What the first stage reads is the stream, which all ranks have.
+        return group if fold is not None or number == 0 else _with_blocks(group, layer, hidden)
+
+    stages = enumerate(sublayer.stages)
+    return replace(sublayer, stages=tuple(tuple(within(group, number) for group in stage) for number, stage in stages))
+
+
+def _with_blocks(group: Group, layer: nn.Module, hidden: int) -> Group:
+    """What writes to the stream is row-parallel in vLLM: each rank has its own part of the input."""
+    if len(group.linears) != 1 or group.experts:
+        return group
+    linear = layer.get_submodule(group.linears[0])
+    return replace(group, blocks=rank_blocks(linear.in_features)) if linear.out_features == hidden else group
+
+
+def _sublayers(
+    experiment: Experiment, groups: Sequence[Group], depends: Sequence[set[int]], seen: Sequence[Seen]
+) -> tuple[Sublayer, ...]:
+    cut = find_cut(experiment, seen, [name for group in groups for name in _members(group)])
+    if cut is None:
+        stages = _stages(groups, depends, range(len(groups)))
+        return (Sublayer("layer", stages, additive=is_sum(experiment, seen, stages, None, None)),)
+    is_first = [_members(group)[0] in cut.before for group in groups]
+    first, second = (
+        _stages(groups, depends, [number for number, early in enumerate(is_first) if early == part])
+        for part in (True, False)
+    )
+    return (
+        Sublayer("attention", first, cut.ends_before, additive=is_sum(experiment, seen, first, None, cut)),
+        Sublayer("mlp", second, stand_ins=cut.stand_ins, additive=is_sum(experiment, seen, second, cut, None)),
+    )
+
+
+def _stages(
+    groups: Sequence[Group], depends: Sequence[set[int]], numbers: Sequence[int]
+) -> tuple[tuple[Group, ...], ...]:
+    """The groups `numbers`, each in the first stage after all those that it depends on."""
+    level: dict[int, int] = {}
+    for number in numbers:
+        level[number] = 1 + max((level[other] for other in depends[number] if other in level), default=-1)
+    levels = range(max(level.values(), default=-1) + 1)
+    return tuple(tuple(groups[number] for number in numbers if level[number] == one) for one in levels)

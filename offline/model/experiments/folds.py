@@ -1,0 +1,213 @@
+"""Which folds a layer has. A fold holds if and only if random permutations change nothing but rounding."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ria_vllm.format import permutation
+from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.hf.experts_layout import DOWN, ExpertsLayout, experts_modules
+from ria_vllm.offline.model.experiments.candidates import candidates, head_counts
+from ria_vllm.offline.model.experiments.experiment import SEED, Experiment
+
+DRAWS = 3
+# Rows or columns that are reordered at once.
+PIECE = 64
+
+
+def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[set[str]], config: object) -> list[Fold]:
+    """The folds of the layer's linears, and of its routed experts.
+
+    Args:
+        order: its linears without those that stay dense, in the order of their first calls.
+        groups: the same, in sets that read the same tensor.
+        config: the text model's configuration, for the numbers of heads.
+    """
+    found: list[Fold] = []
+    taken: dict[str, torch.Tensor] = {}
+    for number, consumer in enumerate(order):
+        linear = experiment.layer.get_submodule(consumer)
+        own = next(group for group in groups if consumer in group)
+        if len(own) > 1 or not _matters(experiment, linear):
+            continue  # several linears that share an order have a fold in common, or none
+        before = reversed(order[:number])
+        producers = [(name, experiment.layer.get_submodule(name).out_features) for name in before]
+        around = experiment.layer.get_submodule(consumer.rpartition(".")[0])
+        heads = head_counts(linear.in_features, around, config)
+        for fold in candidates(consumer, linear.in_features, producers, groups, heads):
+            if _is_free(experiment.layer, fold, taken, found) and holds(experiment, fold):
+                found.append(fold)
+                _take(experiment.layer, fold, taken)
+                break
+    return found + [
+        fold for layout in experts_modules(experiment.layer).values() for fold in _experts(experiment, layout)
+    ]
+
+
+def confirmed(experiment: Experiment, folds: Sequence[Fold]) -> list[Fold]:
+    """Those that hold, all of them at once.
+
+    Attention may do something else once there are more tokens than its window, block or chunk has.
+
+    Args:
+        experiment: with many tokens.
+        folds: found with few.
+    """
+    if _hold_together(experiment, folds):
+        return list(folds)
+    kept: list[Fold] = []
+    for fold in folds:
+        if _hold_together(experiment, [*kept, fold]):
+            kept.append(fold)
+    return kept
+
+
+def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
+    """Whether the layer's output stays the same when all of them are permuted at once."""
+    layer, draw = experiment.layer, torch.Generator().manual_seed(SEED)
+    layouts = experts_modules(layer)
+    with ExitStack() as changes:
+        for fold in folds:
+            path, _, of_expert = fold.consumer.partition(".{e}.")
+            if of_expert:
+                changes.enter_context(_permuted_experts(experiment, layouts[path], layouts[path].kinds, draw))
+            else:
+                p = _random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
+                changes.enter_context(_permuted(layer, fold, p))
+        return experiment.unchanged()
+
+
+def holds(experiment: Experiment, fold: Fold) -> bool:
+    """Whether the layer's output stays the same when its consumer's columns and its producers' rows are permuted."""
+    draw = torch.Generator().manual_seed(SEED)
+    width = experiment.layer.get_submodule(fold.consumer).in_features
+    for _ in range(DRAWS):
+        with _permuted(experiment.layer, fold, _random_order(fold, width, draw)):
+            if not experiment.unchanged():
+                return False
+    return True
+
+
+def _random_order(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor:
+    """A random permutation int64 [width] of a consumer's input, with the structure that its fold needs."""
+    if fold.coupling == "elementwise":
+        return torch.randperm(width, generator=draw)
+    num_heads, num_kv_heads = fold.num_heads or 1, fold.num_kv_heads or 1
+    size, share = width // num_heads, num_heads // num_kv_heads
+    inner = [torch.randperm(size, generator=draw) for _ in range(num_kv_heads)]
+    return torch.cat([head * size + inner[head // share] for head in range(num_heads)])
+
+
+@contextmanager
+def _permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
+    """Permute the consumer's columns by `p`, and the producers' rows and biases as the fold says."""
+    changes = []
+    for linear, index in _row_orders(layer, fold, p):
+        changes += [(part, 0, index) for part in (linear.weight, linear.bias) if part is not None]
+    changes.append((layer.get_submodule(fold.consumer).weight, 1, p))
+    for tensor, dim, index in changes:
+        _reorder(tensor, dim, index)
+    try:
+        yield
+    finally:
+        for tensor, dim, index in changes[::-1]:
+            _reorder(tensor, dim, permutation.invert(index))
+
+
+def _row_orders(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
+    """Each producer's linear, and the order int64 [out-features] of its rows."""
+    orders = fold.row_orders(p)
+    assert not isinstance(orders, str)
+    for producer, order in zip(fold.producers, orders, strict=True):
+        linear = layer.get_submodule(producer.name)
+        index, places = torch.arange(linear.out_features), _places(linear, producer)
+        index[places] = places[order]
+        yield linear, index
+
+
+def _reorder(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> None:
+    """Reorder rows (0) or columns (1) in place, in pieces: a copy of the largest linear would be a fifth of a layer."""
+    for piece in tensor.data.split(PIECE, 1 - dim) if tensor.dim() > 1 else [tensor.data]:
+        piece.copy_(piece.index_select(dim, index))
+
+
+def _matters(experiment: Experiment, consumer: nn.Linear) -> bool:
+    """Whether the output depends on the order of the consumer's columns at all."""
+    p = torch.randperm(consumer.in_features, generator=torch.Generator().manual_seed(SEED))
+    _reorder(consumer.weight, 1, p)
+    try:
+        return not experiment.unchanged()
+    finally:
+        _reorder(consumer.weight, 1, permutation.invert(p))
+
+
+def _places(linear: nn.Linear, producer: Producer) -> torch.Tensor:
+    places = permutation.places(linear.out_features, *(producer.rows or (0, linear.out_features)), producer.blocks)
+    assert not isinstance(places, str)
+    return places
+
+
+def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
+    for producer in fold.producers:
+        linear = layer.get_submodule(producer.name)
+        mask = torch.zeros(linear.out_features, dtype=torch.bool)
+        mask[_places(linear, producer)] = True
+        yield producer.name, mask
+
+
+def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found: Sequence[Fold]) -> bool:
+    """Whether no other fold reorders the same rows, or divides the same producer into other blocks.
+
+    Serving knows no numbers of rows when it reads folds, so it takes other blocks for an overlap.
+    """
+    blocks = {producer.name: producer.blocks for other in found for producer in other.producers}
+    if any(blocks.get(producer.name, producer.blocks) != producer.blocks for producer in fold.producers):
+        return False
+    return not any(name in taken and bool((taken[name] & mask).any()) for name, mask in _masks(layer, fold))
+
+
+def _take(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor]) -> None:
+    """Add the rows that a fold reorders to those that others do."""
+    for name, mask in _masks(layer, fold):
+        taken[name] = taken[name] | mask if name in taken else mask
+
+
+def _experts(experiment: Experiment, layout: ExpertsLayout) -> list[Fold]:
+    """The fold of each expert's down projection into its own gate and up projections, if it holds."""
+    draw = torch.Generator().manual_seed(SEED)
+    for kinds, holds_for in [((DOWN,), False), *[(layout.kinds, True)] * DRAWS]:
+        with _permuted_experts(experiment, layout, kinds, draw):
+            if experiment.unchanged() != holds_for:
+                return []
+    producers = [Producer(name=f"{layout.path}.{{e}}.{kind}_proj") for kind in layout.first]
+    return [Fold(consumer=f"{layout.path}.{{e}}.{DOWN}_proj", producers=producers, coupling="elementwise")]
+
+
+@contextmanager
+def _permuted_experts(
+    experiment: Experiment, layout: ExpertsLayout, kinds: Iterable[str], draw: torch.Generator
+) -> Iterator[None]:
+    """Permute the inner channels of these linears of each expert, each expert's in another way."""
+    module = experiment.layer.get_submodule(layout.path)
+    alike = any(module.get_parameter(name).stride(0) == 0 for name in layout.parameters)  # one expert, many times
+    orders = [torch.randperm(layout.inner, generator=draw) for _ in range(1 if alike else layout.num_experts)]
+
+    def permute(orders: Sequence[torch.Tensor]) -> None:
+        for parameter in layout.parameters:
+            biases = [f"{parameter}_bias"] * layout.has_bias
+            for name, stacked in ((name, module.get_parameter(name).data) for name in (parameter, *biases)):
+                for expert in range(len(stacked) if stacked.stride(0) else 1):
+                    order = orders[expert % len(orders)]
+                    for kind, rows in layout.parted(stacked[expert], parameter).items():
+                        if kind in kinds and kind != DOWN:
+                            rows.copy_(rows[order])
+                        elif kind in kinds and name == parameter:
+                            rows.copy_(rows[:, order])
+
+    permute(orders)
+    try:
+        yield
+    finally:
+        permute([permutation.invert(order) for order in orders])

@@ -1,0 +1,74 @@
+"""Opens the files of a dense model, and checks what is in their tensors."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.sparse24 import VALUE_DTYPES
+from ria_vllm.format.weight_format import name_of
+
+# The dtypes that a floating-point parameter may be stored in.
+FLOATS = (*VALUE_DTYPES, torch.float64)
+
+# Weights that are checked together for being finite.
+FINITE_AT_ONCE = 1 << 22
+
+# What was read of a file counts as memory of the process while the file stays open: this is a few experts' weights.
+MOST_BYTES = 1 << 25
+
+
+def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) -> None:
+    """Refuse values that are not finite.
+
+    Args:
+        file: that the tensor `name` is from.
+        floating: whether the model has a floating-point parameter there.
+
+    Raises:
+        RiaError: NaN or infinite values, or another dtype where `floating`.
+    """
+    if floating and tensor.dtype not in FLOATS:
+        raise RiaError(
+            f"{file}: {name} has dtype {name_of(tensor.dtype)}, as in a quantized model. Give the "
+            "original, unquantized one."
+        )
+    # In pieces, because checking a whole embedding at once would take 1.5 times its memory.
+    pieces = tensor.flatten().split(FINITE_AT_ONCE) if tensor.dtype in FLOATS else ()
+    if not all(bool(piece.isfinite().all()) for piece in pieces):
+        raise RiaError(f"{file}: {name}: NaN or infinite values in the weights. Get the model again, or repair it.")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, with the errors of `reading`."""
+    with reading(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+def each_in_its_file(places: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
+    """Each name with its open file, file by file: opening one reads its whole header."""
+    names: dict[Path, list[str]] = {}
+    for name, path in places.items():
+        names.setdefault(path, []).append(name)
+    for path, here in names.items():
+        with opened(path) as file:
+            for name in here:
+                yield name, file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a safetensors file into a RiaError; the system's error is its cause."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RiaError(f"{path}: cannot be read ({error}). Get the file again.") from None
+    except OSError as error:
+        raise RiaError(
+            f"{path}: cannot be read ({error}). Once it can, add --resume to go on from what is finished."
+        ) from error

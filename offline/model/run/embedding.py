@@ -1,0 +1,283 @@
+"""One forward pass of the model up to its first decoder layer, and how it calls each of its decoder layers.
+
+`ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
+"""
+
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.offline.model.run.hf import explained
+from ria_vllm.offline.model.run.layer_call import LayerCall, Slot, tensors_mapped
+from ria_vllm.offline.model.run.streaming import StreamedModel
+
+# How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
+TOLERANCE = 1e-5
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a module reads: the first tensor among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+class Reached(BaseException):
+    """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
+
+
+class _Forward:
+    """What the shells of one forward pass have in common.
+
+    calls: how the model calls each layer.
+    streams: into each layer.
+    form: stream -> what the model takes for a layer's output.
+    disturb: changes the stream behind each layer; None: it is passed on.
+    """
+
+    def __init__(self, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.form, self.disturb = form, disturb
+        self.calls: list[LayerCall] = []
+        self.streams: list[torch.Tensor] = []
+        self.returned: list[torch.Tensor] = []
+        self._mappings: list[MutableMapping] = []
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: str, finish: bool) -> Any:
+        by_name = "hidden_states" in kwargs
+        stream = kwargs.pop("hidden_states") if by_name else args[0]
+        args = args if by_name else args[1:]
+        self.streams.append(stream)
+        given = {**dict(enumerate(args)), **kwargs}
+        mappings = {slot: self._number(value) for slot, value in given.items() if isinstance(value, MutableMapping)}
+        call = LayerCall(args, kwargs, by_name, place, mappings=mappings)
+        self.calls.append(call.mapped(lambda tensor: tensor))  # what is in mappings now, whatever comes into them later
+        if finish:
+            raise Reached
+        self.returned.append(stream if self.disturb is None else self.disturb(stream))
+        return self.form(self.returned[-1])
+
+    def _number(self, mapping: MutableMapping) -> int:
+        """The same for the same mapping."""
+        known = [number for number, other in enumerate(self._mappings) if other is mapping]
+        if not known:
+            self._mappings.append(mapping)
+        return known[0] if known else len(self._mappings) - 1
+
+
+class _Shell(nn.Module):
+    """Stands in for a decoder layer: records how the model calls it, and passes the stream on."""
+
+    def __init__(self, layer: nn.Module, forward: _Forward, finish: bool, place: str):
+        super().__init__()
+        self.__dict__["layer"] = layer
+        self.pass_on = forward
+        self.finish = finish
+        self.place = place
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.pass_on(args, kwargs, self.place, self.finish)
+
+
+class Embedder:
+    """Runs the model up to its first decoder layer, and records how the model's own forward calls each layer.
+
+    Call `learn_form` and `learn_varying` before anything else, and `close` at the end.
+    """
+
+    varying: frozenset[Slot] = frozenset()  # the arguments of layers that depend on the text
+    beside: tuple[Any, ...] = ()  # what layer 0 returns besides the stream, until `learn_varying` has read it
+
+    def __init__(self, model: StreamedModel):
+        self.model = model
+        self.base = model.load_base()
+        kind = type(model.model).__name__
+        self.unusable = f"{model.folder}: transformers cannot run {kind} as config.json describes it"
+        if model.dtype != torch.float32:  # some models do not run beside what transformers keeps in float32
+            self.unusable += f", at least in {name_of(model.dtype)}: try --compute-dtype float32"
+        self.tupled: int | None = None  # length of the tuple that a layer returns; 0: it returns a bare tensor
+
+    def __call__(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Embed token ids [samples, tokens].
+
+        Returns:
+            (the stream into layer 0 [samples, tokens, hidden], the call of each layer).
+
+        Raises:
+            RiaError: the model does not run, does not call its layers one after another, or changes the stream between
+                them.
+        """
+        passed = self._run(tokens, _Forward(self._form))
+        calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
+        return passed.streams[0], calls
+
+    def _run(self, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+        layers = self.model.layers
+        own = list(layers)
+        for index, layer in enumerate(own):
+            layers[index] = _Shell(layer, passed, layer is own[-1], self._place(index))
+        try:
+            with explained(self.unusable):
+                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
+        except Reached:
+            pass
+        finally:
+            for index, layer in enumerate(own):
+                layers[index] = layer
+        if len(passed.calls) != len(own):
+            raise self._uncalled()
+        for index, (stream, before) in enumerate(zip(passed.streams[1:], passed.returned, strict=True), 1):
+            if stream is not before:
+                raise RiaError(
+                    f"{self._place(index)}: {type(self.model.model).__name__} changes the residual stream before this "
+                    "layer, so its layers cannot be pruned one by one."
+                )
+        return passed
+
+    def learn_varying(self, tokens: torch.Tensor, others: torch.Tensor) -> None:
+        """Find out which arguments of layers depend on the text, such as Gemma's per-layer inputs.
+
+        Args:
+            tokens, others: two texts of the same shape.
+
+        Raises:
+            RiaError: one that is not a tensor, or that depends on what earlier layers compute and that a layer reads.
+        """
+        calls, expected = self(tokens)[1], self(others)[1]
+        varying = {slot for call, other in zip(calls, expected, strict=True) for slot in call.differences(other)}
+        for index, (call, other) in enumerate(zip(calls, expected, strict=True)):
+            for slot in varying.intersection([*call.slots(), *other.slots()]):
+                both = [one.slots().count(slot) and one[slot] for one in (call, other)]
+                if not all(isinstance(value, torch.Tensor) for value in both) or both[0].shape != both[1].shape:
+                    raise self._unlike(index, slot)
+        draw = torch.Generator().manual_seed(0)
+
+        def disturb(before: torch.Tensor) -> torch.Tensor:
+            noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
+            return before * (1 + noise)
+
+        integers: list[torch.Tensor] = []
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            if _has_integers(value):
+                integers.append(value)
+            return value
+
+        tensors_mapped(self.beside, noted)
+        # Integers are tried as they are, and as zeros: a layer may add them, or they are the numbers of tokens, of
+        # which 0 is one.
+        for zeros in (False, True) if integers else (False,):
+            self._check_unread(self._disturbed(others, disturb, zeros), expected)
+        self.varying, self.beside = frozenset(varying), ()
+
+    def _disturbed(
+        self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor], zeros: bool
+    ) -> _Forward:
+        """A pass in which layers change the stream, and return something besides it, too: its numbers disturbed, its
+        integers as they are or all zeros."""
+
+        def other(value: torch.Tensor) -> torch.Tensor:
+            if value.is_floating_point():
+                return disturb(value)
+            return torch.zeros_like(value) if zeros and _has_integers(value) else value
+
+        def form(stream: torch.Tensor) -> Any:
+            if not self.tupled:
+                return stream
+            beside = tuple(stream if value is None else value for value in self.beside)
+            return (stream, *tensors_mapped(beside, other))
+
+        try:
+            return self._run(tokens, _Forward(form, disturb))
+        except RiaError as error:
+            raise RiaError(
+                f"{self.model.folder}: {type(self.model.model).__name__} does not run on what its layers return with "
+                f"other numbers in it, so nothing shows whether they can be pruned one by one: {error}"
+            ) from error
+
+    def _check_unread(self, passed: _Forward, expected: Sequence[LayerCall]) -> None:
+        """Refuse a layer that computes something else with what the model has made from earlier layers' results."""
+        for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
+            slots = tuple(call.differences(other))
+            # Layers that are alike may still differ in what they read: some go by their own number.
+            if slots and self._depends(index, passed.streams[index], call, other):
+                raise RiaError(
+                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slots[0])} of this "
+                    "layer from what earlier layers compute, so its layers cannot be pruned one by one. Such a model "
+                    "cannot be compressed."
+                )
+
+    def _depends(self, index: int, stream: torch.Tensor, call: LayerCall, other: LayerCall) -> bool:
+        """Whether a layer, with its own weights, does not run or returns another stream in the two calls."""
+        layer = self.model.load_layer(index)
+        try:
+            with torch.no_grad():
+                one, two = (either(layer, stream.clone()) for either in (call, other))
+        except RiaError:
+            return True
+        finally:
+            self.model.free_layer(index)
+        return one.shape != two.shape or not bool((one - two).abs().max() <= TOLERANCE * two.abs().max())
+
+    def _unlike(self, index: int, slot: Slot) -> RiaError:
+        return RiaError(
+            f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} that differs "
+            "between texts and is no tensor of one shape, so they cannot be pruned one by one."
+        )
+
+    def _uncalled(self) -> RiaError:
+        return RiaError(
+            f"{self.model.folder}: {type(self.model.model).__name__} does not call its decoder layers one after "
+            "another, so they cannot be pruned one by one."
+        )
+
+    def learn_form(self, tokens: torch.Tensor) -> None:
+        """Find out in layer 0 whether layers return a tensor or a tuple; without that, no later layer can be reached.
+
+        Raises:
+            RiaError: the model does not run, or does not call layer 0.
+        """
+        layer, passed = self.model.load_layer(0), _Forward(self._form)
+        self.model.layers[0] = _Shell(layer, passed, True, self._place(0))
+        try:
+            with explained(self.unusable):
+                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
+        except Reached:
+            pass
+        finally:
+            self.model.layers[0] = layer
+        if not passed.calls:
+            raise self._uncalled()
+        call, stream = passed.calls[0], passed.streams[0]
+        kwargs = {**call.kwargs, "hidden_states": stream} if call.by_name else call.kwargs
+        with explained(self.unusable):
+            out = layer(*(call.args if call.by_name else (stream, *call.args)), **kwargs)
+        self.tupled = len(out) if isinstance(out, tuple) else 0
+        self.beside = out[1:] if isinstance(out, tuple) else ()
+        self.model.free_layer(0)
+
+    def _place(self, index: int) -> str:
+        return f"{self.model.folder}: {self.model.layer_prefix(index).removesuffix('.')}"
+
+    def _form(self, stream: torch.Tensor) -> Any:
+        return (stream, *[None] * (self.tupled - 1)) if self.tupled else stream
+
+    def close(self) -> None:
+        """Free the weights outside the layers."""
+        self.model.free_base()
+
+
+def _has_integers(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _argument(slot: Slot) -> str:
+    return f"its argument {slot}" if isinstance(slot, str) else f"its argument number {slot + 1}"

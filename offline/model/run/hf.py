@@ -1,0 +1,346 @@
+"""What we need from transformers: configurations, tokenizers and whole models, and its errors in our own words."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ria_vllm.checkpoint.companions import LEGAL_PATTERNS, SUFFIXES
+from ria_vllm.checkpoint.reader import Reader, is_compressed
+from ria_vllm.checkpoint.weight_files import unindexed_files
+from ria_vllm.errors import RiaError
+from ria_vllm.files.json_file import read_json
+from ria_vllm.hf.inputs import round_inputs
+from ria_vllm.hub.model_card import CARD_FILE
+from ria_vllm.offline.model.files.dequantize import method_of
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
+from ria_vllm.offline.model.files.which_weights import meant_weights, refuse_pickled
+from ria_vllm.offline.model.run.architecture import model_class, output_head, text_config
+from ria_vllm.offline.model.run.dtypes import choose_dtype
+from ria_vllm.offline.model.run.names import Names
+
+HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
+# The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
+HUB_COPIES = ["original/*", "consolidated*.safetensors"]
+# No file may run code: neither a model's own nor what is in pickled weights.
+FROM_FILES = {"trust_remote_code": False, "use_safetensors": True}
+
+
+def read_config(folder: str) -> Any:
+    """The configuration of a folder or hub id.
+
+    Raises:
+        RiaError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    with _loading(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def configured_dtype(config: Any) -> torch.dtype | None:
+    """The dtype that a configuration says the weights are stored in; None if it does not say."""
+    dtype = config.dtype or text_config(config).dtype
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        RiaError: there is none, or it needs Python code of its own, which is not run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise RiaError(f"{folder}: no tokenizer that transformers can load ({reason_of(error)}).") from error
+
+
+def text_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, with the chat template that an older processor keeps in a file of its own.
+
+    Raises:
+        RiaError: see `load_tokenizer`; or that file is not JSON.
+    """
+    tokenizer, path = load_tokenizer(str(folder)), folder / "chat_template.json"
+    if getattr(tokenizer, "chat_template", None) is None and path.is_file():
+        template = read_json(path).get("chat_template")
+        tokenizer.chat_template = template if isinstance(template, str) else None
+    return tokenizer
+
+
+def folder_of(model: str) -> Path:
+    """The folder that a model is read from: itself, or that of a hub id in the hub's cache (see `from_hub`)."""
+    return Path(model) if Path(model).is_dir() else from_hub(model)
+
+
+def from_hub(model: str, revision: str | None = None) -> Path:
+    """The folder in the hub's cache with all that is read of a model, fetched if it is not there.
+
+    Args:
+        revision: a branch, tag or commit; None: the main branch.
+
+    Raises:
+        RiaError: it cannot be fetched, or all its weights are pickled.
+    """
+    from huggingface_hub import snapshot_download
+
+    which = {} if revision is None else {"revision": revision}
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES, **which))
+    except Exception as error:
+        shown = model if revision is None else f"{model}@{revision}"
+        raise RiaError(
+            f"{shown}: no such folder or file here, and it could not be fetched from the hub either "
+            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
+        ) from None
+    if not unindexed_files(folder):
+        refuse_pickled(model, _files_on_hub(model, which))
+    return folder
+
+
+def _files_on_hub(model: str, which: Mapping[str, str]) -> list[str]:
+    """Paths of all files of a repository; none if the hub does not answer."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(model, **which)
+    except Exception:  # only what an error says depends on it
+        return []
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder of the hub's cache holds, CACHE/models--USER--NAME/snapshots/COMMIT; None: it is
+    no such folder."""
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if in_cache and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+def without_quantization(config: Any) -> None:
+    """Let a configuration not say how the weights are quantized in the files."""
+    for one in (config, text_config(config)):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+
+
+def attention_options(config: Any) -> dict[str, Any]:
+    """Options of `from_pretrained` and `_from_config` with which attention computes what a model is meant to compute.
+
+    What transformers chooses by itself, torch's fused kernels, silently leaves out the soft cap of attention's logits
+    (Gemma 2). In a wrapper whose decoder calls itself bidirectional (PaliGemma), it lets text without an image read
+    later tokens; the mask that eager attention gets is causal, as vLLM's is. Models with attention sinks refuse the
+    fused kernels themselves.
+    """
+    text = text_config(config)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    unmasked = text is not config and getattr(text, "use_bidirectional_attention", None) is True
+    return {"attn_implementation": "eager"} if capped or unmasked else {}
+
+
+def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
+    """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us.
+
+    While the model is loaded, what is dequantized is on the CPU a second time, in the model's own dtype: all weights
+    where `dtype` is another one, else those that transformers merges, such as experts that are stored one by one.
+
+    Args:
+        dtype: "auto": as stored.
+        options: of `from_pretrained`.
+
+    Raises:
+        RiaError: see `SourceTensors`.
+    """
+    config = read_config(str(folder))
+    if getattr(config, "quantization_config", None) is None:
+        return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
+    tensors = SourceTensors(folder, configured_dtype(config))
+    without_quantization(config)
+    state = {name: tensors.read(name) for name in tensors.files}
+    kind = tensors.dtype if dtype == "auto" else dtype
+    return architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+
+
+def load_model(
+    model: str,
+    device: torch.device,
+    compute_dtype: str | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+    training: bool = False,
+) -> Any:
+    """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
+
+    Where the folder asks for it, pruned linears round their inputs.
+
+    Args:
+        model: a folder or hub id.
+        compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.run.dtypes.CHOICES`; None: as stored.
+        state: all tensors, if transformers is not to read them from the folder itself.
+        training: see `choose_dtype`.
+
+    Raises:
+        RiaError: not a model that writes text, a damaged compressed one, one of which it is unknown which weights are
+            meant, or a `compute_dtype` that would round its weights.
+    """
+    folder = folder_of(model)
+    if state is None and not is_compressed(folder):
+        meant_weights(folder, model)
+    stored = None if compute_dtype is None else stored_dtype(folder, state)
+    if stored is not None:
+        return _load(folder, model, device, choose_dtype(stored, device, compute_dtype, training), state)
+    loaded = _load(folder, model, device, "auto", state)
+    dtype = loaded.dtype if compute_dtype is None else choose_dtype(loaded.dtype, device, compute_dtype, training)
+    # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
+    return loaded if dtype == loaded.dtype else _load(folder, model, device, dtype, state)
+
+
+def stored_dtype(folder: Path, state: dict[str, torch.Tensor] | None = None) -> torch.dtype | None:
+    """The dtype that the weights of a folder are stored in, or are dequantized to; None: only loading tells.
+
+    Args:
+        state: see `load_model`.
+    """
+    config = read_config(str(folder))
+    dtype = configured_dtype(config)
+    if dtype is None and state is None and dequantized_from(config) is not None:
+        return SourceTensors(folder, None).dtype
+    return dtype
+
+
+def dequantized_from(config: Any) -> str | None:
+    """How the weights of a model are quantized that `load_model` dequantizes; None: it does not."""
+    return method_of(getattr(config, "quantization_config", None))
+
+
+def _load(
+    folder: Path,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    state: dict[str, torch.Tensor] | None = None,
+) -> Any:
+    """`name` is what the user called the model, for errors."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = read_config(str(folder))
+    architecture = model_class(name, config)
+    # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
+    with _loading(name):
+        reader = Reader(folder) if is_compressed(folder) else None
+        if state is None and reader is None:
+            model, info = _load_plain(folder, config, architecture, dtype, options)
+        else:
+            state = dense_state(reader) if state is None else state
+            without_quantization(config)
+            kind = config.dtype or "auto" if dtype == "auto" else dtype
+            model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
+            if reader is not None and reader.schema.input_dtype is not None:
+                round_inputs(model, _pruned_parameters(model, reader), name, reader.schema.input_dtype)
+    if output_head(model) is None:
+        raise RiaError(
+            f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
+            "perplexity to measure."
+        )
+    check_loaded(name, info, "config.json", "Get the files again.")
+    return model.to(device).eval()
+
+
+def _load_plain(
+    folder: Path, config: Any, architecture: Any, dtype: torch.dtype | str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A model that we did not write, and what transformers says about loading it."""
+    if dequantized_from(config) is not None:
+        return load_dense(architecture, folder, dtype, **options)
+    return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
+
+
+def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:
+    """Refuse a model for which transformers had not all weights: it continues with random ones instead.
+
+    Args:
+        place: where the weights are, for errors.
+        info: what transformers says about loading them.
+        description: what says which shapes they have.
+
+    Raises:
+        RiaError: weights are missing, or have other shapes.
+    """
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise RiaError(f"{place}: {name} has shape {tuple(found)}, {description} asks for {tuple(wanted)}. {remedy}")
+    if info["missing_keys"]:
+        raise RiaError(f"{place}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. {remedy}")
+
+
+def _pruned_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:
+    """The names in the model of the weights that hold pruned linears.
+
+    Raises:
+        RiaError: a weight holds dense linears as well, or the model has no place for a pruned one.
+    """
+    names, pruned = Names(model, reader.dense_tensors(), reader.folder), reader.pruned_tensors()
+    found, left = [], set(pruned)
+    for parameter, written in (names.made_of | {name: [one] for name, one in names.direct.items()}).items():
+        sources = {names.files[one] for one in written}
+        if sources & pruned and sources - pruned:
+            raise RiaError(
+                f"{reader.folder}: {min(sources & pruned)} is pruned and {min(sources - pruned)} is not, but in "
+                f"transformers both are {parameter}, whose input cannot be rounded in part."
+            )
+        if sources & pruned:
+            found.append(parameter)
+            left -= sources
+    if left:
+        kind = type(model).__name__
+        raise RiaError(f"{reader.folder}: {min(left)} is pruned, but no part of a {kind}, as transformers has it.")
+    return found
+
+
+def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
+    """Every tensor of the dense model, in the model's own channel order."""
+    return {name: make() for name, make in reader.dense_tensors().items()}
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RiaError(f"{model}: transformers cannot load it: {reason_of(error)}") from error
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn any error in transformers' code into a RiaError that begins with `what`; its cause is that error.
+
+    Errors about memory or CUDA pass through: they are not the model's fault.
+    """
+    try:
+        yield
+    except RiaError:
+        raise
+    except Exception as error:
+        if "memory" in str(error) or "CUDA" in str(error):
+            raise
+        raise RiaError(f"{what} ({first_line(error)}).") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What transformers says, but not its advice to let a model's own code run, which nothing here does."""
+    if "trust_remote_code" in str(error):
+        return "it needs its own Python code, which is not run here"
+    return str(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of `reason_of`; the error's type if it says nothing."""
+    lines = reason_of(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,411 @@
+"""A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.sparse24 import VALUE_DTYPES
+from ria_vllm.hf.experts_layout import expert_of, experts_modules
+from ria_vllm.offline.model.experts.files import ExpertFiles, ExpertWeights, other_experts, other_weights
+from ria_vllm.offline.model.experts.run import Weights, run_one_by_one, set_weights
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
+from ria_vllm.offline.model.files.tensors import check_values
+from ria_vllm.offline.model.run.architecture import (
+    find_base,
+    find_decoder,
+    model_class,
+    outside_decoder,
+    text_config,
+    towers,
+)
+from ria_vllm.offline.model.run.buffers import compute_buffers
+from ria_vllm.offline.model.run.dtypes import choose_dtype, keep_float32
+from ria_vllm.offline.model.run.hf import attention_options, configured_dtype, explained
+from ria_vllm.offline.model.run.names import Names
+
+
+class StreamedModel:
+    """The model's own modules on the meta device, and the file of each of their tensors.
+
+    The weights of routed experts stay on the meta device in a loaded layer, too: each expert is read from the files
+    when tokens reach it.
+
+    Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
+    stored_dtype is the checkpoint's, and that of what is dequantized; dtype is the one that layers are computed in, but
+    for the tensors that transformers keeps in float32.
+
+    Args:
+        folder: a Hugging Face folder with safetensors, see `SourceTensors`.
+        config: its configuration.
+        dtype: the dtype to compute in; None: as chosen by `choose_dtype`.
+
+    Raises:
+        RiaError: no decoder layers with linears, or weights that do not fit the configuration.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype | None = None):
+        self.folder = folder
+        self.device = device
+        self.config = config
+        self.tensors = SourceTensors(folder, configured_dtype(config))
+        self.files = self.tensors.files
+        self.stored_dtype = _writable(self.tensors.dtype, folder)
+        self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
+        architecture = model_class(str(folder), config)
+        unusable = f"{folder / 'config.json'}: transformers cannot build this model"
+        with explained(unusable), torch.device("meta"):
+            self.model: PreTrainedModel = architecture._from_config(
+                config, dtype=self.dtype, **attention_options(config)
+            )
+        keep_float32(self.model, self.dtype, folder)
+        self.model.eval().requires_grad_(False)
+        self.decoder_path, self.layers_path = find_decoder(self.model, folder)
+        self.base_path = find_base(self.model, self.decoder_path)
+        self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
+        self.names = Names(self.model, self.files, folder)
+        self._expert_weights = ExpertWeights(
+            self.layers, self.layers_path, self._width, self.names, self.tensors, folder
+        )
+        self._streamed = self._expert_weights.parameters
+        for index, layer in enumerate(self.layers):
+            run_one_by_one(layer)
+            self._reset_experts(index)
+        self._check_all()
+        self._check_tied()
+        self._materialize_buffers()
+
+    @property
+    def _width(self) -> int:
+        """Of the residual stream."""
+        return self.model.get_submodule(self.base_path).get_input_embeddings().weight.shape[1]
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the model reads more than text, with other modules than its text decoder."""
+        return text_config(self.model.config) is not self.model.config
+
+    @property
+    def linear_weights(self) -> int:
+        """The number of weights in the linears of all decoder layers, those of experts included."""
+        found = 0
+        for layer in self.layers:
+            found += sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+            found += sum(layout.weights for layout in experts_modules(layer).values())
+            others = (layer.get_submodule(path) for path in other_experts(layer, self._width))
+            found += sum(weight.numel() for module in others for weight in other_weights(module, self._width))
+        return found
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.layers_path}.{index}."
+
+    def copied(self) -> dict[str, int]:
+        """The parts of a wrapper beside its text decoder, by their names in the files -> how many weights they have."""
+        found = {}
+        for path, module in self._beside().items():
+            inside = {w: n.removeprefix(path) for w, n in self._inside(path).items()}
+            named = {written.removesuffix(rest) for written, rest in inside.items() if written.endswith(rest)}
+            found[named.pop() if len(named) == 1 else path] = sum(
+                parameter.numel() for parameter in module.parameters()
+            )
+        return found
+
+    def how_copied(self, names: Iterable[str] | None = None) -> str:
+        """For messages: how tensors with these written names get into the checkpoint; None: those of `copied`."""
+        if names is None:
+            names = (written for path in self._beside() for written in self._inside(path))
+        return "dequantized and copied" if any(map(self._is_dequantized, names)) else "copied unchanged"
+
+    def _beside(self) -> dict[str, nn.Module]:
+        return towers(self.model, self.decoder_path) if self.is_wrapper else {}
+
+    def _inside(self, path: str) -> dict[str, str]:
+        """Written name -> name in the model, of the tensors of a module."""
+        return {written: name for written, name in self.names.inside.items() if name.startswith(f"{path}.")}
+
+    def _is_dequantized(self, written: str) -> bool:
+        return self.names.files[written] in self.tensors.quantized
+
+    def names_in_layer(self, index: int) -> list[str]:
+        """The written names of a layer's tensors."""
+        prefix = self.layer_prefix(index)
+        return [written for written, name in self.names.inside.items() if name.startswith(prefix)]
+
+    def names_outside_layers(self) -> list[str]:
+        """All other written names, including those of layers that the model does not have."""
+        layers = {name for index in range(len(self.layers)) for name in self.names_in_layer(index)}
+        return [written for written in self.names.files if written not in layers]
+
+    def written_linear(self, index: int, name: str) -> str:
+        """The written name of a linear of layer `index`; `name` is relative to the layer."""
+        expert = expert_of(name)
+        if expert is not None and expert[0] in self.experts[index]:
+            path, number, kind = expert
+            return self.experts[index][path].linear(number, kind)
+        return self.names.linear(self.layer_prefix(index) + name)
+
+    def unknown_linears(self) -> list[str]:
+        """The written names of possible linears that the model does not have, without single experts."""
+        names = [name for name in self.names.unknown if name.endswith(".weight") and ".experts." not in name]
+        matrices = {written for written, shape in self._shapes(names) if len(shape) == 2}
+        return [written.removesuffix(".weight") for written in names if written in matrices]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor with this written name, on the CPU: as it is in the file, or dequantized."""
+        return self.tensors.read(self.names.files[name])
+
+    def from_files(self, index: int, path: str) -> Weights:
+        """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
+
+        def weights(expert: int) -> dict[str, torch.Tensor]:
+            found = self._expert_weights.read(index, path, expert)
+            return {kind: weight.to(self.device, self.dtype) for kind, weight in found.items()}
+
+        return weights
+
+    @property
+    def experts(self) -> Sequence[Mapping[str, ExpertFiles]]:
+        """For each layer: path of experts that are streamed, relative to it -> where they are in the files."""
+        return self._expert_weights.experts
+
+    @property
+    def dense_experts(self) -> Sequence[Mapping[str, str]]:
+        """For each layer: path of experts that cannot be streamed -> why."""
+        return self._expert_weights.dense
+
+    def load_layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, on the device; without those of experts in `experts`."""
+        self._load(self.layers[index], self.layer_prefix(index))
+        self._reset_experts(index)
+        return self.layers[index]
+
+    def _reset_experts(self, index: int) -> None:
+        """Let the experts of a layer be run with the weights in the files."""
+        for path in self.experts[index]:
+            set_weights(self.layers[index].get_submodule(path), self.from_files(index, path))
+
+    def check_layer(self, index: int) -> None:
+        """Refuse what is wrong with a layer that is copied without being run.
+
+        Raises:
+            RiaError: values that are not finite, another shape than config.json asks for, a quantized model's dtype.
+        """
+        self.load_layer(index)
+        self.free_layer(index)
+        for path, files in self.experts[index].items():
+            for expert in range(files.layout.num_experts):
+                self._expert_weights.read(index, path, expert)
+
+    def free_layer(self, index: int) -> None:
+        """Move a layer back to the meta device."""
+        for module in self.layers[index].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def load_base(self) -> nn.Module:
+        """The model without its head; the text decoder's weights outside its layers are on the device.
+
+        A module outside the text decoder gets its weights when it is called, which a vision tower never is for text.
+        """
+        base, path = self.model.get_submodule(self.base_path), self.decoder_path
+        self._load(self.model.get_submodule(path), _prefix(path), without=f"{self.layers_path}.")
+        first = _prefix(self.base_path) + next(name for name, _ in base.named_parameters())
+        if self.model.get_parameter(first).is_meta:
+            self._load_direct({first: first})  # wrappers take its device and dtype for their own
+        self._on_call = [
+            module.register_forward_pre_hook(partial(self._load_called, name))
+            for name, module in outside_decoder(self.model, path)
+            if module._parameters or module._buffers
+        ]
+        return base
+
+    def _load_called(self, name: str, module: nn.Module, _: Any) -> None:
+        if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+            self._load(module, _prefix(name))
+            self._materialize_buffers(inside=name)
+
+    def free_base(self) -> None:
+        for hook in self._on_call:
+            hook.remove()
+        layers = f"{self.layers_path}."
+        for name, parameter in list(self.model.named_parameters()):
+            if not name.startswith(layers):
+                self._set(name, parameter.to("meta"))
+
+    def _load(self, module: nn.Module, prefix: str, without: str | None = None) -> None:
+        expected = {prefix + name for name in module.state_dict()} - self._streamed
+        expected = {name for name in expected if without is None or not name.startswith(without)}
+        tied = self.model.all_tied_weights_keys
+        # A block that several layers share is stored only once.
+        shared = {name: tied[name] for name in expected & set(tied) - set(self.names.direct) if without is None}
+        self._load_direct({name: shared.get(name, name) for name in expected})
+        if self.names.converted:
+            self._load_converted(prefix, without)
+        missing = sorted(
+            name
+            for name, tensor in module.state_dict(prefix=prefix).items()
+            if name in expected and tensor.is_meta and name not in tied
+        )
+        if missing:
+            raise self._missing(missing[0])
+
+    def _load_direct(self, stored: Mapping[str, str]) -> None:
+        """Load the tensors of the model that are in the files as they are.
+
+        Args:
+            stored: name in the model -> the name, in the model, of the tensor in the files that it is.
+        """
+        takers: dict[str, list[str]] = {}
+        for name, other in sorted(stored.items()):
+            if other in self.names.direct:
+                takers.setdefault(self.names.direct[other], []).append(name)
+        for written, tensor in self._read(sorted(takers)):
+            for name in takers[written]:
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                wanted = getattr(owner, name.rpartition(".")[2])
+                self._check_shape(written, tensor.shape, wanted.shape)
+                self._check_values(written, tensor, wanted.is_floating_point())
+                self._set(name, tensor.to(self.device, wanted.dtype, copy=len(takers[written]) > 1))
+
+    def _check_all(self) -> None:
+        """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
+
+        These are missing tensors and wrong shapes, from the headers of the files, and non-finite values in tensors that
+        are copied without being loaded.
+        """
+        wanted: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if name in self.names.direct:
+                wanted[self.names.direct[name]] = tensor
+            elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
+                raise self._missing(name)
+        for written, shape in self._shapes(wanted):
+            self._check_shape(written, shape, wanted[written].shape)
+        for name, written in self.names.direct.items():
+            if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
+                self._check_values(written, self.read(written), wanted[written].is_floating_point())
+        for written in sorted(self.names.converted):
+            if not self.names.inside[written].startswith(_prefix(self.decoder_path)):
+                self._check_values(written, self.read(written), floating=True)
+        for written in self.names.unknown:
+            self._check_values(written, self.read(written), floating=False)
+
+    def _check_tied(self) -> None:
+        """Tensors that config.json ties are one for vLLM, but two for transformers if the files hold two."""
+        for name, other in self.model.all_tied_weights_keys.items():
+            both = [self.names.direct.get(name), self.names.direct.get(other)]
+            if None not in both and not torch.equal(*map(self.read, both)):
+                raise RiaError(
+                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in "
+                    'the files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get '
+                    "the model again."
+                )
+
+    def _missing(self, name: str) -> RiaError:
+        return RiaError(f"{self.folder}: no weights for {name} in any file. Get the model again.")
+
+    def _check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise RiaError(
+                f"{self._file_of(name)}: {name} has shape {tuple(found)}, config.json asks for "
+                f"{tuple(wanted)}. Get the model again."
+            )
+
+    def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
+        check_values(self._file_of(name), name, tensor, floating)
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        owner_path, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_path)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
+        else:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _file_of(self, written: str) -> Path:
+        return self.files[self.names.files[written]]
+
+    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor by its written name, file by file. No file is left open, and so mapped."""
+        try:
+            for name in sorted(names, key=self._file_of):
+                yield name, self.read(name)
+        finally:
+            self.tensors.close()
+
+    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        stored = {self.names.files[name]: name for name in names}
+        for name, shape in self.tensors.shapes(stored):
+            yield stored[name], shape
+
+    def _load_converted(self, prefix: str, without: str | None) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        names = [name for name in sorted(self.names.converted) if self.names.inside[name].startswith(prefix)]
+        names = [name for name in names if self.names.inside[name] not in self._streamed]
+        names = [name for name in names if without is None or not self.names.inside[name].startswith(without)]
+        found = dict(self._read(names))
+        if not found:
+            return
+        for name, tensor in found.items():
+            self._check_values(name, tensor, floating=True)
+        load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})
+        tensors = {self.names.files[name]: tensor for name, tensor in found.items()}
+        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load)
+        for name, why in sorted(info.conversion_errors.items()):
+            reason = ". ".join(why.strip().splitlines()[-2:])  # `why` ends with a traceback
+            raise RiaError(
+                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
+                "model again."
+            )
+        for name, made, wanted in sorted(info.mismatched_keys):
+            raise RiaError(
+                f"{self.folder}: {name}, made from several tensors in the files, has shape {tuple(made)}, config.json "
+                f"asks for {tuple(wanted)}. Get the model again."
+            )
+        self.model.requires_grad_(False)
+
+    def _materialize_buffers(self, inside: str | None = None) -> None:
+        """Let the model compute the buffers that no file holds.
+
+        Args:
+            inside: of the module with this name; None: of all that do not lie outside the text decoder.
+
+        Raises:
+            RiaError: see `compute_buffers`.
+        """
+        outside = {name for name, _ in outside_decoder(self.model, self.decoder_path)}
+        names = []
+        for name, _ in self.model.named_non_persistent_buffers():
+            owner = name.rpartition(".")[0]
+            if owner not in outside if inside is None else f"{owner}.".startswith(f"{inside}."):
+                names.append(name)
+        compute_buffers(self.model, names, self.device, inside is None, self.folder)
+
+
+def _prefix(path: str) -> str:
+    """What the names of a module's tensors begin with, from its own name; that of the model is empty."""
+    return f"{path}." if path else ""
+
+
+def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:
+    """The dtype that config.json names; if it names none, that of the largest tensor that is not quantized.
+
+    Raises:
+        RiaError: a dtype in which no checkpoint is written.
+    """
+    dtype = configured_dtype(config)
+    return _writable(SourceTensors(folder, None).dtype if dtype is None else dtype, folder)
+
+
+def _writable(dtype: torch.dtype, folder: Path) -> torch.dtype:
+    if dtype not in VALUE_DTYPES:
+        raise RiaError(f"{folder}: dtype {dtype}; compress needs bfloat16, float16 or float32 weights.")
+    return dtype

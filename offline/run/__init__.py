@@ -1,0 +1,1 @@
+"""A run of `compress`, from its plan to its work folder."""

@@ -1,0 +1,280 @@
+"""One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ria_vllm.offline.calibration.embed import embed
+from ria_vllm.offline.calibration.statistics import Statistics
+from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.experts.layer import ExpertsPass
+from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.routing import Reads
+from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Group, Topologies
+from ria_vllm.offline.pruning.admm import DAMPING
+from ria_vllm.offline.pruning.rounding import PASSES
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.plan import Plan
+from ria_vllm.offline.runtime.memory import trim
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.rotating import Rotator
+from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
+from ria_vllm.offline.sublayer.solve import find_orders, solve
+from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
+from ria_vllm.progress import Monitor
+
+T = TypeVar("T")
+
+
+class LayerPass:
+    """Takes this rank's calibration activations through the layers, from the first one on.
+
+    Args:
+        tokens: int64 [samples, seq_len], those of all ranks.
+        cache: a folder for activations; None: they stay in memory.
+        follow_dense: also take the dense model's stream along, if the recipe reconstructs towards it.
+        store: where pruned experts are kept; None: they are not, for `measure`.
+        topologies: found in an earlier pass; None: they are found now.
+
+    Raises:
+        RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: torch.Tensor,
+        cache: Path | None,
+        recipe: Recipe,
+        ranks: Ranks,
+        monitor: Monitor,
+        follow_dense: bool = True,
+        store: ExpertStore | None = None,
+        topologies: Topologies | None = None,
+    ):
+        self.store = store
+        self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
+        follow_dense = follow_dense and recipe.follows_dense
+        self.embedded = embed(model, tokens, recipe.chunk_tokens, cache, follow_dense, ranks, monitor, topologies)
+        self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
+        self.experts = ExpertsPass(model, self.streams, recipe, ranks, monitor, store)
+
+    def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
+        """Prune layer `index` and, if a later one is pruned, too, take the activations through it.
+
+        Returns:
+            (written name -> pruned linear, without the experts: these are in the store; written name of another tensor
+            -> what has to be written instead of the source's).
+        """
+        pruned: dict[str, Pruned] = {}
+        changed: dict[str, torch.Tensor] = {}
+        if index > plan.last:
+            self.model.check_layer(index)
+            return pruned, changed
+        sublayer_passes = self._load(index)
+        recipe, topology = self.recipe, self.topologies.of(index)
+        strength, turns = recipe.migration_strength, recipe.rotates_heads
+        smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
+        rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if turns else None
+        with self.experts.removed_after_layer():
+            for sublayer_pass in sublayer_passes:
+                pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
+                if index < plan.last or sublayer_pass is not sublayer_passes[-1]:
+                    sublayer_pass.advance(self.streams.pruned)
+        self._free(index)
+        prefix, direct = self.model.layer_prefix(index), self.model.names.direct
+        return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
+
+    def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
+        """What pruning would do to each linear of layer `index`, which stays dense.
+
+        Integers are rounded in one pass, which comes close enough to rank linears.
+
+        Returns:
+            Written name -> record of the report.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        sublayer_passes = self._load(index)
+        with self.experts.removed_after_layer():
+            for sublayer_pass in sublayer_passes:
+                for number, stage in enumerate(sublayer_pass.stages):
+                    found, of_experts = self._solve_stage(
+                        index, sublayer_pass, number, plan.groups(index, stage), {}, self.recipe, passes=1
+                    )
+                    records |= {name: linear.record for name, linear in found.items()} | of_experts
+                sublayer_pass.advance(self.streams.pruned)
+        self._free(index)
+        return self._written(index, records)
+
+    def replay(self, index: int, parameters: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
+        """Take the activations through a layer that was pruned earlier.
+
+        Args:
+            parameters: name relative to the layer -> what pruning has made of it.
+            experts: paths of the experts that were pruned.
+        """
+        sublayer_passes = self._load(index)
+        if self.streams.dense is not None:
+            for sublayer_pass in sublayer_passes:
+                sublayer_pass.advance(self.streams.dense)
+        for name, value in parameters.items():
+            set_parameter(self.model.layers[index], name, value)
+        for path in experts:
+            self.experts.use_pruned(index, path)
+        for sublayer_pass in sublayer_passes:
+            sublayer_pass.advance(self.streams.pruned)
+        self._free(index)
+
+    def _free(self, index: int) -> None:
+        self.model.free_layer(index)
+        self.embedded.arguments.free(index)
+        if self.store is not None:
+            self.store.forget_dense()
+
+    def _load(self, index: int) -> list[SublayerPass]:
+        """Load a layer; a pass for each of its sublayers, in order."""
+        layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
+        place = partial(self._place, index)
+        return [
+            SublayerPass(
+                SublayerRunner(layer, sublayer, self.model.dtype),
+                arguments,
+                self.streams,
+                self.ranks,
+                self.monitor,
+                place,
+            )
+            for sublayer in self.topologies.of(index).sublayers
+        ]
+
+    def _prune_sublayer(
+        self,
+        index: int,
+        sublayer_pass: SublayerPass,
+        plan: Plan,
+        smoother: Smoother | None,
+        rotator: Rotator | None,
+    ) -> dict[str, Pruned]:
+        """Prune one stage after the other, so that each sees what those before it produce. Then train if asked, and
+        round what was trained."""
+        if rotator is not None:
+            rotator.turn(sublayer_pass)
+        recipe = self.recipe.before_rounding
+        pruned: dict[str, Pruned] = {}
+        stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
+        undone = nullcontext if rotator is None else rotator.undone
+        with undone():
+            paths = [group.experts for groups in stages for group in groups if group.experts]
+            dense = self.experts.dense_reads(index, sublayer_pass, paths)
+        if not stages and self.streams.dense is not None:
+            sublayer_pass.advance(self.streams.dense)
+        for number, groups in enumerate(stages):
+            scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
+            found, _ = self._solve_stage(
+                index, sublayer_pass, number, groups, dense, recipe, damping=recipe.damping, scale=scale
+            )
+            if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
+                with undone():
+                    sublayer_pass.advance(self.streams.dense)
+            if rotator is not None:
+                rotator.forget()
+            for name, linear in found.items():
+                if rotator is not None and name in rotator.turned:
+                    linear.record["rotated"] = True
+                    found[name] = replace(linear, rotations=rotator.turned[name])
+                set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
+            if smoother is not None:
+                smoother.apply(found, pruned)
+            for group in groups:
+                if group.experts:
+                    self.experts.use_pruned(index, group.experts)
+            pruned |= found
+        if recipe.trains and pruned:
+            pruned = train_sublayer(sublayer_pass, pruned, recipe, self._share(index, sublayer_pass))
+            if self.recipe.weights != "float":
+                scales = {} if smoother is None else smoother.scales
+                pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
+        return pruned
+
+    def _share(self, index: int, sublayer_pass: SublayerPass) -> float:
+        """The weights of a sublayer's linears divided by those of the layer's largest sublayer; without experts."""
+        runner = sublayer_pass.runner
+        sizes = {
+            sublayer.name: sum(runner.linear(name).weight.numel() for name in sublayer.linears)
+            for sublayer in self.topologies.of(index).sublayers
+        }
+        return sizes[runner.sublayer.name] / max(sizes.values())
+
+    def _solve_stage(
+        self,
+        index: int,
+        sublayer_pass: SublayerPass,
+        number: int,
+        groups: Sequence[Group],
+        dense: Mapping[str, Reads],
+        recipe: Recipe,
+        passes: int = PASSES,
+        damping: float = DAMPING,
+        scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
+    ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
+        """Prune the linears and experts of one stage.
+
+        Args:
+            dense: path of experts -> what they read in the dense model; empty if it is not followed.
+            recipe: of the linears. Experts are always pruned by the whole recipe.
+            passes: of rounding to integers.
+            damping: ADMM's, of the linears.
+            scale: migrates scales in the statistics and weights of the groups' linears.
+
+        Returns:
+            (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
+        """
+        plain = [group for group in groups if group.linears]
+        solved: dict[str, Pruned] = {}
+        records: dict[str, dict[str, Any]] = {}
+        found = sublayer_pass.statistics(number, plain, self.recipe.needs_gram) if plain else []
+        trim()
+        names = [name for group in plain for name in group.linears]
+        statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}
+        weights = {name: sublayer_pass.runner.linear(name).weight.data for name in names}
+        if scale is not None:
+            scale(plain, statistics, weights)
+        shared = self.recipe.permute_scope == "shared"
+        with self.monitor.phase("permutations"):
+            alone = [group for group in plain if not (group.experts and shared)]
+            orders = find_orders(alone, weights, statistics, self.recipe, self.ranks)
+        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
+        for group in (group for group in groups if group.experts):
+            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), passes)
+            order = None
+            if shared:
+                beside = {name: weights[name] for name in group.linears}
+                with self.monitor.phase("permutations"):
+                    order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})
+                orders |= dict.fromkeys(group.linears, order)
+            mixtures.append((experts, order))
+        with self.monitor.phase("masks and weights"):
+            trim()
+            dtype, place = self.model.stored_dtype, sublayer_pass.place
+            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, damping)
+        del found, statistics
+        trim()
+        for experts, order in mixtures:
+            records |= self.experts.prune(index, experts, order)
+        return solved, records
+
+    def _place(self, index: int, name: str) -> str:
+        """What an error about a linear begins with: the model's folder, and the name in its files."""
+        return f"{self.model.folder}: {self.model.written_linear(index, name)}"
+
+    def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
+        return {self.model.written_linear(index, name): value for name, value in found.items()}

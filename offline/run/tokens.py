@@ -1,0 +1,103 @@
+"""The calibration tokens of a run."""
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.hub import HubText
+from ria_vllm.offline.calibration.mixture import spread_among
+from ria_vllm.offline.model.run.architecture import output_head, text_config
+from ria_vllm.offline.model.run.hf import explained, load_dense, text_tokenizer
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.model.source import Source
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import available
+from ria_vllm.progress import Monitor
+
+
+def calibration_tokens(
+    source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
+) -> torch.Tensor:
+    """The tokens that the recipe asks for: int64 [samples, seq_len], on the CPU. Those that the dense model writes
+    beside a text are spread evenly among the others.
+
+    Args:
+        text: the recipe's, opened.
+
+    Raises:
+        RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
+    """
+    if recipe.calibration == "self":
+        return _sample_model(source, model, recipe, recipe.samples, monitor)
+    written = recipe.samples_written
+    asked = f"--samples and --self-written ask for {recipe.samples - written}" if written else None
+    try:
+        tokenizer = text_tokenizer(source.folder)
+    except RiaError as error:
+        raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
+    tokens = data.from_text(text, tokenizer, recipe.samples - written, recipe.seq_len, recipe.seed, asked)
+    vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise RiaError(
+            f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model knows only "
+            f"{vocabulary} tokens."
+        )
+    if written:
+        tokens = spread_among(tokens, _sample_model(source, model, recipe, written, monitor))
+    return tokens.long()
+
+
+def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples: int, monitor: Monitor) -> torch.Tensor:
+    """So many samples that the dense model writes: int64 [samples, seq_len]."""
+    option, way_out = "--calibration self", "Give a text file to --calibration"
+    if recipe.samples_written:
+        option, way_out = "--self-written", "Leave it out"
+    if output_head(model.model) is None:
+        raise RiaError(
+            f"{source.name}: the forward pass of a {type(model.model).__name__} gives no logits of tokens, which "
+            f"{option} needs. {way_out}."
+        )
+    _check_whole_fits(source, model, option, way_out)
+    with (
+        monitor.phase("loading the whole model"),
+        explained(f"{source.name}: transformers cannot load the model"),
+    ):
+        # Eager attention, because for one token at a time a CPU's fused kernels are much slower. It is also what
+        # `attention_options` asks for, if anything.
+        whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
+        whole = whole.to(model.device).eval()
+    bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none
+    return data.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor)
+
+
+def _check_whole_fits(source: Source, model: StreamedModel, option: str, way_out: str) -> None:
+    """Refuse to load a dense model that does not fit into memory: the system would kill the process without a word.
+
+    Args:
+        option: which one needs the whole model.
+    """
+    needed = _needed(model, model.dtype)
+    room = {device: free for device in needed if (free := available(device)) is not None}
+    for device, free in room.items():
+        if needed[device] > free:
+            smaller, least = "", _needed(model, model.stored_dtype)
+            if least[device] < needed[device] and all(least[one] <= room[one] for one in room):
+                narrow = name_of(model.stored_dtype)
+                smaller = f" Or give --compute-dtype {narrow}, which takes less memory and more time."
+            raise RiaError(
+                f"{source.name}: {option} runs the whole dense model in {name_of(model.dtype)}, which takes "
+                f"{needed[device] / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). "
+                f"{way_out}; then decoder layers are in memory one at a time.{smaller}"
+            )
+
+
+def _needed(model: StreamedModel, dtype: torch.dtype) -> dict[torch.device, int]:
+    """The bytes that the dense model takes in `dtype`: on its device, and on the CPU while it is loaded."""
+    sizes = {name: parameter.numel() for name, parameter in model.model.named_parameters()}
+    weights = sum(sizes.values()) * dtype.itemsize
+    second = 0
+    if model.tensors.scheme is not None:  # see `load_dense`
+        twice = sizes if dtype != model.stored_dtype else sizes.keys() & model.names.made
+        second = sum(sizes[name] for name in twice) * model.stored_dtype.itemsize
+    return {model.device: weights} | {torch.device("cpu"): weights + second}

@@ -1,0 +1,1 @@
+"""What is done to one sublayer: rotate, smooth, solve, train."""

@@ -1,0 +1,268 @@
+"""Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import permutation
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.offline.calibration.statistics import Statistics
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruning import masks, scores
+from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
+from ria_vllm.offline.pruning.rounding import PASSES, round_on_mask
+from ria_vllm.offline.pruning.sparsegpt import sparsegpt
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
+from ria_vllm.offline.transforms import permute
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run LAPACK in one thread: its factorisations round differently with more, and masks must not depend on that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def find_orders(
+    groups: Sequence[Group],
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    recipe: Recipe,
+    ranks: Ranks,
+) -> dict[str, torch.Tensor | None]:
+    """Search the order of the input channels of each linear. The searches are divided among the ranks.
+
+    Args:
+        groups: linears with a common input; the recipe says whether they share an order.
+        weights: linear -> [out, in] on the device.
+        statistics: linear -> statistics of its input.
+
+    Returns:
+        linear -> int64 [in] on the CPU; None for the model's own order.
+    """
+    problems = [(group, names) for group in groups for names in recipe.shared_orders(group.linears)]
+    costs = [weights[names[0]].shape[1] ** 2 * sum(len(weights[n]) for n in names) for _, names in problems]
+    owners = ranks.partition_by_cost(costs)
+    orders = {}
+    for (group, names), owner in zip(problems, owners, strict=True):
+        p = None
+        if owner == ranks.rank and recipe.permute != "none":
+            p = _find_order(group, names, weights, statistics, recipe)
+        p = ranks.broadcast(p, owner)
+        orders |= dict.fromkeys(names, p)
+    return orders
+
+
+def solve(
+    names: Sequence[str],
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    orders: Mapping[str, torch.Tensor | None],
+    dtype: torch.dtype,
+    recipe: Recipe,
+    ranks: Ranks,
+    place: Callable[[str], str],
+    passes: int = PASSES,
+    damping: float = DAMPING,
+) -> dict[str, Pruned]:
+    """Prune and reconstruct the linears `names`, which are divided among the ranks.
+
+    Args:
+        weights, statistics, orders: as for, and from, `find_orders`.
+        dtype: of the result, the checkpoint's.
+        place: linear -> what an error about it begins with.
+        passes: of rounding to integers; fewer are faster and less exact.
+        damping: ADMM's, see `admm_solver`.
+
+    Returns:
+        linear -> result, on the CPU and on all ranks.
+
+    Raises:
+        RiaError: a result is not finite in `dtype`.
+    """
+    owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
+    solved: dict[str, Pruned] = {}
+    own = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
+    solvers = _Solvers((statistics[name].gram for name in own), damping)
+    for name in own:
+        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers, passes)
+        if not bool(solved[name].weight.isfinite().all()):
+            raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
+    return {name: ranks.broadcast(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
+
+
+class _Solvers:
+    """Keeps the solver for a Gram matrix until its last linear; they are large, so no two are in memory at once."""
+
+    def __init__(self, grams: Iterable[SymmetricMatrix | None], damping: float) -> None:
+        """`grams`: those of the linears, in the order in which they are solved; equal ones follow each other."""
+        self.damping = damping
+        self.uses = Counter(map(id, grams))
+        self.gram: SymmetricMatrix | None = None
+        self.last: AdmmSolver | None = None
+
+    def of(self, gram: SymmetricMatrix, scales: torch.Tensor | None) -> AdmmSolver:
+        if self.last is None or self.gram is not gram:
+            self.gram, self.last = gram, None
+            with one_thread():
+                self.last = admm_solver(gram, self.damping, scales=scales)
+        found = self.last
+        self.uses[id(gram)] -= 1
+        if not self.uses[id(gram)]:
+            self.gram = self.last = None
+        return found
+
+
+def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
+    """The recipe's scores S [out, in] float32.
+
+    RIA's for SparseGPT, which scores weights itself, but needs scores to order the channels.
+    """
+    method = "ria" if recipe.method == "sparsegpt" else recipe.method
+    return _score(method, weight, statistics, recipe)
+
+
+def _score(
+    method: str,
+    weight: torch.Tensor,
+    statistics: Statistics,
+    recipe: Recipe,
+    column_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The scores of the model's own weights, whatever scales have migrated into them: RIA's would change."""
+    norm, scales = statistics.norm, statistics.scales
+    if scales is not None:
+        weight, norm = weight.to(torch.float32, copy=True).div_(scales), norm * scales
+    return scores.score(method, weight, norm, recipe.exponent, column_sums)
+
+
+def _keeps_to_blocks(group: Group, width: int) -> bool:
+    """Whether an order can keep to the group's blocks: each has to hold whole groups of four channels."""
+    return group.blocks > 1 and width % (group.blocks * masks.GROUP) == 0
+
+
+def _find_order(
+    group: Group,
+    names: Sequence[str],
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    recipe: Recipe,
+) -> torch.Tensor | None:
+    S = _stacked_scores(names, weights, statistics, recipe)
+    if _keeps_to_blocks(group, S.shape[1]):
+        p = permute.search_heads(
+            S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.permute, recipe.seed, recipe.matmul_dtype
+        )
+    elif group.heads is None:
+        p = permute.search(S, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+    elif group.heads.head_dim % masks.GROUP == 0:
+        heads = group.heads
+        p = permute.search_heads(
+            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, recipe.permute, recipe.seed, recipe.matmul_dtype
+        )
+    else:
+        return None  # groups would span two heads, whose channels must not mix
+    return None if permutation.is_identity(p) else p.cpu()
+
+
+def _stacked_scores(
+    names: Sequence[str], weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics], recipe: Recipe
+) -> torch.Tensor:
+    """The scores of the linears, [sum of out, in] float32, stored by columns, as the search needs them."""
+    counts = [len(weights[name]) for name in names]
+    first = weights[names[0]]
+    columns = torch.empty(first.shape[1], sum(counts), device=first.device)
+    for name, part in zip(names, columns.split(counts, dim=1), strict=True):
+        part.copy_(score(weights[name], statistics[name], recipe).T)
+    return columns.T
+
+
+def _prune(
+    weight: torch.Tensor,
+    statistics: Statistics,
+    p: torch.Tensor | None,
+    dtype: torch.dtype,
+    recipe: Recipe,
+    solvers: _Solvers,
+    passes: int,
+) -> Pruned:
+    W = None
+    if recipe.method == "sparsegpt":
+        W, mask = _sparsegpt(weight, statistics, p)
+        record = _retained(score(weight, statistics, recipe), mask)
+    else:
+        S = score(weight, statistics, recipe)
+        mask = _mask(S, p)
+        record = _retained(S, mask)
+        del S  # as large as the weight, so it would raise the peak memory
+    start, scales, weight_format = mask, None, recipe.weight_format
+    if recipe.reconstruct != "none":
+        cross_term = statistics.drift and statistics.drift.cross_term(weight)
+        choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
+        solver = solvers.of(statistics.gram, statistics.scales)
+        W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
+        del solver
+        if isinstance(weight_format, IntFormat):
+            order = None if p is None else p.to(weight.device)
+            W, scales = round_on_mask(
+                weight, W, mask, statistics.gram, weight_format, cross_term, order, passes, divided_by=statistics.scales
+            )
+        del cross_term
+    W = weight * mask if W is None else W
+    W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
+    record |= {"shape": list(weight.shape), "permuted": p is not None}
+    if statistics.gram is not None:
+        record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
+        record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
+    return Pruned(W, packed(mask), p, record, scales)
+
+
+def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:
+    """Chooses the masks of some rows by the method's own score, with the column sums of the dense weight."""
+    column_sums = weight.abs().float().sum(0)
+    if statistics.scales is not None:
+        column_sums = column_sums / statistics.scales
+
+    def choose(rows: torch.Tensor) -> torch.Tensor:
+        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p)
+
+    return choose
+
+
+def _mask(S: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
+    """The mask bool [out, in], in the model's own order, that is 2:4 in order p."""
+    if p is None:
+        return masks.mask(S)
+    p = p.to(S.device)  # index_select is several times faster than indexing, and ADMM chooses masks often
+    return masks.mask(S.index_select(1, p)).index_select(1, permutation.invert(p))
+
+
+def _sparsegpt(
+    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gram, scales = statistics.gram, statistics.scales
+    with one_thread():
+        if p is None:
+            return sparsegpt(weight, gram, scales=scales)
+        p = p.to(weight.device)
+        W, mask = sparsegpt(weight[:, p], gram, order=p, scales=scales)
+    back = permutation.invert(p)
+    return W[:, back], mask[:, back]
+
+
+def _retained(S: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+    """The retained score, as a share: 2:4 in the model's own order, and with this mask."""
+    whole = float(S.sum(dtype=torch.float64)) or 1.0
+    kept = {"retained_before": masks.mask(S), "retained_after": mask}
+    return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

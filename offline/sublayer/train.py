@@ -1,0 +1,214 @@
+"""Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks, and then
+round them, if they are to become integers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ria_vllm.format.formats import IntFormat
+from ria_vllm.offline.calibration.activations import AllChunks
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruning.admm import output_error
+from ria_vllm.offline.pruning.block import LR, Diverged, train_block
+from ria_vllm.offline.pruning.rounding import round_on_mask
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.sublayer.pruned import Pruned, stored_weight
+from ria_vllm.offline.sublayer.smoothing import set_parameter
+
+
+def train_sublayer(
+    sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe, share: float = 1.0
+) -> dict[str, Pruned]:
+    """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
+
+    Args:
+        sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
+        pruned: name relative to the layer -> pruned linear.
+        share: the sublayer's weights divided by those of the layer's largest sublayer.
+
+    Returns:
+        The same linears, see `after_training`; their weights are also in the layer.
+
+    Raises:
+        Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
+    """
+    runner, streams, ranks = sublayer_pass.runner, sublayer_pass.streams, sublayer_pass.ranks
+    # Models keep some parameters in float32, whatever the others are in: routers, for example.
+    dtypes = {parameter: parameter.dtype for parameter in runner.layer.parameters()}
+    # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
+    others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
+    for parameter in (p for module in others for p in module.parameters(recurse=False)):
+        parameter.data = parameter.data.float()
+    targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
+    chunks = recipe.schedule.chunks(streams.total, share)
+    trim()
+    weights = {name: runner.linear(name).weight for name in pruned}
+    before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # to go back: half of a copy
+    # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
+    small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
+    kept = blocks_kept() if small else nullcontext()
+    with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
+        try:
+            losses: tuple[float, float] | None = train_block(
+                runner.run,
+                weights,
+                _Masks(pruned, runner.device),
+                _Some(sublayer_pass.inputs_and_calls(), chunks),
+                _Some(targets, chunks),
+                passes=recipe.schedule.passes(len(chunks), share),
+                lr=LR * recipe.schedule.rate(share),
+                seed=recipe.seed,
+                dtype=recipe.matmul_dtype,
+                place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
+                agreed=ranks.broadcast,
+            )
+        except Diverged:
+            if recipe.reconstruct == "block":
+                raise
+            losses = None
+    trained = {}
+    for name, linear in pruned.items():
+        module = runner.linear(name)
+        trained[name] = after_training(linear, module.weight.data, losses, recipe, ranks)
+        if not trained[name].record["trained"]:
+            # The layer may have had the same tensor, which training then changed.
+            trained[name].weight[linear.mask] = before[name]
+        module.weight.data = trained[name].weight.to(runner.device, dtypes[module.weight])
+    for parameter, dtype in dtypes.items():
+        parameter.data = parameter.data.to(dtype)
+    return trained
+
+
+def after_training(
+    linear: Pruned,
+    weight: torch.Tensor,
+    losses: tuple[float, float] | None,
+    recipe: Recipe,
+    ranks: Ranks,
+) -> Pruned:
+    """The linear with its trained weight [out, in], or as it was if the loss did not fall; the first rank's, on all.
+
+    Steps can be too long for a model. Those of integers can also be too short to reach the next one.
+
+    Args:
+        losses: before and after; None if training diverged.
+        ranks: all have trained alike. But on GPUs, and on other CPUs, sums are rounded otherwise.
+    """
+    trained = linear
+    if ranks.first:
+        better = losses is not None and losses[1] < losses[0]
+        trained = replace(linear, record=linear.record | {"block_loss": losses and list(losses), "trained": better})
+        if better:
+            weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
+            trained = replace(trained, weight=weight, scale=scale)
+    return ranks.broadcast(trained)
+
+
+def round_sublayer(
+    sublayer_pass: SublayerPass,
+    pruned: Mapping[str, Pruned],
+    stages: Sequence[Sequence[Group]],
+    scales: Mapping[str, torch.Tensor],
+    recipe: Recipe,
+    dtype: torch.dtype,
+) -> dict[str, Pruned]:
+    """Round the trained linears of a sublayer to the recipe's integers, so that each outputs what it did before.
+
+    They are taken stage by stage: what a linear reads has been rounded already.
+
+    Args:
+        sublayer_pass: with the trained weights in place.
+        pruned: name relative to the layer -> linear whose weight is not rounded.
+        stages: of the sublayer, with only the linears that are pruned.
+        scales: linear -> [in], by which what it reads was divided; without those that read their input as it was.
+        dtype: of the result, the checkpoint's.
+
+    Returns:
+        The same linears. The records say how much the rounding changed the output: `rounding_error`, relative as
+        `error_after` is. The layer has their weights; or the exact ones, and so have they, if the recipe continues with
+        those.
+    """
+    runner, ranks = sublayer_pass.runner, sublayer_pass.ranks
+    rounded: dict[str, Pruned] = {}
+    for number, stage in enumerate(stages):
+        groups = [group for group in stage if group.linears]
+        found = sublayer_pass.statistics(number, groups, with_gram=True, with_drift=False) if groups else []
+        trim()
+        names = [name for group in groups for name in group.linears]
+        grams = {name: read.gram for group, read in zip(groups, found, strict=True) for name in group.linears}
+        owners = ranks.partition_by_cost([pruned[n].weight.shape[1] * pruned[n].weight.numel() for n in names])
+        for name, owner in zip(names, owners, strict=True):
+            linear = None
+            if owner == ranks.rank:
+                with sublayer_pass.monitor.phase("masks and weights"):
+                    linear = _rounded(pruned[name], grams[name], scales.get(name), recipe, dtype, runner.device)
+            rounded[name] = linear = ranks.broadcast(linear, owner)
+            set_parameter(runner.layer, f"{name}.weight", linear.weight)
+        del found, grams
+        trim()
+    if recipe.continues_exactly:
+        for name, linear in pruned.items():
+            exact = linear.weight[linear.mask] if ranks.first else None  # which writes it
+            rounded[name] = replace(rounded[name], exact=exact)
+            set_parameter(runner.layer, f"{name}.weight", linear.weight)
+    return rounded
+
+
+def _rounded(
+    linear: Pruned,
+    gram: SymmetricMatrix,
+    divided_by: torch.Tensor | None,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pruned:
+    weight_format = recipe.weight_format
+    assert isinstance(weight_format, IntFormat)
+    exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
+    start = exact.to(torch.float32, copy=True)  # whose memory the result takes
+    W, scale = round_on_mask(exact, start, linear.mask.to(device), gram, weight_format, p=p, divided_by=divided_by)
+    W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
+    error = output_error(exact, W.to(device), gram)
+    return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Some(Sequence[T]):
+    """Some items of a sequence, each loaded only when it is asked for."""
+
+    items: Sequence[T]
+    chosen: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> T:  # type: ignore[override]
+        return self.items[self.chosen[index]]
+
+
+class _Masks(Mapping[str, torch.Tensor]):
+    """The masks of the linears, each unpacked and on the device only while it is used."""
+
+    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
+        self.pruned, self.device = pruned, device
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.pruned[name].mask.to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pruned)
+
+    def __len__(self) -> int:
+        return len(self.pruned)

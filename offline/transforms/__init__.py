@@ -1,0 +1,1 @@
+"""Mathematics of what is done before pruning: permutations, rotations, SmoothQuant's scales."""

@@ -1,0 +1,147 @@
+"""Channel permutation: an order of the input channels in which a 2:4 mask retains more of the score.
+
+(Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.)
+"""
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.pruning.masks import GROUP
+from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
+
+METHODS = ("lsa", "heuristic", "none")
+# After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
+WORTHWHILE = 2e-4
+# Up to this many groups, the exact gain matrix is the faster one.
+EXACT_GROUPS = 64
+LADDER_STEPS = 4
+
+
+def search(
+    S: torch.Tensor, method: str = "lsa", rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Search for the order of input channels that retains the most score.
+
+    heuristic: sort the channels by their summed score and deal them out to the groups in four passes, every second pass
+    reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
+    as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
+    what the last one could not. A round is kept only if the score that it really retains is higher.
+
+    Args:
+        S: [rows, channels] scores; those of linears that share their input are stacked.
+        rounds: stop after this many rounds with a gain.
+        seed: for the shuffles; the same seed gives the same order.
+        dtype: of the products that compare assignments; see `coded_gain_matrix`.
+
+    Returns:
+        int64 [channels] on the device of S: stored column j holds channel p[j]. It never retains less than the model's
+        own order or the heuristic's.
+
+    Raises:
+        RiaError: unknown method, or channels that do not divide into groups of 4.
+    """
+    channels = S.shape[1]
+    if method not in METHODS:
+        raise RiaError(f"unknown permutation method {method!r}; choose one of {', '.join(METHODS)}")
+    if channels % GROUP:
+        raise RiaError(f"{channels} input channels do not divide into groups of {GROUP}")
+    index = torch.arange(channels, device=S.device).view(-1, GROUP)
+    if method == "none" or channels == GROUP:
+        return index.flatten()
+    columns = S.T.float().contiguous()
+    best = retained_score(columns, index)
+    dealt = deal(columns)
+    if (score := retained_score(columns, dealt)) >= best:
+        index, best = dealt, score
+    if method == "lsa":
+        index = _improve(columns, index, best, rounds, seed, dtype)
+    return index.flatten()
+
+
+def search_heads(
+    S: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    method: str = "lsa",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Like `search`, for an attention output projection, in an order that the value projection's rows can follow.
+
+    Attention mixes tokens, but not the channels of a head. So channels move only within their head, and in the same way
+    in all query heads that share a key-value head.
+
+    Args:
+        S: [rows, num_heads * head_dim] scores.
+
+    Returns:
+        int64 [num_heads * head_dim].
+
+    Raises:
+        RiaError: the channels are not num_heads * head_dim, or num_kv_heads does not divide num_heads.
+    """
+    if S.shape[1] != num_heads * head_dim or num_heads % num_kv_heads:
+        raise RiaError(
+            f"{S.shape[1]} input channels are not {num_heads} heads of {head_dim} channels over {num_kv_heads} "
+            "key-value heads"
+        )
+    share = num_heads // num_kv_heads
+    heads = S.view(-1, num_kv_heads, share, head_dim)
+    order = []
+    for kv in range(num_kv_heads):
+        stacked = heads[:, kv].reshape(-1, head_dim)
+        inner = search(stacked, method, seed=seed, dtype=dtype)
+        order += [inner + (kv * share + query) * head_dim for query in range(share)]
+    return torch.cat(order)
+
+
+def retained(S: torch.Tensor, p: torch.Tensor | None = None) -> float:
+    """The share of the total score that a 2:4 mask retains with the channels in order p (None: as they are).
+
+    Args:
+        S: [rows, channels].
+        p: int [channels].
+    """
+    columns = S.T.float().contiguous()
+    order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
+    total = columns.sum(dtype=torch.float64)
+    return float(retained_score(columns, order.view(-1, GROUP)) / total) if total > 0 else 1.0
+
+
+def deal(columns: torch.Tensor) -> torch.Tensor:
+    """The heuristic order, int64 [G, 4].
+
+    Of the channels ranked by summed score, each group gets one from each of four equal parts.
+    """
+    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(GROUP, -1)
+    return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
+
+
+def _improve(
+    columns: torch.Tensor, index: torch.Tensor, best: torch.Tensor, rounds: int, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    groups = len(index)
+    ladder = levels(columns, LADDER_STEPS) if groups > EXACT_GROUPS else None
+    # With few groups a round is cheap and has little choice, so more of them may fail before the search stops.
+    patience = 1 + 32 // groups
+    trial, idle = index, 0
+    while rounds > 0 and idle < patience:
+        for position in range(GROUP):
+            if ladder is None:
+                gain = gain_matrix(columns, trial, position)
+            else:
+                gain = coded_gain_matrix(columns, trial, position, ladder, dtype)
+            trial = reassign(trial, gain, position)
+        score = retained_score(columns, trial)
+        idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
+        if score > best:
+            index, best, rounds = trial, score, rounds - 1
+        trial = _shuffle_within_groups(index, draw)
+    return index
+
+
+def _shuffle_within_groups(index: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    order = torch.rand(index.shape, generator=draw).argsort(dim=1).to(index.device)
+    return index.gather(1, order)

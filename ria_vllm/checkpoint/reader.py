@@ -1,0 +1,287 @@
+"""Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ria_vllm.checkpoint.consistency import check_digests, check_prefix, problems_of_folds, problems_of_rotations
+from ria_vllm.checkpoint.inputs import Inputs
+from ria_vllm.checkpoint.side_files import checked_proofs, checked_rotations, load_permutations
+from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_finite
+from ria_vllm.checkpoint.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    files_below,
+    mistral_files,
+    tensor_names,
+    unindexed_files,
+    weight_files,
+)
+from ria_vllm.errors import RiaError
+from ria_vllm.files.json_file import read_json
+from ria_vllm.files.open_files import MOST_BYTES, OpenFiles
+from ria_vllm.format import proofs
+from ria_vllm.format.proofs import TRANSPOSED
+from ria_vllm.format.schema import (
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    PROOFS_FILE,
+    QUANT_METHOD,
+    REPORT_FILE,
+    ROTATIONS_FILE,
+    RiaSchema,
+)
+from ria_vllm.format.stacks import problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.progress import Monitor
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint that ria-vllm wrote."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return False
+    quantization = read_json(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _what_works(quantization: Any) -> str:
+    """What can be done with a folder that another program wrote, in one sentence or none."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
+        return ""
+    return (
+        " It is one of compressed-tensors: `vllm serve` takes it with ria-vllm's plugin, if it is 2:4 in a format that "
+        "README.md lists, but `inspect`, `verify` and `export` do not read it."
+    )
+
+
+BLOCK = 1 << 22  # numbers of a large matrix that are read at a time
+
+
+class Reader:
+    """A compressed checkpoint folder. Opening it reads only headers and the permutations.
+
+    Args:
+        most_bytes: of what was read that stay mapped.
+
+    Attributes:
+        inputs: what tells whether the folder has changed since.
+
+    Raises:
+        RiaError: from the constructor and from every method, naming file and layer.
+    """
+
+    def __init__(self, folder: str | Path, most_bytes: int = MOST_BYTES):
+        self.folder = Path(folder)
+        self.inputs = Inputs(self.folder)
+        self._open = OpenFiles(most_bytes)
+        self.config = read_json(self.folder / "config.json")
+        quantization = self.config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{_what_works(quantization)}")
+        self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
+        self.files = weight_files(self.folder)
+        self._check_strays()
+        self.sparse_names = [n.removesuffix(".compressed") for n in self.files if n.endswith(".compressed")]
+        for name in self.files:
+            layer, _, part = name.rpartition(".")
+            if part == "bitmask" and f"{layer}.compressed" not in self.files:
+                raise RiaError(f"{self.folder}: {layer}.compressed is missing. Get the weight files again.")
+            if part == "compressed" and f"{layer}.weight" in self.files:
+                raise RiaError(
+                    f"{self.folder}: {layer} is stored both dense and compressed. Get the weight files again."
+                )
+            if name.endswith(PERMUTATION_SUFFIX):
+                raise RiaError(f"{self.files[name]}: {name} does not belong here, but in {PERMUTATIONS_FILE}.")
+        for path in set(self.files.values()):
+            for name in tensor_names(path):
+                if self.files.get(name) != path:
+                    raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
+        if not self.sparse_names:
+            raise RiaError(f"{self.folder}: no pruned linear in it.")
+        check_prefix(self.files, self.schema, "model.", self.folder)
+        path = self.folder / PERMUTATIONS_FILE
+        if self.schema.permutes and not path.is_file():
+            raise RiaError(f"{path}: missing, though the model was compressed with permutations. Get the file again.")
+        self.permutations = load_permutations(path) if path.is_file() else {}
+        for name in sorted(set(self.permutations) - set(self.sparse_names)):
+            raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
+        check_digests(self.schema, self.permutations, self.files.values(), self.folder)
+        self.rotations = self._rotations()
+
+    def _rotations(self) -> dict[str, torch.Tensor]:
+        if self.schema.rotations_digest is None:
+            return {}
+        path = self.folder / ROTATIONS_FILE
+        is_pruned = set(self.sparse_names).__contains__
+        return checked_rotations(path if path.is_file() else None, self.schema, is_pruned, self.folder)
+
+    @property
+    def permuted_names(self) -> list[str]:
+        return list(self.permutations)
+
+    def _check_strays(self) -> None:
+        """Refuse files of other weights that would be loaded along with ours, or in their place.
+
+        Without an index, vLLM reads all files. transformers prefers the single file to an index.
+        """
+        indexed = (self.folder / INDEX_FILE).is_file()
+        own = {path.name for path in self.files.values()}
+        if taken := mistral_files(files_below(self.folder), own, self.folder):
+            raise RiaError(taken)
+        for name in unindexed_files(self.folder):
+            if name not in own and (name == SINGLE_FILE or not indexed):
+                raise RiaError(
+                    f"{self.folder / name}: does not belong to {INDEX_FILE if indexed else SINGLE_FILE}, but would be "
+                    "loaded. Remove it, or get all files of one run."
+                )
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
+        own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.tensor_names}
+        return [name for name in self.files if name not in own]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._open.tensor(self.files[name], name)
+
+    def linear(self, name: str) -> SparseLinear:
+        """Load and check one pruned linear."""
+        stored = {part: f"{name}.{part}" for part in self.schema.tensor_names}
+        parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
+        where = self.files.get(stored["compressed"], self.folder)
+        linear = checked_linear(name, parts, self.permutations.get(name), self.schema, where)
+        return replace(linear, rotations=self.rotations.get(name))
+
+    def dense_tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """Name -> what makes it, for every tensor of the dense model: in the model's own channel order, experts stacked
+        as its files have them. In the order of the files.
+
+        Raises:
+            RiaError: an expert is missing, or a tensor is there twice.
+        """
+        sparse = set(self.sparse_names)
+        stacks = stacked_tensors(self.schema, sparse, self.folder)
+        in_stack = {name: tensor for tensor, (layer, stack) in stacks.items() for name in layer.rows(stack)}
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        for name in sorted(self.files, key=lambda name: (self.files[name], name)):
+            linear, _, part = name.rpartition(".")
+            if linear not in sparse or part not in self.schema.tensor_names:
+                if name in stacks or name.removesuffix(".weight") in sparse:
+                    raise RiaError(f"{self.folder}: {name} is stored dense and pruned. Get the weight files again.")
+                found[name] = partial(self.tensor, name)
+            elif linear in in_stack:
+                tensor = in_stack[linear]
+                found.setdefault(tensor, partial(stack_experts, *stacks[tensor], self.dense, self.folder))
+            else:
+                found[f"{linear}.weight"] = partial(self.dense, linear)
+        return found
+
+    def pruned_tensors(self) -> set[str]:
+        """The tensors of the dense model that hold pruned linears, by their names in its files.
+
+        Raises:
+            RiaError: an expert is missing, or a tensor is there twice.
+        """
+        return self.dense_tensors().keys() - set(self.dense_names)
+
+    def proved(self, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
+        """(matrix, its proof) of all matrices, one in memory at a time, and of large plain ones only a part.
+
+        Args:
+            schema: says which vector they are proved with.
+        """
+        for name in self.sparse_names:
+            for matrix, weight in self._proved(name, self._exact(self.linear(name))):
+                yield matrix, proofs.proof(weight, schema.proof_vector(weight.shape[1]))
+        for name in self.dense_names:
+            module, _, part = name.rpartition(".")
+            shape = self._open.shape(self.files[name], name)
+            if part != "weight" or len(shape) != 2:
+                continue
+            if schema.proved_transposed(module):
+                weight = self.tensor(name)
+                yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
+            r, rows = schema.proof_vector(shape[1]), max(1, BLOCK // max(1, shape[1]))
+            blocks = (
+                proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)), r)
+                for start in range(0, shape[0], rows)
+            )
+            yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
+
+    def _proved(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The matrix, and where it has a proof as well, the transposed one."""
+        yield name, weight
+        if self.schema.proved_transposed(name):
+            yield name + TRANSPOSED, weight.T
+
+    def _exact(self, linear: SparseLinear) -> torch.Tensor:
+        """[out, in], which the model's dtype would round if it is of integers."""
+        return (linear if self.schema.weights is None else replace(linear, dtype=torch.float32)).dense()
+
+    def proofs(self) -> dict[str, torch.Tensor]:
+        """Matrix -> its proof, float32 [out, 2], as stored."""
+        path = self.folder / PROOFS_FILE
+        return checked_proofs(path if path.is_file() else None, self.schema, self.folder)
+
+    def _disproved(self, name: str, weight: torch.Tensor, stored: dict[str, torch.Tensor]) -> Iterator[str]:
+        """What is wrong with a matrix [out, in] by its proof, which is taken from `stored`, in a sentence."""
+        if self.schema.proofs is None:
+            return
+        for matrix, values in self._proved(name, weight):
+            found = proofs.proof(values, self.schema.proof_vector(values.shape[1]))
+            if matrix not in stored:
+                yield f"{matrix}: no proof of it in {PROOFS_FILE}"
+            elif not proofs.agree(found, stored.pop(matrix)):
+                yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
+
+    def dense(self, name: str) -> torch.Tensor:
+        """The weight of a pruned linear [out, in], in the model's own order."""
+        return self.linear(name).dense()
+
+    def report(self) -> dict[str, Any]:
+        """What `compress` measured; empty where the report was not kept."""
+        path = self.folder / REPORT_FILE
+        return read_json(path) if path.is_file() else {}
+
+    def problems(self, monitor: Monitor | None = None) -> Iterator[str]:
+        """Every broken invariant, in a sentence that names the layer. Reads the checkpoint one linear at a time."""
+        monitor = monitor or Monitor(shown=False)
+        sparse = set(self.sparse_names)
+        shapes: dict[str, tuple[int, int]] = {}
+        permutations: dict[str, torch.Tensor] = {}
+        stored = self.proofs()
+        for name in monitor.steps(self.sparse_names, "checking pruned linears", len(self.sparse_names)):
+            if self.schema.ignored(name):
+                yield f"{name}: listed as ignored in config.json, but stored compressed"
+            try:
+                linear = self.linear(name)
+            except RiaError as error:
+                yield str(error)
+                continue
+            shapes[name] = linear.shape
+            if linear.input_permutation is not None:
+                permutations[name] = linear.input_permutation
+            wrong = [
+                f"{self.files[f'{name}.{part}']}: {name}: {reason}"
+                for part, tensor in linear.parts.items()
+                if (reason := not_finite(tensor))
+            ]
+            yield from wrong or self._disproved(name, self._exact(linear), stored)
+        yield from problems_of_experts(self.schema, shapes, sparse)
+        yield from problems_of_rotations(self.schema, self.rotations, shapes)
+        yield from problems_of_folds(self.schema, permutations, shapes, sparse)
+        dense = self.dense_names
+        for name in monitor.steps(dense, "checking other tensors", len(dense)):
+            tensor = self.tensor(name)
+            if reason := not_finite(tensor):
+                yield f"{self.files[name]}: {name}: {reason}"
+            elif name.endswith(".weight") and tensor.dim() == 2:
+                yield from self._disproved(name.removesuffix(".weight"), tensor, stored)
+        here = sparse | {name.removesuffix(".weight") for name in dense}
+        for name in sorted(stored):
+            if name.removesuffix(TRANSPOSED) not in here:
+                yield f"{name}: missing, though {PROOFS_FILE} has its proof"

@@ -1,0 +1,484 @@
+"""Writing a checkpoint so that it appears whole or not at all, and an interrupted run loses nothing that was finished.
+
+OUT.partial/ holds the work: one safetensors file per finished unit (the embeddings, each decoder layer, the head), put
+in place by a rename. When all units are there, their bytes are copied into shards, and the folder is renamed to OUT.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.side_files import load_permutations, load_rotations
+from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
+from ria_vllm.errors import RiaError
+from ria_vllm.format import permutation, proofs, rotation
+from ria_vllm.format.schema import (
+    DIGESTS,
+    PERMUTATION_SUFFIX,
+    PERMUTATIONS_FILE,
+    PROOFS_FILE,
+    ROTATIONS_FILE,
+    ROTATIONS_SUFFIX,
+    Proofs,
+)
+
+LOCK_FILE, UNITS = "lock", "units"
+SEED = 1  # of the vector that matrices are proved with; any would do
+ATTEMPTS = 100  # to lock a folder that others delete meanwhile
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says where it is and how to continue."""
+    try:
+        yield
+    except SafetensorError as error:
+        # safetensors writes in Rust; the text "(os error N)" is all that is left of the system's error.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        with disk_errors(where):
+            raise OSError(int(number.group(1)), os.strerror(int(number.group(1)))) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RiaError(
+                f"{where}: no space left on the disk. Free some and run the same command again; `compress` and "
+                "`distill` go on from what is finished if you add --resume."
+            ) from error
+        raise RiaError(f"{where}: cannot write ({error.strerror or error}).") from error
+
+
+def check_place(out: Path, source: Path) -> None:
+    """Refuse to write to the folder that `source` is read from, or around it: --overwrite would delete the source.
+
+    Raises:
+        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/", or begins with "~".
+    """
+    if out.parts[:1] == ("~",):
+        raise RiaError(f"{out}: no shell has replaced the ~ by your home folder. Write {out.expanduser()}.")
+    if out.name in ("", ".."):
+        raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
+    if not source.exists():
+        return  # a hub id
+    place, read = out.resolve(), source.resolve()
+    if place == read:
+        raise RiaError(f"{out}: this is the folder being read. Choose another one.")
+    if place in read.parents:
+        raise RiaError(f"{out}: holds what is being read, {source}. Choose another folder.")
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless it may and can be replaced."""
+    if os.path.ismount(out):
+        raise RiaError(f"{out}: a mount point, which cannot be replaced. Choose a folder in it: {out / 'model'}.")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
+
+
+def check_file_place(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it will hold."""
+    if path.is_dir():
+        raise RiaError(f"{path}: a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise RiaError(
+            f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another."
+        )
+
+
+def is_free(folder: Path, sign: str) -> bool:
+    """Whether a folder is missing, or empty but for a lock, or holds what shows that it is ours.
+
+    Args:
+        sign: a file's name, or a folder's with a "/". Who locks the folder makes this first and deletes it last, so
+            that the answer is right meanwhile, too.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name + "/" * entry.is_dir() for entry in entries}
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return sign in names or names <= {LOCK_FILE, f"{sign}.tmp"}
+
+
+def locked(folder: Path) -> IO[bytes]:
+    """An open file, by which this process has the folder to itself until it is closed or the process ends. The folder
+    is made if it is not there.
+
+    The lock is the process's: any other descriptor of the file that it closes ends it, too.
+
+    Raises:
+        RiaError: another process has it.
+        OSError: it cannot be made.
+    """
+    for _ in range(ATTEMPTS):
+        with suppress(FileExistsError, FileNotFoundError):  # another process is deleting it
+            return _locked(folder)
+    return _locked(folder)
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """One attempt. FileExistsError or FileNotFoundError may mean that another process has deleted the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    file = open(path, "ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise RiaError(
+                f"{folder}: another process is writing here. Wait until it ends, or choose another output folder."
+            ) from error
+        # The file system has no locks.
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        file.close()  # who had the lock has deleted it: it keeps nobody out
+        raise
+
+
+def delete_locked(folder: Path, lock: IO[bytes]) -> None:
+    """Delete a folder that `locked` has locked, and that is empty but for the lock; else only unlock it.
+
+    The lock is deleted while it is held. So who waits for it, or comes now, makes one of its own.
+    """
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    lock.close()  # NFS keeps a file that is open under another name, and then the folder, too
+    with suppress(OSError):  # another process has it by now
+        folder.rmdir()
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole, or not at all. A link is replaced; what it leads to stays as it is.
+
+    Raises:
+        OSError: it cannot be written; see `disk_errors`.
+    """
+    if (path.exists() and not path.is_file()) or path.is_relative_to("/dev"):  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is there whole, or not at all, whatever interrupts it.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; see `disk_errors`.
+    """
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class CheckpointWriter:
+    """The work folder of one output folder. One process at a time may have it, and those that join it.
+
+    Args:
+        out: the output folder. It must not exist unless `overwrite`; only the last rename touches it.
+        resume: keep the finished units of an interrupted run.
+        join: use the work folder that another process of this run has made.
+
+    Raises:
+        RiaError: `out` exists and may not be replaced, or another process uses the work folder, or it cannot be made.
+    """
+
+    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False, join: bool = False):
+        self.out = Path(out)
+        self.overwrite = overwrite
+        self.work = self.out.with_name(self.out.name + ".partial")
+        check_free(self.out, overwrite)
+        with disk_errors(self.work):
+            if not is_free(self.work, f"{UNITS}/"):
+                raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")
+            self._lock: IO[bytes] | None = None
+            if join:
+                return
+            self._lock = locked(self.work)
+            if not resume:
+                self._empty()
+            (self.work / UNITS).mkdir(exist_ok=True)
+
+    def restart(self) -> None:
+        """Delete what an interrupted run has left."""
+        with disk_errors(self.work):
+            self._empty()
+            (self.work / UNITS).mkdir()
+
+    def _empty(self) -> None:
+        """Delete all but the lock, and last what shows that the folder is ours."""
+        for path in sorted(self.work.iterdir(), key=lambda path: path.name == UNITS):
+            if path.name != LOCK_FILE:
+                delete(path)
+
+    def path(self, key: str) -> Path:
+        return self.work / UNITS / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
+        """Finish a unit. `finish` moves `NAME.input_permutation` and `NAME.rotations` to files of their own; `record`
+        is kept."""
+        with disk_errors(self.path(key)):
+            save_whole(tensors, self.path(key), {"record": json.dumps(record or {}, sort_keys=True)})
+
+    def remove(self, key: str) -> None:
+        """Remove a unit that is no part of the result, if it is there."""
+        self.path(key).unlink(missing_ok=True)
+
+    def read(self, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensors and the record of a finished unit."""
+        with safe_open(self.path(key), framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("record", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, record
+
+    def record(self, key: str) -> dict[str, Any]:
+        with safe_open(self.path(key), framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("record", "{}"))
+
+    def names(self, key: str) -> list[str]:
+        """The tensors of a finished unit."""
+        return [name for name, *_ in tensor_entries(self.path(key))]
+
+    def finish(
+        self,
+        keys: Sequence[str],
+        json_files: dict[str, Any],
+        copies: Sequence[Path],
+        max_shard_size: int,
+        permuted: bool = False,
+        text_files: dict[str, str] | None = None,
+        copied_from: Path | None = None,
+    ) -> None:
+        """Join the units `keys` into shards in that order, add the other files, and rename the folder to `out`.
+
+        If `out` has appeared meanwhile and may not be replaced, the RiaError's cause is a FileExistsError, and the
+        result stays in the work folder.
+
+        Args:
+            json_files: file name -> content (config.json, the report).
+            copies: files to copy by their names (tokenizer, generation config).
+            max_shard_size: bytes; a single larger tensor gets a shard of its own.
+            permuted: the recipe permutes: write the permutations file and its digest even if there are none.
+            text_files: file name -> content (the model card); they replace copies of the same name.
+            copied_from: the folder in whose subfolders some of `copies` lie; these keep their places.
+        """
+        final = self.work / "final"
+        with disk_errors(self.work):
+            shutil.rmtree(final, ignore_errors=True)
+            final.mkdir()
+            for source in copies:
+                place = final / (source.name if copied_from is None else source.relative_to(copied_from))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, place)
+            for name, text in (text_files or {}).items():
+                (final / name).write_text(text, encoding="utf-8")
+            entries = [entry for key in keys for entry in tensor_entries(self.path(key))]
+            permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
+            rotations = [e for e in entries if e[0].endswith(ROTATIONS_SUFFIX)]
+            weights = [e for e in entries if not e[0].endswith((PERMUTATION_SUFFIX, ROTATIONS_SUFFIX))]
+            digests = {"weights_digest": weights_digest(weights)}
+            if permutations or permuted:
+                _copy_tensors(permutations, final / PERMUTATIONS_FILE)
+                digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
+            if rotations:
+                (final / ROTATIONS_FILE).parent.mkdir()
+                _copy_tensors(rotations, final / ROTATIONS_FILE)
+                digests["rotations_digest"] = rotation.digest(load_rotations(final / ROTATIONS_FILE))
+            json_files, metadata = _with_digests(json_files, digests)
+            for name, content in json_files.items():
+                (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _write_shards(weights, final, max_shard_size, metadata)
+            if metadata and any(name.endswith(".compressed") for name, *_ in weights):  # a checkpoint of ours
+                _add_proofs(final)
+            _sync(final)
+            self._replace(final)
+
+    def _replace(self, final: Path) -> None:
+        if self.out.exists() or self.out.is_symlink():
+            if not self.overwrite:
+                raise RiaError(
+                    f"{self.out}: appeared during the run; the result is in {final}. Move it where you want it."
+                ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
+            replaced = self.work / "replaced"
+            delete(replaced)  # by a run that was killed before it could
+            os.replace(self.out, replaced)
+        os.replace(final, self.out)
+        self._delete()
+
+    def _delete(self) -> None:
+        assert self._lock is not None
+        self._empty()
+        delete_locked(self.work, self._lock)
+        self._lock = None
+
+    def discard(self) -> None:
+        """Delete the work folder, as far as possible, if this writer still has it."""
+        if self._lock is not None:
+            with suppress(OSError):
+                self._delete()
+            self._unlock()
+
+    def close(self) -> None:
+        """Leave the work folder, as it is, to other processes."""
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+@contextmanager
+def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
+    """Delete the work folder after any error, for callers whose runs are too short to be resumed."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error.__cause__, FileExistsError):  # then the result is whole, but someone has created `out`
+            writer.discard()
+        raise
+    finally:
+        writer.close()
+
+
+Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin
+
+
+def tensor_entries(path: Path) -> list[Entry]:
+    """The tensors of a safetensors file by their header (8 bytes of length, JSON, then raw data), in file order."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = [(name, entry, path, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
+    return sorted(found, key=lambda e: e[3])
+
+
+def _size(entry: dict[str, Any]) -> int:
+    return entry["data_offsets"][1] - entry["data_offsets"][0]
+
+
+def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`json_files` with the digests in config.json, and the metadata of weight files; of compressed weights only."""
+    config = json_files.get("config.json", {})
+    if "quantization_config" not in config:
+        return json_files, {}
+    quantization = config["quantization_config"] | digests
+    metadata = {key: digests[name] for name, key in DIGESTS.items() if name in digests}
+    return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
+
+
+def weights_digest(entries: Sequence[Entry]) -> str:
+    """SHA-256 which tells the weights of one run from those of another, however they are divided into files.
+
+    Hashed are, for each tensor in sorted order of the names, the name as UTF-8, a zero byte and the tensor's first
+    65,536 bytes: reading all would take as long as copying it.
+    """
+    found = hashlib.sha256()
+    for name, entry, path, start in sorted(entries, key=lambda e: e[0]):
+        with open(path, "rb") as file:
+            file.seek(start)
+            found.update(name.encode() + b"\0" + file.read(min(_size(entry), 1 << 16)))
+    return found.hexdigest()
+
+
+def _add_proofs(folder: Path) -> None:
+    """Write the proofs of all matrices into a folder that is complete but for them, and their digest into config.json.
+
+    What a reader makes of the folder is proved, not what the writer meant to write. Matrices with NaN or infinity, as
+    some models have in rows of the embedding that nobody reads, get no proof.
+    """
+    reader, place = Reader(folder, most_bytes=1 << 25), folder / PROOFS_FILE  # a run has memory for a layer
+    quantization = reader.config["quantization_config"]
+    schema = reader.schema.model_copy(update={"proofs": Proofs(seed=SEED, digest="0" * 64)})
+    found = {name: proof for name, proof in reader.proved(schema) if proofs.check(proof) is None}
+    quantization["proofs"] = Proofs(seed=SEED, digest=proofs.digest(found)).model_dump()
+    place.parent.mkdir()
+    save_file({f"{name}{proofs.PROOF_SUFFIX}": tensor for name, tensor in found.items()}, place)
+    (folder / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file from the raw bytes of others. No tensor is held in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    offset = 0
+    for name, entry, _, _ in entries:
+        size = _size(entry)
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for _, entry, source, start in entries:
+            with open(source, "rb") as file:
+                file.seek(start)
+                left = _size(entry)
+                while left:
+                    block = file.read(min(left, 1 << 22))
+                    if not block:
+                        raise RiaError(f"{source}: ends too early. Run the same command again without --resume.")
+                    target.write(block)
+                    left -= len(block)
+
+
+def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, metadata: dict[str, str]) -> None:
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        size = _size(entry[1])
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    if len(shards) == 1:
+        _copy_tensors(shards[0], folder / SINGLE_FILE, metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _copy_tensors(shard, folder / file, metadata)
+        weight_map |= {name: file for name, _, _, _ in shard}
+    total = sum(_size(entry[1]) for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

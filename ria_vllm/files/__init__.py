@@ -1,0 +1,1 @@
+"""Files of JSON, text and safetensors that may be damaged, or made to do harm."""

@@ -1,0 +1,238 @@
+"""Weight formats: what the stored tensors of a 2:4 linear mean.
+
+A linear [out, in] is stored as one tensor for each of its format's `parts`, named NAME.PART, and NAME.shape. Rows are
+in the model's own order and columns in the stored one. `bitmask` says which two columns of each group of four are kept
+(see `ria_vllm.format.sparse24`); the other parts hold their values:
+
+| format | `compressed`            | `weight_scale` | bits per weight, with the bitmask |
+| ------ | ----------------------- | -------------- | --------------------------------- |
+| float  | the model's own dtype   | -              | 9 at 16 bits, 17 at 32            |
+| int8   | int8                    | one per row    | 5                                 |
+| int4   | two values in a uint8   | one per row    | 3                                 |
+| int8-gG, int4-gG | as int8, int4 | one per G stored columns of a row | 16/G more      |
+| fp8    | float8_e4m3fn           | one per row    | 5                                 |
+
+An operation on a linear is applied to each of its parts, as `Part` describes them. A row order takes the rows of all
+parts. A tensor-parallel cut of the columns cuts the parts that have columns; one scale per row stays whole on every
+rank. Padding appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in
+the stored order already; where `group_size` is None, the scales do not depend on that order.
+
+Everything that reads, writes or multiplies weights asks the format. To add one, write a class here; a kernel for it
+makes it fast.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ria_vllm.format import sparse24
+from ria_vllm.format.weight_format import BITMASK, ROW_SCALE, Part, Parts, WeightFormat
+
+
+class FloatFormat(WeightFormat):
+    """The model's own dtype."""
+
+    name = "float"
+    parts = (Part("compressed", sparse24.VALUE_DTYPES, 2), BITMASK)
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        return weight.to(dtype), None
+
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        return {"compressed": values, "bitmask": bitmask}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return parts["compressed"].to(dtype)
+
+
+class IntFormat(WeightFormat):
+    """Symmetric integers: weight ~ value * scale, off by at most half a scale if the scale fits the largest magnitude.
+
+    That is before the product is rounded to the model's dtype.
+
+    Four bits are stored two to a byte, the first value in the low one; n stands for n - 8. So the bytes, read as
+    little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
+
+    Attributes:
+        num_bits: 4 or 8.
+        spacing: the distance between neighbouring values.
+        scale_dtype: of the scales that `quantize` makes: float32 for rows. Those of groups are bfloat16, which has the
+            exponents of float32: in float16, those of small weights would be subnormal, or zero.
+    """
+
+    spacing = 1.0
+
+    def __init__(self, num_bits: int, group_size: int | None = None):
+        """`group_size`: one of `GROUP_SIZES`; None: a scale belongs to a whole row."""
+        self.num_bits = num_bits
+        self.name = f"int{num_bits}" + (f"-g{group_size}" if group_size else "")
+        compressed = (
+            Part("compressed", (torch.int8,), 2) if num_bits == 8 else Part("compressed", (torch.uint8,), 4, fill=0x88)
+        )
+        scale = Part("weight_scale", sparse24.VALUE_DTYPES, group_size, fill=1) if group_size else ROW_SCALE
+        self.parts = (compressed, BITMASK, scale)
+        self.scale_dtype = torch.bfloat16 if group_size else torch.float32
+        strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+        self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
+
+    @property
+    def largest(self) -> int:
+        """The largest value."""
+        return 2 ** (self.num_bits - 1) - 1
+
+    @property
+    def smallest(self) -> int:
+        """The smallest value that `quantize` gives: -8 or -127."""
+        return -self.largest - 1 if self.num_bits == 4 else -self.largest
+
+    @property
+    def lowest(self) -> int:
+        """The smallest value that a checkpoint may hold: -8 or -128."""
+        return -self.largest - 1
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = self.scales_of(weight) if scales is None else scales
+        return self.nearest(weight, scales).to(dtype), scales
+
+    def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The scales that fit the largest magnitudes, [out, 1] or [out, in / group_size], positive.
+
+        Args:
+            weight: [out, in], in the stored order.
+        """
+        scales = weight.float().unflatten(1, (-1, self.group_size or weight.shape[1])).abs().amax(-1) / self.largest
+        scales = scales.to(self.scale_dtype)
+        return torch.where(scales > 0, scales, 1.0)
+
+    def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
+        return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)
+
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        assert scales is not None
+        # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
+        # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
+        integers = self._rounded(values, wide_scales(scales, values.shape[1]), self.lowest).to(torch.int8)
+        return {"compressed": self.pack(integers), "bitmask": bitmask, "weight_scale": scales}
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
+        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold.
+
+        Args:
+            smallest: the smallest integer, if it is not the format's own.
+        """
+        wide = wide_scales(scales, values.shape[1])
+        return self._rounded(values, wide, self.smallest if smallest is None else smallest) * wide
+
+    def pack(self, integers: torch.Tensor) -> torch.Tensor:
+        """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
+        return integers if self.num_bits == 8 else _packed(integers)
+
+    def integers(self, parts: Parts) -> torch.Tensor:
+        """The kept values as int8 [out, in/2], without their scales."""
+        stored = parts["compressed"]
+        return stored if self.num_bits == 8 else _unpacked(stored)
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        integers = self.integers(parts)
+        return (integers.float() * wide_scales(parts["weight_scale"], integers.shape[1])).to(dtype)
+
+    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor, smallest: float) -> torch.Tensor:
+        """float32 integers [out, n], with scales as `wide_scales` gives them."""
+        scaled = weight.float() / scales
+        return scaled.round().clamp(smallest, self.largest)
+
+
+def wide_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """float32 scales of each of a row's `columns`, [out, columns]; or [out, 1] if the whole row has one.
+
+    Args:
+        scales: [out, 1] or [out, groups], of any floating dtype. The columns are all of the row's or only its kept
+            ones: each group has equally many.
+    """
+    scales = scales.float()
+    return scales if scales.shape[1] == 1 else scales.repeat_interleave(columns // scales.shape[1], 1)
+
+
+def _packed(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [out, n/2] from int8 [out, n] of four bits."""
+    pairs = (values + 8).to(torch.uint8).unflatten(1, (-1, 2))
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
+    """int8 [out, n] from what `_packed` makes of it."""
+    return torch.stack([pairs & 15, pairs >> 4], -1).flatten(1).to(torch.int8) - 8
+
+
+class Fp8Format(WeightFormat):
+    """float8_e4m3fn, a scale per row. `compress` does not write it; checkpoints of compressed-tensors have it, and what
+    `distill` makes of them.
+
+    Attributes:
+        largest, smallest: the last values. spacing: the largest distance between neighbours.
+    """
+
+    name = "fp8"
+    parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
+    quantization: Mapping[str, Any] | None = MappingProxyType(
+        {"strategy": "channel", "symmetric": True, "num_bits": 8, "type": "float"}
+    )
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    smallest = -largest
+    spacing = 32.0
+
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if scales is None:
+            scales = weight.float().abs().amax(1, keepdim=True) / self.largest
+            scales = torch.where(scales > 0, scales, 1.0)
+        return self.nearest(weight, scales).to(dtype), scales
+
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
+        """See `IntFormat.nearest`; here, the smallest value is always the format's own."""
+        return self._rounded(values, scales).float() * scales
+
+    def encode_kept(
+        self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        assert scales is not None
+        return {"compressed": self._rounded(values, scales), "bitmask": bitmask, "weight_scale": scales}
+
+    def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
+
+    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return (weight.float() / scales).clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
+
+
+FLOAT, INT8, INT4, FP8 = FloatFormat(), IntFormat(8), IntFormat(4), Fp8Format()
+
+GROUP_SIZES = (32, 64, 128)
+"""How many stored columns of a row may share a scale; half of them are kept."""
+
+INTEGERS: dict[tuple[int, int | None], IntFormat] = {
+    (bits, size): IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES)
+}
+"""By `num_bits` and `group_size`."""
+
+WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, *INTEGERS.values())}
+"""Those that `compress` writes, by name."""
+
+FORMATS: dict[str, WeightFormat] = WRITTEN | {FP8.name: FP8}
+"""All formats, by name: what kernels may be asked for."""
+
+
+def of_quantization(quantization: Mapping[str, Any] | None) -> WeightFormat | None:
+    """The format that config.json describes in exactly these words; None if there is none."""
+    return next((one for one in FORMATS.values() if one.quantization == quantization), None)

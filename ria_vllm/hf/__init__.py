@@ -1,0 +1,1 @@
+"""transformers' `from_pretrained` reads compressed folders."""

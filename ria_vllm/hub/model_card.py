@@ -1,0 +1,317 @@
+"""The model card: the `README.md` of an output folder.
+
+License, language and tags come from the base model's own card, which is untrusted: only short strings under known
+keys are taken from its front matter, and anything wrong with it is only a warning. Nothing is downloaded.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import disk_errors, write_whole
+from ria_vllm.errors import RiaError, printable
+from ria_vllm.files.text_file import read_text
+from ria_vllm.format.schema import TOPOLOGY
+from ria_vllm.installing import FOR_CPUS, FOR_GPUS
+from ria_vllm.report import report_linears, report_number
+
+CARD_FILE = "README.md"
+SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
+
+Warn = Callable[[str], None]
+FrontMatter = dict[str, str | list[str]]
+
+_LISTS = ("license", "language", "tags", "base_model")  # or a single string
+_TEXTS = ("license_name", "license_link", "pipeline_tag", "library_name")
+_ENTRIES, _LENGTH = 100, 300  # the longest list, the longest string
+# Tags that name a file format of the base model's weights, or a program that runs it.
+_FORMAT_TAGS = set(
+    "awq compressed-tensors coreml exl2 flax fp8 ggml gguf gptq jax keras llama-cpp mlx mxfp4 onnx openvino pytorch "
+    "rust tensorflow tf tflite transformers.js".split()
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PAPER = "https://openreview.net/forum?id=Tr0lPx9woF"
+_METHODS = {
+    "ria": f"RIA ([Zhang et al., ICLR 2024]({_PAPER}))",
+    "ri": f"relative importance, RIA without activations ([Zhang et al., ICLR 2024]({_PAPER}))",
+    "wanda": "Wanda",
+    "magnitude": "magnitude pruning",
+    "sparsegpt": "SparseGPT",
+}
+ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
+_USE = [
+    "## Serve",
+    f"With ria-vllm, which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:",
+    "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
+    "Then:",
+    f"```sh\n{SERVE_HERE}\n```",
+    "transformers loads it as well, after `import ria_vllm`.",
+]
+_PERPLEXITY = ("text", "tokens", "window", "perplexity", "base model")
+_NOT_MEASURED = "Not measured. `ria-vllm eval . --text FILE --update-card` measures it and notes it here."
+
+
+def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) -> str:
+    """The card of a folder that `compress` or `distill` writes.
+
+    Args:
+        folder: of the base model.
+        report: as in ria_report.json.
+        zeros: the share of zeros among the weights of the decoder layers' linears.
+    """
+    base, recipe = read_front_matter(folder, warn), report["recipe"]
+    identity = base_repository(recipe["source"], folder)
+    if identity is not None:
+        # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
+        base |= {"base_model": identity, "base_model_relation": "quantized"}
+    body = [_origin(recipe, identity), *_USE, *_what_was_pruned(report, zeros), *_section("Perplexity", _NOT_MEASURED)]
+    return _card(base, recipe, "", body)
+
+
+def exported_card(reader: Reader, warn: Warn) -> str:
+    """The card of the plain dense form of a compressed folder."""
+    base, report, identity = _of_folder(reader, warn)
+    unrounded = "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
+    body = [
+        _origin(report["recipe"], identity),
+        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
+        "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
+        *([] if reader.schema.input_dtype is None else [unrounded]),
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, rotations=False),
+    ]
+    return _card(base, report["recipe"], ", dense form", body, ["pruned"])
+
+
+def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) -> str:
+    """The card of a compressed folder whose kept weights were trained. Perplexities from before are left out.
+
+    Args:
+        reader: of the folder from before.
+        note: what the training was.
+    """
+    base, report, identity = _of_folder(reader, warn)
+    if "base_model" in base:
+        base["base_model_relation"] = "quantized"
+    body = [
+        _origin(report["recipe"], identity),
+        "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
+        *_USE,
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, bool(reader.rotations)),
+        *_section("Perplexity", _NOT_MEASURED),
+    ]
+    return _card(base, report["recipe"] | recipe, " and trained", body)
+
+
+def base_repository(source: str, folder: Path) -> str | None:
+    """The hub id of the model that was read from `folder`; None if it is a folder of the user's own.
+
+    Args:
+        source: how the user named the model: a hub id, or the path of a folder or file.
+    """
+    place = folder.resolve()
+    if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):  # the Hub's own cache
+        return place.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return source if _REPOSITORY.fullmatch(source) and not Path(source).exists() else None
+
+
+def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
+    """The entries _LISTS and _TEXTS in the front matter of a folder's card; empty if there is none. Never fails."""
+    from huggingface_hub import metadata_load
+
+    path = folder / CARD_FILE
+    try:
+        content = (metadata_load(path) if path.is_file() else None) or {}
+    except Exception as error:  # an untrusted file may make a parser raise anything, and the weights are finished
+        reason = " ".join((str(error) or type(error).__name__).split())
+        warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
+        return {}
+    found: FrontMatter = {key: texts[0] for key in _TEXTS if (texts := _strings([content.get(key)]))}
+    for key in _LISTS:
+        value = content.get(key)
+        texts = _strings(value if isinstance(value, list) else [value])
+        if key == "tags":
+            texts = [tag for tag in texts if tag.lower() not in _FORMAT_TAGS and not tag.startswith("base_model:")]
+        elif key == "base_model":
+            texts = [name for name in texts if _REPOSITORY.fullmatch(name)]
+        if texts:
+            found[key] = texts[0] if len(texts) == 1 and key != "tags" else texts
+    return found
+
+
+def _strings(values: list[Any]) -> list[str]:
+    texts = [value.strip() for value in values[:_ENTRIES] if isinstance(value, str)]
+    return [text for text in texts if text and len(text) <= _LENGTH and text.isprintable()]
+
+
+def _card(
+    base: FrontMatter,
+    recipe: dict[str, Any],
+    form: str,
+    body: list[str],
+    tags: Iterable[str] = ("ria-vllm", "pruned", "sparse", "vllm"),
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    front = ModelCardData(**{"pipeline_tag": "text-generation"} | base | {"tags": [*base.get("tags", []), *tags]})
+    title = f"# {_name(recipe['source'])}, pruned to {plain(recipe['pattern'])}{form}"
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join([title, *body, *_options(recipe)]) + "\n"
+
+
+def _origin(recipe: dict[str, Any], identity: str | None) -> str:
+    source = _name(recipe["source"])
+    origin = _code(source) if identity is None else f"[{identity}](https://huggingface.co/{identity})"
+    method = str(recipe.get("method"))
+    if method == ANOTHER_PROGRAM:
+        return f"{origin}, pruned by another program."
+    return f"{origin}, pruned by ria-vllm with {_METHODS.get(method, plain(method))}."
+
+
+def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any], str | None]:
+    """Front matter, report and base model's hub id of a compressed folder, whose report and recipe may hold anything."""
+    base = read_front_matter(reader.folder, warn)
+    try:
+        report = reader.report()
+    except RiaError as error:
+        warn(f"{error} The new card has no retained scores.")
+        report = {}
+    reported = report_linears(report)
+    source = {"source": reader.config.get("model_type", "a model"), "pattern": "2:4"}
+    recipe = source | reader.schema.recipe
+    known = base.get("base_model")
+    identity = known if isinstance(known, str) and _name(known) == _name(recipe["source"]) else None
+    return base, report | {"recipe": recipe, "linears": {n: reported.get(n, {}) for n in reader.sparse_names}}, identity
+
+
+def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = True) -> list[str]:
+    linears, recipe = report_linears(report), report["recipe"]
+    rows = [
+        ("pruned linears", f"{len(linears)}"),
+        ("sparsity", f"{plain(recipe['pattern'])}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
+    ]
+    if recipe.get("rotate") == "heads":
+        fit = rotations and not recipe.get("smooth")
+        turned = "fit only in vLLM with ria-vllm, which turns them, too" if fit else "do not fit"
+        rows.append(("before pruning", f"attention's heads were turned; adapters (LoRA) of the dense model {turned}"))
+    found = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
+    scores = {name: score for name, score in found.items() if score is not None}
+    if scores:
+        worst = min(scores, key=lambda name: scores[name])
+        rows += [
+            ("retained score, mean", f"{sum(scores.values()) / len(scores):.4f}"),
+            ("retained score, worst", f"{scores[worst]:.4f}, {_code(worst)}"),
+        ]
+    left = report.get("dense")
+    dense = [_code(name) for name in left] if isinstance(left, dict) else []
+    if dense:
+        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
+        rows.append(("left dense", ", ".join(dense[:8]) + more))
+    meaning = "The retained score is the share of a linear's importance that the kept weights hold."
+    return ["## What was pruned", card_table(("", ""), rows), meaning]
+
+
+def _options(recipe: dict[str, Any]) -> list[str]:
+    rows = []
+    for key, value in recipe.items():
+        if key in ("source", TOPOLOGY) or value in (None, "", [], {}):
+            continue
+        if key == "calibration":
+            value = Path(str(value)).name
+        if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):  # one run after another
+            rows += [(f"{plain(key)}, {number}", _code(_shown(entry))) for number, entry in enumerate(value, 1)]
+        else:
+            rows.append((plain(key), _code(_shown(value))))
+    return ["## Options", card_table(("option", "value"), rows)] if rows else []
+
+
+def _shown(value: Any) -> str:
+    """An option's value; of a dictionary, the entries that say something."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items() if item not in (None, "", [], {}))
+    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+
+
+def card_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def _name(source: Any) -> str:
+    """The last part of a hub id or a path. Where a folder lies on somebody's disk must not be published."""
+    return plain(Path(str(source)).name)
+
+
+def plain(text: Any) -> str:
+    """Text on one line, without the characters that Markdown and HTML interpret."""
+    return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
+
+
+def _code(text: Any) -> str:
+    """Text as code, safe in a table's cell."""
+    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _line(text: Any) -> str:
+    """One line of at most _LENGTH characters.
+
+    Lone surrogates, which JSON allows, are replaced, and control characters are escaped.
+    """
+    return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
+
+
+def _marks(title: str) -> tuple[str, str]:
+    """What the content of a section begins and ends with, so that `note` finds it."""
+    return f"<!-- ria-vllm: {title.lower()} -->", f"<!-- ria-vllm: end of {title.lower()} -->"
+
+
+def _section(title: str, content: str) -> list[str]:
+    begin, end = _marks(title)
+    return [f"## {title}", f"{begin}\n{content}\n{end}"]
+
+
+def check_card(folder: Path) -> None:
+    """Refuse a folder without a card before anything is measured."""
+    if not (folder / CARD_FILE).is_file():
+        raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
+
+
+def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
+    """Replace the content of a section of the card, or add the section at its end. The rest of the card stays.
+
+    Args:
+        content: takes what was there before, and returns what is to be there.
+
+    Raises:
+        RiaError: there is no card, or it cannot be read or replaced.
+    """
+    check_card(folder)
+    path = folder / CARD_FILE
+    card = read_text(path)
+    begin, end = _marks(title)
+    before, begun, rest = card.partition(begin)
+    old, ended, after = rest.partition(end)
+    if not begun or not ended:
+        before, old, after = f"{card.rstrip()}\n\n## {title}\n\n", "", "\n"
+    with disk_errors(path):
+        write_whole(path, before + _section(title, content(old))[1] + after)
+
+
+def note_perplexity(folder: Path, text: str, counts: tuple[int, int], values: tuple[float, float | None]) -> None:
+    """Add a row to the card's table of perplexities, or replace the one on the same text.
+
+    Args:
+        text: the name of its file.
+        counts: how many tokens were predicted, in windows of how many.
+        values: the model's perplexity, and the base model's.
+
+    Raises:
+        RiaError: as `note`.
+    """
+    same = (plain(text), *map(str, counts))
+    row = (*same, *("" if value is None else f"{value:.2f}" for value in values))
+
+    def table(old: str) -> str:
+        rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in old.splitlines()[3:]]
+        return card_table(_PERPLEXITY, [*(each for each in rows if len(each) == 5 and each[:3] != same), row])
+
+    note(folder, "Perplexity", table)

@@ -1,0 +1,75 @@
+"""Who computes a mixture layer's pruned experts: a kernel, from the weights as they are stored, or vLLM, dense."""
+
+import os
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.weight_scheme import WeightScheme
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.experts.loading import ExpertSizes
+from ria_vllm.serve.experts.packing import activation_of
+from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
+from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.base import ExpertsLayerConfig
+from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
+
+
+def layer_config(
+    layer: RoutedExperts, scheme: WeightScheme, orders: ExpertOrders, sizes: ExpertSizes
+) -> ExpertsLayerConfig | str:
+    """The layer as kernels know it; or because of what no kernel serves it."""
+    moe, activation = layer.moe_config, activation_of(layer)
+    if activation is None:
+        return f"with the activation {layer.activation.value}"
+    if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
+        return "with data, sequence or context parallel"
+    if not orders.shared_input:
+        return "in different channel orders (compress with --permute-scope shared)"
+    return ExpertsLayerConfig(
+        device=torch.device(moe.device),
+        act_dtype=moe.in_dtype,
+        # With fp8 weights, kernels for linears round the input, too. None for experts does.
+        weight_format=FLOAT if scheme.format == FP8 else scheme.format,
+        num_experts=sizes.local,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.here,
+        activation=activation,
+        has_bias=moe.has_bias,
+        router_weight_on_input=layer.apply_router_weight_on_input,
+        input_dtype=scheme.input_dtype,
+    )
+
+
+def choose(
+    layer: RoutedExperts, experts: StoredExperts, config: ExpertsLayerConfig | str
+) -> tuple[experts_registry.Choice | None, DenseExpertsMethod | None]:
+    """A kernel if there is a fast one or one is forced, else vLLM's method if it can, else a slow kernel.
+
+    Args:
+        experts: those that the layer serves, for errors.
+        config: see `layer_config`.
+
+    Returns:
+        The kernel, or vLLM's method; the other is None.
+
+    Raises:
+        RiaError: none can.
+    """
+    choice = None
+    if isinstance(config, ExpertsLayerConfig):
+        choice = experts_registry.choose(config)
+        kernel = choice.kernel
+        if not kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == kernel.name:
+            return choice, None
+    dense = DenseExpertsMethod(layer)
+    if dense.unserved is None:
+        return None, dense
+    if choice is None:
+        raise RiaError(
+            f"{experts.name}: no kernel serves these experts {config}, and they cannot be served dense either: "
+            f"{dense.unserved}. {experts.way_out}"
+        )
+    return choice, None

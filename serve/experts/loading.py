@@ -1,0 +1,228 @@
+"""The checkpoint's tensors of a mixture layer's experts, on their way into vLLM's layer.
+
+vLLM's models load experts in many ways: they rename, split and fuse tensors, and expect them stacked, transposed or
+interleaved. None of that is right for compressed tensors. So these do not pass through the model: `WeightStream` hands
+each of them to the layer that serves it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import Parameter
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.layer_schema import Stacked
+from ria_vllm.format.weight_format import SHAPE
+from ria_vllm.format.weight_scheme import TensorSpec
+from ria_vllm.serve.experts.stored import StoredExperts
+
+GATE_UP, DOWN = "gate_up_", "down_"
+BIAS = "bias"
+"""The parameters that experts are loaded into are called gate_up_PART and down_PART, PART being one of the format."""
+
+# What the files may hold besides, see `parameters.IGNORED_TENSORS`.
+IGNORED_PARTS = (SHAPE, "input_permutation", "input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The sizes of a mixture layer, and this rank's part of it.
+
+    Attributes:
+        local: E, experts of this rank.
+        hidden: H, channels of a token.
+        intermediate: channels between the products of an expert, over all ranks.
+        rank, ranks: tensor-parallel ones of the experts.
+    """
+
+    local: int
+    hidden: int
+    intermediate: int
+    rank: int
+    ranks: int
+
+    @property
+    def here(self) -> int:
+        """I, intermediate channels of this rank."""
+        return self.intermediate // self.ranks
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """(out, in) of an expert's linear in the checkpoint."""
+        return (self.hidden, self.intermediate) if kind == "down" else (self.intermediate, self.hidden)
+
+
+class ExpertsLoader:
+    """Checks the tensors of a layer's experts and copies the part of this rank.
+
+    Args:
+        experts: what the layer serves.
+        sizes: of the layer.
+        specs: what the tensors of a linear look like, by the last part of their names.
+        row_orders: of each expert, see `stored_experts.ExpertOrders.rows`.
+        has_bias: the experts have biases.
+
+    Attributes:
+        loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
+        scale_dtypes: those of the `weight_scale`s among them.
+    """
+
+    def __init__(
+        self,
+        experts: StoredExperts,
+        sizes: ExpertSizes,
+        specs: Mapping[str, TensorSpec],
+        row_orders: Sequence[np.ndarray | None],
+        has_bias: bool,
+    ):
+        self.experts = experts
+        self.sizes = sizes
+        self.specs = specs
+        self.row_orders = row_orders
+        self.has_bias = has_bias
+        self.loaded: set[tuple[str, str, int]] = set()
+        self.scale_dtypes: set[torch.dtype] = set()
+
+    @property
+    def outputs(self) -> int:
+        """Linears side by side in the first product: gate and up, or up alone."""
+        return 2 if self.experts.is_gated else 1
+
+    def create_parameters(self, layer: torch.nn.Module, dtype: torch.dtype) -> None:
+        """Give `layer` parameters [E, out, ...] for the tensors of its experts, gate before up. `dtype`: of biases."""
+        sizes = self.sizes
+        shapes = {GATE_UP: (self.outputs * sizes.here, sizes.hidden), DOWN: (sizes.hidden, sizes.here)}
+        for prefix, (rows, columns) in shapes.items():
+            for part, spec in self.specs.items():
+                data = torch.zeros(sizes.local, *spec.part.shape(rows, columns), dtype=spec.dtype)
+                self._register(layer, prefix + part, data)
+            if self.has_bias:
+                self._register(layer, prefix + BIAS, torch.zeros(sizes.local, rows, dtype=dtype))
+
+    def _register(self, layer: torch.nn.Module, name: str, data: torch.Tensor) -> None:
+        parameter = Parameter(data, requires_grad=False)
+        parameter.weight_loader = self._weight_loader(name)
+        layer.register_parameter(name, parameter)
+
+    def _weight_loader(self, parameter: str):
+        """A plain function, whose signature vLLM inspects when it reloads."""
+        part = parameter.removeprefix(GATE_UP).removeprefix(DOWN)
+
+        def load_expert(
+            param: Parameter, loaded_weight: torch.Tensor, kind: str, expert: int, local_expert: int
+        ) -> None:
+            self.load(param, loaded_weight, part, kind, expert, local_expert)
+
+        return load_expert
+
+    def parameter_names(self) -> list[str]:
+        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
+        return [prefix + part for prefix in (GATE_UP, DOWN) for part in parts]
+
+    def give(self, layer: torch.nn.Module, part: str, tensor: torch.Tensor, kind: str, expert: int) -> None:
+        """Load a whole tensor of the checkpoint into `layer`, if this rank has the expert.
+
+        Raises:
+            RiaError: a tensor that the experts do not have, or of the wrong shape or dtype; or the layer has its
+                weights already.
+        """
+        local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
+        if part in IGNORED_PARTS or local_expert < 0:
+            return
+        name = f"{self.experts.linear(kind, expert)}.{part}"
+        known = [*self.specs, *([BIAS] if self.has_bias else [])]
+        if part not in known:
+            raise RiaError(
+                f"{name}: vLLM's layer has no place for it, only for {', '.join(known)}. The checkpoint belongs to "
+                "another version; compress the model again."
+            )
+        parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
+        if parameter is None:
+            raise RiaError(
+                f"{name} arrives when its layer has its weights already. Reload with vLLM's reload_weights, or start "
+                "the server again."
+            )
+        parameter.weight_loader(parameter, tensor, kind, expert, local_expert)
+
+    def give_biases(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor, stacked: Stacked) -> None:
+        """Load biases that are stored as in the dense model, [experts, out of all stacked linears].
+
+        Raises:
+            RiaError: their shape is not that of the experts' biases.
+        """
+        rows = [self.sizes.shape(kind)[0] for kind in stacked.linears]
+        if tuple(tensor.shape) != (self.experts.num_experts, sum(rows)):
+            raise RiaError(
+                f"{name} is {tuple(tensor.shape)}, but the model needs {(self.experts.num_experts, sum(rows))}. The "
+                "file is damaged, or config.json belongs to another model; get both again."
+            )
+        count = len(rows)
+        pieces = [tensor[:, i::count] for i in range(count)] if stacked.interleaved else tensor.split(rows, 1)
+        for kind, piece in zip(stacked.linears, pieces):
+            for expert in range(self.experts.num_experts):
+                self.give(layer, BIAS, piece[expert], kind, expert)
+
+    def load(
+        self, param: Parameter, tensor: torch.Tensor, part: str, kind: str, expert: int, local_expert: int
+    ) -> None:
+        """Check a tensor of an expert's linear and copy this rank's part of it into `param` [E, ...]."""
+        self._check(tensor, part, kind, expert)
+        self.loaded.add((part, kind, local_expert))
+        if part == "weight_scale":
+            self.scale_dtypes.add(tensor.dtype)
+        sizes = self.sizes
+        if part in self.specs and self.specs[part].per_tensor:
+            tensor = tensor.reshape(1, 1).expand(sizes.shape(kind)[0], 1)  # one for each row, as the parameter has it
+        target = param.data[local_expert]
+        if kind == "down":
+            channels = self.specs[part].part.channels if part != BIAS else None
+            if part == BIAS and sizes.rank:
+                tensor = torch.zeros_like(tensor)  # the ranks' outputs are added, the bias must count once
+            if channels is not None:
+                width = sizes.here // channels
+                tensor = tensor.narrow(1, sizes.rank * width, width)
+            target.copy_(tensor)
+            return
+        order = self.row_orders[expert]
+        if order is None:
+            tensor = tensor.narrow(0, sizes.rank * sizes.here, sizes.here)
+        else:
+            here = order[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
+            tensor = tensor.index_select(0, torch.from_numpy(here).to(tensor.device))
+        first = sizes.here if kind == "up" and self.experts.is_gated else 0
+        target.narrow(0, first, sizes.here).copy_(tensor)
+
+    def _check(self, tensor: torch.Tensor, part: str, kind: str, expert: int) -> None:
+        rows, columns = self.sizes.shape(kind)
+        if part == BIAS:
+            shape: tuple[int, ...] = (rows,)
+            fits, dtypes = tensor.is_floating_point(), "floating point"
+        else:
+            spec = self.specs[part]
+            shape = spec.shape(rows, columns) if tensor.dim() or not spec.per_tensor else ()
+            fits, dtypes = tensor.dtype in spec.part.dtypes, spec.dtypes
+        if not fits or tuple(tensor.shape) != shape:
+            raise RiaError(
+                f"{self.experts.linear(kind, expert)}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model "
+                f"needs {dtypes} {shape}. The file is damaged, or config.json belongs to another model; get both again."
+            )
+
+    def missing(self, local_experts: Iterable[tuple[int, int]]) -> str | None:
+        """The name of the first tensor that has not been loaded, or None.
+
+        Args:
+            local_experts: (expert, its number on this rank) of those on this rank.
+        """
+        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
+        for expert, local_expert in local_experts:
+            for kind in self.experts.patterns:
+                for part in parts:
+                    if (part, kind, local_expert) not in self.loaded:
+                        return f"{self.experts.linear(kind, expert)}.{part}"
+        return None
+
+    def clear(self) -> None:
+        """Forget what was loaded, before the next load."""
+        self.loaded.clear()
+        self.scale_dtypes.clear()

@@ -1,0 +1,325 @@
+"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, pruned or quantized."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import FP8
+from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+from ria_vllm.serve.experts.choice import choose, layer_config
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
+from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
+from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
+from ria_vllm.serve.linear.parameters import PackedTensors
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.load_report import LoadReport
+
+logger = init_logger("vllm.ria")
+
+
+def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
+    """Check that vLLM's layer has as many experts as the checkpoint.
+
+    Raises:
+        RiaError: it has not.
+    """
+    moe, count = layer.moe_config, experts.num_experts
+    if count < moe.num_logical_experts:
+        raise RiaError(
+            f"{experts.linear('up', count)} is in none of the weight files: they hold {count} experts of this layer, "
+            f"and vLLM's has {moe.num_logical_experts}. Get the files again."
+        )
+    if count > moe.num_logical_experts:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_logical_experts}. "
+            "config.json belongs to another model; get the files again."
+        )
+    if moe.num_experts > count:
+        raise RiaError(
+            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_experts}. Redundant "
+            "experts (--enable-eplb) are not served pruned."
+        )
+
+
+class Sparse24MoEMethod(FusedMoEMethodBase):
+    """Loads experts in stored form. A kernel serves them so if all of them on this rank are 2:4.
+
+    Without a kernel, or if they are not 2:4, vLLM's own method serves them dense.
+
+    vLLM's router chooses the experts. Its model does not see their weights, see `experts_loading`.
+
+    Args:
+        layer: under construction.
+        experts: what it serves, see `check_count`.
+        scheme: how their weights are stored.
+        orders: in which their channels are stored.
+        report: where the layer is counted.
+
+    Attributes:
+        choice: the kernel that serves the layer if its weights are 2:4; None if there is none.
+        dense: vLLM's method if it serves the layer, which without a kernel is known from the start; else None.
+
+    Raises:
+        RiaError: vLLM's layer is not that of these experts, or does something that is not served.
+    """
+
+    def __init__(
+        self,
+        layer: RoutedExperts,
+        experts: StoredExperts,
+        scheme: WeightScheme,
+        orders: ExpertOrders,
+        report: LoadReport,
+    ):
+        super().__init__(layer.moe_config)
+        self.experts = experts
+        self.scheme = scheme
+        self.orders = orders
+        self.report = report
+        self.packed = PackedTensors()
+        moe, name = layer.moe_config, experts.name
+        if EngineOptions.current().lora:
+            raise RiaError(
+                f"{name}: vLLM puts LoRA adapters on the experts, too, which is not served for pruned ones. Serve "
+                "without --enable-lora, or serve the dense model."
+            )
+        # vLLM asks the method that a layer is built with, and would move whatever a later one has in as many pieces as
+        # there are experts.
+        if moe.moe_parallel_config.enable_eplb:
+            raise RiaError(
+                f"{name}: with --enable-eplb, vLLM moves experts between ranks, which is not served for pruned ones. "
+                "Serve without it."
+            )
+        if layer.expert_map_manager.num_fused_shared_experts:
+            raise RiaError(
+                f"{name}: vLLM fuses the shared expert with these on this platform, which is not served pruned. Set "
+                "VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS=0."
+            )
+        if moe.is_act_and_mul != experts.is_gated:
+            raise RiaError(
+                f"{name}: vLLM's experts have {'a' if moe.is_act_and_mul else 'no'} gate, unlike the checkpoint's. "
+                "config.json belongs to another model; get the files again."
+            )
+        if moe.num_local_experts == 0:
+            raise RiaError(
+                f"{name}: {experts.num_experts} experts over {moe.ep_size} ranks leave this one without any. Use fewer "
+                "ranks, or start without --enable-expert-parallel."
+            )
+        if layer.apply_router_weight_on_input and moe.experts_per_token != 1:
+            raise RiaError(
+                f"{name}: vLLM's model puts the router's weights on the experts' input, and each token has "
+                f"{moe.experts_per_token} experts. That is served with one expert only."
+            )
+        self.sizes = ExpertSizes(
+            moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
+        )
+        for columns in (self.sizes.hidden, moe.intermediate_size):
+            if reason := misfit(scheme.format, columns):
+                raise RiaError(f"{name}: {reason}")
+        if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
+            raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
+        orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
+        self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, orders, self.sizes))
+        if self.choice is not None and scheme.format == FP8:
+            self.choice = replace(self.choice, widened_from=FP8)
+        if self.dense is not None:
+            self.experts_cls = self.dense.experts_cls
+
+    def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        if self.dense is not None:
+            return self.dense.maybe_roundup_sizes(*args, **kwargs)
+        return super().maybe_roundup_sizes(*args, **kwargs)
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
+        return None if self.dense is None else self.dense.get_fused_moe_quant_config(layer)
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        before = set(layer._parameters)
+        self.creation = {
+            "num_experts": num_experts, "hidden_size": hidden_size, "params_dtype": params_dtype,
+            "intermediate_size_per_partition": intermediate_size_per_partition, **extra_weight_attrs,
+        }  # fmt: skip
+        self.loader = ExpertsLoader(
+            self.experts, self.sizes, self.scheme.tensors(params_dtype), self.orders.rows, self.moe.has_bias
+        )
+        self.loader.create_parameters(layer, params_dtype)
+        self.created = [name for name in layer._parameters if name not in before]
+        self.report.expected += 1
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Check what was loaded, pack it for a kernel or for vLLM, and free it."""
+        names = self.loader.parameter_names()
+        if not all(name in layer._parameters for name in names):
+            return  # it has been processed
+        stored = {name: layer._parameters[name].data for name in names}
+        for name in names:
+            delattr(layer, name)
+        scales = frozenset(self.loader.scale_dtypes)
+        first = not hasattr(layer, "ria_experts")
+        try:
+            dummy = self._check_complete(layer, first)
+        finally:
+            self.forget()
+        loaded = self._loaded(layer, stored, dummy, scales)
+        dense = self.choice is None or not loaded.is_24
+        if not first and dense != (layer.ria_experts is None):
+            raise RiaError(
+                f"{self.experts.name}: its new weights are {'2:4' if loaded.is_24 else 'not 2:4'}, unlike those that "
+                "this server started with. Start the server again instead of reloading."
+            )
+        if dense:
+            self._serve_dense(layer, loaded)
+        else:
+            packed = pack_experts(layer, self.choice, loaded)
+            self.packed.check(self.experts.name, layer, packed.parameters)
+            layer.ria_experts = packed
+        if first and loaded.is_24:
+            self._report(layer, layer.ria_experts)
+        elif first:
+            self.report.leave_out(self.experts.name, self.experts.claims_24, self.scheme.format)
+            reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
+            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
+
+    def forget(self) -> None:
+        """Start from nothing: what was loaded is packed, or the load has failed."""
+        self.loader.clear()
+
+    def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
+        """Serve with vLLM's own method.
+
+        Raises:
+            RiaError: it cannot.
+        """
+        # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
+        self.dense = DenseExpertsMethod(layer)
+        if self.dense.unserved is not None:
+            raise RiaError(
+                f"{self.experts.name}: these experts are not 2:4, and cannot be served dense here: "
+                f"{self.dense.unserved}. {self.experts.way_out}"
+            )
+        fill_dense(layer, self.dense, loaded, self.sizes)
+        self.dense.process_weights_after_loading(layer)
+        self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
+        layer.ria_experts = None
+
+    def _local_experts(self, layer: RoutedExperts) -> list[tuple[int, int]]:
+        """(expert, its number on this rank) of this rank's experts, by the latter."""
+        numbers = [
+            (layer._map_global_expert_id_to_local_expert_id(expert), expert)
+            for expert in range(self.experts.num_experts)
+        ]
+        return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
+
+    def _check_complete(self, layer: RoutedExperts, first: bool) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
+
+        Returns:
+            Whether the layer holds dummies.
+
+        Raises:
+            RiaError: a tensor is missing.
+        """
+        missing = self.loader.missing(self._local_experts(layer))
+        if missing and not first:
+            raise RiaError(
+                f"{missing} did not come with the other experts' tensors. A reload replaces all weights of each "
+                "layer that it has any of: send all of them together."
+            )
+        if missing and (self.loader.loaded or not EngineOptions.current().dummy_weights):
+            raise RiaError(f"{missing} is in none of the weight files. Get them again.")
+        return missing is not None
+
+    def _loaded(
+        self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]
+    ) -> LoadedExperts:
+        """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
+        inputs = [self.orders.inputs[expert] for expert, _ in self._local_experts(layer)]
+        return LoadedExperts(
+            self._weights(stored, GATE_UP, dummy, scales),
+            self._weights(stored, DOWN, dummy, scales),
+            stored.get(GATE_UP + BIAS),
+            stored.get(DOWN + BIAS),
+            inputs,
+        )
+
+    def _weights(
+        self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool, scales: frozenset[torch.dtype]
+    ) -> Weights | torch.Tensor:
+        """The experts' matrices below each other, as one; a plain matrix if the checkpoint stores one that is not 2:4.
+
+        Raises:
+            RiaError: damaged scales or a damaged bitmask.
+        """
+        parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
+        sizes = [len(next(iter(parts.values())))]
+        # A checkpoint with one scale per tensor has one for each expert, so the parameter has one for each row.
+        try:
+            weights = self.scheme.weights(parts, sizes, self.moe.in_dtype, dummy, scales)
+        except ValueError as error:
+            raise RiaError(
+                f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."
+            ) from None
+        return self.scheme.dense_weight(parts, sizes, self.moe.in_dtype) if weights is None else weights
+
+    def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
+        moe, sizes = self.moe, self.sizes
+        outputs = 3 if moe.is_act_and_mul else 2
+        dense_bytes = sizes.local * outputs * sizes.hidden * sizes.here * moe.in_dtype.itemsize
+        if packed is None:
+            logger.warning_once(
+                "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
+                "serves them as they are on %s. The answers are right, without the savings.", moe.device,
+            )  # fmt: skip
+            self.report.warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
+            kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
+        else:
+            self.report.warn_of_choice(packed.choice, self.scheme.activations)
+            kernel = f"{packed.choice} experts"
+            bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
+        gathered = packed is not None and packed.input_permutation is not None
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
+        self.report.add(
+            [kernel], self.orders.folded, int(gathered), dense_bytes, bytes_here,
+            f"{self.experts.name} {kernel} {shapes}",
+        )  # fmt: skip
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [tokens, H] -> [tokens, H]: the sum of each token's experts on this rank, weighted by vLLM's router."""
+        if layer.ria_experts is not None:
+            return layer.ria_experts.apply(layer, x, topk_weights, topk_ids)
+        return self.dense.apply(
+            layer=layer, x=x, topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )  # fmt: skip
+
+    def apply_monolithic(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        router_logits: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+    ) -> Any:
+        """The same with vLLM's own router inside its kernel, where vLLM's method chose one of that kind."""
+        return self.dense.apply_monolithic(layer, x, router_logits, input_ids)

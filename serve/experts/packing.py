@@ -1,0 +1,167 @@
+"""From the loaded weights of a mixture layer's experts to what computes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from ria_vllm.format import permutation
+from ria_vllm.format.weight_scheme import Weights
+from ria_vllm.serve.experts.loading import ExpertSizes
+from ria_vllm.serve.kernels.base import Activation
+from ria_vllm.serve.kernels.experts_registry import Choice
+from ria_vllm.serve.linear.parameters import set_parameter
+
+
+def activation_of(layer: RoutedExperts) -> Activation | None:
+    """What the layer computes between an expert's products; None if `Activation` cannot say it."""
+    kind, limit = layer.activation, layer.swiglu_limit
+    if kind == MoEActivation.SILU:
+        return Activation("silu", limit=limit)
+    if kind == MoEActivation.SWIGLUOAI:
+        return Activation("silu", alpha=1.702, beta=1.0, limit=7.0)
+    if kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and limit is not None:
+        alpha = 1.0 if layer.swiglu_alpha is None else layer.swiglu_alpha
+        return Activation("silu", alpha=alpha, beta=layer.swiglu_beta or 0.0, limit=limit)
+    plain = {
+        MoEActivation.GELU: Activation("gelu"),
+        MoEActivation.GELU_TANH: Activation("gelu_tanh"),
+        MoEActivation.SWIGLUSTEP: Activation("swiglustep", limit=7.0),
+        MoEActivation.SILU_NO_MUL: Activation("silu", is_gated=False),
+        MoEActivation.GELU_NO_MUL: Activation("gelu", is_gated=False),
+        MoEActivation.GELU_TANH_NO_MUL: Activation("gelu_tanh", is_gated=False),
+        MoEActivation.RELU2_NO_MUL: Activation("relu2", is_gated=False),
+    }
+    return plain.get(kind) if limit is None else None
+
+
+@dataclass(frozen=True)
+class LoadedExperts:
+    """The weights of a layer's experts on this rank.
+
+    Attributes:
+        gate_up: of a weight [E * rows, H]; an expert's rows of gate are followed by those of up, both in the order in
+            which its down projection takes them. A matrix if the checkpoint stores plain weights that are not 2:4.
+        down: of a weight [E * H, I], or the matrix itself.
+        gate_up_bias, down_bias: [E, rows] and [E, H], or None.
+        input_orders: for each expert of this rank, int32 [H] of gate (if there is one) and of up; None: the model's.
+    """
+
+    gate_up: Weights | torch.Tensor
+    down: Weights | torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    input_orders: Sequence[tuple[np.ndarray | None, ...]]
+
+    @property
+    def is_24(self) -> bool:
+        return isinstance(self.gate_up, Weights) and isinstance(self.down, Weights)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Experts as a kernel computes them. Tensors are named, because vLLM replaces parameters when it reloads.
+
+    Attributes:
+        choice: the kernel, and the layer as it serves it.
+        packed: names of the layer's parameters that hold the packed weights.
+        input_permutation: name of the parameter with the order in which the kernel takes the input channels, or None.
+    """
+
+    choice: Choice
+    packed: tuple[str, ...]
+    input_permutation: str | None
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all parameters of the layer that it needs."""
+        return [name for name in (*self.packed, self.input_permutation) if name is not None]
+
+    def apply(
+        self, layer: RoutedExperts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, H] -> [T, H], what the experts of this rank add."""
+        return self.choice.kernel.apply(
+            self.choice.config,
+            x,
+            topk_weights.float(),  # some models' own routers give the activations' dtype
+            topk_ids,
+            [getattr(layer, name) for name in self.packed],
+            None if self.input_permutation is None else getattr(layer, self.input_permutation),
+            layer._expert_map,
+        )
+
+
+def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
+    """Pack `experts`, which are 2:4 and all take their input in one order, and register what the kernel needs."""
+    config = choice.config
+    gate_up, down = (
+        {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}
+        for weights in (experts.gate_up, experts.down)
+    )
+    packed = choice.kernel.pack(config, gate_up, down, experts.gate_up_bias, experts.down_bias)
+    names = tuple(f"experts_packed_{i}" for i in range(len(packed)))
+    for name, tensor in zip(names, packed):
+        set_parameter(layer, name, tensor)
+    order = experts.input_orders[0][0]
+    if order is None:
+        return PackedExperts(choice, names, None)
+    set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device))
+    return PackedExperts(choice, names, "experts_input_permutation")
+
+
+def _in_format(weights: Weights, choice: Choice) -> Mapping[str, torch.Tensor]:
+    if choice.widened_from is not None:
+        weights = weights.widened(choice.config.act_dtype)
+    return weights.parts
+
+
+def fill_dense(
+    layer: RoutedExperts, method: UnquantizedFusedMoEMethod, experts: LoadedExperts, sizes: ExpertSizes
+) -> None:
+    """Give `layer` the parameters of vLLM's own `method`, filled with the experts' weights in plain floating point.
+
+    vLLM may have rounded the layer's sizes up; the rest stays zero.
+    """
+    count, here, device = sizes.local, sizes.here, experts.gate_up.device
+    with device:
+        method.create_weights(
+            layer, count, layer.hidden_size, layer.intermediate_size_per_partition, layer.params_dtype
+        )
+    w13, w2 = layer.w13_weight.data.zero_(), layer.w2_weight.data.zero_()
+    rows = _rows_of_w13(layer, here, w13.shape[1], device)
+    for expert in range(count):
+        matrix = _dense(experts.gate_up, expert, len(rows) * here, w13.dtype)
+        for i, order in enumerate(experts.input_orders[expert]):
+            of_output = matrix[i * here : (i + 1) * here]
+            if order is not None:
+                columns = permutation.invert(torch.from_numpy(order).long()).to(device)
+                of_output = of_output.index_select(1, columns)
+            w13[expert, rows[i], : sizes.hidden] = of_output
+        w2[expert, : sizes.hidden, :here] = _dense(experts.down, expert, sizes.hidden, w2.dtype)
+    if experts.gate_up_bias is not None:
+        for i, places in enumerate(rows):
+            layer.w13_bias.data[:, places] = experts.gate_up_bias[:, i * here : (i + 1) * here]
+        layer.w2_bias.data[:, : sizes.hidden] = experts.down_bias
+
+
+def _rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.device) -> list[torch.Tensor]:
+    """Where vLLM's first product has the rows of gate and of up: each in a half, or alternating."""
+    index = torch.arange(here, device=device)
+    if not layer.moe_config.is_act_and_mul:
+        return [index]
+    if layer.activation == MoEActivation.SWIGLUOAI:
+        return [2 * index, 2 * index + 1]
+    return [index, rows // 2 + index]
+
+
+def _dense(weights: Weights | torch.Tensor, expert: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, in] of an expert, columns in the stored order, without their padding."""
+    if isinstance(weights, torch.Tensor):
+        return weights[expert * rows : (expert + 1) * rows]
+    matrix = weights.format.decode(weights.rows(expert * rows, rows).parts, dtype)
+    return matrix[:, : weights.in_features - weights.padding]

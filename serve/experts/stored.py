@@ -1,0 +1,177 @@
+"""The routed experts of one mixture layer, as a checkpoint stores them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.layer_schema import Experts, Stacked, filled, numbers_in
+from ria_vllm.format.schema import RiaSchema
+from ria_vllm.serve.load.folding import Folding
+
+EXPERT = ".{e}."
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """The experts of a layer. Plain data, because vLLM pickles its configuration.
+
+    Attributes:
+        name: what the names of their linears begin with.
+        num_experts: E.
+        patterns: "gate" (if there is one), "up" and "down" -> the name of an expert's linear, with {e} for its number.
+        biases: name of a tensor with biases [E, out] -> how it is stacked.
+        claims_24: config.json says that they are 2:4.
+        way_out: what to do where they cannot be served, for errors.
+    """
+
+    name: str
+    num_experts: int
+    patterns: Mapping[str, str]
+    biases: Mapping[str, Stacked]
+    claims_24: bool = True
+    way_out: str = "`ria-vllm export` makes a dense folder."
+
+    @classmethod
+    def of(cls, experts: Experts, numbers: Mapping[str, str]) -> "StoredExperts":
+        """Those of the layer with these numbers."""
+        stacks = [(filled(stack.bias, numbers), stack) for stack in experts.stacked if stack.bias is not None]
+        patterns = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
+        return cls(filled(_stem(experts), numbers), experts.num_experts, patterns, dict(stacks))
+
+    @property
+    def is_gated(self) -> bool:
+        return "gate" in self.patterns
+
+    def linear(self, kind: str, expert: int) -> str:
+        return filled(self.patterns[kind], {"e": str(expert)})
+
+    def linears(self) -> Iterator[tuple[str, str, int]]:
+        """(name, kind, expert) of each linear."""
+        for kind in self.patterns:
+            yield from ((self.linear(kind, expert), kind, expert) for expert in range(self.num_experts))
+
+
+def _stem(experts: Experts) -> str:
+    """The part of the linears' names before the expert's number.
+
+    Raises:
+        RiaError: they have no such part in common.
+    """
+    stems = {pattern.partition(EXPERT)[0] for pattern in experts.linears.values() if EXPERT in pattern}
+    if len(stems) != 1 or not all(EXPERT in pattern for pattern in experts.linears.values()):
+        raise RiaError(
+            f"config.json: quantization_config.experts: {', '.join(experts.linears.values())}: the linears of an "
+            "expert are expected under one name, such as model.layers.{i}.mlp.experts.{e}. Compress the model again."
+        )
+    return stems.pop()
+
+
+def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict[str, StoredExperts]:
+    """The layers whose experts are pruned, by the name of their experts.
+
+    Args:
+        pruned: linears that are stored compressed.
+        where: the folder or repository, for errors.
+
+    Raises:
+        RiaError: only some linears of a layer's experts are pruned, or an expert has a number that is too large.
+    """
+    pruned = set(pruned)
+    found: dict[str, StoredExperts] = {}
+    for experts in schema.experts:
+        stem = _stem(experts)
+        for name in pruned:
+            numbers = next((n for p in experts.linears.values() if (n := numbers_in(p, name)) is not None), None)
+            if numbers is None:
+                continue
+            if int(numbers["e"]) >= experts.num_experts or str(int(numbers["e"])) != numbers["e"]:
+                raise RiaError(
+                    f"{where}: {name}: config.json says that there are {experts.num_experts} experts. The files do not "
+                    "belong together; get them again."
+                )
+            of_layer = {key: value for key, value in numbers.items() if key != "e"}
+            if (key := filled(stem, of_layer)) not in found:
+                found[key] = StoredExperts.of(experts, of_layer)
+    for layer in found.values():
+        missing = next((name for name, _, _ in layer.linears() if name not in pruned), None)
+        if missing is not None:
+            raise RiaError(
+                f"{where}: {missing} is not pruned, but others of {layer.name} are. Get the files again, or compress "
+                "the model with all of these experts in --ignore."
+            )
+    return found
+
+
+def named_experts(schema: RiaSchema, name: str) -> StoredExperts | None:
+    """The experts called `name`, for dummy weights without any file; None if config.json has none of that name."""
+    for experts in schema.experts:
+        numbers = numbers_in(_stem(experts), name)
+        if numbers is not None:
+            return StoredExperts.of(experts, numbers)
+    return None
+
+
+@dataclass(frozen=True)
+class ExpertOrders:
+    """The orders in which the channels of a layer's experts are stored, by expert.
+
+    Attributes:
+        rows: in which the rows of gate and up are taken, so that down finds its input as stored; None: as they are.
+        inputs: int32 [H], in which gate (if there is one) and up take the channels of a token; None: the model's own.
+    """
+
+    rows: tuple[np.ndarray | None, ...]
+    inputs: tuple[tuple[np.ndarray | None, ...], ...]
+
+    @classmethod
+    def of(cls, experts: StoredExperts, permutations: Mapping[str, np.ndarray], folding: Folding) -> "ExpertOrders":
+        """Read them off the checkpoint's permutations.
+
+        An expert's linears belong to one layer of vLLM, and only an activation lies between. So the rows of gate and up
+        absorb the order of down even without a fold.
+
+        Raises:
+            RiaError: a fold of the checkpoint wants these rows in another order.
+        """
+        rows, inputs = [], []
+        for expert in range(experts.num_experts):
+            order = permutations.get(experts.linear("down", expert))
+            for kind in experts.patterns:
+                linear = experts.linear(kind, expert)
+                for wanted in folding.row_orders.get(linear, ()):
+                    if kind == "down" or not wanted.for_all or not np.array_equal(wanted.order, order):
+                        raise RiaError(
+                            f"{linear}: a fold reorders its rows for another linear than the expert's own down "
+                            "projection, which is not served. `ria-vllm export` makes a dense folder."
+                        )
+            first = [experts.linear(kind, expert) for kind in experts.patterns if kind != "down"]
+            rows.append(order)
+            inputs.append(tuple(None if name in folding.folded else permutations.get(name) for name in first))
+        return cls(tuple(rows), tuple(inputs))
+
+    @property
+    def folded(self) -> int:
+        """Permutations that cost nothing."""
+        return sum(order is not None for order in self.rows)
+
+    @property
+    def shared_input(self) -> bool:
+        """Whether all experts take the token's channels in one order."""
+        orders = [order for pair in self.inputs for order in pair]
+        return all(np.array_equal(order, orders[0]) for order in orders)
+
+    def check(self, experts: StoredExperts, hidden: int, intermediate: int) -> None:
+        """Check the lengths of all orders.
+
+        Raises:
+            RiaError: one does not have as many channels as its linear's input.
+        """
+        for expert, (rows, inputs) in enumerate(zip(self.rows, self.inputs)):
+            for order, size in ((rows, intermediate), *((order, hidden) for order in inputs)):
+                if order is not None and len(order) != size:
+                    raise RiaError(
+                        f"{experts.name}: a permutation of expert {expert} has {len(order)} channels, its input "
+                        f"{size}. Get the files again."
+                    )

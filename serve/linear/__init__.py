@@ -1,0 +1,1 @@
+"""vLLM's linear layers with pruned or quantized weights."""

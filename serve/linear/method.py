@@ -1,0 +1,296 @@
+"""Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
+
+import functools
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+from ria_vllm.serve.linear.packing import PackedLinear, RowGroup, pack_linear
+from ria_vllm.serve.linear.parameters import (
+    Creation,
+    PackedTensors,
+    create_parameters,
+    is_awaited,
+    set_parameter,
+    take_parameters,
+    use_loader_of_model,
+)
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.folding import RowOrder
+from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.loading import LayerLoader, Loader, TensorChecks, unwrapped
+from ria_vllm.serve.load.shards import ShardMap
+from ria_vllm.serve.load.stream import WeightStream
+
+# By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
+WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One of the checkpoint's linears that a layer is made of.
+
+    Attributes:
+        name: in the checkpoint.
+        scheme: how its weight is stored.
+        permutation: int32 [in], the order in which its input channels are stored; None for the model's own order.
+        folded: other linears compute the input in that order already.
+        row_orders: the orders in which its own rows are taken, for the linears that read its output.
+        claims_24: config.json says that it is 2:4.
+    """
+
+    name: str
+    scheme: WeightScheme
+    permutation: np.ndarray | None = None
+    folded: bool = False
+    row_orders: tuple[RowOrder, ...] = ()
+    claims_24: bool = True
+
+    @property
+    def input_permutation(self) -> np.ndarray | None:
+        """The permutation that the linear applies to its input itself."""
+        return None if self.folded else self.permutation
+
+
+@register_weight_loader_v2_supported_method
+class ProvisionalDenseMethod(UnquantizedLinearMethod):
+    """The method of a layer whose prefix names no pruned linear, until its path is known."""
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        self.creation = Creation.record(super().create_weights, layer, *args, **kwargs)
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """Loads linears in stored form and serves them through ria::sparse24_linear.
+
+    Args:
+        prefix: vLLM's name of the layer, for errors.
+        linears: what the layer is made of, in output order.
+        report: where the layer is counted.
+        stream: knows the names that arriving tensors have in the checkpoint.
+
+    Attributes:
+        row_loader: loads what a linear has for each of its rows, [out, any].
+    """
+
+    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport, stream: WeightStream):
+        self.prefix = prefix
+        self.linears = linears
+        self.names = tuple(linear.name for linear in linears)
+        self.report = report
+        self.stream = stream
+        self.dense: UnquantizedLinearMethod | None = None
+        self.packed = PackedTensors()
+
+    def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
+        self.creation = Creation.record(self._create_weights, layer, *args, **kwargs)
+        self.report.expected += 1
+
+    def _create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self.scheme = self.linears[0].scheme
+        weight_format, ranks = self.scheme.format, input_size // input_size_per_partition
+        if reason := misfit(weight_format, input_size) or uneven_cut(weight_format, input_size, ranks):
+            raise RiaError(f"{self.prefix}: {reason}")
+        if any(linear.scheme != self.scheme for linear in self.linears):
+            raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
+        self.output_sizes = tuple(output_partition_sizes)
+        self.dtype = params_dtype
+        shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
+        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size, self.stream)
+        self.layer_loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
+        vllm_loader = extra_weight_attrs["weight_loader"]
+        create_parameters(layer, self.layer_loader, output_partition_sizes, input_size_per_partition, vllm_loader)
+
+    def finish_creation(self, layer: LinearBase, model_loader: Loader | None) -> None:
+        """Finish a layer whose model is complete, before anything is loaded.
+
+        Args:
+            model_loader: the loader that the model gave the layer's weight in place of vLLM's; None if it gave none.
+        """
+        vllm_loader = self.creation.kwargs["weight_loader"]
+        use_loader_of_model(layer, self.layer_loader, vllm_loader, model_loader)
+        self.row_loader = self.layer_loader.wrap("proof", model_loader or vllm_loader)
+        # If another method created the layer, the bias still has vLLM's own loader.
+        if layer.bias is not None and self.layer_loader.reorders:
+            layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))
+
+    def check_arrival(self, layer: LinearBase, linear: str, part: str) -> None:
+        """Check that the layer will take a tensor that arrives for one of its linears.
+
+        Some of vLLM's models drop what they have no place for, and the layer would keep its old weights.
+
+        Args:
+            linear: its name in the checkpoint.
+            part: the last part of the tensor's name.
+
+        Raises:
+            RiaError: the layer stores its weights in another form, or has them already.
+        """
+        specs = self.layer_loader.checks.specs
+        if part in WEIGHT_PARTS and part not in specs:
+            raise RiaError(
+                f"{linear}.{part}: this server has the linear stored as {', '.join(specs)}. Send these tensors, as "
+                "the folder that it serves has them, or start a server of the new weights."
+            )
+        if part in specs and not is_awaited(layer, part):
+            raise RiaError(
+                f"{linear}.{part} arrives when its layer has its weights already. Reload with vLLM's reload_weights, "
+                "or start the server again."
+            )
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        """Check what was loaded, pack it for a kernel, and free it."""
+        loaded = take_parameters(layer, self.layer_loader.checks.specs)
+        if not loaded:
+            return
+        self._check_permutations(layer)
+        scales = frozenset(self.layer_loader.scale_dtypes)
+        first = not hasattr(layer, "ria_packed")
+        try:
+            dummy = self._check_complete(first)
+        finally:
+            self.forget()
+        weights = self._weights(loaded, dummy, scales)
+        if not first:
+            self._check_reload(layer.ria_packed, weights)
+        if weights is None:
+            self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
+        else:
+            packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
+            self.packed.check(self.prefix, layer, packed.parameters)
+            layer.ria_packed = packed
+        if first:
+            self._report(layer, weights)
+
+    def forget(self) -> None:
+        """Start from nothing: what was loaded is packed, or the load has failed."""
+        self.layer_loader.clear()
+
+    def _check_permutations(self, layer: LinearBase) -> None:
+        for linear in self.linears:
+            p = linear.permutation
+            if p is not None and len(p) != layer.input_size:
+                raise RiaError(
+                    f"{linear.name}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the "
+                    "files again."
+                )
+
+    def _check_complete(self, first: bool) -> bool:
+        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
+
+        Returns:
+            Whether the layer holds dummies.
+
+        Raises:
+            RiaError: a tensor is missing.
+        """
+        missing = self.layer_loader.missing()
+        if missing and not first:
+            raise RiaError(
+                f"{missing} did not come with the other tensors of its layer. A reload replaces all weights of each "
+                "layer that it has any of: send all of them together."
+            )
+        if missing and (self.layer_loader.loaded or not EngineOptions.current().dummy_weights):
+            raise RiaError(f"{missing} is in none of the weight files. Get them again.")
+        return missing is not None
+
+    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool, scales: Collection[torch.dtype]) -> Weights | None:
+        """What a kernel packs; None if the layer is not 2:4.
+
+        Raises:
+            RiaError: damaged scales or a damaged bitmask.
+        """
+        try:
+            return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy, scales)
+        except ValueError as error:
+            raise RiaError(f"{' + '.join(self.names)}: {error}. The weight file is damaged; get it again.") from None
+
+    def _check_reload(self, before: PackedLinear | None, weights: Weights | None) -> None:
+        if (before is None) != (weights is None):
+            raise RiaError(
+                f"{self.prefix}: its new weights are {'not 2:4' if weights is None else '2:4'}, unlike those that this "
+                "server started with. Start the server again instead of reloading."
+            )
+
+    def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
+        """Serve with vLLM's own method.
+
+        This method stays in front of it, because a reload delivers the weights in stored form again.
+        """
+        set_parameter(layer, "weight", weight)
+        layer.ria_packed = None
+        self.dense = UnquantizedLinearMethod()
+        self.dense.process_weights_after_loading(layer)
+
+    def _groups(self) -> list[RowGroup]:
+        """One group for all rows, if all linears take their input in the same order; else one for each output."""
+        permutations = [linear.input_permutation for linear in self.linears]
+        first, *others = permutations
+        if all(np.array_equal(other, first) for other in others):
+            return [RowGroup(0, sum(self.output_sizes), first)]
+        if len(permutations) != len(self.output_sizes):
+            raise RiaError(
+                f"{self.prefix}: vLLM divides it into {len(self.output_sizes)} outputs, unlike the checkpoint, whose "
+                f"linears ({', '.join(self.names)}) have different permutations. Compress with --permute-scope shared."
+            )
+        starts = np.cumsum([0, *self.output_sizes]).tolist()
+        return [RowGroup(*group) for group in zip(starts, self.output_sizes, permutations)]
+
+    def _report(self, layer: LinearBase, weights: Weights | None) -> None:
+        packed = layer.ria_packed
+        if weights is None:
+            self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format)
+            reason = f"{self.prefix} and others like it are not 2:4 and served dense"
+            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
+            return
+        for call in packed.calls:
+            self.report.warn_of_choice(call.choice, self.scheme.activations)
+        kernels = [str(call.choice) for call in packed.calls]
+        gathered = sum(linear.input_permutation is not None for linear in self.linears)
+        permuted = sum(linear.permutation is not None for linear in self.linears)
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
+        dense_bytes = weights.out_features * (weights.in_features - weights.padding) * self.dtype.itemsize
+        if packed.input_channels is not None:
+            self.report.warn_of_all_gather()
+        self.report.add(
+            kernels, permuted - gathered, gathered, dense_bytes, packed.packed_bytes(layer),
+            f"{self.prefix} {kernels} {shapes}",
+        )  # fmt: skip
+
+    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., in] -> [..., out], both of this rank."""
+        if layer.ria_packed is None:
+            return self.dense.apply(layer, x, bias)
+        return layer.ria_packed.apply(layer, x, bias)
+
+
+def arrival_checks(model: torch.nn.Module) -> dict[str, Callable[[str], None]]:
+    """Linear of the checkpoint -> `Sparse24LinearMethod.check_arrival` of the layer that serves it in `model`."""
+    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+    return {
+        name: functools.partial(layer.quant_method.check_arrival, layer, name)
+        for layer in layers
+        if isinstance(layer.quant_method, Sparse24LinearMethod)
+        for name in layer.quant_method.names
+    }

@@ -1,0 +1,118 @@
+"""How a consumer's input permutation becomes its producers' row order.
+
+A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on
+each channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can
+compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention
+allows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import permutation
+from ria_vllm.format.schema import RiaSchema
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The order in which some rows of a producer are taken: [start, start + len(order) / blocks) of each block.
+
+    `for_all`: they are all its rows; `blocks`: how many equal blocks its rows make; `by_heads`: attention lies between
+    the producer and the linear that wants this order.
+
+    `order` is a numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would
+    travel as shared memory, with a file descriptor of its own.
+    """
+
+    order: np.ndarray
+    start: int = 0
+    for_all: bool = True
+    blocks: int = 1
+    by_heads: bool = False
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` [out, ...] with its rows reordered.
+
+        Raises:
+            ValueError: the tensor does not have these rows.
+        """
+        rows, end = tensor.shape[0], self.start + len(self.order) // self.blocks
+        places = permutation.places(rows, self.start, end, self.blocks)
+        if isinstance(places, str) or (self.for_all and end != rows):
+            raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
+        order = torch.from_numpy(self.order)
+        if self.for_all:
+            return tensor.index_select(0, order.to(tensor.device))
+        index = torch.arange(rows)
+        index[places] = places[order]
+        return tensor.index_select(0, index.to(tensor.device))
+
+    def overlaps(self, other: "RowOrder") -> bool:
+        """Whether both may reorder the same row. Of orders with other blocks, that is assumed."""
+        if self.blocks != other.blocks:
+            return True
+        one, two = (o.start + len(o.order) // o.blocks for o in (self, other))
+        return self.start < two and other.start < one
+
+
+@dataclass
+class Folding:
+    """The consumers whose permutation is folded away, and the row orders that absorb it, by producer.
+
+    `by_heads`: those of the consumers that read attention's output.
+    """
+
+    folded: set[str] = field(default_factory=set)
+    row_orders: dict[str, list[RowOrder]] = field(default_factory=dict)
+    by_heads: set[str] = field(default_factory=set)
+
+    @cached_property
+    def outside_attention(self) -> "Folding":
+        """The same without folds through attention, so that what it keeps of each token is in the model's own order."""
+        kept = {name: [one for one in orders if not one.by_heads] for name, orders in self.row_orders.items()}
+        return Folding(self.folded - self.by_heads, {name: orders for name, orders in kept.items() if orders})
+
+
+def fold(
+    schema: RiaSchema, permutations: Mapping[str, np.ndarray], is_pruned: Callable[[str], bool], where: str
+) -> Folding:
+    """Compute the row orders of all producers.
+
+    Args:
+        permutations: consumer's name -> int32 [in], checked to be permutations.
+        is_pruned: whether a linear is stored compressed. A consumer with a dense producer permutes its input itself.
+        where: the folder or repository, for errors.
+
+    Raises:
+        RiaError: a permutation that does not keep to attention's heads, or two orders for the same rows of a producer.
+    """
+    result = Folding()
+    rules = [(name, rule) for name in permutations for rule in schema.folds if rule.numbers(name) is not None]
+    pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
+    for consumer, rule, producers in schema.active_folds(permutations, pruned):
+        by_heads = rule.coupling == "heads"
+        orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
+        if isinstance(orders, str):
+            raise RiaError(f"{where}: {consumer}: its permutation cannot be folded into attention heads: {orders}.")
+        for producer, rows in zip(producers, orders, strict=True):
+            start, end = producer.rows or (0, len(rows))
+            if start < 0 or (end - start) * producer.blocks != len(rows):
+                of_each = f" (rows {start} to {end} of each of {producer.blocks} blocks)" if producer.blocks > 1 else ""
+                raise RiaError(
+                    f"{where}: {consumer}: its fold reorders {len(rows)} rows, but takes "
+                    f"{(end - start) * producer.blocks} of {producer.name}{of_each}."
+                )
+            order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks, by_heads)
+            others = result.row_orders.setdefault(producer.name, [])
+            if any(order.overlaps(other) for other in others):
+                raise RiaError(f"{where}: two folds reorder the same rows of {producer.name}.")
+            others.append(order)
+        result.folded.add(consumer)
+        if by_heads:
+            result.by_heads.add(consumer)
+    return result

@@ -1,0 +1,353 @@
+"""vLLM's layer-by-layer reload: afterwards a model has the weights that it should have, or it computes nothing.
+
+vLLM packs each layer as soon as its tensors have arrived, and replaces the old weights by the result. It does not take
+care of
+
+- layers that share their weights with another: the head of a model with tied embeddings gets no tensor of its own, and
+  on CPUs keeps what it has packed;
+- layers that get a part of their tensors: the rest is memory that nobody has written;
+- reloads that fail, or are left by who began them: their tensors would go into the next one;
+- models that such a reload has left with new weights in some layers and old ones in others.
+
+vLLM has no hooks for this, so `watch_reloads` wraps three of its functions.
+"""
+
+import functools
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import _get_default_store
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel_loaded
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.load.completeness import dense_layers
+
+_ORIGINAL = "ria_original"
+# Seconds that a rank waits for others when it has its new weights.
+PATIENCE = 300
+
+
+def watch_reloads() -> None:
+    """Have the reloads of our models begin, pack and end as `Reloads` says."""
+    begin, pack, end = (
+        _original(function)
+        for function in (
+            layerwise.initialize_layerwise_reload,
+            layerwise._layerwise_process,
+            layerwise.finalize_layerwise_processing,
+        )
+    )
+
+    @functools.wraps(begin)
+    def initialize_layerwise_reload(model: torch.nn.Module) -> None:
+        reloads = getattr(model, "ria_reloads", None)
+        if reloads is None:
+            begin(model)
+        else:
+            reloads.begin(begin)
+
+    @functools.wraps(pack)
+    def _layerwise_process(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+        path = layer.__dict__.get("ria_path")
+        if path is not None and info.kernel_tensors is not None:
+            check_arrived(path, layer, info)
+        pack(layer, info)
+        if path is not None:
+            layer.__dict__["ria_renewed"] = True
+
+    @functools.wraps(end)
+    def finalize_layerwise_processing(model: torch.nn.Module, model_config: Any) -> None:
+        reloads = getattr(model, "ria_reloads", None)
+        if reloads is None or not reloads.is_on:
+            end(model, model_config)
+        else:
+            reloads.end(functools.partial(end, model, model_config))
+
+    for wrapper, original in (
+        (initialize_layerwise_reload, begin), (_layerwise_process, pack), (finalize_layerwise_processing, end)
+    ):  # fmt: skip
+        setattr(wrapper, _ORIGINAL, original)
+    for module in holders(layerwise.initialize_layerwise_reload):
+        module.initialize_layerwise_reload = initialize_layerwise_reload
+    layerwise._layerwise_process = _layerwise_process
+    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+
+
+def holders(function: Callable[..., Any]) -> list[ModuleType]:
+    """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
+    named = function.__name__
+    return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(named) is function]
+
+
+def _original(function: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(function, _ORIGINAL, function)
+
+
+class Reloads:
+    """The reloads of one model. During one, each layer has `ria_path`, its path, and `ria_renewed`, whether it has new
+    weights.
+
+    Args:
+        model: as vLLM built it, with all layers.
+        dtype: of its activations.
+        after: called when a reload has ended, with the paths of the layers that got nothing, see `left_out`. It may
+            raise a RiaError, which makes the model compute nothing.
+        embeddings: the model has embeddings and a head of its own. A draft may have its target's.
+        before: called before a reload begins.
+
+    Attributes:
+        number: of the last reload, the same on all ranks.
+        stopped: the model refuses to compute, because some of its layers have weights of a reload that failed.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype,
+        after: Callable[[Sequence[str]], None],
+        embeddings: bool = True,
+        before: Callable[[], None] = lambda: None,
+    ):
+        self.model = model
+        self.dtype = dtype
+        self.after = after
+        self.embeddings = embeddings
+        self.before = before
+        self.number = 0
+        self.stopped: _Stopped | None = None
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a reload has begun and not ended."""
+        infos = map(layerwise.get_layerwise_info, self.model.modules())
+        return any(info.can_load() and info.kernel_tensors is not None for info in infos)
+
+    def begin(self, begin: Callable[[torch.nn.Module], None]) -> None:
+        """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first."""
+        self.give_up()
+        self.before()
+        self.number += 1
+        for path, layer in self.model.named_modules():
+            layer.__dict__["ria_path"], layer.__dict__["ria_renewed"] = path, False
+            if (method := _ours(layer)) is not None:
+                method.forget()
+        # vLLM writes these at once, in the model that still serves.
+        at_once = [getattr(layer, name, None) for layer in self.model.modules() for name in SKIP_TENSORS]
+        self._kept = [(tensor.data, tensor.data.clone()) for tensor in at_once if isinstance(tensor, torch.Tensor)]
+        begin(self.model)
+
+    def give_up(self) -> None:
+        """End a reload without the tensors that wait for others. Where layers are new already, nothing is computed
+        until a whole reload has succeeded."""
+        if not self.is_on:
+            return
+        for layer in self.model.modules():
+            info = layerwise.get_layerwise_info(layer)
+            info.loaded_weights.clear()
+            info.load_numel = min(info.load_numel, 0)
+        try:
+            _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
+        finally:
+            for tensor, before in self._kept:
+                tensor.copy_(before)
+            self._kept = []
+            self._stop_if_renewed()
+
+    def end(self, end: Callable[[], None]) -> None:
+        """End a reload, by vLLM's `end`.
+
+        Raises:
+            RiaError: a layer got a part of its weights only, or layers keep those of a reload that had failed; or see
+                `after` and `_wait_for_ranks`.
+        """
+        left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
+        tied = tied_layers(self.model)
+        for layer in self.model.modules():  # attention is packed elsewhere
+            layer.__dict__["ria_renewed"] = (
+                layer.__dict__.get("ria_renewed") or layerwise.get_layerwise_info(layer).load_numel > 0
+            )
+        try:
+            end()
+            for layer in tied:
+                layer.quant_method.process_weights_after_loading(layer)
+            if self.stopped is not None and lacking:
+                raise RiaError(
+                    f"vLLM's layer {lacking[0]} got no weights in this reload, and the one before has failed, which "
+                    f"left the model with weights of two. {WAY_OUT}"
+                )
+        except BaseException:
+            self.give_up()
+            raise
+        try:
+            self._wait_for_ranks()
+            self.after(left)
+        except BaseException:
+            self._stop_if_renewed()
+            raise
+        self._kept = []
+        if self.stopped is not None:
+            self.stopped.undo()
+            self.stopped = None
+
+    def _wait_for_ranks(self) -> None:
+        """Wait until all tensor-parallel ranks have got as far as this one: none may serve what another has refused.
+
+        Raises:
+            RiaError: one has not.
+        """
+        if not torch.distributed.is_initialized() or (group := get_tp_group()).world_size == 1:
+            return
+        # Not a barrier: after one that a rank has missed, a group is of no use any more.
+        store, name = _get_default_store(), f"ria-vllm reload/{group.ranks[0]}/{self.number}"
+        store.set(f"{name}/{group.rank}", "")
+        try:
+            store.wait([f"{name}/{rank}" for rank in group.ranks], timedelta(seconds=PATIENCE))
+        except RuntimeError as error:
+            raise RiaError(
+                f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
+            ) from error
+
+    def _stop_if_renewed(self) -> None:
+        """Have the model refuse to compute if some of its layers have new weights, or may have on another rank."""
+        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+        renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
+        if self.stopped is None and (renewed or not alone):
+            self.stopped = _Stopped(self.model)
+
+
+WAY_OUT = "Reload or send all weights of one model, or start the server again."
+
+
+class _Stopped:
+    """A model that raises a RiaError instead of computing."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.hook = model.register_forward_pre_hook(self._refuse)
+        # CUDA graphs are replayed without a call of the model.
+        names = [name for name in ("compute_logits", "compute_logits_local") if hasattr(model, name)]
+        self.before = {name: model.__dict__.get(name) for name in names}
+        model.__dict__.update(dict.fromkeys(names, self._refuse))
+
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise RiaError(
+            "a reload of weights has failed when some layers had their new ones already, so the answers would be those "
+            f"of no model. {WAY_OUT}"
+        )
+
+    def undo(self) -> None:
+        self.hook.remove()
+        for name, before in self.before.items():
+            del self.model.__dict__[name]
+            if before is not None:
+                self.model.__dict__[name] = before
+
+
+def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    """Check, before a layer is packed in a reload, that each of its parameters was loaded as a whole. Linears and
+    experts that are pruned know better what belongs to them, and check that themselves.
+
+    Raises:
+        RiaError: something is missing.
+    """
+    if _ours(layer) is not None:
+        return
+    numbers: dict[str, int] = defaultdict(int)
+    seen: set[tuple[str, str]] = set()
+    for name, arguments in info.loaded_weights:
+        others = {key: value for key, value in arguments.arguments.items() if not isinstance(value, torch.Tensor)}
+        if (piece := (name, repr(others))) not in seen:
+            seen.add(piece)
+            parameter = layer._parameters.get(name)
+            loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
+            numbers[name] += get_numel_loaded(loader, arguments)[0]
+    for name, parameter in layer._parameters.items():
+        if parameter is None or name in SKIP_TENSORS:
+            continue  # what did not come keeps its old values
+        wanted = _numbers_of(parameter)
+        if isinstance(layer, VocabParallelEmbedding):
+            wanted = min(wanted, 1)  # rows of padding are not in any file
+        elif name.startswith(("w13_", "w2_")) and layer.moe_config.hidden_dim != layer.moe_config.hidden_dim_unpadded:
+            wanted = min(wanted, 1)  # the same
+        if numbers[name] < wanted:
+            raise RiaError(
+                f"vLLM's layer {path}: {numbers[name]} of the {wanted} numbers in its {name} came in this reload. A "
+                "reload replaces all weights of each layer that it has any of: send all of them together."
+            )
+
+
+def _numbers_of(tensor: torch.Tensor) -> int:
+    """How many numbers of a parameter are loaded; a parameter that takes none says so."""
+    return getattr(tensor, "weight_loader_numel", tensor.numel())
+
+
+def _ours(layer: torch.nn.Module) -> Any:
+    """The method of a layer with stored weights, `Sparse24LinearMethod` or `Sparse24MoEMethod`; None for others."""
+    method = getattr(layer, "quant_method", None)
+    return method if hasattr(method, "forget") else None
+
+
+def without_weights(model: torch.nn.Module) -> list[str]:
+    """Paths of the layers with parameters that got nothing in a reload that is about to end. Weights that are tied to
+    loaded ones are not among them."""
+    loaded, found = _loaded(model), []
+    for path, layer in model.named_modules():
+        info = layerwise.get_layerwise_info(layer)
+        if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
+            continue
+        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
+        if wanted and not any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values()):
+            found.append(path)
+    return found
+
+
+def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The embeddings and heads that get their weights from another layer in a reload that is about to end."""
+    loaded = _loaded(model)
+    found = []
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if not isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod) or info.load_numel > 0:
+            continue
+        weight = None if info.kernel_tensors is None else info.kernel_tensors[0].get("weight")
+        if weight is not None and weight.data_ptr() in loaded:
+            found.append(layer)
+    return found
+
+
+def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
+    """Paths of the dense layers that got no weights in a reload that is about to end, and of attention layers that got
+    no scales of their fp8 KV cache.
+
+    vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
+    """
+    dense = {path for path, _ in dense_layers(model, embeddings)}
+    left = [path for path in without_weights(model) if path in dense]
+    return left + [path for path, layer in model.named_modules() if _lacks_scales(layer)]
+
+
+def _lacks_scales(layer: torch.nn.Module) -> bool:
+    """Whether a layer of attention gets none of the scales of its KV cache in a reload, see `KVCacheScales`."""
+    info = layerwise.get_layerwise_info(layer)
+    return getattr(layer, "ria_needs_scales", False) and info.kernel_tensors is not None and info.load_numel <= 0
+
+
+def _loaded(model: torch.nn.Module) -> set[int]:
+    """Where the tensors are that layers have got, or will get when the reload ends."""
+    loaded: set[int] = set()
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if not info.can_load() or info.load_numel > 0:
+            tensors = layer._parameters if info.kernel_tensors is None else info.kernel_tensors[0]
+            loaded |= {tensor.data_ptr() for tensor in tensors.values() if tensor is not None}
+    return loaded - {0}  # what a kernel has packed is in no place

@@ -1,0 +1,187 @@
+"""What happens to a tensor of the checkpoint between vLLM's stream of weights and vLLM's own weight loaders."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.weight_scheme import TensorSpec
+from ria_vllm.serve.load.folding import RowOrder
+from ria_vllm.serve.load.reordered_rows import ReorderedRows
+from ria_vllm.serve.load.shards import ShardId, ShardMap
+from ria_vllm.serve.load.stream import WeightStream
+
+Loader = Callable[..., Any]
+
+
+class TensorChecks:
+    """Refuses tensors that are not what the checkpoint stores for the linears of a layer.
+
+    Args:
+        shards: which linears a shard id covers.
+        specs: what the linears' tensors look like, by the last part of their names.
+        in_features: of the whole layer.
+        stream: knows the names of tensors in the checkpoint.
+
+    Attributes:
+        rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
+    """
+
+    def __init__(self, shards: ShardMap, specs: Mapping[str, TensorSpec], in_features: int, stream: WeightStream):
+        self.shards = shards
+        self.specs = specs
+        self.in_features = in_features
+        self.stream = stream
+        self.rows: Mapping[ShardId, int] = shards.rows
+
+    def check(self, part: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        """Check a tensor called `part` that vLLM loads as `shard`, before any sharding.
+
+        Raises:
+            RiaError: it belongs to another linear, the model changed it, or its dtype or shape is not the linear's.
+        """
+        linears = self.shards.linears_of(shard)
+        self._check_name(part, linears, tensor)
+        if part in self.specs:
+            self._check_shape(part, "+".join(linears), tensor, shard)
+
+    def _check_name(self, part: str, linears: Sequence[str], tensor: torch.Tensor) -> None:
+        expected = [f"{linear}.{part}" for linear in linears]
+        name = self.stream.name_of(tensor, expected)
+        if name is None and self.stream.active:
+            raise RiaError(
+                f"{'+'.join(linears)}.{part}: vLLM changes it before its layer loads it, in a way that works for dense "
+                "weights only. `ria-vllm export` makes a dense folder."
+            )
+        if name is not None and name not in expected:
+            raise RiaError(
+                f"vLLM loads {name} where {'+'.join(linears)} belongs. `ria-vllm export` makes a dense folder."
+            )
+
+    def _check_shape(self, part: str, name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        spec = self.specs[part]
+        rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
+        shape = spec.shape(rows, self.in_features)
+        if spec.per_tensor and not tensor.dim():
+            shape = ()
+        if tensor.dtype not in spec.part.dtypes or tuple(tensor.shape) != shape:
+            raise RiaError(
+                f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {spec.dtypes} {shape}. "
+                "The file is damaged, or config.json belongs to another model; get both again."
+            )
+
+
+class LayerLoader:
+    """Stands before vLLM's weight loaders of one layer: checks each tensor, records it, and reorders its rows.
+
+    Args:
+        checks: the checks that each tensor must pass.
+        row_orders: for each linear of the layer, the orders in which its rows are taken.
+
+    Attributes:
+        loaded: (last part of the name, output of the layer) of every tensor loaded since the last `clear`.
+        scale_dtypes: those of the `weight_scale`s among them.
+    """
+
+    def __init__(self, checks: TensorChecks, row_orders: Sequence[Sequence[RowOrder]]):
+        self.checks = checks
+        self.shards = checks.shards
+        self.row_orders = dict(zip(self.shards.linears, row_orders))
+        self.loaded: set[tuple[str, ShardId]] = set()
+        self.scale_dtypes: set[torch.dtype] = set()
+        self._loading = False
+
+    @property
+    def reorders(self) -> bool:
+        return any(self.row_orders.values())
+
+    def wrap(self, part: str, loader: Loader) -> Loader:
+        """Wrap one of vLLM's loaders so that it gets tensors called `part` only after `accept`.
+
+        The result is a plain function with the loader's name, because vLLM inspects both when it reloads.
+        """
+
+        @functools.wraps(loader)
+        def load(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
+            arguments = () if loaded_shard_id is None else (loaded_shard_id,)
+            if self._loading:  # vLLM's loaders cut a tensor and call each other with the pieces
+                loader(param, loaded_weight, *arguments)
+                return
+            loaded_weight = self.accept(part, loaded_weight, loaded_shard_id)
+            self._loading = True
+            try:
+                loader(param, loaded_weight, *arguments)
+            finally:
+                self._loading = False
+
+        load.ria_wrapped = loader
+        return load
+
+    def accept(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
+        """Check and record a tensor, and return it with its rows in the order in which the layer computes them.
+
+        Raises:
+            RiaError: see `TensorChecks.check`; or its rows cannot be reordered.
+        """
+        self.checks.check(part, tensor, shard)
+        if part in self.checks.specs:
+            self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
+            if part == "weight_scale":
+                self.scale_dtypes.add(tensor.dtype)
+        rows = self._row_order(part, tensor, shard)
+        return tensor if rows is None else ReorderedRows.of(tensor, rows)
+
+    def _row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
+        """int64 [rows of `tensor`], None to leave them as they are."""
+        linears = self.shards.linears_of(shard)
+        if not any(self.row_orders[linear] for linear in linears):
+            return None
+        name = f"{'+'.join(linears)}.{part}"
+        if not tensor.dim():
+            raise RiaError(f"{name}: one number, expected one for each row. The checkpoint is damaged; get it again.")
+        if len(linears) > 1 or (len(self.shards.linears) == 1 and not self._is_whole(shard)):
+            raise RiaError(
+                f"{name}: vLLM fuses or splits it before its layer loads it, so its rows cannot be reordered. "
+                "`ria-vllm export` makes a dense folder."
+            )
+        rows = torch.arange(tensor.shape[0], device=tensor.device)
+        for order in self.row_orders[linears[0]]:
+            try:
+                rows = order.take(rows)
+            except ValueError as error:
+                raise RiaError(f"{name}: its fold does not fit: {error}. The checkpoint is damaged.") from None
+        return rows
+
+    def _is_whole(self, shard: ShardId) -> bool:
+        return set(self.shards.outputs_of(shard)) == set(self.shards.outputs)
+
+    def missing(self) -> str | None:
+        """The name of the first tensor that has not been loaded, or None."""
+        expected = ((part, output) for output in self.shards.outputs for part in self.checks.specs)
+        absent = next((pair for pair in expected if pair not in self.loaded), None)
+        return absent and f"{'+'.join(self.shards.linears_of(absent[1]))}.{absent[0]}"
+
+    def clear(self) -> None:
+        """Forget what was loaded, before the next load."""
+        self.loaded.clear()
+        self.scale_dtypes.clear()
+
+
+def unwrapped(loader: Loader) -> Loader:
+    """What `LayerLoader.wrap` was given, or `loader` if it was not wrapped."""
+    return getattr(loader, "ria_wrapped", loader)
+
+
+def rows_of_mamba2(loader: Loader) -> int | None:
+    """Rows of the tensor that vLLM's loader for Mamba-2 takes; None for any other loader.
+
+    With one group for all heads it copies rows to several ranks, so the layer has more rows than the tensor.
+    """
+    if not inspect.isroutine(loader):
+        return None
+    spec = inspect.getclosurevars(loader).nonlocals.get("shard_spec")
+    return None if spec is None else sum(size - repeated for size, repeated, _ in spec)

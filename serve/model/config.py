@@ -1,0 +1,364 @@
+"""RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from ria_vllm import vllm_quirks
+from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
+from ria_vllm.compressed_tensors.packed_forms import Translation
+from ria_vllm.errors import RiaError
+from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
+from ria_vllm.format.weight_scheme import WeightScheme
+from ria_vllm.serve.experts.names import check_stacked, experts_by_name
+from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
+from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
+from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
+from ria_vllm.serve.load.folding import Folding, fold
+from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.stream import WeightStream
+from ria_vllm.serve.model.checkpoint_files import (
+    OutOfReach,
+    WeightHeaders,
+    check_weight_files,
+    dense_tensors,
+    permutations_of,
+    stored_modules,
+)
+
+# vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
+DRAFT_PREFIX = "draft_model."
+
+
+class RiaConfig(QuantizationConfig):
+    """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
+
+    Linears have the checkpoint's names here; `names` translates vLLM's names to those. vLLM copies and pickles the
+    object on its way to the workers, so it holds plain data only until a model is built.
+
+    Attributes:
+        schema: of config.json.
+        compressed_tensors: the configuration of a checkpoint that compressed-tensors wrote; None for one of ours.
+        where: folder or repository.
+        stored: linears and other modules with a weight, pruned or not; None if no weight file could tell.
+        dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
+        pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
+        required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
+        names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
+        weightless: the model has no weight files here.
+        unread: why files could not be read; dummy weights do not need them.
+        mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
+        permutations: linear -> int32 [in], the order in which its input channels are stored.
+        folding: the permutations that the row orders of other linears absorb.
+        stream: knows the checkpoint's names of the tensors that arrive.
+        translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
+        experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
+        expert_linears: their linears.
+        expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
+        served_by: linear, or experts -> the class of the model that serves it, see `ria_vllm.serve.model.layer_matching`.
+        model_built: a model was built with this config.
+        rearranged: vLLM's model changes the order of rows.
+        one_head: attention has one query head, so that a fold through it may look like any other.
+        scales_head: vLLM's model scales the rows of the head as it loads them.
+    """
+
+    def __init__(self, schema: RiaSchema, compressed_tensors: CompressedTensorsConfig | None = None):
+        super().__init__()
+        self.schema = schema
+        self.compressed_tensors = compressed_tensors
+        # vLLM reads this from any configuration, and then makes the cache fp8 unless the user chose a dtype.
+        self.kv_cache_scheme = compressed_tensors and compressed_tensors.kv_cache_scheme
+        self.where = "this model"
+        self.pruned: set[str] | None = None
+        self.stored: set[str] | None = None
+        self.dense_tensors: set[str] | None = None
+        self.names: dict[str, str] = {}
+        self.weightless = False
+        self.unread: str | None = None
+        self.mistral: str | None = None
+        self.permutations: dict[str, np.ndarray] = {}
+        self.folding = Folding()
+        self.report = LoadReport()
+        self.stream = WeightStream()
+        self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
+        self.required: set[str] = set()
+        self.experts: dict[str, StoredExperts] = {}
+        self.expert_linears: set[str] = set()
+        self.expert_layers: dict[str, str] = {}
+        self.served_by: dict[str, type] = {}
+        self.model_built = False
+        self.rearranged = False
+        self.one_head = False
+        self.scales_head = False
+
+    def __repr__(self) -> str:
+        return f"RiaConfig({self.schema.format}, {len(self.permutations)} permutations)"
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
+        if is_24_checkpoint(config):
+            return cls(RiaSchema(sparsity_config=SparsityConfig()), CompressedTensorsConfig.parse(config))
+        return cls(RiaSchema.parse(config, "config.json"))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take over compressed-tensors' 2:4 checkpoints, which vLLM would refuse."""
+        return QUANT_METHOD if is_24_checkpoint(hf_quant_cfg) and user_quant in (None, QUANT_METHOD) else None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read what producers must know before the first weight arrives: names and permutations."""
+        self.where = str(model_name)
+        self.rearranged = vllm_quirks.rearranged(hf_config)
+        text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
+        self.one_head = getattr(text_config, "num_attention_heads", None) == 1
+        self.scales_head = bool(getattr(text_config, "norm_head", False))  # BailingMoe
+        try:
+            headers = WeightHeaders(self.where, revision)
+        except OutOfReach as error:
+            # Dummy weights do not need the headers; the load format is not known here.
+            self.unread = str(error)
+            return
+        self.weightless, self.mistral = headers.names is None, headers.mistral
+        if headers.names is not None:
+            self._read_names(headers.names)
+        if self.compressed_tensors is None:
+            self._read_permutations(headers)
+        self.names = {name: name for name in (self.stored or self.permutations)}
+
+    def _read_names(self, tensors: list[str]) -> None:
+        if self.translation is not None:
+            check_stacked(tensors, self.where)
+            tensors = self.translation.names(tensors)
+        stored = stored_modules(tensors)
+        self.stored = set(stored)
+        self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        self.dense_tensors = dense_tensors(tensors)
+        scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+        if self.compressed_tensors is None:
+            self.experts = stored_experts(self.schema, self.pruned or (), self.where)
+        else:
+            self.experts = experts_by_name(tensors, self.scheme, self.is_pruned, self.where)
+        self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
+        self.expert_layers = {name: name for name in self.experts}
+        self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
+
+    def _read_permutations(self, headers: WeightHeaders) -> None:
+        try:
+            permutations = permutations_of(self.where, headers.revision, self.schema)
+        except RiaError as error:
+            if self.stored is not None and not isinstance(error, OutOfReach):
+                raise
+            # Out of reach, or a folder without weights.
+            self.unread, permutations = str(error), {}
+        try:
+            check_weight_files(headers, self.schema)
+        except OutOfReach as error:
+            self.unread = str(error)
+        for name in permutations:
+            if not self.is_pruned(name):
+                raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
+        self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
+        self.permutations = permutations
+
+    @contextmanager
+    def excused(self) -> Iterator[None]:
+        """Do without what only real weights need, if dummies are served. `unread` then refuses weights that follow.
+
+        Errors are not excused where a folder has weights: only files that are out of reach.
+        """
+        try:
+            yield
+        except RiaError as error:
+            known = self.stored is not None and not isinstance(error, OutOfReach)
+            if known or not EngineOptions.current().dummy_weights:
+                raise
+            self.unread = str(error)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        sparsity = self.schema.sparsity_config
+        sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
+        self.expert_layers = {
+            new.rsplit(".", 2)[0]: name
+            for known, name in self.expert_layers.items()
+            for new in hf_to_vllm_mapper.apply_list([f"{known}.0.up_proj"])
+        }
+        self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return self._method_of_others(layer, prefix)
+        self._check_engine()
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
+        linears = self.linears_of(prefix)
+        if not self.serves_sparse(prefix, linears):
+            return ProvisionalDenseMethod()
+        return self.sparse_method(prefix, linears)
+
+    def _method_of_others(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer that is not linear. All experts get one of ours, whatever their tensors are called."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # imports kernels for them
+
+        if isinstance(layer, RoutedExperts):
+            self._check_engine()
+            return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
+        if self.kv_cache_scheme is None:
+            return None
+        from ria_vllm.serve.model.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
+
+        return kv_cache_method(layer, self)
+
+    def _check_engine(self) -> None:
+        engine = EngineOptions.current()
+        if engine.packed_weights:
+            raise RiaError(
+                f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
+                "machine. Serve the folder that `ria-vllm compress` wrote without this option."
+            )
+        if self.weightless and not engine.dummy_weights:
+            raise RiaError(
+                f"{self.where}: no weights here ({SINGLE_FILE}, or shards with {INDEX_FILE}). Get these files, too. A "
+                "model on an object store has to be served from a local copy."
+            )
+        if self.unread is not None and not engine.dummy_weights:
+            raise RiaError(self.unread)
+        if self.mistral is not None and engine.takes_mistral:
+            raise RiaError(self.mistral)
+        unfit = self.schema.unfit_for_adapters
+        if engine.lora and unfit and not engine.own_adapters:
+            # A later version stores how heads were turned.
+            again = "with --smooth 0" if "smooth" in unfit else "again"
+            raise RiaError(
+                f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
+                f"{' '.join(f'--{name} {value}' for name, value in unfit.items())}`), so LoRA adapters of the dense "
+                f"model would give wrong answers. For those, compress the model {again}. If yours were trained on this "
+                f"folder, set {ADAPTERS_VARIABLE}=1."
+            )
+
+    def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from ria_vllm.serve.experts.dense import DenseExpertsMethod
+
+        if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
+            self.experts[prefix], self.expert_layers[prefix] = experts, prefix
+        name = self.expert_layers.get(prefix)
+        return DenseExpertsMethod(layer) if name is None else self.experts_method(layer, name)
+
+    def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
+        """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
+        from ria_vllm.serve.experts.method import Sparse24MoEMethod, check_count
+
+        experts = self.experts[name]
+        check_count(layer, experts)  # first, because the number in config.json may be anything
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(engine))
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
+
+    def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
+        """The method by which vLLM's layer called `layer` serves these linears."""
+        engine = EngineOptions.current()
+        self.report.warn_of_weight_offload(engine.weight_offload)
+        folding = self.folding_under(engine)
+        stored = tuple(self.stored_linear(linear, folding) for linear in linears)
+        return Sparse24LinearMethod(layer, stored, self.report, self.stream)
+
+    def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
+        """Whether one of our layers serves these linears, because they are pruned, or quantized by compressed-tensors.
+
+        Raises:
+            RiaError: that holds for some of them, but not for all.
+        """
+        ours = [self.is_pruned(linear) or self._is_quantized(linear) for linear in linears]
+        if any(ours) and not all(ours):
+            dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
+            raise RiaError(
+                f"{layer}: vLLM fuses {', '.join(linears)}, but {dense} is dense and others are pruned. Compress the "
+                "model again with all of them pruned, or all of them in --ignore."
+            )
+        return all(ours)
+
+    def linears_of(self, path: str) -> tuple[str, ...]:
+        """The checkpoint's linears that vLLM's layer `path` is made of, in output order, by `packed_modules_mapping`.
+
+        vLLM's own names, if the checkpoint does not know the layer.
+        """
+        if path in self.names:
+            return (self.names[path],)  # fused on disk already, as in Phi-3
+        parent, _, leaf = path.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf) or [leaf]
+        linears = [f"{parent}.{name}" if parent else name for name in leaves]
+        if self.stored is not None and len(linears) == 3 and set(linears) - set(self.names) == {linears[2]}:
+            linears[2] = linears[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
+        return tuple(self.names.get(name, name) for name in linears)
+
+    def is_pruned(self, name: str) -> bool:
+        """Whether the checkpoint's linear `name` is stored compressed."""
+        if self.pruned is not None:
+            return name in self.pruned
+        if self.compressed_tensors is not None:
+            return name in self.compressed_tensors.pruned
+        return not self.schema.ignored(name)
+
+    def _is_quantized(self, name: str) -> bool:
+        """Whether compressed-tensors stored integers or fp8 values for this linear, which then may be dense."""
+        return self.compressed_tensors is not None and self.compressed_tensors.scheme(name).quantized
+
+    def scheme(self, name: str) -> WeightScheme:
+        """How the linear `name` is stored."""
+        if self.compressed_tensors is not None:
+            scheme = self.compressed_tensors.scheme(name)
+            return scheme if self.is_pruned(name) else replace(scheme, dense=True)
+        return WeightScheme.of(self.schema)
+
+    def is_plain(self, experts: StoredExperts) -> bool:
+        """Whether they are stored in plain floating point, so that vLLM can load them, too."""
+        return self.scheme(experts.linear("up", 0)) == WeightScheme(dense=True)
+
+    def leave_to_vllm(self, experts: StoredExperts) -> None:
+        """Forget that these plain experts may be 2:4; vLLM's model gets their tensors."""
+        del self.experts[experts.name]
+        self.expert_linears -= {linear for linear, _, _ in experts.linears()}
+        self.expert_layers = {layer: name for layer, name in self.expert_layers.items() if name != experts.name}
+
+    def folding_under(self, engine: EngineOptions) -> Folding:
+        """What is folded.
+
+        With adapters, nothing: they are trained against channels in the model's own order. An engine that shares its
+        KV cache keeps the values there in this order, because others may have folded otherwise, or not at all.
+        """
+        if engine.lora or (engine.shares_cache and self.one_head):
+            return Folding()
+        return self.folding.outside_attention if engine.shares_cache else self.folding
+
+    def stored_linear(self, name: str, folding: Folding) -> StoredLinear:
+        """The linear `name`, as a layer loads it."""
+        return StoredLinear(
+            name,
+            self.scheme(name),
+            self.permutations.get(name),
+            name in folding.folded,
+            tuple(folding.row_orders.get(name, ())),
+            claims_24=self.compressed_tensors is None or name in self.compressed_tensors.pruned,
+        )

@@ -1,0 +1,140 @@
+"""Which mixture layer of the built model serves which of the checkpoint's pruned experts.
+
+vLLM's models load experts each in its own way, but all of them keep them in a `RoutedExperts` at the path to which the
+names of the experts lead. `match_experts` finds it, and says who takes each tensor of an expert.
+"""
+
+import torch
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.layer_schema import Stacked
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.experts.method import Sparse24MoEMethod
+from ria_vllm.serve.experts.stored import StoredExperts
+from ria_vllm.serve.load.model_paths import place_of
+from ria_vllm.serve.load.stream import Taker
+from ria_vllm.serve.model.config import RiaConfig
+
+
+def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
+    """Give every mixture layer of a model that was just built the experts that belong to its path.
+
+    Must be called before any weight is loaded. Experts in plain floating point for which the model has no layer that
+    takes them (those of an MTP layer, say) are taken out of `config` and stay vLLM's own.
+
+    Returns:
+        The names of the experts that our layers serve, or that belong to a part of the model that is elsewhere.
+
+    Raises:
+        RiaError: pruned experts that no layer serves, or that more than one layer might; or the reverse.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, RoutedExperts)}
+    taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
+    served: set[str] = set()
+    by_path: dict[str, str] = {}
+    for name, experts in list(config.experts.items()):
+        if name in taken:
+            continue
+        paths = layers_of(model, experts, layers)
+        if paths is None:
+            served.add(name)
+        elif config.is_plain(experts) and not (len(paths) == 1 and _takes_pruned(layers[paths[0]])):
+            config.leave_to_vllm(experts)
+        elif len(paths) == 1 and paths[0] not in by_path:
+            by_path[paths[0]] = name
+            served.add(name)
+        elif len(paths) == 1:
+            raise RiaError(
+                f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
+                f"{experts.way_out}"
+            )
+        elif not config.model_built:  # a second model need not use all of them
+            others = [path for path in layers if path not in by_path]
+            raise RiaError(
+                f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "
+                f"{'no layer' if not paths else 'the layers ' + ', '.join(paths)} at this path (left are: "
+                f"{', '.join(others) or 'none'}). {experts.way_out}"
+            )
+    for path, layer in layers.items():
+        _serve(config, layer, by_path.get(path))
+    return served
+
+
+def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
+    """Paths of the mixture layers to which the names of these experts lead; None if they are elsewhere."""
+    place = place_of(model, f"{experts.linear('up', 0)}.weight")
+    if place is None:
+        return None
+    # The name may leave the modules before the layer, because vLLM puts it into a module of its own.
+    if not any(part.isdigit() for part in place.path) and any(part.isdigit() for part in experts.name.split(".")):
+        return []
+    path = ".".join(place.path)
+    return [name for name in layers if name == path or name.startswith(f"{path}.") or not path]
+
+
+def _takes_pruned(layer: RoutedExperts) -> bool:
+    """Whether vLLM's model gave the layer its quantization config."""
+    return isinstance(layer.quant_method, Sparse24MoEMethod | DenseExpertsMethod)
+
+
+def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
+    """Make `layer` serve the experts `name`, or dense ones. It keeps its method if that does so already."""
+    method = layer.quant_method
+    if isinstance(method, Sparse24MoEMethod):
+        if method.experts.name == name:
+            return
+        if name is None and config.stored is None:
+            return  # dummy weights, and no file to say what is pruned
+    elif name is None:
+        if isinstance(method, DenseExpertsMethod):
+            method.check(layer.layer_name)
+        return
+    elif not _takes_pruned(layer):
+        raise RiaError(
+            f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
+            f"{config.experts[name].way_out}"
+        )
+    for parameter in method.created:
+        delattr(layer, parameter)
+    if isinstance(method, Sparse24MoEMethod):
+        method.report.expected -= 1
+    new = DenseExpertsMethod(layer) if name is None else config.experts_method(layer, name)
+    if isinstance(new, DenseExpertsMethod):
+        new.check(layer.layer_name)
+    del layer.quant_method  # vLLM's own is a module; torch would not let another object take its place
+    layer.quant_method = new
+    new.create_weights(layer, **method.creation)
+
+
+def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]:
+    """Linear of an expert, or tensor with stacked biases -> who takes its tensors in place of the model.
+
+    None for those that this process does not use: of another rank or pipeline stage, or of the model that a draft
+    belongs to.
+    """
+    found: dict[str, Taker | None] = {}
+    layers = {
+        module.quant_method.experts.name: module
+        for module in model.modules()
+        if isinstance(module, RoutedExperts) and isinstance(module.quant_method, Sparse24MoEMethod)
+    }
+    for name, experts in config.experts.items():
+        layer = layers.get(name)
+        # Asked once, not per linear: vLLM's map may be on the GPU, and each look-up would wait for it.
+        local = set() if layer is None else set(layer.expert_map_manager.get_local_expert_ids())
+        for linear, kind, expert in experts.linears():
+            found[linear] = _taker_of_linear(layer, kind, expert) if expert in local else None
+        for bias, stacked in experts.biases.items():
+            found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
+    return found
+
+
+def _taker_of_linear(layer: RoutedExperts, kind: str, expert: int) -> Taker:
+    loader = layer.quant_method.loader
+    return lambda part, tensor: loader.give(layer, part, tensor, kind, expert)
+
+
+def _taker_of_biases(layer: RoutedExperts, name: str, stacked: Stacked) -> Taker:
+    loader = layer.quant_method.loader
+    return lambda _, tensor: loader.give_biases(layer, name, tensor, stacked)

@@ -1,0 +1,1 @@
+"""Whether layers compute what their checkpoint says."""

@@ -1,0 +1,280 @@
+"""Whether each layer of a model computes what its checkpoint says, through the very path that serves it.
+
+A checkpoint has a proof of each matrix, see `ria_vllm.format.proofs`: what it makes of a vector r. Once weights are loaded and
+packed, each layer of this rank multiplies r with its kernel. Which rows it has, and in what order, is learned by
+sending the proofs through the loaders that its weights came through.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.parameter import ChannelQuantScaleParameter
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import proofs
+from ria_vllm.format.schema import RiaSchema
+from ria_vllm.serve.linear.method import Sparse24LinearMethod
+from ria_vllm.serve.load.completeness import dense_layers
+from ria_vllm.serve.load.model_paths import destinations
+from ria_vllm.serve.load.shards import ShardId, ShardMap
+from ria_vllm.serve.load.stream import Taker
+from ria_vllm.serve.model.config import RiaConfig
+
+logger = init_logger("vllm.ria")
+
+LOOKED_UP = 256
+
+Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A layer that can be proved, as it was before anything was loaded.
+
+    Attributes:
+        path: in the model.
+        loads: (matrix of the checkpoint, puts its proof where the layer's loader puts its rows). A tied head has none.
+        rows: of the layer on this rank.
+        columns: of the whole input.
+        dtype: of its activations.
+    """
+
+    path: str
+    layer: torch.nn.Module
+    loads: tuple[tuple[str, Load], ...]
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """float32 [rows, 2], the proof of the layer's rows in the order in which it computes them, NaN for those that
+        no matrix has; None without a proof of all its matrices, or if a model loads a dense layer in a way of its own.
+        """
+        if not self.loads or not all(name in stored for name in self.matrices):
+            return None
+        data = torch.full((self.rows, 2), torch.nan, dtype=torch.float32)
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=lambda *_: None)
+        for name in ("tp_rank", "tp_size"):  # as `update_param_tp_status` sets them
+            if hasattr(self.layer, name):
+                setattr(parameter, name, getattr(self.layer, name))
+        try:
+            for name, load in self.loads:
+                load(parameter, stored[name])
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            if self._is_pruned:
+                raise
+            return None
+        return parameter.data
+
+    @property
+    def matrices(self) -> list[str]:
+        return [name for name, _ in self.loads]
+
+    @property
+    def _is_pruned(self) -> bool:
+        return isinstance(self.layer.quant_method, Sparse24LinearMethod)
+
+    def input(self, schema: RiaSchema) -> torch.Tensor:
+        """r, float32 [columns of this rank], as the layer before would hand it over."""
+        r = schema.proof_vector(self.columns)
+        if self._is_pruned and (first := self.layer.quant_method.linears[0]).folded:
+            r = r[torch.from_numpy(first.permutation).long()]
+        if isinstance(self.layer, RowParallelLinear):
+            here = self.layer.input_size_per_partition
+            r = r.narrow(0, self.layer.tp_rank * here, here)
+        return r
+
+    def products(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, rows, or those looked up] of x float32 [tokens, columns of this rank], over all ranks."""
+        layer = self.layer
+        if self.looked_up is not None:
+            y = x @ layer.quant_method.embedding(layer, self.looked_up.to(x.device)).float().T
+        else:
+            y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
+        if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            y = tensor_model_parallel_all_reduce(y)
+        return y
+
+    @property
+    def looked_up(self) -> torch.Tensor | None:
+        """The rows of an embedding that are looked up; None for a layer that multiplies."""
+        if not isinstance(self.layer, VocabParallelEmbedding) or isinstance(self.layer, ParallelLMHead):
+            return None
+        return torch.arange(0, self.rows, -(-self.rows // LOOKED_UP))
+
+    @property
+    def kernels(self) -> str:
+        """How it is computed, for errors; the same for layers that are computed alike."""
+        packed = getattr(self.layer, "ria_packed", None)
+        if packed is None:
+            return f"vLLM's {type(self.layer.quant_method).__name__}"
+        return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
+
+    def problem(self, schema: RiaSchema, expected: torch.Tensor, tokens: int) -> str | None:
+        """What is wrong with the layer, in a sentence; None if it computes what is `expected`, float32 [rows, 2].
+
+        Args:
+            tokens: so many rows r, -r, r, ... are multiplied.
+        """
+        device = self._device
+        y = self.products(proofs.tokens_of(self.input(schema), tokens).to(device)).cpu()
+        expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
+        known = ~expected[:, 0].isnan()
+        # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
+        tf32 = device.type == "cuda" and self.dtype == torch.float32
+        fault = proofs.fault(y[:, known], expected[known], self.columns, torch.float16 if tf32 else self.dtype)
+        matrices = ", ".join(self.matrices) or f"vLLM's layer {self.path}"
+        return fault and f"{matrices} ({self.kernels}): {fault}"
+
+    @property
+    def _device(self) -> torch.device:
+        """Of what the kernel multiplies with; offloading may move other parameters."""
+        packed = getattr(self.layer, "ria_packed", None)
+        names = ["weight"] if packed is None else packed.parameters
+        tensors = [getattr(self.layer, name) for name in names]
+        return next((tensor.device for tensor in tensors if tensor.numel()), torch.device("cpu"))
+
+
+class Prover:
+    """Proves the layers of one model.
+
+    Args:
+        model: complete, and not loaded yet.
+        taken: linear -> who loads its tensors in the place of the model.
+        embeddings: the model has embeddings and a head of its own.
+    """
+
+    def __init__(
+        self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
+    ):
+        self.layers = list(_layers(config, model, taken, embeddings))
+        self.experts = []
+        if config.experts:
+            from ria_vllm.serve.proving.experts import proved_experts  # imports kernels for them
+
+            self.experts = list(proved_experts(model))
+
+    def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> int:
+        """Prove all layers, and say so in the log. Returns the number of matrices.
+
+        Args:
+            schema: of the folder that the weights are from.
+            stored: matrix -> its proof, float32 [out, 2].
+            where: the folder or repository, for errors.
+
+        Raises:
+            RiaError: names the layers that compute something else.
+        """
+        start, proved = time.perf_counter(), 0
+        problems, unproved, asked = [], [], set()
+        for layer in self.layers:
+            expected = self._expected(layer, stored)
+            if expected is None:
+                unproved += layer.matrices or [layer.path]
+                continue
+            tokens = 1 if layer.kernels in asked else proofs.TOKENS
+            asked.add(layer.kernels)
+            problem = layer.problem(schema, expected, tokens)
+            proved += max(1, len(layer.loads))
+            problems += [problem] if problem else []
+        for experts in self.experts:
+            if not experts.can_be_proved(stored):
+                unproved += experts.matrices
+                continue
+            problem = experts.problem(schema, stored)
+            problems += [problem] if problem else []
+            proved += len(experts.matrices)
+        if problems:
+            more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
+            raise RiaError(
+                f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
+                f"report this; `ria-vllm export` makes a dense folder, and {proofs.VARIABLE}=0 serves without proofs."
+            )
+        took, others = time.perf_counter() - start, ", ".join(unproved[:3])
+        left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
+        logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", proved, took, left)
+        return proved
+
+    def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if layer.loads:
+            return layer.expected(stored)
+        weight = layer.layer.weight
+        others = (one for one in self.layers if one.loads and getattr(one.layer, "weight", None) is weight)
+        source = next(others, None)
+        return None if source is None else source.expected(stored)
+
+
+def _layers(
+    config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool
+) -> Iterator[Proved]:
+    """The layers whose products are those of matrices in the checkpoint."""
+    dense = dict(dense_layers(model, embeddings))
+    paths = {path for path, layer in dense.items() if isinstance(layer, VocabParallelEmbedding)}
+    tables = {
+        path: [(name, shard)]
+        for name in sorted((config.stored or set()) - config.expert_linears)
+        for path, shard in destinations(model, name) or ()
+        if path in paths and shard is None
+    }
+    for path, layer in model.named_modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(layer, LinearBase) and isinstance(method, Sparse24LinearMethod):
+            shards = zip(method.names, method.layer_loader.shards.shard_ids)
+            loads = tuple(
+                (
+                    name,
+                    partial(_take, taken[name], layer) if taken.get(name) else partial(_send, method.row_loader, shard),
+                )
+                for name, shard in shards
+            )
+            yield Proved(path, layer, loads, sum(method.output_sizes), layer.input_size, method.dtype)
+        elif path in dense and _keeps_weight(config, layer):
+            rows, columns = layer.weight.shape[0], getattr(layer, "input_size", layer.weight.shape[1])
+            matrices = _linears(model, path, layer) if isinstance(layer, LinearBase) else tables.get(path, [])
+            loads = tuple((name, partial(_send, layer.weight.weight_loader, shard)) for name, shard in matrices)
+            if loads or isinstance(layer, ParallelLMHead):
+                yield Proved(path, layer, loads, rows, columns, layer.weight.dtype)
+
+
+def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
+    """Whether a dense layer has its matrix as the checkpoint stores it.
+
+    Models may rearrange rows, or scale those of the head; convolutions have no matrix. Latent attention takes kv_b_proj
+    apart, and decodes with parts that no proof covers.
+    """
+    absorbed = getattr(layer, "prefix", "").endswith("kv_b_proj")
+    scaled = config.scales_head and isinstance(layer, ParallelLMHead)
+    return layer.weight.dim() == 2 and not (config.rearranged or absorbed or scaled)
+
+
+def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:
+    """(linear of the checkpoint, shard) of a dense layer; empty if it is not known how vLLM divides it."""
+    linears = getattr(model, "ria_linears", {}).get(path, ())
+    try:
+        ids = ShardMap.of(layer, linears, len(getattr(layer, "output_sizes", None) or [0])).shard_ids
+    except RiaError:
+        return []
+    return list(zip(linears, ids)) if len(ids) == len(linears) else []
+
+
+def _send(
+    load: Callable[..., None], shard: ShardId, parameter: ChannelQuantScaleParameter, proof: torch.Tensor
+) -> None:
+    load(parameter, proof, *(() if shard is None else (shard,)))
+
+
+def _take(take: Taker, layer: LinearBase, parameter: ChannelQuantScaleParameter, proof: torch.Tensor) -> None:
+    """`take` finds the parameter on the layer, where those of the weights are while it is loaded."""
+    parameter.weight_loader = layer.quant_method.row_loader
+    layer.proof = parameter
+    try:
+        take("proof", proof)
+    finally:
+        del layer.proof

@@ -1,0 +1,519 @@
+"""Mixtures of experts: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import preloaded
+import pytest
+import torch
+from click.testing import CliRunner
+from compressing import digests, edited, run_small
+from moe import KINDS, save_moe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.checkpoint.inventory import take_inventory
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import CheckpointWriter
+from ria_vllm.errors import RiaError
+from ria_vllm.export import export_dense
+from ria_vllm.files.sizes import human_size
+from ria_vllm.folder_commands import inspect
+from ria_vllm.hf import experts as hf_experts
+from ria_vllm.offline import train_experts
+from ria_vllm.offline.expert_store import ExpertStore
+from ria_vllm.offline.model.expert_files import ExpertFiles
+from ria_vllm.offline.model.experts import ExpertsLayout
+from ria_vllm.offline.plan_experts import check_alike
+from ria_vllm.offline.prune_experts import ExpertsPruner
+from ria_vllm.offline.run import compress
+from ria_vllm.offline.run.compress import Settings
+
+TOKENS = torch.arange(2, 60)[None]
+
+# One expert's linears on disk, in layer 1.
+NAMES = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.3.w2",
+    "phimoe": "model.layers.1.block_sparse_moe.experts.3.w3",
+    "granitemoe": "model.layers.1.block_sparse_moe.experts.3.gate_proj",
+    "gemma4_text": "model.layers.1.experts.3.gate_proj",
+    "nemotron_h": "backbone.layers.1.mixer.experts.3.up_proj",
+    "llama4_text": "model.layers.1.feed_forward.experts.3.gate_proj",
+}
+
+# Whose layers have an expert that all tokens go to, beside those that the router chooses.
+SHARED_EXPERT = {
+    "qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "glm4_moe", "deepseek_v2", "deepseek_v3", "nemotron_h",
+    "llama4_text",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    """kind -> folder of a tiny float32 model. Do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_moe(tmp_path_factory.mktemp(kind) / "dense", kind)
+        return made[kind]
+
+    return get
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(TOKENS, use_cache=False).logits
+
+
+def assert_same_model(*folders: Path) -> None:
+    """Loaded by transformers, both have the same weights bit by bit, and compute the same."""
+    one, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in folders)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    # Linear attention rounds differently where memory is aligned differently.
+    torch.testing.assert_close(*map(logits, folders), rtol=0, atol=1e-5)
+
+
+def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, text, tmp_path, family):
+    source = moe(family)
+    report, _ = run_small(source, tmp_path / "out", text)
+    reader = Reader(tmp_path / "out")
+    assert list(reader.problems()) == []
+    expected = NAMES.get(family, "model.layers.1.mlp.experts.3.gate_proj")
+    assert {expected, expected.replace("layers.1", "layers.0")} <= set(reader.sparse_names)
+    experts = [name for name in reader.sparse_names if ".experts." in name]
+    assert len(experts) == 2 * 4 * (2 if family == "nemotron_h" else 3)  # without a gate
+    assert all("tokens" in report["linears"][name] for name in experts)
+    assert any(why == "chooses experts" for why in report["dense"].values())
+    assert not [name for name in report["dense"] if ".experts" in name]
+    folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
+    down = next(fold for fold in reader.schema.folds if "{e}" in fold.consumer)
+    downs = {name for name in reader.permuted_names if down.numbers(name) is not None}
+    assert downs and downs <= folded
+    original = load_file(source / "model.safetensors")
+    beside = [name.removesuffix(".weight") for name in original if re.search(r"\.shared_experts?\.\w+\.", name)]
+    assert bool(beside) == (family in SHARED_EXPERT)
+    first = [name for name in experts + beside if name.endswith(("gate_proj", "up_proj", "w1", "w3"))]
+    orders = {(name.split(".")[2], tuple(reader.permutations[name].tolist())) for name in first}
+    # One for all experts of a layer. Llama 4's routed experts read something else: the stream, weighted by the router.
+    assert len(orders) == (4 if family == "llama4_text" else 2)
+
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    assert set(dense) == set(original)
+    halved = 0
+    for name, tensor in dense.items():
+        assert tensor.shape == original[name].shape and torch.equal(tensor, original[name] * (tensor != 0)), name
+        halved += tensor.numel() * (float((tensor == 0).float().mean()) == 0.5)
+    assert_same_model(tmp_path / "out", tmp_path / "dense")
+    assert not torch.allclose(logits(tmp_path / "out"), logits(source), atol=1e-2)
+    totals = take_inventory(reader).totals
+    assert totals.linears == len(reader.sparse_names) and abs(totals.sparsity - 0.5) < 1e-9
+    counted = [name for name in original if ".layers." in name and original[name].dim() > 1]
+    in_layers = sum(original[name].numel() for name in counted)
+    assert halved / in_layers > 0.95
+
+
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", KINDS)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reconstruct": "admm"}, {"reconstruct": "block"}, {"weights": "int8"}], ids=str
+)
+def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tmp_path, monkeypatch):
+    run_small(moe("qwen2_moe"), tmp_path / "whole", text, **options)
+    write, done = ExpertStore.write, []
+
+    def interrupted(*arguments):
+        write(*arguments)
+        done.append(arguments[1:4])
+        if len(done) in (3, 6):  # in the first layer, then in the second one
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExpertStore, "write", interrupted)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=resume), **options)
+    settings = Settings(resume=True, activation_cache="disk")
+    run_small(moe("qwen2_moe"), tmp_path / "out", text, settings, **options)
+    assert len(done) == 8 == len(set(done))  # no expert was pruned twice
+    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_the_streams_stay_in_the_cache_of_activations(fails, moe, text, tmp_path, monkeypatch):
+    left, replace = [], CheckpointWriter.write
+
+    def write(self, key, *arguments):
+        if key.startswith("layer-") and "experts" not in key:
+            left.append({path.name for path in (self.work / "activations").iterdir()})
+        if fails and "layer-00001-mlp-experts" in key:
+            raise KeyboardInterrupt
+        replace(self, key, *arguments)
+
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    settings = Settings(activation_cache="disk")
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        run_small(moe("qwen3_moe"), tmp_path / "out", text, settings, reconstruct="block")
+    if fails:
+        left.append({path.name for path in (tmp_path / "out.partial" / "activations").iterdir()})
+    assert left == [{"pruned-0", "dense-0"}] * 2
+
+
+def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_path, monkeypatch):
+    write, done = ExpertStore.write, []
+
+    def interrupted(*arguments):
+        write(*arguments)
+        done.append(arguments[1:4])
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExpertStore, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_small(moe("qwen2_moe"), tmp_path / "out", text)
+    search = ExpertsPruner.order  # finds another one now, as on another machine
+    monkeypatch.setattr(ExpertsPruner, "order", lambda *arguments: search(*arguments).flip(0))
+    run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=True))
+    orders = Reader(tmp_path / "out").permutations
+    for layer in ("layers.0.mlp", "layers.1.mlp"):
+        shared = [p for name, p in orders.items() if layer in name and name.endswith(("gate_proj", "up_proj"))]
+        assert len(shared) == 10 and all(torch.equal(p, shared[0]) for p in shared)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
+    model = save_moe(tmp_path / "in", "qwen3_moe", num_experts=32, num_local_experts=32, num_hidden_layers=3)
+    command = ["compress", model, "--calibration", text, "--samples", 8, "--seq-len", 64, "-o"]
+    log = tmp_path / "log"
+    preloaded.run(log, preloaded.ria_vllm, *command, tmp_path / "whole")
+    out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"
+    for seen in (5, 45):
+        with preloaded.started(log, preloaded.ria_vllm, *command, out, "--resume") as (process,):
+            while process.is_alive() and len(list(units.glob("layer-*-experts-*.safetensors"))) < seen:
+                time.sleep(0.001)
+        assert not out.exists() and seen <= len(list(units.glob("layer-*-experts-*.safetensors"))) < 96
+    preloaded.run(log, preloaded.ria_vllm, *command, out, "--resume")
+    assert digests(tmp_path / "whole") == digests(out)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(moe, text, tmp_path):
+    """Two that torchrun starts."""
+    command = ["compress", str(moe("qwen2_moe")), "--calibration", str(text), "--samples", "24", "--seq-len", "128"]
+    command += ["--reconstruct", "block", "-o"]
+    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command, tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ria_vllm"]
+    subprocess.run(
+        [sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_llama_4s_experts_have_the_statistics_of_weighted_tokens(text, tmp_path, monkeypatch):
+    """In the first layer, where nothing is pruned before them; the oracle is transformers' own block in float64."""
+    source = save_moe(tmp_path / "in", "llama4_text", num_hidden_layers=1, intermediate_size=64)
+    tokens = torch.randint(2, 258, (32, 64), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(compress, "calibration_tokens", lambda *_: tokens)
+    norms, prune = {}, ExpertsPruner.prune
+    monkeypatch.setattr(
+        ExpertsPruner,
+        "prune",
+        lambda pruner, e, *rest: norms.update({e: pruner._reads(e, True).norm}) or prune(pruner, e, *rest),
+    )
+    ignore = ("self_attn", "shared_expert")
+    report, _ = run_small(source, tmp_path / "out", text, ignore=ignore, reconstruct="admm", compute_dtype="float32")
+    model, seen = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).double().eval(), []
+    block = model.model.layers[0].feed_forward
+    block.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    for expert, read in enumerate(seen[0].chunk(4)):  # zeros where a token does not go to an expert
+        record = report["linears"][f"model.layers.0.feed_forward.experts.{expert}.up_proj"]
+        assert record["tokens"] == int((read != 0).any(1).sum()) > 64 and "borrowed" not in record
+        torch.testing.assert_close(norms[expert].double(), read.square().sum(0).sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_get_few_tokens_or_none_lean_on_the_others(moe, text, tmp_path):
+    def avoid(tensors):
+        tensors["model.layers.1.mlp.gate.e_score_correction_bias"][2] = -1e9
+
+    source = edited(moe("glm4_moe"), tmp_path / "in", avoid)
+    report, warnings = run_small(source, tmp_path / "out", text, reconstruct="admm")
+    assert any("layers.1.mlp.experts: the router sends no calibration token to expert 2. " in w for w in warnings)
+    tokens = [report["linears"][f"model.layers.0.mlp.experts.{e}.down_proj"]["tokens"] for e in range(4)]
+    few = [e for e in range(4) if tokens[e] < 128]
+    (warning,) = [w for w in warnings if "layers.0.mlp.experts: " in w and "fewer calibration tokens" in w]
+    assert few and [int(e) for e in re.findall(r"\d+", warning.partition(": expert")[2])] == few
+    record = report["linears"]["model.layers.1.mlp.experts.2.down_proj"]
+    assert record["tokens"] == 0 and record["borrowed"] == 128  # 4 * 32 tokens, and as many inner channels
+    reader = Reader(tmp_path / "out")
+    assert list(reader.problems()) == [] and reader.dense("model.layers.1.mlp.experts.2.down_proj").isfinite().all()
+
+
+def test_ignored_experts_stay_dense_together(moe, text, tmp_path):
+    report, warnings = run_small(moe("mixtral"), tmp_path / "out", text, ignore=(r"layers.0.*experts.2.w1$",))
+    assert report["dense"]["model.layers.0.block_sparse_moe.experts"] == "--ignore"
+    assert any("the experts stay dense in model.layers.0.block_sparse_moe.experts: --ignore" in w for w in warnings)
+    reader = Reader(tmp_path / "out")
+    assert list(reader.problems()) == []
+    assert {name.split(".")[2] for name in reader.sparse_names if "experts" in name} == {"1"}
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    assert_same_model(tmp_path / "out", tmp_path / "dense")
+
+
+def test_an_error_after_the_first_expert_keeps_it(moe, text, tmp_path, monkeypatch):
+    prune, kept = ExpertsPruner.prune, tmp_path / "out.partial" / "units"
+
+    def failing(pruner, expert, *arguments, **options):
+        if expert == 2:
+            raise RiaError("it diverges.")
+        return prune(pruner, expert, *arguments, **options)
+
+    monkeypatch.setattr(ExpertsPruner, "prune", failing)
+    with pytest.raises(RiaError, match="it diverges. Finished layers and experts are kept in .*--resume"):
+        run_small(moe("qwen3_moe"), tmp_path / "out", text)
+    assert len(list(kept.glob("layer-00000-mlp-experts-0000[01].safetensors"))) == 2
+
+
+def test_layers_whose_experts_differ_cannot_be_described():
+    leaves = {kind: f"{kind}_proj" for kind in ("gate", "up", "down")}
+    files = [
+        {"mlp.experts": ExpertFiles(ExpertsLayout("mlp.experts", number, 64, 64), f"layers.{i}.mlp.experts", leaves)}
+        for i, number in enumerate((4, 4, 8))
+    ]
+    model, places = SimpleNamespace(experts=files, folder="here"), ["mlp.experts"]
+    check_alike(model, {0: places, 1: places})
+    with pytest.raises(RiaError, match="here: layers.2.mlp.experts: its 8 experts are not stored like"):
+        check_alike(model, {0: places, 2: places})
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignored"),
+    [
+        ("mixtral", "block_sparse_moe.experts$"),
+        ("mixtral", "experts.0.w1.weight$"),
+        ("granitemoe", "input_linear$"),
+        ("granitemoe", "output_linear.weight$"),
+    ],
+)
+def test_experts_are_ignored_by_their_modules_or_tensors_name(kind, ignored, moe, text, tmp_path):
+    report, _ = run_small(moe(kind), tmp_path / "out", text, ignore=(ignored,))
+    assert report["dense"]["model.layers.1.block_sparse_moe.experts"] == "--ignore"
+
+
+def test_measuring_does_not_train(moe, text, tmp_path, monkeypatch):
+    trained, train = [], train_experts.train_block
+    monkeypatch.setattr(train_experts, "train_block", lambda *a, **k: trained.append(k["place"]) or train(*a, **k))
+    run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block", skip_sensitive=0.01)
+    assert len(trained) == 2 * 4
+
+
+def test_training_holds_one_chunk_in_memory(moe, text, tmp_path, monkeypatch):
+    seen = []
+
+    def trained(forward, params, masks, inputs, targets, **_):
+        for chunk in (lambda: inputs[0][0], lambda: targets[0]):
+            held = weakref.ref(chunk())
+            assert held() is None and chunk().dtype == torch.float32
+        seen.append(len(inputs))
+        return 1.0, 1.0
+
+    monkeypatch.setattr(train_experts, "train_block", trained)
+    run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block")
+    assert len(seen) == 2 * 4 and min(seen) > 0
+
+
+def test_experts_whose_pruning_costs_most_stay_dense(moe, text, tmp_path, monkeypatch):
+    records, choose = {}, compress.most_sensitive
+    monkeypatch.setattr(compress, "most_sensitive", lambda found, *rest: records.update(found) or choose(found, *rest))
+    report, _ = run_small(moe("mixtral"), tmp_path / "out", text, skip_sensitive=0.55, ignore=("self_attn",))
+    assert len(records) == 2 * 12 and all("experts" in name for name in records)
+    modules = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in (0, 1)]
+    lost = {
+        module: sum(r["error_after"] ** 2 for name, r in records.items() if name.startswith(f"{module}."))
+        for module in modules
+    }
+    dense = [name for name, why in report["dense"].items() if why == "--skip-sensitive"]
+    assert dense == [max(lost, key=lost.__getitem__)]  # 0.55 of the weights is one of the two, which are equally large
+
+
+UNKNOWN = {
+    "jetmoe": ({"kv_channels": 32}, "model.layers.0.mlp.input_linear"),
+    "dbrx": (
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        },
+        "transformer.blocks.0.ffn.experts.mlp",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weights(kind, text, tmp_path):
+    changes, name = UNKNOWN[kind]
+    report, warnings = run_small(save_moe(tmp_path / "in", kind, **changes), tmp_path / "out", text)
+    assert "does not run its experts one by one" in report["dense"][name]
+    assert all(why == "chooses experts" for name, why in report["dense"].items() if "router" in name)
+    assert any("the experts stay dense in" in warning for warning in warnings)
+    reader = Reader(tmp_path / "out")
+    tensors = {name: made() for name, made in reader.dense_tensors().items() if re.search(r"\.[0-9]+\.", name)}
+    weights = [tensor for tensor in tensors.values() if tensor.dim() > 1]
+    zeros = sum(int((tensor == 0).sum()) for tensor in weights) / sum(tensor.numel() for tensor in weights)
+    assert reader.schema.sparsity_config.global_sparsity == pytest.approx(zeros, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", ["row", 32, 64])
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text", "mixtral", "qwen3_moe"])
+def test_quantized_experts_are_read_as_they_were_written(kind, size, moe, text, tmp_path):
+    """Stacked with alternating outputs, or apart, under names that transformers' own patterns match, too."""
+    weights = "int8" if size == "row" else "int4"
+    run_small(moe(kind), tmp_path / "out", text, weights=weights, group_size=size)
+    reader = Reader(tmp_path / "out")
+    assert reader.schema.weight_format.name == ("int8" if size == "row" else f"int4-g{size}")
+    assert list(reader.problems()) == []
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    assert_same_model(tmp_path / "out", tmp_path / "dense")
+
+
+def test_a_group_size_has_to_fit_the_experts_too(moe, text, tmp_path):
+    options = {"weights": "int4", "group_size": 128, "ignore": ("self_attn",)}
+    with pytest.raises(RiaError, match="--group-size 128: model.layers.0.mlp.experts.0.gate_proj has 64 in-features"):
+        run_small(moe("qwen3_moe"), tmp_path / "out", "no such text.txt", **options)
+    assert list(tmp_path.iterdir()) == []
+    source = save_moe(tmp_path / "wide", "qwen3_moe", hidden_size=128)
+    run_small(source, tmp_path / "out", text, **options)
+    assert Reader(tmp_path / "out").schema.weight_format.name == "int4-g128"
+    with pytest.raises(RiaError, match="model.layers.0.mlp.experts.0.down_proj has 192 in-features"):
+        source = save_moe(tmp_path / "odd", "qwen3_moe", hidden_size=128, moe_intermediate_size=192)
+        run_small(source, tmp_path / "other", text, **options)
+
+
+def removed(name):
+    return lambda tensors: {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+def shrunk(name):
+    return lambda tensors: tensors.update({name: tensors[name][:-1].clone()})
+
+
+def added(name, like):
+    return lambda tensors: tensors.update({name: tensors[like].clone()})
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (removed(EXPERT.format(2)), "no weights for model.layers.1.block_sparse_moe.experts.2.w1 in any file"),
+        (shrunk(EXPERT.format(2)), "experts.2.w1.weight has shape .191, 64., config.json asks for .192, 64."),
+        (added(EXPERT.format(4), EXPERT.format(2)), "experts.4.w1 is in the files, but config.json says .* 4 experts"),
+    ],
+    ids=["missing", "another shape", "too many"],
+)
+def test_experts_that_do_not_fit_the_configuration(change, message, moe, text, tmp_path):
+    source = edited(moe("mixtral"), tmp_path / "in", change)
+    with pytest.raises(RiaError, match=message):
+        run_small(source, tmp_path / "out", text)
+
+
+def test_an_expert_that_is_not_finite(moe, text, tmp_path):
+    def spoil(tensors):
+        tensors["model.layers.0.mlp.experts.gate_up_proj"][3, 5, 7] = float("nan")
+
+    source = edited(moe("gpt_oss"), tmp_path / "in", spoil)
+    with pytest.raises(RiaError, match="layers.0.mlp.experts.gate_up_proj: NaN or infinite values in the weights"):
+        run_small(source, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_compressed_expert_that_is_missing(kind, moe, text, tmp_path):
+    out, _ = tmp_path / "out", run_small(moe(kind), tmp_path / "out", text, permute="none")
+    expert = NAMES.get(kind, "model.layers.1.mlp.experts.3.down_proj")
+    folder = Path(shutil.copytree(out, tmp_path / "less"))
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(out / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = {n: t for n, t in load_file(out / "model.safetensors").items() if not n.startswith(f"{expert}.")}
+    save_file(tensors, folder / "model.safetensors", metadata=metadata)
+    assert any(expert in problem and "4 experts" in problem for problem in Reader(folder).problems())
+    with pytest.raises(RiaError, match=f"{expert} is missing"):
+        Reader(folder).dense_tensors()
+    with pytest.raises(RiaError, match="4 experts"):
+        logits(folder)
+
+
+def test_weighted_inputs_of_several_experts_for_each_token(text, tmp_path):
+    """vLLM would weight them together, and serving refuses that."""
+    report, _ = run_small(save_moe(tmp_path / "in", "llama4_text", num_experts_per_tok=2), tmp_path / "out", text)
+    why = "the router weights their inputs, which vLLM serves only with one expert for each token"
+    assert [name for name, reason in report["dense"].items() if reason == why] == [
+        f"model.layers.{index}.feed_forward.experts" for index in (0, 1)
+    ]
+
+
+def test_a_module_that_holds_its_experts_in_another_way(moe, text, tmp_path, monkeypatch):
+    """As another version of transformers might."""
+    run_small(moe("llama4_text"), tmp_path / "out", text)
+    monkeypatch.setattr(hf_experts, "form_of", lambda _: None)
+    with pytest.raises(RiaError, match="experts.0.* and others: Llama4TextExperts holds .*`ria-vllm export"):
+        logits(tmp_path / "out")
+
+
+def test_inspect_shows_the_experts_of_a_layer_in_one_row(moe, text, tmp_path):
+    run_small(moe("mixtral"), tmp_path / "out", text)
+    table = CliRunner().invoke(inspect, [str(tmp_path / "out")]).stdout
+    module = "model.layers.1.block_sparse_moe.experts"
+    (row,) = [line for line in table.splitlines() if module in line]
+    assert row.split()[:4] == [module, "12", "linears", human_size(sum_of(tmp_path / "out", module)).split()[0]]
+    assert "50.0%" in row and "folded" in row and "gathered" in row and "->" in row
+    entries = json.loads(CliRunner().invoke(inspect, [str(tmp_path / "out"), "--json"]).stdout)["linears"]
+    assert [e["name"] for e in entries if e["experts"] == module] == [
+        f"{module}.{expert}.{leaf}" for expert in range(4) for leaf in ("w1", "w2", "w3")
+    ]
+
+
+def sum_of(folder: Path, module: str) -> int:
+    """The bytes of all tensors under a module, with their permutations."""
+    files = [load_file(folder / name) for name in ("model.safetensors", "permutations.safetensors")]
+    return sum(tensor.nbytes for file in files for name, tensor in file.items() if name.startswith(f"{module}."))
+
+
+def test_config_json_describes_the_experts(moe, text, tmp_path):
+    run_small(moe("gpt_oss"), tmp_path / "out", text)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    module = "model.layers.{i}.mlp.experts"
+    assert config["experts"] == [
+        {
+            "module": module, "num_experts": 4, "gate": f"{module}.{{e}}.gate_proj", "up": f"{module}.{{e}}.up_proj",
+            "down": f"{module}.{{e}}.down_proj",
+            "stacked": [
+                {"tensor": f"{module}.gate_up_proj", "bias": f"{module}.gate_up_proj_bias", "linears": ["gate", "up"],
+                 "interleaved": True, "transposed": True},
+                {"tensor": f"{module}.down_proj", "bias": f"{module}.down_proj_bias", "linears": ["down"],
+                 "interleaved": False, "transposed": True},
+            ],
+        }
+    ]  # fmt: skip
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(moe("gpt_oss") / "model.safetensors")
+    bias = "model.layers.1.mlp.experts.down_proj_bias"
+    assert torch.equal(stored[bias], original[bias])
