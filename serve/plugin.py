@@ -24,7 +24,8 @@ def register() -> None:
 
 
 def watch_models() -> None:
-    """Have `ria_vllm.serve.model.layer_matching` see every model that is built with our config, complete and not yet loaded.
+    """Have `ria_vllm.serve.model.layer_matching` see every model that is built with our config, complete and not yet
+    loaded.
 
     vLLM has no hook for that. The last thing that `initialize_model` does with a model is to record its parameters.
     Models inside a model are built by the same function; only the outermost has the paths that the checkpoint knows.

@@ -145,8 +145,9 @@ class Fold(BaseModel):
     the number of an expert.
 
     `elementwise`: each input channel of the consumer is an elementwise function of the same row of every producer.
-    `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.format.permutation.head_rows`). A producer with
-    as many `rows` as the consumer has channels, such as a gate on attention's output, takes the permutation itself.
+    `heads`: attention lies between; the permutation keeps to heads (`ria_vllm.format.permutation.head_rows`). A
+    producer with as many `rows` as the consumer has channels, such as a gate on attention's output, takes the
+    permutation itself.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -11,7 +11,8 @@ from ria_vllm.format.proofs import PROOF_SUFFIX
 
 
 def proofs(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(NAME.proof, float32 [out, 2]) of each matrix NAME of a folder that `save` has written, see `ria_vllm.format.proofs`.
+    """(NAME.proof, float32 [out, 2]) of each matrix NAME of a folder that `save` has written, see
+    `ria_vllm.format.proofs`.
 
     A server that gets them in the same reload as the folder's tensors refuses weights that compute something else.
 

@@ -1,7 +1,7 @@
 """Products whose inputs are rounded to int8, one token at a time: what every kernel with `input_dtype` computes.
 
-Of a token x [K], `ria_vllm.format.token_rounding.quantize_tokens` computes, in float32 and with each operation rounded on its
-own:
+Of a token x [K], `ria_vllm.format.token_rounding.quantize_tokens` computes, in float32 and with each operation rounded
+on its own:
 
     largest = max |x|
     factor = min(127 / largest, the largest float32)

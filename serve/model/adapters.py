@@ -1,9 +1,10 @@
 """LoRA adapters of the dense model, for a folder whose heads are turned.
 
-`compress --rotate heads` turns the rows of v and the columns of o (`ria_vllm.format.rotation`). An adapter adds B A x to what
-v returns, and B A z to what o makes of its input z, so on such a folder the rows of v's B and the columns of o's A have
-to be turned, too. That is done as soon as vLLM has read an adapter: its tensors are whole, and have the names of the
-adapter's file after the model's own rules. Later, vLLM joins those of q, k and v, and cuts them for tensor parallel.
+`compress --rotate heads` turns the rows of v and the columns of o (`ria_vllm.format.rotation`). An adapter adds B A x
+to what v returns, and B A z to what o makes of its input z, so on such a folder the rows of v's B and the columns of
+o's A have to be turned, too. That is done as soon as vLLM has read an adapter: its tensors are whole, and have the
+names of the adapter's file after the model's own rules. Later, vLLM joins those of q, k and v, and cuts them for tensor
+parallel.
 """
 
 import functools

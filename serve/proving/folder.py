@@ -1,7 +1,7 @@
 """Whether this machine's kernels compute what a compressed folder says, without a server.
 
-Each pruned linear is packed and multiplied as `ria_vllm.serve.proving.layers` has it, alone, though a server may fuse it with
-others. Experts are not: their kernels compute a whole layer of them, which a server proves when it loads them.
+Each pruned linear is packed and multiplied as `ria_vllm.serve.proving.layers` has it, alone, though a server may fuse
+it with others. Experts are not: their kernels compute a whole layer of them, which a server proves when it loads them.
 """
 
 import time

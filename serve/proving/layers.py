@@ -1,8 +1,8 @@
 """Whether each layer of a model computes what its checkpoint says, through the very path that serves it.
 
-A checkpoint has a proof of each matrix, see `ria_vllm.format.proofs`: what it makes of a vector r. Once weights are loaded and
-packed, each layer of this rank multiplies r with its kernel. Which rows it has, and in what order, is learned by
-sending the proofs through the loaders that its weights came through.
+A checkpoint has a proof of each matrix, see `ria_vllm.format.proofs`: what it makes of a vector r. Once weights are
+loaded and packed, each layer of this rank multiplies r with its kernel. Which rows it has, and in what order, is
+learned by sending the proofs through the loaders that its weights came through.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""`from_pretrained` on a compressed folder (ria_vllm/hf/install.py, hf_quantizer.py), on the small checkpoints of `tiny`."""
+"""`from_pretrained` on a compressed folder (ria_vllm/hf), on the small checkpoints of `tiny`."""
 
 import shutil
 import subprocess

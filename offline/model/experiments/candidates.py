@@ -1,4 +1,4 @@
-"""The folds that a layer could have, by the shapes of its linears; `ria_vllm.offline.model.experiments.folds` tries them."""
+"""The folds that a layer could have, by the shapes of its linears; `folds` tries them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
