@@ -62,10 +62,11 @@ class RiaConfig(QuantizationConfig):
         experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
-        served_by: linear, or experts -> the class of the model that serves it, see
-        `ria_vllm.serve.model.layer_matching`. model_built: a model was built with this config. rearranged: vLLM's model
-        changes the order of rows. one_head: attention has one query head, so that a fold through it may look like any
-        other. scales_head: vLLM's model scales the rows of the head as it loads them.
+        served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
+        model_built: a model was built with this config.
+        rearranged: vLLM's model changes the order of rows.
+        one_head: attention has one query head, so that a fold through it may look like any other.
+        scales_head: vLLM's model scales the rows of the head as it loads them.
     """
 
     def __init__(self, schema: RiaSchema, compressed_tensors: CompressedTensorsConfig | None = None):
