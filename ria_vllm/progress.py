@@ -52,8 +52,8 @@ class Monitor:
         self.console = _Console(stderr=True, quiet=not shown)
         columns = (TextColumn("{task.description:<34}", markup=False), BarColumn(24), MofNCompleteColumn())
         self._phases = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self.console, get_time=clock,
-            disable=not shown or not self.console.has_bars, transient=True, refresh_per_second=1 / POLL,
+            *columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=self.console,
+            get_time=clock, disable=not shown or not self.console.has_bars, transient=True, refresh_per_second=1 / POLL,
             speed_estimate_period=3600,
             # What is printed above the bars: rich would send it to standard error, even if it is for a file.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),

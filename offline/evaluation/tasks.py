@@ -102,7 +102,7 @@ def run_tasks(
         output = lm_eval.simple_evaluate(
             model=harness_model,
             model_args=arguments,
-            tasks=list(harness.tasks),
+            tasks=harness.tasks,
             limit=harness.limit,
             task_manager=manager,
             bootstrap_iters=BOOTSTRAP,

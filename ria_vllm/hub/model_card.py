@@ -169,7 +169,7 @@ def _origin(recipe: dict[str, Any], identity: str | None) -> str:
 
 
 def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any], str | None]:
-    """Front matter, report and base model's hub id of a compressed folder, whose report and recipe may hold anything."""
+    """Of a compressed folder, whose report and recipe may hold anything: front matter, report, base model's hub id."""
     base = read_front_matter(reader.folder, warn)
     try:
         report = reader.report()

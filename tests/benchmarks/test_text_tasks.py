@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from benchmarks.text_tasks import main, read_documents, sentences
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.evaluation.tasks import run_tasks
+from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 
 NAMES = [
@@ -146,7 +146,7 @@ def test_the_harness_scores_them_as_they_are_meant(long_llama, prose, tmp_path, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     examples = make(prose, tmp_path, "--examples", "60")
     names = ["my_text_last_word", "my_text_continuation"]
-    found = run_tasks(str(long_llama), names, "hf", None, torch.device("cpu"), tmp_path, "float32")
+    found = run_tasks(str(long_llama), Harness(names, folder=tmp_path, compute_dtype="float32"))
     model, tokenizer = load_model(str(long_llama), torch.device("cpu")), load_tokenizer(str(long_llama))
     words = [log_likelihood(model, tokenizer, e["context"], f" {e['word']}") for e in examples[names[0]]]
     metrics = found[names[0]].metrics

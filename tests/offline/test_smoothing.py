@@ -159,7 +159,7 @@ def test_a_recipe_says_so_where_no_scale_could_migrate(tiny, text, tmp_path):
     recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
     assert report["smoothed"] == {"linears": 0, "left": len(report["linears"])} and report["linears"]
     assert recipe["smooth"] == report["recipe"]["smooth"] == 0
-    assert "SmoothQuant" not in (tmp_path / "out" / "README.md").read_text()
+    assert "| smooth | `0.0` |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_without_it_every_other_tensor_is_the_sources(model, text, tmp_path):
@@ -176,7 +176,7 @@ def test_what_is_said_of_it(model, text, tmp_path):
     shown = CliRunner().invoke(inspect, [str(tmp_path / "out")], catch_exceptions=False).output
     assert "activations int8, smooth 0.5" in shown
     assert CliRunner().invoke(verify, [str(tmp_path / "out")], catch_exceptions=False).exit_code == 0
-    assert "scales migrated by SmoothQuant, strength 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+    assert "| smooth | `0.5` |" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt-neox", "opt", "llama-mqa", "deepseek-v3", "qwen3.5"])

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from ria_vllm.offline.evaluation.recovery import average, comparison, lines, recovery, table
+from ria_vllm.hub.model_card import note_perplexity
+from ria_vllm.offline.evaluation.recovery import average, cells, compare, comparison, note_tasks, recovery
 from ria_vllm.offline.evaluation.tasks import TaskScores
 
 PRUNED = {
@@ -24,18 +25,18 @@ DENSE = {
 
 
 def test_score_over_score_in_percent():
-    found = {(row.task, row.metric): row.recovery for row in table(PRUNED, DENSE)}
+    found = {(row.task, row.metric): row.recovery for row in compare(PRUNED, DENSE)}
     assert found.pop(("words", "perplexity")) is None  # lower is better
     expected = {("words", "acc"): 75, ("endings", "acc"): 100, ("endings", "acc_norm"): 90}
     assert found == pytest.approx(expected | {("sums", "exact_match,strict"): 50})
 
 
 def test_rows_have_errors_and_both_scores():
-    row = table(PRUNED, DENSE)[0]
+    row = compare(PRUNED, DENSE)[0]
     assert (row.metric, row.score, row.error, row.dense, row.dense_error) == ("perplexity", 30, 2, 10, 1)
-    row = table(PRUNED, DENSE)[-1]
+    row = compare(PRUNED, DENSE)[-1]
     assert (row.error, row.dense_error, row.examples, row.shots) == (0.01, 0.01, 20, 5)
-    assert all(row.dense is row.dense_error is row.recovery is None for row in table(PRUNED, None))
+    assert all(row.dense is row.dense_error is row.recovery is None for row in compare(PRUNED, None))
 
 
 @pytest.mark.parametrize("dense", [0.0, -1.0, math.nan, math.inf])
@@ -63,25 +64,29 @@ def test_a_group_counts_once():
     assert average(side, side).metrics == {"all": "acc", "b": "acc"}
 
 
-def test_lines_for_readers():
-    assert lines(table(PRUNED, DENSE), average(PRUNED, DENSE)).splitlines() == [
-        "task             metric                             examples    model             baseline          recovery",
-        "words            perplexity                         50, 0-shot  30.0000 ± 2.0000  10.0000 ± 1.0000",
-        "words            acc                                50, 0-shot  0.3000 ± 0.0200   0.4000 ± 0.0300   75.0%",
-        "endings          acc                                80, 0-shot  0.4000            0.4000            100.0%",
-        "endings          acc_norm                           80, 0-shot  0.4500            0.5000            90.0%",
-        "sums             exact_match,strict                 20, 5-shot  0.1000 ± 0.0100   0.2000 ± 0.0100   50.0%",
-        "mean of 3 tasks  acc, acc_norm, exact_match,strict              0.2833            0.3667            77.3%",
-    ]
-    assert lines(table({"b": PRUNED["endings"]}, None), None).splitlines() == [
-        "task  metric    examples    model",
-        "b     acc       80, 0-shot  0.4000",
-        "b     acc_norm  80, 0-shot  0.4500",
+def test_the_card_has_the_scores_of_the_last_run(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    note_perplexity(tmp_path, "brown.txt", (1000, 64), (70.0, 40.0))
+    note_tasks(tmp_path, cells(compare({"earlier": PRUNED["endings"]}, None), None), "harness 0.1")
+    rows = cells(compare({"a|b\n<script>": PRUNED["words"]} | PRUNED, {"a|b\n<script>": DENSE["words"]} | DENSE), None)
+    note_tasks(tmp_path, [*rows, *cells([], average(PRUNED, DENSE))], "harness 0.2")
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Mine\n") and text.count("## Benchmark tasks") == 1 and "earlier" not in text
+    assert "harness 0.2" in text and "| brown.txt | 1000 | 64 | 70.00 | 40.00 |" in text and "<script" not in text
+    assert [line for line in text.splitlines() if line.startswith("| ")][-8:] == [
+        "| a b  script  | perplexity | 50, 0-shot | 30.0000 ± 2.0000 | 10.0000 ± 1.0000 |  |",
+        "| a b  script  | acc | 50, 0-shot | 0.3000 ± 0.0200 | 0.4000 ± 0.0300 | 75.0% |",
+        "| words | perplexity | 50, 0-shot | 30.0000 ± 2.0000 | 10.0000 ± 1.0000 |  |",
+        "| words | acc | 50, 0-shot | 0.3000 ± 0.0200 | 0.4000 ± 0.0300 | 75.0% |",
+        "| endings | acc | 80, 0-shot | 0.4000 | 0.4000 | 100.0% |",
+        "| endings | acc_norm | 80, 0-shot | 0.4500 | 0.5000 | 90.0% |",
+        "| sums | exact_match,strict | 20, 5-shot | 0.1000 ± 0.0100 | 0.2000 ± 0.0100 | 50.0% |",
+        "| mean of 3 tasks | acc, acc_norm, exact_match,strict |  | 0.2833 | 0.3667 | 77.3% |",
     ]
 
 
 def test_the_json_names_what_was_averaged():
-    found = comparison(PRUNED, DENSE, "big")
+    found = comparison(compare(PRUNED, DENSE), average(PRUNED, DENSE), DENSE, "big")
     assert found["baseline"]["model"] == "big" and found["baseline"]["tasks"]["endings"] == {
         "acc": 0.4,
         "acc_norm": 0.5,

@@ -15,13 +15,13 @@ import yaml
 from ria_vllm import progress
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import evaluate
-from ria_vllm.offline.evaluation.tasks import numbers, refuse_nan, run_tasks, scores
+from ria_vllm.offline.evaluation.tasks import Harness, numbers, refuse_nan, run_tasks, scores
 
 
 def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch, pruned_llama):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RiaError, match="pip install lm_eval"):
-        run_tasks(str(pruned_llama.folder), ["arc_easy"], "hf", None, torch.device("cpu"))
+        run_tasks(str(pruned_llama.folder), Harness(["arc_easy"]))
 
 
 def test_only_metrics_are_kept():
@@ -138,11 +138,9 @@ def test_a_task_on_either_engine_with_what_is_recovered(pruned_llama, own_tasks,
 
 
 def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatch, capsys):
-    """And nothing but the results is on standard output, though the harness prints there; what runs is on the other."""
+    """And nothing but the results is on standard output, though the harness prints there."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setattr(progress, "POLL", 0.01)
     monitors = []
 
     def kept() -> progress.Monitor:
