@@ -37,7 +37,7 @@ def options_of(way: str) -> dict[str, Any]:
         name, separator, value = entry.partition("=")
         if not separator or name not in Recipe.__dataclass_fields__:
             raise RiaError(f"{entry!r} in {way!r}: write NAME=VALUE, where NAME is an option of `ria-vllm compress`.")
-        options[name] = int(value) if value.isdigit() else value
+        options[name] = json.loads(value) if value[:1].isdigit() else value
     return options
 
 

@@ -60,7 +60,7 @@ from ria_vllm.offline.runtime import options as shared
 )
 @click.option(
     "--group-size",
-    type=click.Choice([128, 64, 32, "row"]),
+    type=click.Choice(["128", "64", "32", "row"]),
     show_default="row for int8; for int4 128 if that fits 8 tensor-parallel ranks, else 64",
     help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
 )
@@ -121,7 +121,8 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     from ria_vllm.progress import Monitor
 
     how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
-    recipe = Recipe.of_options(options)
+    size = options.pop("group_size")
+    recipe = Recipe.of_options(options | {"group_size": int(size) if size and size.isdigit() else size})
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)

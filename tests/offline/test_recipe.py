@@ -1,8 +1,6 @@
 """The options: which make sense, and the size of groups that fits a model."""
 
 import itertools
-import re
-from dataclasses import replace
 
 import pytest
 
@@ -13,25 +11,24 @@ from ria_vllm.offline.recipe import Recipe
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"weights": "int3"}, "choose one of float, int8, int4"),
-        ({"weights": "int4-g64"}, "choose one of float, int8, int4"),
-        ({"weights": "int4", "group_size": 16}, "--group-size 16: choose one of row, 32, 64, 128"),
-        ({"weights": "int4", "group_size": "64"}, "--group-size '64': choose one of row, 32, 64, 128"),
+        ({"method": "best"}, "--method 'best'"),
+        ({"exponent": float("nan")}, "--exponent nan"),
+        ({"weights": "int4-g64"}, "--weights 'int4-g64'"),
+        ({"weights": "int4", "group_size": 16}, "--group-size 16"),
         ({"group_size": 64}, "--group-size goes with integer weights"),
         ({"activations": "int8"}, "--activations goes with integer weights"),
-        ({"smooth": 0.5, "weights": "int8"}, "--smooth is for rounded inputs; give --activations int8"),
-        ({"smooth": 1.5, "weights": "int8", "activations": "int8"}, "--smooth 1.5: choose a number from 0"),
-        ({"smooth": float("nan"), "weights": "int8", "activations": "int8"}, "--smooth nan: choose a number from 0"),
-        ({"calibration": "a.txt", "self_written": 1.0}, "--self-written 1.0: give a fraction from 0 to less than 1"),
-        ({"calibration": "a.txt", "self_written": 0.001}, "--self-written 0.001: of 128 sequences, that is none"),
-        ({"self_written": 0.5}, "--calibration self: .* leave out --self-written"),
-        ({"weights": "int8", "activations": "fp8"}, "--activations 'fp8': choose one of none, int8"),
+        ({"smooth": 0.5, "weights": "int8"}, "--activations int8"),
+        ({"smooth": float("nan"), "weights": "int8", "activations": "int8"}, "--smooth nan"),
+        ({"calibration": "a.txt", "self_written": 1.0}, "--self-written 1.0"),
+        ({"calibration": "a.txt", "self_written": 0.001}, "--self-written 0.001"),
+        ({"self_written": 0.5}, "--self-written"),
+        ({"ignore": ("[",)}, r"--ignore '\['"),
     ],
     ids=str,
 )
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(RiaError, match=words):
-        Recipe(**options)
+        Recipe.of_options(options)
 
 
 @pytest.mark.parametrize(
@@ -53,20 +50,9 @@ def test_the_default_group_size_lets_ranks_have_whole_groups(widths, size):
     assert Recipe(weights="int4", group_size=32).fitting(widths).group_size == 32
 
 
-def test_the_way_out_covers_every_layer_and_expert():
-    down = [f"model.layers.{layer}.mlp.experts.{expert}.down_proj" for layer in range(12) for expert in (0, 3)]
-    odd = ["model.layers.1.mamba.x_proj", "lm2.head"]
-    widths = {"model.layers.0.self_attn.q_proj": 1024, "other": 128} | dict.fromkeys([*down, *odd], 192)
-    with pytest.raises(
-        RiaError, match=r"--group-size 128: model\.layers\.0.* 192 in-features.*Give .* 32, 64 or"
-    ) as it:
-        Recipe(weights="int8", group_size=128).fitting(widths)
-    patterns = tuple(re.findall("--ignore '(.*?)'", str(it.value)))
-    assert len(patterns) == 3
-    without = Recipe(weights="int8", group_size=128, ignore=patterns)
-    left = {name: width for name, width in widths.items() if not without.ignores(name)}
-    assert sorted(left.values()) == [128, 1024]
-    assert without.fitting(left) == without
+def test_a_group_size_that_does_not_fit_is_refused_by_name():
+    with pytest.raises(RiaError, match=r"--group-size 128: a\.down .*32, 64 or row"):
+        Recipe(weights="int8", group_size=128).fitting({"a.q": 1024, "a.down": 192})
 
 
 def test_scales_migrate_by_default_where_inputs_are_rounded():
@@ -74,7 +60,7 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
     assert Recipe(**rounded).migration_strength == Recipe(**rounded).dump("x")["smooth"] == 0.5
     assert Recipe(**rounded, smooth=0.0).dump("x")["smooth"] == 0
     assert Recipe(weights="int4", activations="int8").migration_strength == 0
-    assert Recipe(weights="int8").migration_strength == 0 and "smooth" not in Recipe(weights="int8").dump("x")
+    assert Recipe(weights="int8").migration_strength == 0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +72,7 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
     ],
 )  # fmt: skip
 def test_training_reads_as_many_tokens_as_asked_for_in_two_to_eight_passes(reconstruct, seq_len, chunks, passes):
-    assert Recipe(reconstruct=reconstruct, seq_len=seq_len).training_passes(chunks) == passes
+    assert Recipe(reconstruct=reconstruct, seq_len=seq_len).schedule.passes(chunks) == passes
 
 
 def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
@@ -97,15 +83,15 @@ def test_training_starts_nearer_to_the_dense_weights_where_tokens_are_few():
     assert Recipe(reconstruct="admm", samples=4, seq_len=32).damping == 0.2
 
 
-@pytest.mark.parametrize("seq_len", [64, 1024, 2048, 8192])
-@pytest.mark.parametrize("chunks", [1, 8, 15, 16, 17, 100, 128, 4096])
+@pytest.mark.parametrize("seq_len", [64, 2048, 8192])
+@pytest.mark.parametrize("chunks", [1, 16, 17, 4096])
 def test_a_short_training_stays_short(chunks, seq_len):
-    recipe, tokens = Recipe(reconstruct="short", seq_len=seq_len), max(2048, seq_len)
-    read = recipe.training_chunks(chunks)
+    schedule, tokens = Recipe(reconstruct="short", seq_len=seq_len).schedule, max(2048, seq_len)
+    read = schedule.chunks(chunks)
     assert read == sorted(set(read)) and 0 <= read[0] <= read[-1] < chunks
-    assert 8 * 2048 <= len(read) * recipe.training_passes(len(read)) * tokens <= 96 * 1024
+    assert 8 * 2048 <= len(read) * schedule.passes(len(read)) * tokens <= 96 * 1024
     assert max((b - a for a, b in itertools.pairwise(read)), default=0) <= -(-chunks // (48 * 1024 // tokens))
-    assert Recipe(reconstruct="block").training_chunks(chunks) == list(range(chunks))
+    assert Recipe(reconstruct="block").schedule.chunks(chunks) == list(range(chunks))
 
 
 @pytest.mark.parametrize(
@@ -113,20 +99,21 @@ def test_a_short_training_stays_short(chunks, seq_len):
 )
 @pytest.mark.parametrize("chunks", [8, 64, 4096])
 def test_a_short_training_has_fewer_steps_for_fewer_weights(chunks, share, tokens):
-    read = (recipe := Recipe(reconstruct="short")).training_chunks(chunks, share)
-    assert len(read) * recipe.training_passes(len(read), share) * 2048 == tokens
+    schedule = Recipe(reconstruct="short").schedule
+    read = schedule.chunks(chunks, share)
+    assert len(read) * schedule.passes(len(read), share) * 2048 == tokens
 
 
 def test_a_short_training_goes_less_far_in_fewer_steps():
-    rates = [Recipe(reconstruct="short").training_rate(share) for share in (1.0, 0.75, 0.5, 1 / 3, 0.0)]
+    rates = [Recipe(reconstruct="short").schedule.rate(share) for share in (1.0, 0.75, 0.5, 1 / 3, 0.0)]
     assert rates == [1.0, 0.75, 0.5, 0.5, 0.5]
-    assert Recipe(reconstruct="block").training_rate(0.1) == 1.0
+    assert Recipe(reconstruct="block").schedule.rate(0.1) == 1.0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_block_takes_as_many_steps_for_fewer_weights(share):
-    recipe = Recipe(reconstruct="block")
-    assert recipe.training_chunks(64, share) == list(range(64)) and recipe.training_passes(64, share) == 2
+    schedule = Recipe(reconstruct="block").schedule
+    assert schedule.chunks(64, share) == list(range(64)) and schedule.passes(64, share) == 2
 
 
 @pytest.mark.parametrize("weights", ["float", "int8", "int4"])

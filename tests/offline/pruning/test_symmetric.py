@@ -172,9 +172,9 @@ def test_the_narrow_path_and_sparsegpt_take_half_stored_matrices(problem):
     assert torch.equal(admm_solver(half).solve(W, choose(W))[0], admm_solver(half.dense()).solve(W, choose(W))[0])
     for order in (None, p):
         permuted = half.dense(order)
-        expected, kept = sparsegpt(W, permuted, pattern)
+        expected, kept = sparsegpt(W, permuted)
         for given in (half, half.dense()):
-            found, keep = sparsegpt(W, given, pattern, order=order)
+            found, keep = sparsegpt(W, given, order=order)
             assert torch.equal(found, expected) and torch.equal(keep, kept)
 
 
