@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ria_vllm.offline.distill.recipe import ALSO, Distillation
+from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.progress import Monitor
@@ -19,7 +19,7 @@ def run(
     monitor: Monitor | None = None,
     **options,
 ) -> dict:
-    fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(source), "lr": 1e-4, "evals": 4, "train": ALSO}
+    fixed = {"tokens": 16 * 64, "seq_len": 64, "batch": 2, "text": str(source), "lr": 1e-4, "evals": 4}
     monitor = monitor or Monitor(shown=False)
     return distill(folder, str(dense), out, Distillation(**fixed | options), settings, monitor)
 

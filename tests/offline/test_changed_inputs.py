@@ -24,8 +24,6 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.offline.commands import compress as compress_command
-from ria_vllm.offline.distill import run as distill_run
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation import evaluate as measuring
@@ -218,18 +216,6 @@ def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, 
     with pytest.raises(RiaError, match=f"^{place / file}: has changed .*The text and the steps so far are kept"):
         run_distill(place, tmp_path / "out", settings=DistillSettings(save_every=0))
     assert numbers == [0] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("file", ["dense/model.safetensors", "text.txt"])
-def test_what_changes_between_pruning_and_training(file, place, tmp_path, monkeypatch):
-    """Both read the model, and have read the text."""
-    located = distill_run.located
-    monkeypatch.setattr(distill_run, "located", lambda *arguments: (touch(place / file), located(*arguments))[1])
-    words = [place / "dense", "-o", tmp_path / "out", "--calibration", place / "text.txt", "--samples", 4]
-    words += ["--seq-len", 32, "--reconstruct", "none", "--distill", 128]
-    with pytest.raises(RiaError, match=f"^{place / file}: has changed"):
-        CliRunner().invoke(compress_command, list(map(str, words)), catch_exceptions=False)
-    assert not (tmp_path / "out").exists()
 
 
 def test_no_figures_of_a_text_that_has_changed(place, monkeypatch):

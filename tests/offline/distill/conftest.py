@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ria_vllm.offline.distill.student import Student
+from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress

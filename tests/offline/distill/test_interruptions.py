@@ -16,10 +16,8 @@ from distilling import command, has_reached, run, stop_at
 
 from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill import teacher
-from ria_vllm.offline.distill.loss import Loss
-from ria_vllm.offline.distill.parameters import TrainedParameter
 from ria_vllm.offline.distill.run import Settings
+from ria_vllm.offline.distill.student.parameters import TrainedParameter
 from ria_vllm.offline.distill.train import Training
 
 
@@ -29,9 +27,7 @@ from ria_vllm.offline.distill.train import Training
         {},
         {"text": "self"},
         {"self_written": 0.5},
-        {"cache_teacher": True, "loss": Loss(top_k=8)},
         {"passes": 2, "micro_batch": 1},
-        {"train": ("scales",)},
     ],
     ids=str,
 )
@@ -112,9 +108,9 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
 def dying(kind: str, count: int, later: float, *arguments: str) -> None:
     """The command, which dies by SIGKILL, so many seconds after it has written `count` units whose keys match `kind`.
 
-    Steps, and questions to the teacher that is cached, take at least 0.03 seconds.
+    Steps take at least 0.03 seconds.
     """
-    step, ask, write, left = Training._step, teacher.most_probable, CheckpointWriter.write, [count]
+    step, write, left = Training._step, CheckpointWriter.write, [count]
 
     def counted(self, key, *contents):
         write(self, key, *contents)
@@ -125,7 +121,6 @@ def dying(kind: str, count: int, later: float, *arguments: str) -> None:
 
     CheckpointWriter.write = counted
     Training._step = lambda self, number: time.sleep(0.03) or step(self, number)
-    teacher.most_probable = lambda *arguments: time.sleep(0.03) or ask(*arguments)
     preloaded.ria_vllm(*arguments)
 
 
@@ -151,24 +146,6 @@ def test_killed_after_several_saves_integers_with_their_scales_go_on_to_the_same
     said = preloaded.run(log, preloaded.ria_vllm, *again, "600")
     first, second = (int(step) for step in re.findall(r"resuming after step (\d+) of 32", said))
     assert 3 <= first < first + 3 <= second < 32
-    assert digests(tmp_path / "whole") == digests(out)
-
-
-@pytest.mark.slow
-def test_killed_while_the_teachers_logits_are_cached_it_asks_only_for_the_others(pruned, text, tmp_path):
-    dense, folder = pruned()
-    log, out, units = tmp_path / "log", tmp_path / "killed", tmp_path / "killed.partial" / "units"
-    more = ["--cache-teacher", "--top-k", "8", "--save-every", "600"]
-    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more))
-    again = command(dense, folder, out, text, *more, "--resume")
-    kept: dict[str, int] = {}
-    for count in (5, 20, 32):
-        killed_after(r"teacher-\d+", count - len(kept), log, *again)
-        there = {path.name: path.stat().st_mtime_ns for path in units.glob("teacher-*.safetensors")}
-        assert count <= len(there) and kept.items() <= there.items()
-        assert count == 32 or (len(there) < 32 and not list(units.glob("state*")))
-        kept = there
-    preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
 
 
@@ -232,4 +209,4 @@ def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pru
 def test_training_that_diverges_says_so(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
     with pytest.raises(RiaError, match=r"step \d+: training diverged .*smaller --lr"):
-        run(dense, folder, tmp_path / "out", text, lr=1.0, clip=0.0, tokens=8192, loss=Loss(kl=1e38, text=1e38))
+        run(dense, folder, tmp_path / "out", text, lr=1.0, clip=0.0, tokens=8192, text_loss=1e38)

@@ -7,7 +7,6 @@ from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.command import distill
-from ria_vllm.offline.distill.loss import Loss
 from ria_vllm.offline.distill.recipe import Distillation
 
 
@@ -21,18 +20,14 @@ def test_steps_and_their_learning_rates():
 
 
 def test_all_options_are_dumped_without_local_paths():
-    loss = Loss(temperature=2.0, top_k=8)
-    recipe = Distillation(tokens=2048, text="/mine/a.txt", loss=loss, eval_text=("/mine/b.txt",))
-    found = recipe.dump("org/model")
+    recipe = Distillation(tokens=2048, text="/mine/a.txt", eval_text=("/mine/b.txt",))
+    found = recipe.dump("/mine/model")
     assert list(found) == [
-        "teacher", "tokens", "text", "seq_len", "batch", "micro_batch", "passes", "lr", "warmup", "weight_decay",
-        "clip", "loss", "temperature", "top_k", "train", "cache_teacher", "eval_text", "eval_tokens", "evals",
-        "patience", "compute_dtype", "seed", "versions",
+        "teacher", "tokens", "text", "self_written", "seq_len", "batch", "micro_batch", "passes", "lr", "warmup",
+        "weight_decay", "clip", "text_loss", "eval_text", "eval_tokens", "evals", "patience", "compute_dtype", "seed",
+        "versions",
     ]  # fmt: skip
-    assert (found["teacher"], found["text"], found["eval_text"]) == ("org/model", "a.txt", ["b.txt"])
-    assert (found["tokens"], found["temperature"], found["top_k"]) == (2048, 2.0, 8)
-    assert found["train"] == ["scales"]
-    assert isinstance(found["loss"], str)
+    assert (found["teacher"], found["text"], found["eval_text"]) == ("model", "a.txt", ["b.txt"])
 
 
 @pytest.mark.parametrize("steps, evals", [(50, 10), (7, 3), (3, 10)])
@@ -48,17 +43,13 @@ def test_it_is_measured_as_often_as_asked_and_after_the_last_step(steps, evals):
         ({"tokens": 100}, "a single step takes 1024"),
         ({"lr": math.nan}, "--lr nan"),
         ({"lr": -1.0}, "--lr -1"),
-        ({"text": "a.txt", "self_written": 1.0}, "--self-written 1.0: give a fraction from 0 to less than 1"),
+        ({"text": "a.txt", "self_written": 1.0}, "--self-written 1.0"),
         ({"text": "a.txt", "self_written": math.nan}, "--self-written nan"),
         ({"text": "a.txt", "self_written": 0.02}, "--self-written 0.02: of 19 sequences, that is none"),
         ({"self_written": 0.5}, "--calibration self: .* leave out --self-written"),
-        ({"batch": 3, "micro_batch": 2}, "--batch 3 is not a multiple of --micro-batch 2"),
-        ({"train": ("masks",)}, "--train 'masks'"),
+        ({"micro_batch": 0}, "--micro-batch 0"),
         ({"patience": 0}, "--patience 0"),
-        ({"compute_dtype": "int8"}, "--compute-dtype 'int8': choose one of auto, bfloat16, float32\\."),
-        ({"compute_dtype": "float16"}, "--compute-dtype float16: .* Give bfloat16 or float32, or leave it out\\."),
-        ({"cache_teacher": True}, "--top-k"),
-        ({"cache_teacher": True, "loss": Loss(hidden=1.0, top_k=4)}, "hidden states"),
+        ({"compute_dtype": "float16"}, "--compute-dtype float16: .*'float32'"),
     ],
 )
 def test_invalid_options_are_refused(options, message):
@@ -75,7 +66,7 @@ def test_a_micro_batch_is_all_that_a_process_has_of_a_step(batch, given, process
 
 
 @pytest.mark.parametrize(
-    ("batch", "given", "processes", "multiple"), [(8, None, 3, 3), (2, None, 3, 3), (8, 4, 4, 16), (6, 2, 2, 4)]
+    ("batch", "given", "processes", "multiple"), [(8, None, 3, 3), (2, None, 3, 3), (8, 4, 4, 16), (3, 2, 1, 2)]
 )
 def test_steps_that_processes_cannot_share_are_refused(batch, given, processes, multiple):
     """What the error asks for can be shared."""
@@ -84,11 +75,6 @@ def test_steps_that_processes_cannot_share_are_refused(batch, given, processes, 
     with pytest.raises(RiaError, match=message):
         recipe.among(processes)
     assert Distillation(tokens=10_000, batch=multiple, micro_batch=given).among(processes)
-
-
-def test_what_is_written_holds_no_path():
-    found = Distillation(tokens=10_000, text="/home/me/a.txt", eval_text=("/home/me/b.txt",)).dump("/home/me/model")
-    assert (found["text"], found["eval_text"], found["teacher"]) == ("a.txt", ["b.txt"], "model")
 
 
 @pytest.mark.parametrize("options", [("--patience", "3"), ("--evals", "4"), ("--eval-tokens", "512")], ids=" ".join)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.foreign import ForeignStart
+from ria_vllm.offline.distill.foreign import foreign_start
 from ria_vllm.offline.model.run.hf import from_hub, load_model
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def check_refused(folder: Path, of_folder: str, of_hub: str, text: Path, monkeyp
             with pytest.raises(RiaError, match=message.format(place=place)):
                 ask()
     with pytest.raises(RiaError, match=of_folder.format(place=folder)):
-        ForeignStart(folder)
+        foreign_start(folder)
 
 
 def with_needless(tensors: dict) -> None:

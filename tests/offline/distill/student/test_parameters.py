@@ -8,9 +8,9 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import sparse24
-from ria_vllm.offline.distill import layouts
-from ria_vllm.offline.distill.layouts import Kept
-from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
+from ria_vllm.offline.distill.student import layouts
+from ria_vllm.offline.distill.student.layouts import Kept
+from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
 
 EXACT = {"first": torch.float32, "second": torch.float32, "clip": 0.0}
 ROWS, COLUMNS = 16, 64

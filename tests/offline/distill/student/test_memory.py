@@ -16,14 +16,14 @@ from allocations import alive, traced
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from ria_vllm.offline.distill import divergence, layouts, parameters
-from ria_vllm.offline.distill.foreign import ForeignStart
-from ria_vllm.offline.distill.layouts import Kept
-from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.loss import Loss
-from ria_vllm.offline.distill.parameters import AdamW, Pace, TrainedParameter
-from ria_vllm.offline.distill.student import Student, _trained_scales
-from ria_vllm.offline.distill.teacher import CHUNK, Teacher
+from ria_vllm.offline.distill.foreign import foreign_start
+from ria_vllm.offline.distill.student import layouts, parameters
+from ria_vllm.offline.distill.student.layouts import Kept
+from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedParameter
+from ria_vllm.offline.distill.student.student import Student, _trained_scales
+from ria_vllm.offline.distill.teacher import divergence
+from ria_vllm.offline.distill.teacher.teacher import read
+from ria_vllm.offline.distill.teacher.two_part import CHUNK, TwoPart
 from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
@@ -34,23 +34,21 @@ PROBE = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from ria_vllm.offline.distill.logits import TwoPart
-from ria_vllm.offline.distill.loss import Loss
-from ria_vllm.offline.distill.parameters import AdamW, Pace
-from ria_vllm.offline.distill.start import Start
-from ria_vllm.offline.distill.student import Student
-from ria_vllm.offline.distill.teacher import Answer, Teacher
+from ria_vllm.offline.distill.teacher.two_part import TwoPart
+from ria_vllm.offline.distill.student.parameters import AdamW, Pace
+from ria_vllm.offline.distill.start import own_start
+from ria_vllm.offline.distill.student.student import Student
+from ria_vllm.offline.distill.teacher.teacher import read
 from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.runtime.memory import map_large_blocks, trim
 
 map_large_blocks()
 held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 folder, length = sys.argv[1], int(sys.argv[2])
-student = Student(Start(Path(folder)), TwoPart(load_model(folder, torch.device("cpu"), "bfloat16"), folder), AdamW(),
-                  Pace(lr=1e-4, number=1), (), True)
-teacher = Teacher(TwoPart(load_model(folder, torch.device("cpu"), "bfloat16"), folder))
+model, teacher = (TwoPart(load_model(folder, torch.device("cpu"), "bfloat16"), folder) for _ in range(2))
+student = Student(own_start(Path(folder)), model, AdamW(), Pace(lr=1e-4, number=1))
 tokens = torch.randint(2, 250, (1, length))
-answer = teacher.answer(tokens, [])
+answer = read(teacher, tokens)
 trim()
 base, peak, over = held(), [0], threading.Event()
 
@@ -61,7 +59,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-loss, _ = student.loss(tokens, answer, teacher, Loss())
+loss, _ = student.loss(tokens, answer, teacher, 0.0)
 (loss / length).backward()
 over.set()
 thread.join()
@@ -97,7 +95,7 @@ def test_a_step_holds_the_gradients_of_one_layer_and_the_logits_of_some_tokens(m
 
 
 BF16 = torch.bfloat16
-PAGE = Path(__file__).parents[3] / "docs" / "recovery.md"
+PAGE = Path(__file__).parents[4] / "docs" / "recovery.md"
 # What a step has at a time, in the order of the table's rows; then what some options add.
 ROWS = (
     "dense weights that", "kept weights in float32", "bitmask", "gradient of one linear", "the teacher", "inputs of",
@@ -248,15 +246,14 @@ def measured(config: LlamaConfig, tokens: int, folder: Path) -> int:
     dense, pruned = (
         TwoPart(load_model(str(folder / name), cpu, "bfloat16", training=True), name) for name in ("dense", "pruned")
     )
-    teacher = Teacher(dense)
-    teacher.model.model.requires_grad_(False)
-    student = Student(ForeignStart(folder / "pruned"), pruned, AdamW(), Pace(lr=1e-4, number=1), ("norms",), True)
+    dense.model.requires_grad_(False)
+    student = Student(foreign_start(folder / "pruned"), pruned, AdamW(), Pace(lr=1e-4, number=1))
     held = alive() - before
     windows = torch.randint(2, config.vocab_size, (tokens // 256, 256))
 
     def steps() -> None:
         for _ in range(2):  # what the first leaves behind, the second has, too
-            loss, _ = student.loss(windows, teacher.answer(windows, []), teacher, Loss())
+            loss, _ = student.loss(windows, read(dense, windows), dense, 0.0)
             (loss / tokens).backward()
 
     return held + traced(steps)[0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ria_vllm.format import permutation, sparse24
-from ria_vllm.offline.distill import layouts
-from ria_vllm.offline.distill.layouts import Kept, Whole
+from ria_vllm.offline.distill.student import layouts
+from ria_vllm.offline.distill.student.layouts import Kept, Whole
 
 ROWS, COLUMNS = 24, 64
 

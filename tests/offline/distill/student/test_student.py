@@ -1,0 +1,117 @@
+"""Training against a plain loop over dense weights with masks, with torch's own AdamW and KL divergence."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ria_vllm.hf.install  # noqa: F401  loads pruned folders
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.offline.distill.start import own_start
+from ria_vllm.offline.distill.student.parameters import AdamW, Pace
+from ria_vllm.offline.distill.student.student import Student
+from ria_vllm.offline.distill.teacher.teacher import read
+from ria_vllm.offline.distill.teacher.two_part import TwoPart
+from ria_vllm.offline.model.run.hf import load_model
+
+EXACT = AdamW(first=torch.float32, second=torch.float32, clip=0.0)
+CPU = torch.device("cpu")
+
+
+def batches(steps: int) -> torch.Tensor:
+    return torch.randint(2, 250, (steps, 2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def plain(folder, dense, text_loss: float, lr: float, steps: int) -> dict[str, torch.Tensor]:
+    """The weights after some steps of a dense model with masks, by the names of its parameters."""
+    # Torch's fused attention would leave out Gemma 2's soft cap.
+    attention = "eager" if AutoConfig.from_pretrained(dense).model_type == "gemma2" else None
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32, attn_implementation=attention)
+        for one in (dense, folder)
+    )
+    sparse = {f"{name}.weight" for name in Reader(folder).sparse_names}
+    chosen = {name: p for name, p in student.named_parameters() if name in sparse}
+    masks = {name: p.detach() != 0 for name, p in chosen.items()}
+    optimizer = torch.optim.AdamW(chosen.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for tokens in batches(steps):
+        mine = student(input_ids=tokens)
+        with torch.no_grad():
+            wanted = teacher(input_ids=tokens)
+        logs = [torch.log_softmax(one.logits.flatten(0, 1), -1) for one in (wanted, mine)]
+        loss = F.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")
+        logits = mine.logits[:, :-1].flatten(0, 1)
+        loss += text_loss * F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum") / tokens.numel()
+        student.zero_grad()
+        loss.backward()
+        for name, mask in masks.items():
+            chosen[name].grad.mul_(mask)
+        optimizer.step()
+    return {name: p.detach() for name, p in chosen.items()}
+
+
+def ours(folder, dense, text_loss: float, lr: float, steps: int, save_memory: bool) -> Student:
+    teacher = TwoPart(load_model(str(dense), CPU, "float32"), "teacher")
+    pace, model = Pace(lr=lr), TwoPart(load_model(str(folder), CPU, "float32"), "student")
+    student = Student(own_start(folder), model, EXACT, pace, save_memory)
+    for number, tokens in enumerate(batches(steps), 1):
+        pace.number = number
+        total, _ = student.loss(tokens, read(teacher, tokens), teacher, text_loss)
+        (total / tokens.numel()).backward()
+    return student
+
+
+@pytest.mark.parametrize(
+    ("family", "text_loss", "save_memory"),
+    [("llama", 0.0, False), ("gemma2", 0.0, True), ("llama-mha", 0.0, True), ("gemma4-e2b", 0.6, False)],
+)
+def test_weights_become_those_of_a_plain_loop(family, text_loss, save_memory, pruned):
+    dense, folder = pruned(family)
+    mine = ours(folder, dense, text_loss, 1e-3, 6, save_memory)
+    wanted, start = plain(folder, dense, text_loss, 1e-3, 6), own_start(folder)
+    assert set(start.linears) == set(mine.trained) == {name.removesuffix(".weight") for name in wanted}
+    before = dict(load_model(str(folder), CPU, "float32").named_parameters())
+    for name, parameter in mine.two.model.named_parameters():
+        if name not in wanted:
+            assert torch.equal(parameter, before[name]), name
+            continue
+        weight = wanted[name]
+        assert torch.equal(parameter == 0, weight == 0)
+        # AdamW's steps do not depend on a gradient's size: where it is all but 0, rounding decides.
+        far = ~torch.isclose(parameter, weight, rtol=1e-3, atol=2e-5)
+        assert far.sum() <= far.numel() / 10_000 and (parameter - weight).abs().max() < 1e-3, name
+        assert (parameter - before[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
+def test_what_is_stored_is_what_the_model_reads(weights, pruned):
+    dense, folder = pruned(weights=weights)
+    mine, start = ours(folder, dense, 0.0, 2e-3, 3, False), own_start(folder)
+    changed = 0
+    for name in mine.trained:
+        stored, before = mine.tensors(name), start.linear(name)
+        parts = {part: stored[f"{name}.{part}"] for part in before.parts}
+        assert torch.equal(parts["bitmask"], before.parts["bitmask"])
+        assert before.format.check(parts, before.shape) is None
+        after = type(before)(name, before.format, parts, stored[f"{name}.input_permutation"], before.dtype)
+        assert torch.equal(after.dense(), mine.two.model.get_parameter(f"{name}.weight"))
+        changed += int((after.dense() != before.dense()).sum())
+        scales = [one.parts["weight_scale"] for one in (before, after) if "weight_scale" in one.parts]
+        assert not scales or not torch.equal(*scales)
+    assert changed > 0
+
+
+@pytest.mark.parametrize("weights", ["float", "int4-g32"])
+def test_what_is_stored_is_what_was_trained_though_the_folder_is_another_by_then(weights, pruned, tmp_path):
+    """With the masks, scales and dtypes from the start."""
+    dense, like = pruned(weights=weights)
+    folder = shutil.copytree(like, tmp_path / "folder")
+    mine = ours(folder, dense, 0.0, 2e-3, 2, False)
+    before = {name: mine.tensors(name) for name in mine.trained}
+    shutil.rmtree(folder)
+    shutil.copytree(pruned(weights=weights, method="magnitude")[1], folder)
+    for name, tensors in before.items():
+        after = mine.tensors(name)
+        assert after.keys() == tensors.keys() and all(torch.equal(after[key], one) for key, one in tensors.items())
