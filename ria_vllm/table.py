@@ -17,8 +17,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], heading: s
     table = Table(title=Text(printable(heading)), title_justify="left", box=None, header_style="bold")
     shown = [number for number in range(len(titles)) if any(row[number] for row in rows)]
     for number in shown:
-        justify = "right" if number else "left"
-        table.add_column(titles[number], justify=justify, no_wrap=number > 0, overflow="fold")
+        table.add_column(titles[number], justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(row[number])) for number in shown))
     console.print(table, highlight=False)

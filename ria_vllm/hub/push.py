@@ -1,15 +1,13 @@
 """`ria-vllm push` uploads a compressed folder to the Hugging Face Hub in one commit: it appears whole or not at all."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
 
 from ria_vllm.checkpoint.companions import is_companion, nested_companions
-from ria_vllm.checkpoint.reader import Reader, is_compressed
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.files.sizes import human_size
@@ -22,29 +20,23 @@ from ria_vllm.progress import Monitor
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
 @click.option("--private", is_flag=True, help="Create the repository as a private one.")
-@click.option("--revision", help="The branch to write to; created if it does not exist.  [default: main]")
-@click.option("--commit-message", help="[default: Upload a model pruned to 2:4 by ria-vllm]")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead of writing to the branch.")
-def push(
-    out: Path, repository: str, private: bool, revision: str | None, commit_message: str | None, create_pr: bool
-) -> None:
+@click.option(
+    "--revision", default="main", show_default=True, help="The branch to write to; created if it does not exist."
+)
+def push(out: Path, repository: str, private: bool, revision: str) -> None:
     """Upload the compressed checkpoint OUT to the Hugging Face Hub, as REPO (USER/NAME).
 
     Checks OUT as `verify` does. Creates REPO if it does not exist. The same commit deletes weight files of an older
     model there that OUT does not have. Needs `hf auth login`.
     """
-    if create_pr and revision:
-        raise RiaError("push: give --revision or --create-pr, not both. A pull request goes to the main branch.")
-    reader = checked(out)
-    files = files_to_push(reader)
+    files = files_to_push(checked(out))
     for name, path in files.items():
         click.echo(f"  {printable(name):40} {human_size(path.stat().st_size)}")
     tops = {PurePosixPath(name).parts[0] for name in files}
     left_out = sorted(path.name for path in out.iterdir() if path.name not in tops)
     if left_out:
         click.echo(f"not part of the checkpoint, stays here: {printable(', '.join(left_out))}")
-    message = commit_message or "Upload a model pruned to 2:4 by ria-vllm"
-    click.echo(printable(upload(files, repository, Target(private, revision, message, create_pr))))
+    click.echo(printable(upload(files, repository, private, revision)))
 
 
 def checked(out: Path) -> Reader:
@@ -55,17 +47,14 @@ def checked(out: Path) -> Reader:
     """
     if out.resolve().name.endswith(".partial"):
         raise RiaError(f"{out}: the work folder of an unfinished run. Finish it first (--resume).")
-    if (out / "config.json").is_file() and not is_compressed(out):
-        raise RiaError(f"{out}: not a compressed folder. `hf upload REPO {out}` uploads a plain dense one.")
     reader = Reader(out)
     monitor = Monitor()
     with monitor.live():
-        problems = list(reader.problems(monitor))
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        problem = next(reader.problems(monitor), None)
+    if problem is not None:
         raise RiaError(
-            f"{out}: {count}, nothing was uploaded. The first: {problems[0]}. `ria-vllm verify` lists all. "
-            "Compress the model again, or get the damaged files again."
+            f"{out}: nothing was uploaded. The first problem: {problem}. `ria-vllm verify` lists all. Compress the "
+            "model again, or get the damaged files again."
         )
     return reader
 
@@ -88,15 +77,7 @@ def files_to_push(reader: Reader) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-@dataclass(frozen=True)
-class Target:
-    private: bool = False
-    revision: str | None = None
-    message: str = "Upload"
-    create_pr: bool = False
-
-
-def upload(files: Mapping[str, Path], repository: str, target: Target) -> str:
+def upload(files: Mapping[str, Path], repository: str, private: bool, revision: str) -> str:
     """Create the repository if it does not exist, and commit the files.
 
     Returns:
@@ -110,43 +91,36 @@ def upload(files: Mapping[str, Path], repository: str, target: Target) -> str:
     if get_token() is None:
         raise RiaError("push: not logged in to the Hugging Face Hub. Run `hf auth login`, or set HF_TOKEN.")
     api = HfApi()
-    revision = target.revision or "main"
-    names = set(files)
     try:
-        url = api.create_repo(repository, private=target.private or None, exist_ok=True)
+        url = api.create_repo(repository, private=private or None, exist_ok=True)
         repository = url.repo_id  # with the user's name if it was left out
-        if target.private and not api.repo_info(repository).private:
+        if private and not api.repo_info(repository).private:
             raise RiaError(
                 f"{repository}: exists already and is public. Change that on the Hub or choose another name."
             )
-        if target.revision is not None and not target.revision.startswith("refs/pr/"):
-            api.create_branch(repository, branch=target.revision, exist_ok=True)
-        stale = [name for name in api.list_repo_files(repository, revision=revision) if _is_weights(name)]
-        stale = sorted(set(stale) - names)
+        if revision != "main":
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        stale = sorted(set(filter(_is_weights, api.list_repo_files(repository, revision=revision))) - set(files))
         if stale:
             click.echo(f"weights of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, _content(path, repository)) for name, path in files.items()]
-        found = api.create_commit(
-            repository,
-            operations,
-            commit_message=target.message,
-            revision=target.revision,
-            create_pr=target.create_pr,
-        )
+        message = "Upload a model pruned to 2:4 by ria-vllm"
+        api.create_commit(repository, operations, commit_message=message, revision=revision)
         # A .gitignore in the repository makes the Hub skip files silently.
-        there = set(api.list_repo_files(repository, revision=found.pr_revision or revision))
+        missing = sorted(set(files) - set(api.list_repo_files(repository, revision=revision)))
     except RiaError:
         raise
     except Exception as error:  # from httpx, hf_xet or huggingface_hub itself
-        raise RiaError(f"{repository}: {_reason(error)}") from error
-    if names - there:
+        causes = (str(cause) or type(cause).__name__ for cause in (error, error.__cause__) if cause is not None)
+        said = " ".join(": ".join(causes).split())[:400]
         raise RiaError(
-            f"{repository}: the Hub did not take {', '.join(sorted(names - there))}. Does a .gitignore there name them?"
-        )
-    if found.pr_url:
-        return found.pr_url
-    return str(url) if revision == "main" else f"{url}/tree/{revision}"
+            f"{repository}: the upload failed ({said}). Check the name, the network and the token (`hf auth login`), "
+            "and run the same command again; it sends only what is missing."
+        ) from error
+    if missing:
+        raise RiaError(f"{repository}: the Hub did not take {', '.join(missing)}. Does a .gitignore there name them?")
+    return f"{url}/tree/{revision}"
 
 
 def _is_weights(name: str) -> bool:
@@ -160,25 +134,3 @@ def _content(path: Path, repository: str) -> Path | bytes:
         return path
     lines = path.read_bytes().split(b"\n")
     return b"\n".join(f"vllm serve {repository}".encode() if line == SERVE_HERE.encode() else line for line in lines)
-
-
-def _reason(error: Exception) -> str:
-    """One line about an error of huggingface_hub, with what to do about it."""
-    cause: BaseException | None = error
-    while cause is not None and getattr(cause, "response", None) is None:
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    said = re.sub(r" For more information check: \S+", "", " ".join(str(error).split()))[:300] or type(error).__name__
-    if status == 401:
-        return "the Hub does not accept your token. Run `hf auth login` again."
-    if status == 403:
-        return f"your token may not write there ({said}). Run `hf auth login` with one that may."
-    if status == 404:
-        return f"the Hub does not find it ({said}). Check the name and the revision."
-    if status == 409:
-        return f"the Hub says that something else is changing the repository ({said}). Run the same command again."
-    if status is not None and status >= 500:
-        return (
-            f"the Hub failed with {status} ({said}). Run the same command again later; it sends only what is missing."
-        )
-    return f"the upload failed ({said}). Check the name and the network, and run the same command again."
