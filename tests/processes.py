@@ -22,7 +22,7 @@ LONGEST = (
     "tests/serve/test_wheel.py",
     "tests/serve/test_mixtures.py",
     "tests/serve/kernels/cpu/test_sanitized.py",
-    "tests/offline/test_experts.py",
+    "tests/offline/experts/test_experts.py",
     "tests/offline/distill/test_interruptions.py",
     "tests/offline/distill/test_processes.py",
     "tests/offline/distill/test_run.py",

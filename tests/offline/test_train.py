@@ -14,7 +14,8 @@ from zoo.toys import TOYS
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.format.formats import IntFormat
-from ria_vllm.offline import train_experts
+from ria_vllm.offline.experts import train as train_experts
+from ria_vllm.offline.experts.train import grids_of
 from ria_vllm.offline.pruning.block import train_block
 from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
 from ria_vllm.offline.run import compress as compressing
@@ -24,7 +25,6 @@ from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer import train
 from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
 from ria_vllm.offline.sublayer.train import after_training
-from ria_vllm.offline.train_experts import grids_of
 from ria_vllm.progress import Monitor
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.calibration.routing import Reads, RoutedTokens, read_by
+from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
 from ria_vllm.progress import Monitor
 
 # Three chunks; 4 experts; expert 3 is chosen once, and 9 means no expert.
@@ -70,12 +70,6 @@ def test_the_dense_model_is_followed_token_by_token():
     for expert in range(4):
         for X, in_dense in tokens.of(expert):
             assert torch.equal(in_dense, X + 1000)
-
-
-def test_what_is_borrowed_is_counted_as_taken():
-    _, tokens = routed(enough=20)
-    assert tokens.borrowed(3) == sum(len(X) for X, _ in tokens.of(3)) - 1 != tokens.missing(3)
-    assert tokens.borrowed(0) == 0
 
 
 def test_a_sublayer_that_does_not_reach_its_experts():

@@ -14,17 +14,18 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline import train_experts
+from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.calibration.routing import Reads, RoutedTokens
-from ria_vllm.offline.model.experts import experts_modules
-from ria_vllm.offline.model.run_experts import run_one_by_one
+from ria_vllm.offline.experts import train
+from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.routing import Reads, RoutedTokens
+from ria_vllm.offline.experts.train import MixtureTrainer
+from ria_vllm.offline.model.experts.run import run_one_by_one
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer import solve
 from ria_vllm.offline.sublayer.pruned import Pruned, packed
-from ria_vllm.offline.train_experts import MixtureTrainer
 from ria_vllm.progress import Monitor
 
 SIZES = (40, 24)  # of the chunks
@@ -100,10 +101,11 @@ def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_den
     tokens = RoutedTokens(
         mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
     )
-    return MixtureTrainer(
+    experts = LayerExperts(
         mixture.experts, mixture.dense.__getitem__, tokens, Recipe(reconstruct="block", compute_dtype="float32"),
-        Ranks(), torch.device("cpu"), str, folder, Monitor(shown=False),
+        Ranks(), torch.device("cpu"), torch.float32, torch.float32, str, passes=1,
     )  # fmt: skip
+    return MixtureTrainer(experts, Activations(folder), Monitor(shown=False))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -116,11 +118,11 @@ def test_what_is_lacking_is_the_dense_models_output_less_the_own(mixture, on_dis
             now[expert] = mixture.pruned[expert]
             trainer.account(expert, {kind: weight.bfloat16() for kind, weight in now[expert].items()})
             now[expert] = {kind: weight.bfloat16() for kind, weight in now[expert].items()}
-        for index, lacking in enumerate(trainer.lacking):
-            summed = mixture.formula.summed
+        for index in range(len(SIZES)):
+            summed, lacking = mixture.formula.summed, trainer.lacking[index]
             expected = summed(mixture.dense, mixture.in_dense, index) - summed(now, mixture.reads, index)
             torch.testing.assert_close(lacking.double(), expected, rtol=1e-5, atol=1e-5)
-    assert len(list(tmp_path.glob("[01]"))) == (2 if on_disk else 0)
+    assert len(list(tmp_path.glob("[01].safetensors"))) == (2 if on_disk else 0)
 
 
 @pytest.mark.parametrize("follows_dense", [True, False])
@@ -130,14 +132,14 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
     now[0] = mixture.pruned[0]
     trainer.account(0, now[0])
     calls = []
-    monkeypatch.setattr(train_experts, "train_block", lambda *args, **more: calls.append((args, more)) or (2.0, 1.0))
+    monkeypatch.setattr(train, "train_block", lambda *args, **more: calls.append((args, more)) or (2.0, 1.0))
     formula, reads = mixture.formula, mixture.reads
     for expert, leans in ((2, False), (3, True)):
         found = {
             mixture.layout.linear(expert, kind): Pruned(weight, packed(weight > 0), None, {})
             for kind, weight in mixture.pruned[expert].items()
         }
-        trained = trainer.train(expert, found, mixture.dense[expert])
+        trained = trainer.train(expert, found)
         assert trained.keys() == found.keys() and all(linear.record["trained"] for linear in trained.values())
         (forward, params, masks, inputs, targets), more = calls.pop()
         assert params.keys() == masks.keys() == set(mixture.layout.kinds) and not more["relative"]

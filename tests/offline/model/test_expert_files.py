@@ -7,8 +7,8 @@ import pytest
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.expert_files import find_expert_files
-from ria_vllm.offline.model.experts import ExpertsLayout
+from ria_vllm.hf.experts_layout import ExpertsLayout
+from ria_vllm.offline.model.experts.files import ExpertWeights
 
 LAYOUT = ExpertsLayout("mlp.experts", num_experts=4, width=64, inner=32)
 TENSORS = {name: f"layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
@@ -19,8 +19,9 @@ TRANSPOSED = {TENSORS["gate_up_proj"]: (4, 64, 64), TENSORS["down_proj"]: (4, 32
 def found(shapes: dict, layout: ExpertsLayout = LAYOUT, check_dims: bool = False):
     converter = WeightConverter("x", "x", operations=[Transpose(1, 2, check_dims=check_dims)])
     made_of = {name: [name] for name in TENSORS.values()}
-    names = SimpleNamespace(direct={}, made_of=made_of, converter_of=lambda _: converter)
-    return find_expert_files(names, "layers.0.", layout, shapes, Path("folder"))
+    names = SimpleNamespace(direct={}, made_of=made_of, files={n: n for n in shapes}, converter_of=lambda _: converter)
+    tensors = SimpleNamespace(shapes=lambda stored: [(name, shapes[name]) for name in stored])
+    return ExpertWeights([], "layers", 64, names, tensors, Path("folder"))._find("layers.0.mlp.experts.", layout)
 
 
 def test_stacks_that_transformers_transposes():
@@ -33,10 +34,10 @@ def test_stacks_that_transformers_transposes():
 
 
 @pytest.mark.parametrize("check_dims", [False, True])
-@pytest.mark.parametrize("shape", [(3, 32, 64), (4, 32, 65), (4, 32), (4, 16, 64)])
+@pytest.mark.parametrize("shape", [(3, 32, 64), (4, 32, 65), (4, 32)])
 def test_a_stack_of_another_shape(shape, check_dims):
-    with pytest.raises(RiaError, match="folder: layers.0.mlp.experts.down_proj has shape .*config.json asks for"):
+    with pytest.raises(RiaError, match="layers.0.mlp.experts.down_proj"):
         found(TRANSPOSED | {TENSORS["down_proj"]: shape}, check_dims=check_dims)
     if not check_dims:
-        with pytest.raises(RiaError, match="down_proj has shape"):
+        with pytest.raises(RiaError, match="down_proj"):
             found(MODULE)

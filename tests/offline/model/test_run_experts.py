@@ -10,9 +10,10 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experts import expert_of, experts_modules, other_experts
+from ria_vllm.hf.experts_layout import expert_of, experts_modules
+from ria_vllm.offline.model.experts.files import other_experts
+from ria_vllm.offline.model.experts.run import own_weights, run_one_by_one, set_watcher, set_weights
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.model.run_experts import own_weights, run_one_by_one, set_watcher, set_weights
 
 TOKENS = torch.arange(2, 60)[None]
 
@@ -145,7 +146,7 @@ def test_an_experts_linears_in_its_modules_parameters(kind, interleaved, tmp_pat
     ((path, layout),) = experts_modules(layer).items()
     experts, transposed = layer.get_submodule(path), kind != "mixtral"
     assert layout.transposed == transposed and layout.interleaved == layout.has_bias == interleaved
-    found = own_weights(experts)(3)
+    found = own_weights(experts, 3)
     whole = experts.gate_up_proj[3].T if transposed else experts.gate_up_proj[3]
     for kind_of, rows in zip(("gate", "up"), (slice(0, None, 2), slice(1, None, 2)), strict=True):
         half = slice(None, layout.inner) if kind_of == "gate" else slice(layout.inner, None)
