@@ -4,9 +4,9 @@ The model passes its layers a mapping, into which some put tensors and out of wh
 found out by running all of them, one after the other, on the meta device, which takes no memory and no time.
 """
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, random_like, tensors_of
 
@@ -58,26 +59,25 @@ def find_sharing(layers: Sequence[nn.Module], calls: Sequence[LayerCall], stream
         stream: into the first one, of the shape for which it is called so.
 
     Raises:
-        RiaError: layers that are passed a mapping cannot be run on the meta device, or leave something else than
-            tensors.
+        RiaError: layers that are passed a mapping cannot be run on the meta device, take something out of it, or leave
+            something else than tensors.
     """
-    nothing = Sharing(({},) * len(layers), (frozenset(),) * len(layers))
     if not any(call.mappings for call in calls):
-        return nothing
+        return Sharing(({},) * len(layers), (frozenset(),) * len(layers))
     put: list[Left] = []
     read: list[frozenset[Entry]] = []
     there: Left = {}
     stream = stream.to(META)
     for layer, call in zip(layers, calls, strict=True):
         left: Left = {}
-        watched = {slot: _watched(call[slot], number) for slot, number in call.mappings.items()}
+        watched = {slot: _Watched(number, call[slot]) for slot, number in call.mappings.items()}
         own = call.replaced(watched).mapped(lambda tensor: tensor.to(META)).with_left(there)
-        on_meta = _OnMeta(layer)
+        on_meta = _OnMeta(layer, call.place)
         with _experts_skipped(layer):
             stream = own(on_meta, stream, left)
         put.append(left)
         read.append(frozenset(on_meta.read & there.keys()))
-        there = {entry: value for entry, value in there.items() if entry not in on_meta.removed} | left
+        there |= left
     later = [frozenset().union(*read[index + 1 :]) for index in range(len(layers))]
     kept = [{entry: value for entry, value in left.items() if entry in after} for left, after in zip(put, later)]
     for left, call in zip(kept, calls, strict=True):
@@ -95,27 +95,65 @@ def with_what_is_left(
     return stream, [replace(call, leaves=frozenset(sharing.kept(index))) for index, call in enumerate(filled)]
 
 
-class _OnMeta:
-    """Runs a layer with all its tensors on the meta device, and leaves it as it is."""
+class _Watched(UserDict):
+    """A mapping of this number that notes the entries that are read out of it, while it has a set for them."""
 
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
+    read: set[Entry] | None = None
+
+    def __init__(self, number: int, content: Mapping[Any, Any]):
+        super().__init__(content)
+        self.number = number
+
+    def _note(self, *keys: Any) -> None:
+        if self.read is not None:
+            self.read.update((self.number, key) for key in keys)
+
+    def __getitem__(self, key: Any) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        self._note(key)
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._note(*self.data)
+        return super().__iter__()
+
+    def __or__(self, other: Any) -> Any:
+        return {**self, **other}
+
+    def __ror__(self, other: Any) -> Any:
+        return {**other, **self}
+
+
+class _OnMeta:
+    """Runs a layer with all its tensors on the meta device, and leaves it as it is.
+
+    Attributes:
+        read: the entries of mappings that it has read.
+    """
+
+    def __init__(self, layer: nn.Module, place: str):
+        self.layer, self.place = layer, place
         named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
         self.tensors = {name: tensor.detach().to(META) for name, tensor in named}
         self.read: set[Entry] = set()
-        self.removed: set[Entry] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watched = [value for value in (*args, *kwargs.values()) if isinstance(value, _Watched)]
-        before = [mapping.numbered() for mapping in watched]
+        before = [set(mapping.data) for mapping in watched]
         for mapping in watched:
             mapping.read = self.read
-        try:
-            return functional_call(self.layer, self.tensors, args, kwargs)
-        finally:
-            for mapping, entries in zip(watched, before, strict=True):
-                mapping.read = None
-                self.removed |= entries - mapping.numbered()
+        out = functional_call(self.layer, self.tensors, args, kwargs)
+        for mapping, keys in zip(watched, before, strict=True):
+            mapping.read = None
+            if keys - mapping.data.keys():
+                raise RiaError(
+                    f"{self.place}: takes something out of what earlier layers have left, so its layers cannot be "
+                    "pruned one by one. Such a model cannot be compressed."
+                )
+        return out
 
 
 @contextmanager
@@ -132,63 +170,3 @@ def _experts_skipped(layer: nn.Module) -> Iterator[None]:
             del module.forward
             if forward is not None:
                 module.forward = forward
-
-
-def _noting_one(name: str) -> Any:
-    """The method `name` of a mapping, whose first argument is a key."""
-
-    def method(self: Any, key: Any, *others: Any, **named: Any) -> Any:
-        self._note(key)
-        return getattr(super(_Watched, self), name)(key, *others, **named)
-
-    return method
-
-
-def _noting_all(name: str) -> Any:
-    """The method `name` of a mapping, which reads all of it."""
-
-    def method(self: Any, *others: Any) -> Any:
-        self._note_all()
-        return getattr(super(_Watched, self), name)(*others)
-
-    return method
-
-
-class _Watched:
-    """Mixed into a mapping: adds the entries that are read to a set, if it has one."""
-
-    number: int
-    read: set[Entry] | None = None
-
-    def numbered(self) -> set[Entry]:
-        """The entries that are there now."""
-        return {(self.number, key) for key in super().__iter__()}  # type: ignore[misc]
-
-    def _note(self, key: Any) -> None:
-        if self.read is not None:
-            self.read.add((self.number, key))
-
-    def _note_all(self) -> None:
-        if self.read is not None:
-            self.read |= self.numbered()
-
-    def __iter__(self) -> Iterator[Any]:
-        keys = list(super().__iter__())  # type: ignore[misc]
-        self._note_all()
-        return iter(keys)
-
-    __getitem__, __contains__ = _noting_one("__getitem__"), _noting_one("__contains__")
-    get, pop, setdefault = _noting_one("get"), _noting_one("pop"), _noting_one("setdefault")
-    keys, values, items = _noting_all("keys"), _noting_all("values"), _noting_all("items")
-    popitem, copy, __reversed__ = _noting_all("popitem"), _noting_all("copy"), _noting_all("__reversed__")
-    __or__, __ror__ = _noting_all("__or__"), _noting_all("__ror__")
-
-
-def _watched(mapping: MutableMapping, number: int) -> MutableMapping:
-    """The same mapping, of a class that notes what is read."""
-    kind = type(f"Watched{type(mapping).__name__}", (_Watched, type(mapping)), {"number": number})
-    if isinstance(mapping, dict):
-        return kind(mapping)
-    made = kind.__new__(kind)
-    made.__dict__.update(vars(copy(mapping)))
-    return made
