@@ -1,8 +1,7 @@
 """2:4 checkpoints of compressed-tensors, which vLLM itself no longer serves."""
 
-import functools
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 
 from ria_vllm.compressed_tensors import marlin24
 from ria_vllm.compressed_tensors.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
-from ria_vllm.compressed_tensors.patterns import compile_pattern
+from ria_vllm.compressed_tensors.patterns import check_pattern, matches_pattern
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FORMATS, GROUP_SIZES, IntFormat
 from ria_vllm.format.weight_format import WeightFormat
@@ -32,12 +31,6 @@ SERVED = [
 # Values of `actorder` under which the columns of a group are neighbours.
 ORDERS = (None, False, "weight", "static")
 SHOWN = ("num_bits", "type", "strategy", "group_size", "symmetric")
-
-LONGEST_NAME = 300
-"""Characters of a module's name; a pattern may take long to match a longer one."""
-
-ALL_PATTERNS = 20_000
-"""Characters of all patterns of a configuration together."""
 
 CLASSES = ("Linear", "Module")
 """compressed-tensors also matches targets by a module's class. Only linears are looked up here."""
@@ -81,18 +74,11 @@ def matches(name: str, entry: str) -> bool:
     """Whether the linear `name` is meant by an entry of `targets` or `ignore`: its name, its class, or re:REGEX.
 
     Raises:
-        RiaError: the name is too long for a pattern.
+        RiaError: see `matches_pattern`.
     """
-    if not entry.startswith("re:"):
-        return entry == name or entry in CLASSES
-    if len(name) > LONGEST_NAME:
-        raise RiaError(f"{name[:60]}...: a module's name of {len(name)} characters. The checkpoint is damaged.")
-    return _matches(name, entry[3:])
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _matches(name: str, pattern: str) -> bool:
-    return compile_pattern(pattern, WHERE).match(name)
+    if entry.startswith("re:"):
+        return matches_pattern(name, entry[3:], WHERE)
+    return entry == name or entry in CLASSES
 
 
 @dataclass(frozen=True)
@@ -170,7 +156,6 @@ class CompressedTensorsConfig:
         tiled = tuple(target for one in groups if isinstance(one.form, Marlin24) for target in one.selection.targets)
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
-        _check_length((*ignore, *pruned.targets, *pruned.ignore, *(t for one in groups for t in one.selection.targets)))
         return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups), _kv_cache_scheme(config))
 
     def scheme(self, name: str) -> WeightScheme:
@@ -303,15 +288,6 @@ def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
     return value or {}
 
 
-def _check_length(entries: Sequence[str]) -> None:
-    length = sum(len(entry) for entry in entries if entry.startswith("re:"))
-    if length > ALL_PATTERNS:
-        raise RiaError(
-            f"{WHERE}.config_groups, ignore and sparsity_config: patterns of {length} characters; {ALL_PATTERNS} are "
-            "allowed. Give names in the place of some."
-        )
-
-
 def _entries(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     """The names and patterns of a list; empty if it is missing or null."""
     value = config.get(key)
@@ -321,5 +297,5 @@ def _entries(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]
         raise RiaError(f"{where}.{key} is {reprlib.repr(value)}, expected a list of names.")
     for entry in value:
         if entry.startswith("re:"):
-            compile_pattern(entry[3:], f"{where}.{key}")
+            check_pattern(entry[3:], f"{where}.{key}")
     return tuple(value)
