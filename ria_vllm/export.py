@@ -1,33 +1,15 @@
 """Turns a compressed folder back into a plain dense Hugging Face folder, one tensor in memory at a time."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
-from ria_vllm.checkpoint.companions import leads_out, left_where_it_is, nested_companions
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
-from ria_vllm.format.schema import EXPORTED_KEY, PERMUTATIONS_FILE, REPORT_FILE
+from ria_vllm.format.schema import EXPORTED_KEY
 from ria_vllm.hub.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-
-OWN_FILES = {"config.json", INDEX_FILE, PERMUTATIONS_FILE, REPORT_FILE, CARD_FILE}
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-
-
-def companion_files(folder: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The files besides the weights that a dense folder needs too: tokenizer, templates, generation config."""
-    found = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name not in OWN_FILES and path.suffix not in WEIGHT_SUFFIXES
-    ]
-    found += nested_companions(folder)
-    strays = [path for path in found if leads_out(path, folder)]
-    for path in strays:
-        warn(left_where_it_is(path))
-    return [path for path in found if path not in strays]
 
 
 def kept_copies(writer: CheckpointWriter, files: Iterable[Path], folder: Path) -> tuple[list[Path], Path]:
@@ -65,12 +47,11 @@ def export_dense(
 
     Args:
         max_shard_size: bytes.
-        monitor: shows the finished tensors and warns of what is left out: a model card that cannot be read, links that
-            lead out of the folder.
+        monitor: shows the finished tensors, and warns of a model card that cannot be read.
 
     Raises:
-        RiaError: `out` exists (unless `overwrite`), or is or contains the folder being read; a tensor is damaged; the
-            folder has changed since `reader` opened it; the disk is full.
+        RiaError: `out` exists (unless `overwrite`), or is or contains the folder being read; a tensor is damaged; a
+            file is a link out of the folder; the folder has changed since `reader` opened it; the disk is full.
     """
     monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
@@ -84,7 +65,7 @@ def export_dense(
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         config[EXPORTED_KEY] = "ria-vllm"
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
-        copies, folder = kept_copies(writer, companion_files(reader.folder, monitor.warn), reader.folder)
+        copies, folder = kept_copies(writer, companions(reader.folder), reader.folder)
         reader.inputs.check()
         with monitor.phase("writing"):
             writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards, copied_from=folder)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
-from ria_vllm.export import companion_files, kept_copies
+from ria_vllm.export import kept_copies
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
@@ -150,7 +151,7 @@ class _Run:
     def distill(self) -> dict[str, Any]:
         folders = str(self.start.folder), str(self.teacher.folder)
         # First, so that an error in them shows at once.
-        copies = companion_files(self.start.folder, self.monitor.warn)
+        copies = companions(self.start.folder)
         held_out = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
         self._draw()
         with self.monitor.phase("digests of files"):

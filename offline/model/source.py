@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ria_vllm.checkpoint.companions import is_companion, leads_out, left_where_it_is, nested_companions
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.inputs import Inputs, Stamps
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, unindexed_files
@@ -25,13 +25,6 @@ from ria_vllm.offline.model.run.architecture import model_class
 from ria_vllm.offline.model.run.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-
-NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", "ria_report.json")
-# Without files whose names start like this, a model is not served as it was meant to be.
-NEEDED = (
-    "tokenizer", "vocab", "merges", "special_tokens", "chat_template", "generation_config", "processor_config",
-    "preprocessor_config", "video_preprocessor_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,16 +54,8 @@ class Source:
         return self.inputs.stamps(path if path.is_file() else self.folder)
 
     def small_files(self) -> list[Path]:
-        """Tokenizer, processor, generation config, chat template, license; not if they are links out of the folder."""
-        return [path for path in self._companions() if not leads_out(path, self.folder)]
-
-    def stray_files(self) -> list[Path]:
-        """Files that would be among `small_files` if they were not links out of the folder."""
-        return [path for path in self._companions() if leads_out(path, self.folder)]
-
-    def _companions(self) -> list[Path]:
-        found = [path for path in sorted(self.folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
-        return found + nested_companions(self.folder)
+        """Tokenizer, processor, generation config, chat template, license."""
+        return companions(self.folder)
 
 
 @contextmanager
@@ -98,11 +83,7 @@ def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor, inputs: Input
     elif path.is_dir():
         inputs.stamps(path)
         source = _checked(model, path, inputs)
-        for stray in source.stray_files():
-            # A warning is soon forgotten, and the result could not be served.
-            if stray.name.startswith(NEEDED) or stray.parent != path:
-                raise RiaError(left_where_it_is(stray))
-            monitor.warn(left_where_it_is(stray))
+        source.small_files()  # so that an error in them shows at once
         yield source
     elif path.exists():
         raise RiaError(

@@ -8,7 +8,9 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
+from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.errors import RiaError, printable
+from ria_vllm.format.schema import REPORT_FILE
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 # LICENSE, LICENSE-2.0, LICENSE.md, NOTICE, USE_POLICY.md and the like, but no suffix that a program interprets.
@@ -18,36 +20,42 @@ _LEGAL = re.compile(
 # The same for the Hub, whose patterns are case-sensitive.
 LEGAL_PATTERNS = ["LICEN[CS]E*", "licen[cs]e*", "Licen[cs]e*", "NOTICE*", "Notice*", "COPYING*", "*USE_POLICY*"]
 
+# Written anew for each folder.
+NOT_COPIED = ("config.json", INDEX_FILE, "pytorch_model.bin.index.json", REPORT_FILE)
 MODULES_FILE = "modules.json"  # of sentence-transformers
 TEMPLATES_FOLDER = "additional_chat_templates"
-
-
-def leads_out(path: Path, folder: Path | None = None) -> bool:
-    """Whether `path` is a link to a file outside its folder, and outside the hub's cache if the folder comes from it.
-
-    Args:
-        folder: the model's, if the file lies in a subfolder of it.
-
-    A downloaded folder could point such a link at any file on this machine, and a copy of the folder would publish it.
-    """
-    place, home = path.resolve(), (folder or path.parent).resolve()
-    # Snapshots consist of links: CACHE/models--USER--NAME/snapshots/COMMIT to CACHE/models--USER--NAME/blobs.
-    blobs = [(folder.parent / "blobs").resolve() for folder in home.parents if folder.name == "snapshots"]
-    # Older versions of the hub's command line also link the large files of a local folder into the cache.
-    in_cache = any(f.name == "blobs" and f.parent.name.startswith("models--") for f in place.parents)
-    return not in_cache and not any(place.is_relative_to(allowed) for allowed in [home, *blobs])
-
-
-def left_where_it_is(path: Path) -> str:
-    """The warning about a file that is not copied because it `leads_out`."""
-    name = printable(str(path))
-    return f"{name}: a link that leads out of the folder, not copied. If the file belongs there, copy the file itself."
 
 
 def is_companion(path: Path) -> bool:
     """Whether a file in a model's folder goes with the model, judged by its name."""
     named = path.suffix in SUFFIXES or _LEGAL.fullmatch(path.name) is not None
     return named and not path.name.startswith(".") and path.is_file()
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files besides weights and settings that go with the model in a folder.
+
+    Raises:
+        RiaError: one of them is a link out of the folder; or as `nested_companions`.
+    """
+    there = [path for path in sorted(folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
+    return [check_place_of(path, folder) for path in there + nested_companions(folder)]
+
+
+def check_place_of(path: Path, folder: Path) -> Path:
+    """The path of a file in a model's folder.
+
+    Raises:
+        RiaError: it is a link out of the folder. A downloaded folder could point such a link at any file on this
+            machine, and a copy of the folder would publish it.
+    """
+    place = path.resolve()
+    # Snapshots in the hub's cache consist of links to its blobs, and so do some local folders that it has filled.
+    in_cache = any(f.name == "blobs" and f.parent.name.startswith("models--") for f in place.parents)
+    if not in_cache and not place.is_relative_to(folder.resolve()):
+        name = printable(str(path))
+        raise RiaError(f"{name}: a link that leads out of the folder. Copy the file itself there, or remove it.")
+    return path
 
 
 def nested_companions(folder: Path) -> list[Path]:
@@ -75,8 +83,7 @@ def _modules(folder: Path) -> list[tuple[Path, str]]:
     path = folder / MODULES_FILE
     if not path.is_file():
         return []
-    if leads_out(path):
-        raise RiaError(left_where_it_is(path))
+    check_place_of(path, folder)
     try:
         modules = [(entry["path"], entry["type"].rpartition(".")[2]) for entry in json.loads(path.read_text("utf-8"))]
         places = [PurePosixPath(place) for place, _ in modules]

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from ria_vllm.checkpoint.companions import is_companion, nested_companions
+from ria_vllm.checkpoint.companions import check_place_of, companions
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.files.sizes import human_size
-from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, ROTATIONS_FILE
+from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, REPORT_FILE, ROTATIONS_FILE
 from ria_vllm.hub.model_card import CARD_FILE, SERVE_HERE
 from ria_vllm.progress import Monitor
 
@@ -66,15 +66,11 @@ def files_to_push(reader: Reader) -> dict[str, Path]:
         RiaError: one of them is a link to something outside the folder.
     """
     folder = reader.folder
-    own = {path.name for path in reader.files.values()} | {CARD_FILE, INDEX_FILE, PERMUTATIONS_FILE}
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and (path.name in own or is_companion(path))]
-    files += nested_companions(folder)
-    files += [folder / ROTATIONS_FILE] if reader.rotations else []
-    files += [folder / PROOFS_FILE] if reader.schema.proofs else []
-    for path in files:
-        if path.resolve().parent != folder.resolve() / path.parent.relative_to(folder):
-            raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")
-    return {path.relative_to(folder).as_posix(): path for path in files}
+    names = {path.name for path in reader.files.values()} | {"config.json", REPORT_FILE, CARD_FILE, INDEX_FILE}
+    names |= {PERMUTATIONS_FILE} | ({ROTATIONS_FILE} if reader.rotations else set())
+    names |= {PROOFS_FILE} if reader.schema.proofs else set()
+    own = [check_place_of(folder / name, folder) for name in sorted(names) if (folder / name).is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in own + companions(folder)}
 
 
 def upload(files: Mapping[str, Path], repository: str, private: bool, revision: str) -> str:

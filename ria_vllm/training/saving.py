@@ -11,11 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.placement import Origin, Placement
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.export import companion_files, kept_copies
+from ria_vllm.export import kept_copies
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.hub.model_card import CARD_FILE, trained_card
 from ria_vllm.progress import Monitor
@@ -134,7 +135,7 @@ def _write(
     check_place(out, reader.folder)
     settings, generation, changed = changed_settings(base, reader)
     monitor = Monitor(shown=False)
-    copies, copied_from = companion_files(reader.folder, monitor.warn), reader.folder
+    copies, copied_from = companions(reader.folder), reader.folder
     encoder = Encoder(reader)
     writer = CheckpointWriter(out, overwrite=overwrite)
     units = _Units(writer)
