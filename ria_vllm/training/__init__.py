@@ -1,8 +1,7 @@
 """Training a compressed model by anybody's trainer: only kept weights change, and the result is saved compressed."""
 
-from ria_vllm.training.beside_adapters import BesideAdapters, read_trained, write_trained
 from ria_vllm.training.keep import keep_sparse
 from ria_vllm.training.saving import Saved, save
 from ria_vllm.training.sending import proofs
 
-__all__ = ["BesideAdapters", "Saved", "keep_sparse", "proofs", "read_trained", "save", "write_trained"]
+__all__ = ["Saved", "keep_sparse", "proofs", "save"]

@@ -12,9 +12,9 @@ the model's own names and shapes, not those of the dense model's files: trainers
 `load_state_dict`, which converts nothing, unlike `from_pretrained`, and only warns about tensors that it does not find.
 One with the names of the files is refused.
 
-The weight is looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place, and mixed
-precision with fp8 another module. A mask has a bit for each weight, beside it; if the weight is sharded (DTensor), the
-whole mask is on the CPU, and its shard beside the weight's.
+The weight is looked up anew at each step: FSDP2 and `to("meta")` put another parameter into its place. A mask has a bit
+for each weight, beside it; if the weight is sharded (DTensor), the whole mask is on the CPU, and its shard beside the
+weight's.
 """
 
 import weakref
@@ -30,17 +30,12 @@ from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.inputs import round_inputs
-from ria_vllm.training.adapters import clean_name, copied_modules, has_adapters, own_parameters, saved_biases
+from ria_vllm.training.adapters import clean_name, has_adapters
 from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import is_first, together
 
 ATTRIBUTE = "_ria_kept"
-_BESIDE = (
-    "To train it and have it in checkpoints, too, call `trainer.add_callback(ria_vllm.training.BesideAdapters)`; in a "
-    "loop of your own, save it by `ria_vllm.training.write_trained`, and call `keep_sparse(model, "
-    "beside_adapters=True)`."
-)
 _LOST = (
     "The first step that trains this weight would lose what it holds there. A merged adapter leaves values there (by "
     "rounding even after `unmerge_adapter`), and so does PiSSA. Train the weight before anything else changes it, or "
@@ -48,46 +43,28 @@ _LOST = (
 )
 
 
-def keep_sparse(model: nn.Module, like: str | Path | None = None, beside_adapters: bool = False) -> None:
-    """From now on, optimizers change only the kept weights of the model's pruned linears. A second call only sets
-    `beside_adapters`.
+def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
+    """From now on, optimizers change only the kept weights of the model's pruned linears.
 
     Copies of the model made by `copy.deepcopy` are kept sparse, too. Where torch.distributed is initialized, all ranks
     must call this; what one of them finds, all raise.
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
-    step raise it if a module was replaced by one that cannot be kept sparse, and an optimizer's first step with a
-    weight if that is not zero outside its mask by then.
+    step raise it if a pruned linear was replaced by another module, an optimizer's first step with a weight if that is
+    not zero outside its mask by then, and a step that changes kept weights if the model has adapters of PEFT, whose
+    checkpoints would not hold them.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
         like: the compressed folder, needed only if the model was loaded from a dense one, such as a trainer's
             checkpoint.
-        beside_adapters: you train weights of the model beside adapters of PEFT, and save them yourself, by
-            `write_trained` for example. Checkpoints of an adapter do not hold them. So a step that changes them raises
-            RiaError otherwise, unless the trainer has the callback `BesideAdapters`.
 
     Raises:
         RiaError: the folder is not there any more, or does not belong to the model; a weight outside a mask is not
             zero; a trainer has flattened the weights (FSDP1, DeepSpeed ZeRO-3).
     """
     together(lambda: _keep_sparse(model, like))
-    if beside_adapters:
-        kept_weights(model).beside_adapters = True
-
-
-def kept_weights(model: nn.Module) -> "KeptWeights":
-    """Those of a model that is kept sparse, wrapped or not.
-
-    Raises:
-        RiaError: it is not.
-    """
-    for module in model.modules():
-        kept = vars(module).get(ATTRIBUTE)
-        if isinstance(kept, KeptWeights):
-            return kept
-    raise RiaError(f"{type(model).__name__}: not kept sparse. Call keep_sparse(model) first.")
 
 
 def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
@@ -112,7 +89,7 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     rounded = reader.schema.input_dtype
     if rounded is not None and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
         round_inputs(base, origin.placements, origin.folder, rounded)  # as loading the folder itself would have done
-    kept = KeptWeights(weights, base, origin, rounded is not None)
+    kept = KeptWeights(weights, base, origin)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)
     setattr(base, ORIGIN_ATTRIBUTE, origin)  # known now, if it was found by `like`
@@ -127,17 +104,14 @@ class KeptWeights:
     Args:
         base: the model.
         origin: of its masks, and of its weights.
-        rounded: its pruned linears round their inputs.
 
     Attributes:
-        beside_adapters: somebody saves what is trained beside adapters of PEFT.
         checked: for each optimizer the names of the weights that were found to be zero outside their masks before its
             first step that trained them.
     """
 
-    def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin, rounded: bool):
-        self.weights, self.origin, self.rounded = weights, origin, rounded
-        self.beside_adapters = False
+    def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin):
+        self.weights, self.origin = weights, origin
         self.checked: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[str]] = weakref.WeakKeyDictionary()
         self.base = weakref.ref(base)
         self._watch()
@@ -158,8 +132,8 @@ class KeptWeights:
 
     @torch.compiler.disable
     def before_forward(self, *_: Any) -> None:
-        """Whatever the modules and parameters are by now: their gradients get masked."""
-        self.follow()
+        """Whatever the parameters are by now: their gradients get masked."""
+        self.check_modules()
         self.mask_gradients()
 
     def after_load_state_dict(self, base: nn.Module, keys: Any) -> None:
@@ -205,74 +179,57 @@ class KeptWeights:
         """Whether `from_pretrained` gives a tensor of this name in a file to the model under another one."""
         return any(entry.rename_source_key(name)[0] != name for entry in self.origin.conversions)
 
-    def follow(self) -> None:
-        """Take over the modules that have been put into the places of others.
+    def check_modules(self) -> None:
+        """Check that the model still has the modules of its pruned weights.
 
         Raises:
-            RiaError: one cannot be kept sparse.
+            RiaError: another one is in the place of one of them.
         """
         base = self.base()
-        if base is None:
-            return
-        present = set(base.modules())  # far faster than to look up each weight by its name
+        present = set() if base is None else set(base.modules())
         for weight in self.weights:
-            if weight.module not in present:
-                weight.follow(base, self.origin.folder, self.rounded)
+            if base is not None and weight.module not in present:
+                raise RiaError(
+                    f"{weight.name}: its module was replaced or removed after keep_sparse, so the weight is not kept "
+                    "sparse any more. Leave the modules in place (mixed precision with fp8 replaces them), or call "
+                    "keep_sparse after that."
+                )
 
     def mask_gradients(self) -> None:
         for weight in self.weights:
             weight.hook(weight.parameter())
 
-    def in_optimizer(
-        self, optimizer: torch.optim.Optimizer, follow: bool = False
-    ) -> list[tuple[KeptWeight, torch.Tensor]]:
+    def in_optimizer(self, optimizer: torch.optim.Optimizer) -> list[tuple[KeptWeight, torch.Tensor]]:
         """The weights that this optimizer changes, and their parameters.
 
-        Args:
-            follow: modules may have been replaced since the last look, because not all trainers call the whole model.
-
         Raises:
-            RiaError: one has another shape by now, or is in a module that cannot be kept sparse.
+            RiaError: one has another shape by now.
         """
         changed = _changed_by(optimizer)
-        found, base = self.by_parameter(), self.base()
-        unknown = changed - found.keys() if follow else ()
-        if base is not None and unknown and any(id(parameter) in unknown for parameter in base.parameters()):
-            self.follow()
-            found = self.by_parameter()
-        return [(weight, weight.parameter()) for number, weight in found.items() if number in changed]
+        return [(weight, weight.parameter()) for number, weight in self.by_parameter().items() if number in changed]
 
-    def check_adapters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Check that what this optimizer changes beside adapters of PEFT is kept sparse, and saved.
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Mask gradients, which may have come from elsewhere than a backward pass with hooks, or been changed after it.
 
         Raises:
-            RiaError: it changes a copy of a pruned weight (`modules_to_save`); or weights of the model, of which PEFT
-                saves none but biases if its settings say so (`bias`), and nobody else does.
+            RiaError: a pruned weight is in another module by now; or is trained though the model has adapters of PEFT,
+                or though it holds something outside its mask.
         """
         base = self.base()
-        if base is None or not has_adapters(base):
-            return
-        changed = _changed_by(optimizer)
-        if changed.isdisjoint(map(id, base.parameters())):
-            return
-        for module, copies in copied_modules(base):
-            inside = set(module.modules())
-            weight = next((weight for weight in self.weights if weight.module in inside), None)
-            trained = (parameter for parameter in copies.parameters() if parameter.requires_grad)
-            if weight and any(id(parameter) in changed for parameter in trained):
-                raise RiaError(
-                    f"{weight.name}: trained as a copy by PEFT (`modules_to_save`), which is not kept sparse. Leave it "
-                    f"out there, and train the weight itself (`requires_grad_()`). {_BESIDE}"
-                )
-        if self.beside_adapters:
-            return
-        changed -= {id(parameter) for parameter in saved_biases(base)}
-        for name, parameter in own_parameters(base):
-            if parameter.requires_grad and id(parameter) in changed:
-                raise RiaError(
-                    f"{name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it would "
-                    f"be lost. To train only the adapter, freeze the model (`requires_grad_(False)`). {_BESIDE}"
-                )
+        if base is not None and not _changed_by(optimizer).isdisjoint(map(id, base.parameters())):
+            self.check_modules()  # not all trainers call the whole model
+        found = self.in_optimizer(optimizer)
+        trained = [weight for weight, parameter in found if parameter.requires_grad]
+        if trained and base is not None and has_adapters(base):
+            raise RiaError(
+                f"{trained[0].name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "
+                "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
+                "weights."
+            )
+        self.check_first_step(optimizer, trained)
+        for weight, parameter in found:
+            weight.mask_gradient(parameter)
+            weight.hook(parameter)
 
     def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
         """Check that an optimizer's first step with these weights does not lose what they hold outside the masks.
@@ -302,14 +259,8 @@ _HANDLES: list[Any] = []
 
 @torch.no_grad()
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Gradients may have come from elsewhere than a backward pass with hooks, or been changed after it."""
     for kept in list(_ALIVE):
-        kept.check_adapters(optimizer)
-        found = kept.in_optimizer(optimizer, follow=True)
-        kept.check_first_step(optimizer, [weight for weight, parameter in found if parameter.requires_grad])
-        for weight, parameter in found:
-            weight.mask_gradient(parameter)
-            weight.hook(parameter)
+        kept.before_step(optimizer)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """One parameter with pruned linears: its mask, a bit for each element, and what is zero outside it."""
 
-import copy
 import functools
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from ria_vllm.errors import RiaError
 from ria_vllm.training.gathering import own_share
-from ria_vllm.training.masks import holder
 
 _EARLIER = (
     "Call keep_sparse before anything changes the weights (a merged adapter does), with the folder that the model was "
@@ -72,10 +70,6 @@ class KeptWeight:
             return _has_zeros(local, self._packed_locally(weight, local))
         return _has_zeros(weight, self._on(weight.device))
 
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor of the weight's whole shape, on the CPU, is zero outside the mask."""
-        return _has_zeros(tensor, self.packed.cpu())
-
     def check_zeros(self, folder: Path, advice: str = _EARLIER) -> None:
         """Check that `is_zero_outside`.
 
@@ -84,28 +78,6 @@ class KeptWeight:
         """
         if not self.is_zero_outside():
             raise RiaError(f"{self.name}: not zero everywhere outside the mask in {folder}. {advice}")
-
-    def follow(self, base: nn.Module, folder: Path, rounded: bool) -> None:
-        """Take over the module that is in the place of the weight's by now.
-
-        Args:
-            rounded: modules round their inputs, which another one would not do.
-
-        Raises:
-            RiaError: there is none, it has no such weight, or the weight is not zero outside the mask; or `rounded`.
-        """
-        now = copy.copy(self)
-        now.module, _ = holder(base, self.name)
-        if now.module is self.module:
-            return
-        if rounded:
-            raise RiaError(
-                f"{self.name}: belongs to a {type(now.module).__name__} now, put there after the model was loaded, "
-                f"which does not round its inputs as {folder} asks. Leave the modules in place: mixed "
-                "precision with fp8 replaces them, for example."
-            )
-        now.check_zeros(folder)
-        self.module = now.module
 
     def mask_gradient(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:

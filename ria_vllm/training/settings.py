@@ -40,7 +40,13 @@ def changed_settings(base: nn.Module, reader: Reader) -> tuple[Settings, Setting
     now = _plain(base.config)
     changes = _changes(_plain(before), now)
     _merge(section, changes)
-    _check(reader.folder / "config.json", "model.config", _plain(kind.from_dict(copy.deepcopy(section))), now)
+    lost = _names(_changes(_plain(kind.from_dict(copy.deepcopy(section))), now))
+    if lost:
+        raise RiaError(
+            f"{reader.folder / 'config.json'}: the settings {', '.join(lost)} of `model.config` are others here, and "
+            "cannot be added to this file. Change the file to what the model was trained with, or set them back in "
+            "`model.config`."
+        )
     generation, changes_there = _generation(base, before, reader.folder)
     return config, generation, _names(changes) + [f"generation_config.{name}" for name in _names(changes_there)]
 
@@ -89,26 +95,16 @@ def _generation(base: nn.Module, config: Any, folder: Path) -> tuple[Settings | 
     """generation_config.json, if it has changed, and the changes."""
     from transformers import GenerationConfig
 
-    generation = getattr(base, "generation_config", None)
-    if not isinstance(generation, GenerationConfig):
+    now = getattr(base, "generation_config", None)
+    if not isinstance(now, GenerationConfig):
         return None, {}
-    path = folder / GENERATION_FILE
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text("utf-8"))
-            before = GenerationConfig.from_dict(copy.deepcopy(stored))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise RiaError(f"{path}: cannot be read: {error}. Get the file again.") from None
+    if (folder / GENERATION_FILE).is_file():
+        before = GenerationConfig.from_pretrained(folder)
     else:  # readers derive it from config.json then
         before = GenerationConfig.from_model_config(config)
-        stored = {key: value for key, value in before.to_diff_dict().items() if not key.startswith("_")}
-    now = _plain(generation)
-    changes = _changes(_plain(before), now)
-    if not changes:
-        return None, {}
-    _merge(stored, changes)
-    _check(path, "model.generation_config", _plain(GenerationConfig.from_dict(copy.deepcopy(stored))), now)
-    return stored, changes
+    changes = _changes(_plain(before), _plain(now))
+    written = {key: value for key, value in now.to_diff_dict().items() if not key.startswith("_")}
+    return (written if changes else None), changes
 
 
 def _section(kind: Any, config: Settings) -> Settings:
@@ -157,12 +153,3 @@ def _names(changes: Settings) -> list[str]:
     for key, value in sorted(changes.items()):
         found += [f"{key}.{name}" for name in _names(value)] if isinstance(value, dict) and value else [key]
     return found
-
-
-def _check(path: Path, where: str, read: Settings, wanted: Settings) -> None:
-    lost = _names(_changes(read, wanted))
-    if lost:
-        raise RiaError(
-            f"{path}: the settings {', '.join(lost)} of `{where}` are others here, and cannot be added to this file. "
-            f"Change the file to what the model was trained with, or set them back in `{where}`."
-        )

@@ -12,7 +12,7 @@ from ria_vllm.format import sparse24
 from ria_vllm.format.formats import WRITTEN
 from ria_vllm.training import keep_sparse, save
 
-FORMATS = ["int8", "int4", "int8-g64", "int4-g32", "fp8"]
+FORMATS = ["int8", "int4-g32", "fp8"]
 
 
 def grid_of(name):

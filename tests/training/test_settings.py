@@ -65,7 +65,7 @@ def test_tokens_that_a_trainer_has_set(like, tmp_path, generation):
     same_but(tmp_path / "new", like, **tokens)
     written = read(tmp_path / "new" / "generation_config.json")
     if generation is not None:
-        assert written == generation | tokens
+        assert written.items() >= (generation | tokens).items()
     # As vLLM reads them.
     found = GenerationConfig.from_pretrained(tmp_path / "new")
     assert (found.eos_token_id, found.pad_token_id) == ([7, 2], 5)

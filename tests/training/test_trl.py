@@ -183,19 +183,6 @@ def test_lora_beside_frozen_sparse_weights(pruned_llama, tmp_path, first):
     assert all(torch.equal(left.tensor(name), right.tensor(name)) for name in left.files)
 
 
-def test_kept_weights_trained_beside_lora(pruned_llama, tmp_path):
-    """The pruned weights are under another name then, base_layer, and stay sparse."""
-    wrapped = peft.get_peft_model(load(pruned_llama.folder), peft.LoraConfig(**LORA))
-    for name, parameter in wrapped.named_parameters():
-        parameter.requires_grad_("base_layer" in name)
-    keep_sparse(wrapped, beside_adapters=True)
-    loss_of(wrapped).backward()
-    torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1).step()
-    base = wrapped.unload()
-    assert list(outside(base, masks(pruned_llama.folder))) == []
-    assert save(base, tmp_path / "new", like=pruned_llama.folder).changed == 14
-
-
 def test_a_merged_adapter_is_refused(pruned_llama, tmp_path):
     model = load(pruned_llama.folder)
     keep_sparse(model)
