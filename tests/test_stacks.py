@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import stacks
 from ria_vllm.format.layer_schema import Experts, Stacked
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
-from ria_vllm.format.stacks import _in_layer, layers_of_experts, problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.format.stacks import layers_of_experts, problems_of_experts, stacked_tensors
 
 
 def schema(num_experts: int = 3, **stacked) -> RiaSchema:
@@ -35,7 +34,7 @@ def test_stacked_as_the_schema_says(interleaved, transposed):
     weights = {name: torch.randn(5, 4, generator=draw) for name in names(7)}
     found = stacked_tensors(schema(interleaved=interleaved, transposed=transposed), names(7), "folder")
     assert list(found) == [f"model.layers.7.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    stacked = stack_experts(*found["model.layers.7.mlp.experts.gate_up_proj"], weights.__getitem__, "folder")
+    stacked = found["model.layers.7.mlp.experts.gate_up_proj"].join(weights.__getitem__)
     for expert in range(3):
         rows = stacked[expert].T if transposed else stacked[expert]
         gate, up = (rows[::2], rows[1::2]) if interleaved else rows.split(5)
@@ -57,7 +56,7 @@ def test_a_missing_expert_is_named(claimed):
     with pytest.raises(RiaError, match=message):
         stacked_tensors(schema(claimed), names(1), "folder")
     (problem,) = problems_of_experts(schema(claimed), {}, names(1))
-    assert problem.startswith("model.layers.1.mlp.experts.3.gate_proj: missing")
+    assert problem.startswith("model.layers.1.mlp.experts.3.gate_proj is missing")
 
 
 @pytest.mark.parametrize("name", ["layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.02.up_proj"])
@@ -69,17 +68,10 @@ def test_experts_that_config_json_does_not_have(name):
         stacked_tensors(schema(), sparse, "folder")
 
 
-def test_many_claimed_tensors_are_made_once_for_each_layer(monkeypatch):
-    made = []
-    monkeypatch.setattr(stacks, "_in_layer", lambda *arguments: made.append(arguments) or in_layer(*arguments))
-    in_layer = _in_layer
-    assert len(layers_of_experts(schema(), names(1) | names(2))) == 2 == len(made)
-
-
 def test_experts_of_different_shapes():
     shapes = dict.fromkeys(names(1), (5, 4)) | {"model.layers.1.mlp.experts.2.up_proj": (6, 4)}
     (problem,) = problems_of_experts(schema(), shapes, names(1))
     assert "experts.2.up_proj: its shape (6, 4) differs from that of model.layers.1.mlp.experts.0.up_proj" in problem
     found = stacked_tensors(schema(), names(1), "folder")["model.layers.1.mlp.experts.gate_up_proj"]
-    with pytest.raises(RiaError, match="model.layers.1.mlp.experts: the linears of expert 2 differ in shape"):
-        stack_experts(*found, lambda name: torch.zeros(shapes[name]), "folder")
+    with pytest.raises(RiaError, match="folder: model.layers.1.mlp.experts.0.gate_proj and others: the linears of expert 2"):
+        found.join(lambda name: torch.zeros(shapes[name]), "folder: ")

@@ -35,7 +35,7 @@ from ria_vllm.format.schema import (
     ROTATIONS_FILE,
     RiaSchema,
 )
-from ria_vllm.format.stacks import problems_of_experts, stack_experts, stacked_tensors
+from ria_vllm.format.stacks import problems_of_experts, stacked_tensors
 from ria_vllm.progress import Monitor
 
 
@@ -165,7 +165,7 @@ class Reader:
         """
         sparse = set(self.sparse_names)
         stacks = stacked_tensors(self.schema, sparse, self.folder)
-        in_stack = {name: tensor for tensor, (layer, stack) in stacks.items() for name in layer.rows(stack)}
+        in_stack = {name: tensor for tensor, placement in stacks.items() for name in placement.names}
         found: dict[str, Callable[[], torch.Tensor]] = {}
         for name in sorted(self.files, key=lambda name: (self.files[name], name)):
             linear, _, part = name.rpartition(".")
@@ -175,7 +175,7 @@ class Reader:
                 found[name] = partial(self.tensor, name)
             elif linear in in_stack:
                 tensor = in_stack[linear]
-                found.setdefault(tensor, partial(stack_experts, *stacks[tensor], self.dense, self.folder))
+                found.setdefault(tensor, partial(stacks[tensor].join, self.dense, f"{self.folder}: "))
             else:
                 found[f"{linear}.weight"] = partial(self.dense, linear)
         return found

@@ -9,85 +9,68 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Experts, Stacked, filled, numbers_in
 from ria_vllm.format.schema import RiaSchema
 
+_AGAIN = "Get all files of one run."
+
 
 @dataclass(frozen=True)
-class LayerExperts:
-    """The experts of one mixture layer, with its number filled in.
+class Placement:
+    """What one tensor holds: the weight of a linear [out, in], or linears of all experts.
 
-    linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
-    strays: names of pruned linears that match such a pattern, but with a number that no expert or layer has, such as
-        03.
+    experts: of each expert the names of its linears, in the order of their outputs; a single linear is one expert.
+    stacked: the tensor is [experts, out, in], or [experts, in, out] if `transposed`. If an expert has two linears,
+        their outputs follow each other, or alternate if `interleaved`.
     """
 
-    module: str
-    num_experts: int
-    linears: dict[str, str]
-    stacked: list[Stacked]
-    strays: list[str] = field(default_factory=list)
+    experts: tuple[tuple[str, ...], ...]
+    stacked: bool = False
+    interleaved: bool = False
+    transposed: bool = False
 
-    def linear(self, expert: int, kind: str) -> str:
-        return filled(self.linears[kind], {"e": str(expert)})
+    @property
+    def names(self) -> list[str]:
+        return [name for linears in self.experts for name in linears]
 
-    def stray(self) -> str | None:
-        """What is wrong with the first of `strays`."""
-        found = min(self.strays, default=None)
-        return found and f"{found} is none of the {self.num_experts} experts that {self.module} has by config.json"
+    def join(self, tensor_of: Callable[[str], torch.Tensor], where: str = "") -> torch.Tensor:
+        """The tensor, or something of its shape, from one [out, in] for each linear.
 
-    def missing(self, present: Collection[str]) -> str | None:
-        """The first linear of an expert that is not among the names `present`."""
-        names = (self.linear(expert, kind) for expert in range(self.num_experts) for kind in self.linears)
-        return next((name for name in names if name not in present), None)
+        Args:
+            where: what an error begins with.
 
-    def rows(self, stack: Stacked) -> list[str]:
-        """The names of the linears in a stacked tensor, expert by expert, in the order of their outputs."""
-        return [self.linear(expert, kind) for expert in range(self.num_experts) for kind in stack.linears]
+        Raises:
+            RiaError: the experts differ in shape.
+        """
+        if not self.stacked:
+            return tensor_of(self.experts[0][0])
+        experts = ([tensor_of(name) for name in linears] for linears in self.experts)
+        place = f"{where}{self.experts[0][0]} and others"
+        return stack_linears(experts, len(self.experts), self.interleaved, self.transposed, place)
 
+    def split(self, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The name and the part [out, in] of each linear; the inverse of `join`.
 
-def layers_of_experts(schema: RiaSchema, sparse: Collection[str]) -> list[LayerExperts]:
-    """The mixture layers of which at least one linear of an expert is pruned.
-
-    Args:
-        sparse: the names of all pruned linears.
-    """
-    found: dict[str, LayerExperts] = {}
-    for experts in schema.experts:
-        for pattern in experts.linears.values():
-            for name in sparse:
-                numbers = numbers_in(pattern, name)
-                if numbers is None:
-                    continue
-                module = filled(experts.module, numbers)
-                if module not in found:
-                    found[module] = _in_layer(experts, numbers)
-                plain = all(number == str(int(number)) for number in numbers.values())
-                if not plain or int(numbers["e"]) >= experts.num_experts:
-                    found[module].strays.append(name)
-    return list(found.values())
-
-
-def stacked_tensors(
-    schema: RiaSchema, sparse: Collection[str], where: object
-) -> dict[str, tuple[LayerExperts, Stacked]]:
-    """Name of a stacked tensor of the dense model -> the experts in it.
-
-    Args:
-        where: the folder, for errors.
-
-    Raises:
-        RiaError: an expert is missing, or one too many.
-    """
-    layers = layers_of_experts(schema, sparse)
-    for layer in layers:
-        missing = layer.missing(sparse)
-        if missing is not None:
+        Raises:
+            RiaError: the tensor does not hold as many linears.
+        """
+        if not self.stacked:
+            yield self.experts[0][0], tensor
+            return
+        if tensor.dim() != 3 or len(tensor) != len(self.experts):
             raise RiaError(
-                f"{where}: {missing} is missing, though {layer.module} has {layer.num_experts} experts by config.json. "
-                f"{_AGAIN}"
+                f"{self.experts[0][0]} and others: their parameter has shape {tuple(tensor.shape)}, but the "
+                f"checkpoint has {len(self.experts)} experts."
             )
-        stray = layer.stray()
-        if stray is not None:
-            raise RiaError(f"{where}: {stray}. {_AGAIN}")
-    return {stack.tensor: (layer, stack) for layer in layers for stack in layer.stacked}
+        for expert, linears in enumerate(self.experts):
+            rows, count = tensor.shape[2 if self.transposed else 1], len(linears)
+            if rows % count:
+                raise RiaError(f"{linears[0]}: {rows} rows are not those of {count} linears of one size.")
+            yield from ((name, self.part(tensor, expert, number)) for number, name in enumerate(linears))
+
+    def part(self, tensor: torch.Tensor, expert: int, number: int) -> torch.Tensor:
+        """A view [out, in] of the linear `number` of an expert, for a tensor that `split` accepts."""
+        if not self.stacked:
+            return tensor
+        rows, count = tensor[expert].T if self.transposed else tensor[expert], len(self.experts[expert])
+        return rows[number::count] if self.interleaved else rows.chunk(count)[number]
 
 
 def stack_linears(
@@ -119,60 +102,106 @@ def stack_linears(
     return out
 
 
-def stack_experts(
-    layer: LayerExperts, stack: Stacked, dense_of: Callable[[str], torch.Tensor], where: object
-) -> torch.Tensor:
-    """A stacked tensor, as the dense model's files have it.
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one mixture layer, with its number filled in.
+
+    linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
+    stacked: tensor of the dense model -> how linears are stacked in it.
+    strays: names of pruned linears that match a pattern, but with a number that no expert or layer has, such as 03.
+    """
+
+    module: str
+    num_experts: int
+    linears: dict[str, str]
+    stacked: dict[str, Stacked]
+    strays: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, experts: Experts, numbers: dict[str, str]) -> "LayerExperts":
+        """Those of the layer with these numbers."""
+        linears = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
+        stacked = {filled(stack.tensor, numbers): stack for stack in experts.stacked}
+        return cls(filled(experts.module, numbers), experts.num_experts, linears, stacked)
+
+    def linear(self, expert: int, kind: str) -> str:
+        return filled(self.linears[kind], {"e": str(expert)})
+
+    def placement(self, kinds: Sequence[str], interleaved: bool, transposed: bool) -> Placement:
+        """Of a tensor that stacks the linears of these kinds."""
+        experts = tuple(tuple(self.linear(expert, kind) for kind in kinds) for expert in range(self.num_experts))
+        return Placement(experts, True, interleaved, transposed)
+
+    def problem(self, pruned: Collection[str]) -> str | None:
+        """What is wrong with the experts, where the pruned linears have these names; None: nothing."""
+        if self.strays:
+            return f"{min(self.strays)} is none of the {self.num_experts} experts that {self.module} has by config.json"
+        names = (self.linear(expert, kind) for expert in range(self.num_experts) for kind in self.linears)
+        missing = next((name for name in names if name not in pruned), None)
+        if missing is None:
+            return None
+        return f"{missing} is missing, though {self.module} has {self.num_experts} experts by config.json"
+
+
+def layers_of_experts(schema: RiaSchema, pruned: Collection[str]) -> list[LayerExperts]:
+    """The mixture layers of which at least one linear of an expert is pruned.
 
     Args:
-        dense_of: a linear's name -> its dense weight [out, in] in the model's own order.
+        pruned: the names of all pruned linears.
+    """
+    found: dict[str, LayerExperts] = {}
+    for experts in schema.experts:
+        for pattern in experts.linears.values():
+            for name in pruned:
+                numbers = numbers_in(pattern, name)
+                if numbers is None:
+                    continue
+                of_layer = {placeholder: number for placeholder, number in numbers.items() if placeholder != "e"}
+                module = filled(experts.module, of_layer)
+                if module not in found:
+                    found[module] = LayerExperts.of(experts, of_layer)
+                plain = all(number == str(int(number)) for number in numbers.values())
+                if not plain or int(numbers["e"]) >= experts.num_experts:
+                    found[module].strays.append(name)
+    return list(found.values())
+
+
+def stacked_tensors(schema: RiaSchema, pruned: Collection[str], where: object) -> dict[str, Placement]:
+    """Name of a stacked tensor of the dense model -> what is in it.
+
+    Args:
+        pruned: the names of all pruned linears.
         where: the folder, for errors.
 
     Raises:
-        RiaError: a linear is missing, or the experts differ in shape.
+        RiaError: an expert is missing, or one too many.
     """
-    return stack_linears(
-        ([dense_of(layer.linear(expert, kind)) for kind in stack.linears] for expert in range(layer.num_experts)),
-        layer.num_experts, stack.interleaved, stack.transposed, f"{where}: {layer.module}",
-    )  # fmt: skip
+    found: dict[str, Placement] = {}
+    for layer in layers_of_experts(schema, pruned):
+        problem = layer.problem(pruned)
+        if problem is not None:
+            raise RiaError(f"{where}: {problem}. {_AGAIN}")
+        for tensor, stack in layer.stacked.items():
+            found[tensor] = layer.placement(stack.linears, stack.interleaved, stack.transposed)
+    return found
 
 
 def problems_of_experts(
-    schema: RiaSchema, shapes: dict[str, tuple[int, int]], sparse: Collection[str]
+    schema: RiaSchema, shapes: dict[str, tuple[int, int]], pruned: Collection[str]
 ) -> Iterator[str]:
     """What is wrong with the experts of a checkpoint, in sentences.
 
     Args:
         shapes: name -> [out, in] of the pruned linears that could be read.
-        sparse: the names of all pruned linears.
+        pruned: the names of all pruned linears.
     """
-    for layer in layers_of_experts(schema, sparse):
-        stray, missing = layer.stray(), layer.missing(sparse)
-        if stray is not None:
-            yield stray
-        if missing is not None:
-            yield f"{missing}: missing, though {layer.module} has {layer.num_experts} experts by config.json"
+    for layer in layers_of_experts(schema, pruned):
+        problem = layer.problem(pruned)
+        if problem is not None:
+            yield problem
             continue
         for kind in layer.linears:
             names = [layer.linear(expert, kind) for expert in range(layer.num_experts)]
             odd = next((name for name in names if shapes.get(name, shapes.get(names[0])) != shapes.get(names[0])), None)
             if odd is not None:
                 yield f"{odd}: its shape {shapes[odd]} differs from that of {names[0]}"
-
-
-def _in_layer(experts: Experts, numbers: dict[str, str]) -> LayerExperts:
-    numbers = {name: number for name, number in numbers.items() if name != "e"}
-    stacked = [
-        stack.model_copy(
-            update={
-                "tensor": filled(stack.tensor, numbers),
-                "bias": None if stack.bias is None else filled(stack.bias, numbers),
-            }
-        )
-        for stack in experts.stacked
-    ]
-    linears = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
-    return LayerExperts(filled(experts.module, numbers), experts.num_experts, linears, stacked)
-
-
-_AGAIN = "Get all files of one run."

@@ -55,12 +55,11 @@ def _stacks(model: Any, start: Start, names: Names) -> dict[str, Placement]:
                 "version of transformers that the model was compressed with."
             )
         for parameter, kinds in layout.parameters.items():
-            experts = tuple(tuple(layer.linear(e, kind) for kind in kinds) for e in range(layer.num_experts))
-            found[f"{path}.{parameter}"] = Placement(experts, True, layout.interleaved, layout.transposed)
+            found[f"{path}.{parameter}"] = layer.placement(kinds, layout.interleaved, layout.transposed)
     return found
 
 
 def _tensor_of_downs(layer: LayerExperts) -> str:
     """The tensor of the dense model that holds the first expert's down projection."""
-    stacked = next((stack.tensor for stack in layer.stacked if "down" in stack.linears), None)
+    stacked = next((tensor for tensor, stack in layer.stacked.items() if "down" in stack.linears), None)
     return stacked or f"{layer.linear(0, 'down')}.weight"
