@@ -95,7 +95,7 @@ def distill(folder, teacher, out, device, save_memory, shard, save_every, max_sh
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
-    torchrun or accelerate launch divides each step among several processes.
+    torchrun divides each step among several processes.
     """
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.recipe import Distillation
