@@ -84,26 +84,31 @@ def watch_models() -> None:
                     )
 
             prover = Prover(config, model, taken, embeddings)
+            computed = config.file_proofs() if proofs.wanted() else None
 
             def prove(sent: Mapping[str, torch.Tensor] | None, first: bool) -> None:
                 # Only later may vLLM have another configuration of this model; at first, perhaps one of its target.
                 present = (EngineOptions.current().model_config if embeddings and not first else None) or built_from
-                if not proofs.wanted() or present is None or (sent is not None and config.schema.proofs is None):
+                if not proofs.wanted() or present is None:
                     return
                 if first and str(present.model) != config.where:
                     return  # a draft that is built with the configuration of its target has other files
+                if computed is not None and sent is None:
+                    prover.prove(computed.vector, computed.take(), str(present.model))
+                if computed is not None or (sent is not None and config.schema.proofs is None):
+                    return
                 schema, stored = (config.schema, sent) if sent is not None else proofs_of(config, present)
-                prover.prove(schema, stored, str(present.model))
+                prover.prove(schema.proof_vector, stored, str(present.model))
 
             def prove_served() -> tuple[str | None, int]:
                 schema, stored = proofs_of(config, EngineOptions.current().model_config)
-                return schema.proofs and schema.proofs.digest, prover.prove(schema, stored, where)
+                return schema.proofs and schema.proofs.digest, prover.prove(schema.proof_vector, stored, where)
 
             model.ria_prove = prove_served
             config.stream.attach(
                 model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
                 functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),
-                embeddings, prove,
+                embeddings, prove, computed and computed.see,
             )  # fmt: skip
         record(model)
 

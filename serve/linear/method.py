@@ -31,7 +31,6 @@ from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.load.loading import LayerLoader, Loader, TensorChecks, unwrapped
 from ria_vllm.serve.load.shards import ShardMap
-from ria_vllm.serve.load.stream import WeightStream
 
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
 WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
@@ -79,18 +78,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         prefix: vLLM's name of the layer, for errors.
         linears: what the layer is made of, in output order.
         report: where the layer is counted.
-        stream: knows the names that arriving tensors have in the checkpoint.
 
     Attributes:
         row_loader: loads what a linear has for each of its rows, [out, any].
     """
 
-    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport, stream: WeightStream):
+    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport):
         self.prefix = prefix
         self.linears = linears
         self.names = tuple(linear.name for linear in linears)
         self.report = report
-        self.stream = stream
         self.dense: UnquantizedLinearMethod | None = None
         self.packed = PackedTensors()
 
@@ -117,7 +114,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.output_sizes = tuple(output_partition_sizes)
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
-        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size, self.stream)
+        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size)
         self.layer_loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
         vllm_loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, self.layer_loader, output_partition_sizes, input_size_per_partition, vllm_loader)

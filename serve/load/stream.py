@@ -1,14 +1,12 @@
-"""The checkpoint's tensors on their way into vLLM's model, each with its name in the checkpoint.
+"""The checkpoint's tensors on their way into vLLM's model.
 
-Before a layer's weight loader sees a tensor, vLLM's models may rename, fuse or rearrange it by rules of their own. A
-tensor that is still what the file holds, or a copy of that, has a name here. A tensor without a name was changed on the
-way, and compressed tensors allow no change.
+vLLM's models may rename, fuse or rearrange them by rules of their own. Whether each layer then has what the files say
+shows when it is proved, see `ria_vllm.serve.proving.layers`.
 """
 
 import functools
 import inspect
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,40 +18,25 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.proofs import PROOF_SUFFIX
 from ria_vllm.serve.load.layerwise import Reloads
 
-# How many of the last tensors are kept to recognize copies. vLLM makes a copy as soon as it gets the tensor.
-REMEMBERED = 8
-# How the names of a linear's tensors end. Other tensors may be large, and their names are never asked for.
-PARTS = (".compressed", ".bitmask", ".weight", ".weight_scale", ".bias")
-
 # Scales of the key-value cache, which are stored beside a linear and belong to attention.
 CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
 
 # Where vLLM reads files.
 LOADERS = Path(model_loader.__file__).parent
 
-_NAME = "ria_checkpoint_name"
-
 Taker = Callable[[str, torch.Tensor], None]
 """Loads a tensor, whose last part of the name comes first, in place of the model."""
 
 
-def set_name(tensor: torch.Tensor, name: str) -> None:
-    """Say that `tensor` is what the checkpoint has under this name, perhaps with its rows in another order."""
-    setattr(tensor, _NAME, name)
-
-
 class WeightStream:
-    """Names the tensors that `model.load_weights` is given.
+    """Stands before `model.load_weights`.
 
     Attributes:
-        active: a model is loading. A tensor that it loads and that has no name was changed on the way.
         proofs: matrix -> its proof, which somebody has sent beside the weights.
     """
 
     def __init__(self) -> None:
-        self.active = False
         self.proofs: dict[str, torch.Tensor] = {}
-        self.recent: deque[tuple[torch.Tensor, str]] = deque(maxlen=REMEMBERED)
 
     def attach(
         self,
@@ -68,6 +51,7 @@ class WeightStream:
         arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
         embeddings: bool = True,
         prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = lambda sent, first: None,
+        watch_files: Callable[[str, torch.Tensor], None] | None = None,
     ) -> None:
         """Stand between vLLM's loaders and `model`, now and on every reload.
 
@@ -89,6 +73,7 @@ class WeightStream:
             prove: raises a RiaError if layers do not compute what the model's files say, once all weights are packed.
                 If somebody has sent the weights, its first argument are the proofs that came with them; the second is
                 whether this was the first load.
+            watch_files: called with each tensor that comes from a file, and its name.
         """
         load = model.load_weights
         complete = False  # the last load was one of all files
@@ -109,16 +94,13 @@ class WeightStream:
                 before_reload(from_files)
             elif all_files:
                 weights = checked(weights, check_files)
-            loaded = self.active = True
+            loaded = True
             if from_files:
                 weights = once(weights)
             if translation is not None:
                 weights = translation.translate(weights, from_files, elsewhere)
-            try:
-                result = load(self.named(weights, takers, arrivals), *args, **kwargs)
-            finally:
-                self.active = False
-                self.recent.clear()
+            watch = watch_files if from_files else None
+            result = load(self.passed(weights, takers, arrivals, watch), *args, **kwargs)
             if first and all_files:
                 check_files()
             if first and from_files:
@@ -167,13 +149,14 @@ class WeightStream:
         model.process_weights_after_loading = process_weights_after_loading
         model.ria_reloads = reloads
 
-    def named(
+    def passed(
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
-        takers: Mapping[str, Taker | None] = MappingProxyType({}),
-        arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
+        takers: Mapping[str, Taker | None],
+        arrivals: Mapping[str, Callable[[str], None]],
+        watch: Callable[[str, torch.Tensor], None] | None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights, but those that `takers` take. Each has its name from the moment that it is taken.
+        """The same weights, but those that `takers` take.
 
         Raises:
             RiaError: one of `arrivals` refuses a tensor.
@@ -183,6 +166,8 @@ class WeightStream:
             if name.endswith(PROOF_SUFFIX):
                 self.proofs[module] = tensor.to("cpu", copy=True)
                 continue
+            if watch is not None:
+                watch(name, tensor)
             if (module in takers or name in takers) and part not in CACHE_SCALES:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:
@@ -190,24 +175,7 @@ class WeightStream:
                 continue
             if module in arrivals:
                 arrivals[module](part)
-            set_name(tensor, name)
-            if name.endswith(PARTS):
-                self.recent.append((tensor, name))
             yield name, tensor
-
-    def name_of(self, tensor: torch.Tensor, wanted: Collection[str] = ()) -> str | None:
-        """The checkpoint's name of a tensor, or of the one that it is a copy of; None if it is neither.
-
-        Args:
-            wanted: names to prefer if several tensors are equal.
-        """
-        if not hasattr(tensor, _NAME):
-            names = [name for other, name in reversed(self.recent) if _is_copy(tensor, other)]
-            if not names:
-                return None
-            # A reload asks again, when the recent tensors are gone.
-            set_name(tensor, next((name for name in names if name in wanted), names[0]))
-        return getattr(tensor, _NAME)
 
 
 def are_files(weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
@@ -242,10 +210,3 @@ def once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, tor
             )
         seen.add(name)
         yield name, tensor
-
-
-def _is_copy(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    if (tensor.shape, tensor.dtype, tensor.device) != (other.shape, other.dtype, other.device):
-        return False
-    bits = torch.uint8 if tensor.dim() else None  # torch.equal does not take fp8, and NaN differs from itself
-    return torch.equal(tensor.contiguous().view(bits), other.contiguous().view(bits)) if bits else bool(tensor == other)

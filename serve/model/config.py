@@ -15,12 +15,14 @@ from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
+from ria_vllm.format import fp8
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_stacked, experts_by_name
 from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
+from ria_vllm.serve.load.file_proofs import FileProofs
 from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.load.stream import WeightStream
@@ -57,7 +59,7 @@ class RiaConfig(QuantizationConfig):
         mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
-        stream: knows the checkpoint's names of the tensors that arrive.
+        stream: stands before the model's loading of weights.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
         experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
@@ -282,7 +284,7 @@ class RiaConfig(QuantizationConfig):
         self.report.warn_of_weight_offload(engine.weight_offload)
         folding = self.folding_under(engine)
         stored = tuple(self.stored_linear(linear, folding) for linear in linears)
-        return Sparse24LinearMethod(layer, stored, self.report, self.stream)
+        return Sparse24LinearMethod(layer, stored, self.report)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
         """Whether one of our layers serves these linears, because they are pruned, or quantized by compressed-tensors.
@@ -331,6 +333,14 @@ class RiaConfig(QuantizationConfig):
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self.is_pruned(name) else replace(scheme, dense=True)
         return WeightScheme.of(self.schema)
+
+    def file_proofs(self) -> FileProofs | None:
+        """Makes proofs of the tensors that are loaded, where compressed-tensors wrote them, which has none."""
+        if self.compressed_tensors is None:
+            return None
+        ours = {name: self.scheme(name) for name in self.required - self.expert_linears}
+        signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
+        return FileProofs(ours.get, self.expert_linears, signs_only)
 
     def is_plain(self, experts: StoredExperts) -> bool:
         """Whether they are stored in plain floating point, so that vLLM can load them, too."""

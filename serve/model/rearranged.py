@@ -20,7 +20,7 @@ from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.linear.parameters import IGNORED_TENSORS
 from ria_vllm.serve.load.reordered_rows import ReorderedRows
 from ria_vllm.serve.load.shards import ShardId
-from ria_vllm.serve.load.stream import Taker, set_name
+from ria_vllm.serve.load.stream import Taker
 
 # The number of a row in a tensor is this times the tensor's number, plus the row's.
 NUMBER = 2**32
@@ -50,7 +50,6 @@ class Destination:
             raise _no_place(name)
         if self.rows is not None and tensor.dim() and len(tensor) == len(self.rows):
             tensor = ReorderedRows.of(tensor, self.rows)
-        set_name(tensor, name)
         parameter.weight_loader(parameter, tensor, *(() if self.shard is None else (self.shard,)))
 
 

@@ -6,14 +6,13 @@ s (D h) = (D^T s) h. So the layer's kernel gets r under a few scales, each route
 is multiplied by s.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.format.proofs import TRANSPOSED
-from ria_vllm.format.schema import RiaSchema
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of
 from ria_vllm.serve.kernels.reference_experts import activate
@@ -65,10 +64,10 @@ class ProvedExperts:
         alone = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
         return self.layer.ria_experts is not None or (alone and not method.is_monolithic)
 
-    def problem(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor]) -> str | None:
+    def problem(self, vector: Callable[[int], torch.Tensor], stored: Mapping[str, torch.Tensor]) -> str | None:
         """What is wrong with the experts, in a sentence; None if they compute what the proofs say."""
         method, dtype = self.method, self.method.moe.in_dtype
-        r = schema.proof_vector(method.sizes.hidden)
+        r = vector(method.sizes.hidden)
         device = next(tensor.device for tensor in self.layer.parameters() if tensor.numel())
         x = torch.cat([(scale * r)[None] for scale in SCALES]).to(device, dtype)
         ones = torch.ones(len(SCALES), 1, device=device)

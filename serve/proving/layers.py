@@ -19,7 +19,6 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
-from ria_vllm.format.schema import RiaSchema
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.load.completeness import dense_layers
 from ria_vllm.serve.load.model_paths import destinations
@@ -32,6 +31,7 @@ logger = init_logger("vllm.ria")
 LOOKED_UP = 256
 
 Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
+Vector = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class Proved:
     def _is_pruned(self) -> bool:
         return isinstance(self.layer.quant_method, Sparse24LinearMethod)
 
-    def input(self, schema: RiaSchema) -> torch.Tensor:
+    def input(self, vector: Vector) -> torch.Tensor:
         """r, float32 [columns of this rank], as the layer before would hand it over."""
-        r = schema.proof_vector(self.columns)
+        r = vector(self.columns)
         if self._is_pruned and (first := self.layer.quant_method.linears[0]).folded:
             r = r[torch.from_numpy(first.permutation).long()]
         if isinstance(self.layer, RowParallelLinear):
@@ -117,14 +117,14 @@ class Proved:
             return f"vLLM's {type(self.layer.quant_method).__name__}"
         return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
 
-    def problem(self, schema: RiaSchema, expected: torch.Tensor, tokens: int) -> str | None:
+    def problem(self, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
         """What is wrong with the layer, in a sentence; None if it computes what is `expected`, float32 [rows, 2].
 
         Args:
             tokens: so many rows r, -r, r, ... are multiplied.
         """
         device = self._device
-        y = self.products(proofs.tokens_of(self.input(schema), tokens).to(device)).cpu()
+        y = self.products(proofs.tokens_of(self.input(vector), tokens).to(device)).cpu()
         expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
         known = ~expected[:, 0].isnan()
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
@@ -161,12 +161,12 @@ class Prover:
 
             self.experts = list(proved_experts(model))
 
-    def prove(self, schema: RiaSchema, stored: Mapping[str, torch.Tensor], where: str) -> int:
+    def prove(self, vector: Vector, stored: Mapping[str, torch.Tensor], where: str) -> int:
         """Prove all layers, and say so in the log. Returns the number of matrices.
 
         Args:
-            schema: of the folder that the weights are from.
-            stored: matrix -> its proof, float32 [out, 2].
+            vector: r, float32, of so many channels.
+            stored: matrix -> its proof, float32 [out, 2]; NaN in the rows that have none.
             where: the folder or repository, for errors.
 
         Raises:
@@ -181,14 +181,14 @@ class Prover:
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
-            problem = layer.problem(schema, expected, tokens)
+            problem = layer.problem(vector, expected, tokens)
             proved += max(1, len(layer.loads))
             problems += [problem] if problem else []
         for experts in self.experts:
             if not experts.can_be_proved(stored):
                 unproved += experts.matrices
                 continue
-            problem = experts.problem(schema, stored)
+            problem = experts.problem(vector, stored)
             problems += [problem] if problem else []
             proved += len(experts.matrices)
         if problems:

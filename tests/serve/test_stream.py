@@ -1,4 +1,4 @@
-"""The stream of tensors: each is what the file holds, under its name, or the load stops."""
+"""The stream of tensors: what is refused before a model sees it."""
 
 import functools
 
@@ -8,7 +8,6 @@ from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finish
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.stream import WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.reload import check_reload
 
@@ -16,65 +15,6 @@ from ria_vllm.serve.model.reload import check_reload
 @pytest.fixture
 def stored():
     return stored_model()
-
-
-def test_among_equal_tensors_the_wanted_name_is_found():
-    stream, zero = WeightStream(), torch.zeros(4)
-    names = ["k.bias", "v.bias"]
-    list(stream.named((name, torch.zeros(4)) for name in names))
-    assert [stream.name_of(zero.clone(), [name]) for name in names] == names
-
-
-def test_tensors_that_a_model_changes_are_refused(ranks, stored):
-    config = stored.config()
-    model = attached(config, Model(config))
-    changed = ((name, tensor * 1 if name.endswith("down.compressed") else tensor) for name, tensor in tensors(stored))
-
-    class Rearranging(Model):
-        def load_weights(self, weights):
-            return super().load_weights((n, t.flip(0) if n.endswith("down.compressed") else t) for n, t in weights)
-
-    model.load_weights(changed)  # changed before the stream begins, which the sender may do
-    config.served_by.clear()
-    model = attached(config, Rearranging(config))
-    with pytest.raises(
-        RiaError, match=r"model\.layers\.0\.down\.compressed: vLLM changes it before its layer loads it"
-    ):
-        model.load_weights(tensors(stored))
-
-
-def test_tensors_that_a_model_confuses_are_refused(ranks, stored):
-    class Confusing(Model):
-        def load_weights(self, weights):
-            swapped = {"gate": "up", "up": "gate"}
-            names = ((name.split("."), tensor) for name, tensor in weights)
-            return super().load_weights((".".join(swapped.get(p, p) for p in parts), t) for parts, t in names)
-
-    config = stored.config()
-    model = attached(config, Confusing(config))
-    with pytest.raises(
-        RiaError, match=r"vLLM loads model\.layers\.0\.gate\.compressed where model\.layers\.0\.up belongs"
-    ):
-        model.load_weights(tensors(stored))
-
-
-def test_a_copy_of_a_tensor_has_its_name():
-    """vLLM's pooling models copy the first tensors, and Gemma 4 copies keys that are also the values."""
-    kept = {
-        "a.bitmask": torch.randint(99, (4, 4), dtype=torch.uint8),
-        "a.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
-    }
-    kept |= {"a.compressed": torch.full((4, 4), torch.nan), "a.weight_scale": torch.tensor(0.5)}
-    stream = WeightStream()
-    for name, tensor in stream.named(kept.items()):
-        copies = tensor.detach(), tensor.clone()
-        assert [stream.name_of(other) for other in (tensor, *copies)] == [name] * 3
-        stream.recent.clear()
-        assert [stream.name_of(other) for other in copies] == [name] * 2  # a reload asks again
-        stream.recent.append((tensor, name))
-        if tensor.dim() and name != "a.compressed":
-            for other in (tensor[1:], tensor.view(torch.uint8).flip(0).view(tensor.dtype), tensor.view(torch.int8)):
-                assert stream.name_of(other) is None
 
 
 def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
