@@ -3,14 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from urllib.request import Request, urlopen
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ria_vllm.checkpoint.inventory import Inventory, LinearEntry, Values, take_inventory
 from ria_vllm.checkpoint.reader import Reader
@@ -18,6 +16,7 @@ from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
 from ria_vllm.files.sizes import human_size, parse_size
 from ria_vllm.progress import Monitor
+from ria_vllm.table import print_table
 
 FOLDER = click.Path(path_type=Path)
 
@@ -34,24 +33,18 @@ def inspect(out: Path, as_json: bool) -> None:
     with monitor.live():
         inventory = take_inventory(Reader(out), monitor)
     if as_json:
-        click.echo(json.dumps(inventory.as_json(), indent=2, allow_nan=False))
+        click.echo(json.dumps(asdict(inventory), indent=2))
     else:
         print_inventory(inventory)
 
 
 def print_inventory(inventory: Inventory) -> None:
-    # A file or a pager has no width to fit, so be wide enough that no name is cut.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title=Text(printable(inventory.folder)), title_justify="left", box=None, header_style="bold")
-    table.add_column("linear", overflow="fold")
-    for title in ("out x in", "size", "sparsity", "permutation", "retained score"):
-        table.add_column(title, justify="right", no_wrap=True)
     together: dict[str, list[LinearEntry]] = {}
     for entry in inventory.linears:
         together.setdefault(entry.experts or entry.name, []).append(entry)
-    for name, entries in together.items():
-        table.add_row(Text(printable(name)), *_row(entries))
-    console.print(table, highlight=False)
+    rows = [(name, *_row(entries)) for name, entries in together.items()]
+    titles = ("linear", "out x in", "size", "sparsity", "permutation", "retained score")
+    print_table(titles, rows, inventory.folder)
     t = inventory.totals
     kinds = {kind: sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered", "none")}
     permuted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -65,28 +58,11 @@ def print_inventory(inventory: Inventory) -> None:
     click.echo(f"all weights:    {human_size(t.bytes)} of {human_size(t.dense_bytes)} dense ({t.ratio:.3f})")
     if inventory.dense_linears:
         click.echo(f"left dense:     {printable(', '.join(inventory.dense_linears))}")
-    recipe = inventory.recipe
-    shown = (
-        "source",
-        "model",
-        "method",
-        "exponent",
-        "permute",
-        "reconstruct",
-        "weights",
-        "group_size",
-        "activations",
-        "smooth",
-        "rotate",
-        "calibration",
-        "self_written",
-        "samples",
-        "seq_len",
-        "seed",
-    )
-    words = [printable(f"{key} {recipe[key]}") for key in shown if key in recipe]
+    # What experiments found is too long, and digests are for programs.
+    recipe = {k: v for k, v in inventory.recipe.items() if not isinstance(v, dict | list) and v is not None}
+    words = [f"{key} {value}" for key, value in recipe.items() if not key.endswith(("_digest", "_sha256"))]
     if words:
-        click.echo(f"recipe:         {', '.join(words)}")
+        click.echo(printable(f"recipe:         {', '.join(words)}"))
 
 
 def _words(values: Values) -> str:
@@ -97,13 +73,9 @@ def _words(values: Values) -> str:
 
 def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:
     """What the table says of one linear, or of all experts of a layer: sums and averages."""
-    before, after = (
-        [number for number in numbers if number is not None]
-        for numbers in ([e.retained_before for e in entries], [e.retained_after for e in entries])
-    )
-    retained = f"{fmean(after):.4f}" if after else "-"
-    if before and after:
-        retained = f"{fmean(before):.4f} -> {retained}"
+    before = [e.retained_before for e in entries if e.retained_before is not None]
+    after = [e.retained_after for e in entries if e.retained_after is not None]
+    retained = " -> ".join(f"{fmean(scores):.4f}" for scores in (before, after) if scores)
     sizes = [e.shape[0] * e.shape[1] for e in entries]
     sparsity = sum(e.sparsity * size for e, size in zip(entries, sizes, strict=True)) / sum(sizes)
     shape = " x ".join(map(str, entries[0].shape)) if len(entries) == 1 else f"{len(entries)} linears"

@@ -1,7 +1,6 @@
 """The contents of a compressed folder in plain numbers, for `ria-vllm inspect`."""
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,18 +71,6 @@ class Inventory:
     dense_linears: list[str]
     totals: Totals
     recipe: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """With null in place of NaN and infinity, which JSON does not have (Python's reader accepts them)."""
-        return asdict(self) | {"recipe": _finite(self.recipe)}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
