@@ -30,7 +30,7 @@ from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher.teacher import Origin, located, read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
-from ria_vllm.offline.distill.train import Training
+from ria_vllm.offline.distill.train import HeldOut, Training
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
@@ -152,7 +152,7 @@ class _Run:
         folders = str(self.start.folder), str(self.teacher.folder)
         # First, so that an error in them shows at once.
         copies = companions(self.start.folder)
-        held_out = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
+        texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
         self._draw()
         with self.monitor.phase("digests of files"):
             of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
@@ -163,19 +163,17 @@ class _Run:
                 shard(dense, self.settings.device)
         windows = self._windows(dense)
         vocabulary = output_head(dense.model).weight.shape[0]
-        check_vocabulary([windows, *held_out.values()], vocabulary, self.teacher.name)
-        hidden: dict[str, list[torch.Tensor]] = {name: [] for name in held_out}
-        pairs = [(name, window) for name, found in held_out.items() for window in found]
+        check_vocabulary([windows, *texts.values()], vocabulary, self.teacher.name)
+        held_out: HeldOut = {name: [] for name in texts}
+        pairs = [(name, window) for name, found in texts.items() for window in found]
         for name, window in self.monitor.steps(pairs, "asking about held-out text", len(pairs)):
-            hidden[name].append(read(dense, window[None].to(dense.model.device)))
-        add = self.ranks.all_reduce
-        pace = Pace(total=add) if self.settings.shard else Pace(reduce=add)
+            held_out[name].append((window, read(dense, window[None].to(dense.model.device))))
         with self.monitor.phase("loading the pruned model"):
-            student = self._student(pace)
+            student = self._student()
         part = f"-{self.ranks.rank}-of-{self.ranks.size}" if self.settings.shard else ""
         work = Work(self.writer, part, self.ranks.first)
         course = Training(
-            self.recipe, student, pace, dense, windows, held_out, hidden, work, self.ranks, self.monitor, self.inputs,
+            self.recipe, student, dense, windows, held_out, work, self.ranks, self.monitor, self.inputs,
             self.settings.save_every, self.settings.shard,
         ).run()  # fmt: skip
         this = self.recipe.dump(self.teacher.name, self.teacher.revision) | rounding_of(self.settings, self.ranks)
@@ -229,7 +227,9 @@ class _Run:
             raise not_shared(self.writer.path(TEXT_KEY), self.ranks.rank)
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
-    def _student(self, pace: Pace) -> Student:
+    def _student(self) -> Student:
+        add = self.ranks.all_reduce
+        pace = Pace(total=add) if self.settings.shard else Pace(reduce=add)
         model = self._loaded(str(self.start.folder), self.start.state())
         adamw = AdamW(weight_decay=self.recipe.weight_decay, clip=self.recipe.clip)
         rows_on = self.settings.device if self.settings.shard else None

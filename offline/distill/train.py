@@ -10,7 +10,7 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.state import Course, Work
-from ria_vllm.offline.distill.student.parameters import Pace, diverged
+from ria_vllm.offline.distill.student.parameters import diverged
 from ria_vllm.offline.distill.student.student import TERMS, Student
 from ria_vllm.offline.distill.teacher.teacher import read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
@@ -21,6 +21,7 @@ from ria_vllm.progress import Monitor
 # Seconds between two lines about the loss.
 EVERY = 30.0
 Scores = dict[str, dict[str, float]]
+HeldOut = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Training:
     """One run, and what its steps need.
 
     windows: integers [windows, seq_len].
-    held_out: the windows of each held-out text, int64 [windows, tokens], by its name.
-    hidden: of each of these windows what the teacher's head reads [tokens, hidden]: the teacher reads them only once.
+    held_out: name of a held-out text -> its windows, int64 [tokens] of one length, each with what the teacher's head
+        reads of it [tokens, hidden]: the teacher is asked only once.
     inputs: what must not have changed when a state is saved.
     save_every: seconds between two states in the work folder.
     sharded: whether each process has only some rows of the parameters.
@@ -37,11 +38,9 @@ class Training:
 
     recipe: Distillation
     student: Student
-    pace: Pace
     teacher: TwoPart
     windows: torch.Tensor
-    held_out: dict[str, torch.Tensor]
-    hidden: dict[str, list[torch.Tensor]]
+    held_out: HeldOut
     work: Work
     ranks: Ranks
     monitor: Monitor
@@ -101,7 +100,7 @@ class Training:
 
         That of the text is extrapolated from the tokens with a next one to all, so that its mean is the text's loss.
         """
-        recipe, pace = self.recipe, self.pace
+        recipe, pace = self.recipe, self.student.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
         assert recipe.micro_batch is not None
         mine = range(self.ranks.rank, recipe.batch // recipe.micro_batch, self.ranks.size)
@@ -131,11 +130,10 @@ class Training:
         found = {}
         for name, windows in self.held_out.items():
             total = torch.zeros(len(TERMS), dtype=torch.float64)
-            pairs = list(zip(windows, self.hidden[name], strict=True))
-            for window, hidden in self.monitor.steps(pairs, "measuring", len(pairs)):
+            for window, hidden in self.monitor.steps(windows, "measuring", len(windows)):
                 tokens = window[None].to(self.student.two.model.device)
                 total += self.student.loss(tokens, hidden, self.teacher, 1.0)[1]
-            count, length = windows.shape
+            count, length = len(windows), len(windows[0][0])
             kl, mean = float(total[0]) / (count * length), float(total[1]) / (count * (length - 1))
             if not math.isfinite(mean) or not math.isfinite(kl):
                 raise RiaError(

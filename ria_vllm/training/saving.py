@@ -82,16 +82,19 @@ def save(
     """
     first = is_first()
     alone = not dist.is_initialized() or not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    reader, (base, origin) = together(lambda: (Reader(like) if first else None, ready(model, like)), alone)
+    reader, found = together(lambda: (Reader(like) if first else None, ready(model, like)), alone)
     if not first and alone:
         return None
-    tensors = gathered(base, origin, first)
+    tensors = gathered(*found, first)
 
     def write() -> Saved | None:
         try:
             if reader is not None:
-                with reader.inputs.watched():
-                    return _write(base, origin, tensors, reader, Path(new), overwrite, note, max_shard_size, tokenizer)
+                check_place(Path(new), reader.folder)
+                _check_names(found[1], reader)
+                writer = CheckpointWriter(Path(new), overwrite=overwrite)
+                with reader.inputs.watched(), discarded_on_failure(writer):
+                    return _write(found, tensors, reader, writer, note, max_shard_size, tokenizer)
         finally:
             for _ in tensors:  # also where writing has failed: the other ranks wait
                 pass
@@ -121,25 +124,21 @@ class _Units:
 
 
 def _write(
-    base: nn.Module,
-    origin: Origin,
+    model: tuple[nn.Module, Origin],
     tensors: Iterator[tuple[str, Placement | None, torch.Tensor | None]],
     reader: Reader,
-    out: Path,
-    overwrite: bool,
+    writer: CheckpointWriter,
     note: str,
     max_shard_size: int,
     tokenizer: Any,
 ) -> Saved:
-    _check_names(origin, reader)
-    check_place(out, reader.folder)
+    base, origin = model
     settings, generation, changed = changed_settings(base, reader)
     monitor = Monitor(shown=False)
     copies, copied_from = companions(reader.folder), reader.folder
     encoder = Encoder(reader)
-    writer = CheckpointWriter(out, overwrite=overwrite)
     units = _Units(writer)
-    with discarded_on_failure(writer), tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         if tokenizer is not None:
             copied_from = Path(temporary)
             copies = write_tokenizer(tokenizer, base, copies, reader.folder, copied_from)

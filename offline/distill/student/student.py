@@ -51,7 +51,7 @@ class Student:
         save_memory: bool = True,
         rows_on: torch.device | None = None,
     ):
-        self.two = model
+        self.two, self.pace = model, pace
         model.model.requires_grad_(False)
         self.trained: dict[str, TrainedParameter] = {}
         # What is stored beside what is trained; the files may be others when training ends.
