@@ -50,7 +50,8 @@ def foreign_start(folder: Path) -> Start:
         described |= place.pop(key, None) is not None
     weights = _Weights(folder)
     inside, outside, kept_dense = _linears(weights)
-    pruned = [name for name in inside if name not in kept_dense and weights.linear(name) is not None]
+    linears = [name for name in inside if name not in kept_dense and weights.linear(name) is not None]
+    pruned = set(linears)
     if not pruned:
         raise RiaError(f"{folder}: no linear of a decoder layer is 2:4. Prune the model first (`ria-vllm compress`).")
     _check_fused(folder, inside, pruned)
@@ -62,14 +63,14 @@ def foreign_start(folder: Path) -> Start:
     others = [name for name in weights.names if name.removesuffix(".weight") not in pruned]
     return Start(
         folder=folder,
-        linears=pruned,
+        linears=linears,
         linear=weights.pruned,
         others=Tensors(others, weights.tensor),
-        dense_names=[*(f"{name}.weight" for name in pruned), *others],
+        dense_names=[*(f"{name}.weight" for name in linears), *others],
         config=config | {"quantization_config": schema.model_dump(mode="json", exclude_none=True)},
         schema=schema,
         report={
-            "recipe": recipe, "linears": {name: {"shape": list(weights.shape(name))} for name in pruned}, "dense": {},
+            "recipe": recipe, "linears": {name: {"shape": list(weights.shape(name))} for name in linears}, "dense": {},
         },
         needs_state=described or bool(weights.stored),
     )  # fmt: skip
@@ -208,14 +209,14 @@ def _linears(weights: _Weights) -> tuple[list[str], list[str], set[str | None]]:
     return inside, outside, kept_dense
 
 
-def _check_fused(folder: Path, linears: list[str], pruned: list[str]) -> None:
+def _check_fused(folder: Path, linears: list[str], pruned: set[str]) -> None:
     """Refuse what vLLM could not serve: it fuses some linears into one, which is either 2:4 or dense."""
     for fused in sorted(fused_sets(set(linears), families=True), key=sorted):
         found = sorted(fused.intersection(linears))
         dense = [name for name in found if name not in pruned]
         if dense and len(dense) < len(found):
             raise RiaError(
-                f"{folder}: {dense[0]} is dense, but {min(fused.intersection(pruned))} is 2:4. vLLM fuses "
+                f"{folder}: {dense[0]} is dense, but {min(fused & pruned)} is 2:4. vLLM fuses "
                 f"{', '.join(found)}, so it could not serve the result. Give a folder in which all of them are 2:4, or "
                 "all dense; `ria-vllm compress` writes such folders."
             )

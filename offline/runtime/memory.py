@@ -5,7 +5,6 @@ needs, these would add up to the weights of several layers.
 """
 
 import ctypes
-import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,17 +53,6 @@ def trim() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def release(device: torch.device) -> None:
-    """Return all freed memory to the system and to a device, also that of objects that refer to each other.
-
-    The modules that FSDP2 has divided do.
-    """
-    gc.collect()
-    trim()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def available(device: torch.device) -> int | None:

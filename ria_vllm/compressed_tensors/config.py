@@ -104,13 +104,11 @@ class Group:
         selection: which these are.
         scheme: how their values are stored once they are unpacked.
         form: how they are packed; None if they are not.
-        rounds_inputs: whether config.json asks for rounded inputs, in whatever way.
     """
 
     selection: Selection
     scheme: WeightScheme
     form: PackedForm | None
-    rounds_inputs: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return str(self.scheme) if self.form is None else f"{type(self.form).__name__} {self.scheme}"
@@ -152,7 +150,7 @@ class CompressedTensorsConfig:
             if _mapping(group, "weights", where):
                 selection = Selection(_entries(group, "targets", where), ignore)
                 stored = _stored(where, group, config.get("format"), dense)
-                groups.append(Group(selection, *stored, bool(group.get("input_activations"))))
+                groups.append(Group(selection, *stored))
         tiled = tuple(target for one in groups if isinstance(one.form, Marlin24) for target in one.selection.targets)
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
@@ -172,11 +170,6 @@ class CompressedTensorsConfig:
         """What the values of the linear `name` are; None if it is not quantized."""
         group = self._group(name)
         return None if group is None else group.scheme.format
-
-    def rounds_inputs(self, name: str) -> bool:
-        """Whether config.json asks for rounded inputs of the linear `name`, in whatever way."""
-        group = self._group(name)
-        return group is not None and group.rounds_inputs
 
     def _group(self, name: str) -> Group | None:
         """Of the groups that select a linear, the one that compressed-tensors takes.

@@ -124,14 +124,10 @@ class IntFormat(WeightFormat):
         integers = self._rounded(values, wide_scales(scales, values.shape[1]), self.lowest).to(torch.int8)
         return {"compressed": self.pack(integers), "bitmask": bitmask, "weight_scale": scales}
 
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
-        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold.
-
-        Args:
-            smallest: the smallest integer, if it is not the format's own.
-        """
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
         wide = wide_scales(scales, values.shape[1])
-        return self._rounded(values, wide, self.smallest if smallest is None else smallest) * wide
+        return self._rounded(values, wide, self.smallest) * wide
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
         """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
@@ -199,8 +195,8 @@ class Fp8Format(WeightFormat):
             scales = torch.where(scales > 0, scales, 1.0)
         return self.nearest(weight, scales).to(dtype), scales
 
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor, smallest: float | None = None) -> torch.Tensor:
-        """See `IntFormat.nearest`; here, the smallest value is always the format's own."""
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """See `IntFormat.nearest`."""
         return self._rounded(values, scales).float() * scales
 
     def encode_kept(
