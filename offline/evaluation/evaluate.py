@@ -188,10 +188,15 @@ def evaluate_text(asked: Options, text: Path) -> None:
     inputs.check()
     own, dense = found[asked.model], None if asked.baseline is None else found[asked.baseline]
     if asked.as_json:
-        entries = {name: {"model": name, **_dequantized(configs[name]), **asdict(found[name])} for name in found}
-        compared = {} if asked.baseline is None else {"baseline": entries[asked.baseline]}
-        about = {"text": str(text), "compute_dtype": dtype} | entries[asked.model] | compared
-        click.echo(json.dumps(about, indent=2))
+        about = {
+            "model": asked.model,
+            "text": str(text),
+            "compute_dtype": dtype,
+            **_dequantized(configs),
+            **asdict(own),
+        }
+        compared = {} if dense is None else {"baseline": {"model": asked.baseline} | asdict(dense)}
+        click.echo(json.dumps(about | compared, indent=2))
     else:
         _say_dequantized(configs)
         windows = f"{own.windows} windows of {own.seq_len}"
@@ -222,24 +227,23 @@ def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
     inputs.check()
     program = f"lm-evaluation-harness {version('lm_eval')}"
     rows, mean = compare(found, dense), None if dense is None else average(found, dense)
+    shown = cells(rows if mean is None else [*rows, mean])
     if asked.as_json:
         about = {
             "model": model,
             "engine": asked.engine,
             "harness": program,
-            **(_dequantized(configs[model]) if configs else {}),
+            **_dequantized(configs),
             "tasks": {task: scores.metrics for task, scores in found.items()},
             "examples": {task: scores.examples for task, scores in found.items()},
         }
         compared = {} if dense is None else comparison(rows, mean, dense, str(baseline))
-        if compared and configs:
-            compared["baseline"] |= _dequantized(configs[str(baseline)])
         click.echo(json.dumps(about | compared, indent=2))
     else:
         _say_dequantized(configs)
-        print_table(TITLES, cells(rows, mean))
+        print_table(TITLES, shown)
     if asked.update_card:
-        note_tasks(Path(model), cells(rows, mean), program)
+        note_tasks(Path(model), shown, program)
 
 
 def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:
@@ -250,16 +254,15 @@ def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:
     return {model: str(folder) for model, folder in found.items()}
 
 
-def _dequantized(config: Any) -> dict[str, str]:
-    """For --json: how the weights of a model are quantized, if they were dequantized to measure it."""
-    method = dequantized_from(config)
-    return {} if method is None else {"dequantized_from": method}
+def _dequantized(configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """For --json: how the weights of models are quantized that were dequantized to measure them."""
+    found = {name: method for name, config in configs.items() if (method := dequantized_from(config))}
+    return {"dequantized_from": found} if found else {}
 
 
 def _say_dequantized(configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        if method := dequantized_from(config):
-            click.echo(f"{name}: its weights are quantized ({method}), and were dequantized to be measured")
+    for name, method in _dequantized(configs).get("dequantized_from", {}).items():
+        click.echo(f"{name}: its weights are quantized ({method}), and were dequantized to be measured")
 
 
 def window_length(configs: Mapping[str, Any], asked: int | None) -> int:

@@ -19,10 +19,10 @@ TITLES = ("task", "metric", "examples", "score", "base model", "recovery")
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task. Errors are standard errors; None: not known.
+    """One metric of one task, or a mean over tasks. Errors are standard errors; None: not known.
 
     Attributes:
-        examples: how many were asked; None for a group of tasks.
+        examples: how many were asked; None for a group of tasks, and for a mean.
         shots: examples in each prompt.
         dense: the base model's score.
         recovery: the score in percent of the base model's; None where lower is better, or without a base model.
@@ -30,28 +30,13 @@ class Score:
 
     task: str
     metric: str
-    examples: int | None
-    shots: int | None
     score: float
-    error: float | None
-    dense: float | None
-    dense_error: float | None
-    recovery: float | None
-
-
-@dataclass(frozen=True)
-class Average:
-    """The mean over tasks of one metric each.
-
-    Attributes:
-        metrics: which metric of which task.
-        recovery: the mean score in percent of the base model's mean score.
-    """
-
-    metrics: Mapping[str, str]
-    score: float
-    dense: float
-    recovery: float | None
+    dense: float | None = None
+    recovery: float | None = None
+    error: float | None = None
+    dense_error: float | None = None
+    examples: int | None = None
+    shots: int | None = None
 
 
 def recovery(score: float, dense: float) -> float | None:
@@ -80,14 +65,14 @@ def compare(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores] | N
             kept = recovery(score, base) if base is not None and metric in found.rising else None
             rows.append(
                 Score(
-                    task, metric, found.examples, found.shots, score, found.metrics.get(error),
-                    base, other.get(error), kept,
+                    task, metric, score, base, kept, found.metrics.get(error), other.get(error),
+                    found.examples, found.shots,
                 )
             )  # fmt: skip
     return rows
 
 
-def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) -> Average | None:
+def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) -> Score | None:
     """Mean scores over tasks, and the recovery of the mean: the ratio of both means, not the mean of the ratios.
 
     A task counts once, with `acc_norm` if it has it, otherwise with its first metric where higher is better. A task
@@ -104,22 +89,18 @@ def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) ->
     score, base = (
         sum(side[task].metrics[metric] for task, metric in chosen.items()) / len(chosen) for side in (model, dense)
     )
-    return Average(chosen, score, base, recovery(score, base))
+    tasks = f"mean of {len(chosen)} task{'s' if len(chosen) > 1 else ''}"
+    return Score(tasks, ", ".join(dict.fromkeys(chosen.values())), score, base, recovery(score, base))
 
 
-def cells(rows: Sequence[Score], mean: Average | None) -> list[tuple[str, ...]]:
-    """The rows of a table under TITLES: one for each metric, and one for the mean."""
+def cells(rows: Sequence[Score]) -> list[tuple[str, ...]]:
+    """The rows of a table under TITLES."""
     found = []
     for row in rows:
         shots = "" if row.shots is None else f", {row.shots}-shot"
         asked = "" if row.examples is None else f"{row.examples}{shots}"
         scores = _shown(row.score, row.error), _shown(row.dense, row.dense_error)
         found.append((row.task, row.metric, asked, *scores, _percent(row.recovery)))
-    if mean is not None:
-        names = ", ".join(dict.fromkeys(mean.metrics.values()))
-        means = _shown(mean.score, None), _shown(mean.dense, None), _percent(mean.recovery)
-        count = len(mean.metrics)
-        found.append((f"mean of {count} task{'s' if count > 1 else ''}", names, "", *means))
     return found
 
 
@@ -152,14 +133,12 @@ def note_tasks(folder: Path, rows: Sequence[tuple[str, ...]], harness: str) -> N
     note(folder, "Benchmark tasks", lambda _: f"{table}\n\n{explained}")
 
 
-def comparison(
-    rows: Sequence[Score], mean: Average | None, dense: Mapping[str, TaskScores], name: str
-) -> dict[str, Any]:
+def comparison(rows: Sequence[Score], mean: Score | None, dense: Mapping[str, TaskScores], name: str) -> dict[str, Any]:
     """For --json: the baseline's scores, recovery in percent by task and metric, and of the mean."""
     kept: dict[str, dict[str, float]] = {task: {} for task in dense}
     for row in rows:
         if row.recovery is not None:
             kept[row.task][row.metric] = row.recovery
-    means = mean and {"metrics": mean.metrics, "score": mean.score, "baseline": mean.dense, "recovery": mean.recovery}
+    means = mean and {"metrics": mean.metric, "score": mean.score, "baseline": mean.dense, "recovery": mean.recovery}
     baseline = {"model": name, "tasks": {task: found.metrics for task, found in dense.items()}}
     return {"baseline": baseline, "recovery": kept, "average": means}

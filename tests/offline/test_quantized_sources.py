@@ -133,7 +133,7 @@ def test_eval_says_that_weights_were_dequantized(kind, pair, text):
     options = ["--text", str(text), "--max-tokens", "64", "--baseline"]
     run = CliRunner()
     found = json.loads(run.invoke(evaluate, [quantized, *options, plain, "--json"], catch_exceptions=False).stdout)
-    assert found["dequantized_from"] == FROM[kind] and "dequantized_from" not in found["baseline"]
+    assert found["dequantized_from"] == {quantized: FROM[kind]}
     assert found["perplexity"] == found["baseline"]["perplexity"]
     said = run.invoke(evaluate, [plain, *options, quantized], catch_exceptions=False).stdout
     assert f"{quantized}: its weights are quantized ({FROM[kind]}), and were dequantized to be measured" in said
@@ -149,8 +149,7 @@ def test_so_does_eval_with_tasks_unless_vllm_serves_them_as_they_are(engine, pai
     quantized, plain = map(str, pair("gpt_oss"))
     options = ["--tasks", "task", "--engine", engine, "--baseline", quantized, "--json"]
     found = json.loads(CliRunner().invoke(evaluate, [plain, *options], catch_exceptions=False).stdout)
-    assert "dequantized_from" not in found
-    assert found["baseline"].get("dequantized_from") == ("mxfp4" if engine == "hf" else None)
+    assert found.get("dequantized_from") == ({quantized: "mxfp4"} if engine == "hf" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
