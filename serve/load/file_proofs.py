@@ -71,7 +71,7 @@ class FileProofs:
 
     def _keep(self, matrix: str, weight: torch.Tensor, count: int) -> None:
         """Keep the proof of `weight` [rows, in], the sampled ones of `count` rows."""
-        found = torch.full((count, 2), torch.nan)
+        found = torch.full((count, 2), torch.nan, dtype=torch.float32)  # while vLLM loads, the default is another
         found[_rows(count)] = proofs.proof(weight, self.vector(weight.shape[1]))
         self.found[matrix] = found
 
