@@ -80,13 +80,13 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
     found: dict[str, dict[str, Any]] = {}
     solve = layers.solve
 
-    def watched(names: Any, weights: Any, statistics: Any, orders: Any, *others: Any) -> Any:
-        solved = solve(names, weights, statistics, orders, *others)
-        for name in names:
-            p, stats = solved[name].p, statistics[name]
-            p = torch.arange(weights[name].shape[1]) if p is None else p
-            W = weights[name].float()
-            cross_term = stats.drift.cross_term(weights[name])
+    def watched(linears: Any, *others: Any) -> Any:
+        solved = solve(linears, *others)
+        for name, linear in linears.items():
+            p, stats = solved[name].p, linear.statistics
+            p = torch.arange(linear.weight.shape[1]) if p is None else p
+            W = linear.weight.float()
+            cross_term = stats.drift.cross_term(linear.weight)
             found[name] = {
                 "weight": W[:, p],
                 "solved": solved[name].weight.float()[:, p],

@@ -47,12 +47,6 @@ from ria_vllm.offline.runtime import options as shared
     "experts; or block: a longer training of all (best, but slow). Linears are rounded to integers after that.",
 )
 @click.option(
-    "--skip-sensitive",
-    default=0.0,
-    show_default=True,
-    help="Fraction of the weights to keep dense, where that helps most. Takes a second pass over the model.",
-)
-@click.option(
     "--weights",
     default="float",
     show_default=True,

@@ -59,7 +59,6 @@ class Recipe:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     reconstruct: Literal["none", "admm", "short", "block"] = "short"
-    skip_sensitive: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weights: Literal["float", "int8", "int4"] = "float"
     group_size: Literal[32, 64, 128, "row"] | None = None
     activations: Literal["none", "int8"] = "none"
@@ -96,7 +95,7 @@ class Recipe:
 
     @property
     def needs_gram(self) -> bool:
-        return self.reconstruct != "none" or self.method == "sparsegpt" or self.skip_sensitive > 0
+        return self.reconstruct != "none" or self.method == "sparsegpt"
 
     @property
     def weight_format(self) -> WeightFormat:

@@ -19,6 +19,7 @@ from ria_vllm.offline.model.run.embedding import Embedder
 from ria_vllm.offline.model.run.sharing import Sharing, find_sharing
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
@@ -37,10 +38,9 @@ class Embedded:
 
 def embed(
     model: StreamedModel,
+    recipe: Recipe,
     tokens: torch.Tensor,
-    chunk_tokens: int,
     cache: Path | None,
-    follow_dense: bool,
     ranks: Ranks,
     monitor: Monitor,
     topologies: Topologies | None = None,
@@ -48,17 +48,16 @@ def embed(
     """Embed this rank's share of the calibration tokens.
 
     Args:
+        recipe: it says how many tokens are in one forward pass of a layer, one sample at least, and whether the dense
+            model is followed on its own path. Chunks do not depend on the number of ranks, so neither do results.
         tokens: int64 [samples, seq_len], the same on all ranks.
-        chunk_tokens: at most so many, but one sample at least, are in one forward pass of a layer. Chunks do not
-            depend on the number of ranks, so neither do results.
         cache: a folder for activations; None: they stay in memory.
-        follow_dense: also keep a stream for the dense model on its own path.
-        topologies: found in an earlier pass; None: they are found now.
+        topologies: found by the interrupted run that is resumed; None: they are found now.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
     """
-    chunks = tokens.split(max(1, chunk_tokens // tokens.shape[1]))
+    chunks = tokens.split(max(1, recipe.chunk_tokens // tokens.shape[1]))
     if len(chunks) < ranks.size:
         raise RiaError(
             f"{len(tokens)} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "
@@ -71,7 +70,7 @@ def embed(
         folder = None if cache is None else cache / f"{name}-{ranks.rank}"
         return Activations(folder, model.dtype, stored_dtype) if floats else Activations(folder)
 
-    streams = Streams(empty("pruned"), empty("dense") if follow_dense else None, len(chunks))
+    streams = Streams(empty("pruned"), empty("dense") if recipe.follows_dense else None, len(chunks))
     left = {dense: LeftBehind(partial(_named, empty, f"left-{dense}")) for dense in (False, True)}
     with monitor.phase("embedding"):
         embedder = Embedder(model)

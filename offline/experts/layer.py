@@ -3,22 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
-from ria_vllm.offline.experts.prune import LayerExperts, prune_expert, shared_order
+from ria_vllm.offline.experts.prune import RoutedExperts, prune_expert, shared_order
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.experts.train import MixtureTrainer
 from ria_vllm.offline.model.experts.run import set_weights
-from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -27,20 +23,12 @@ class ExpertsPass:
 
     Args:
         streams: this rank's activations before the current sublayer.
-        store: where pruned experts are kept; None: they are not, for measuring alone.
+        store: where pruned experts are kept.
     """
 
-    def __init__(
-        self,
-        model: StreamedModel,
-        streams: Streams,
-        recipe: Recipe,
-        ranks: Ranks,
-        monitor: Monitor,
-        store: ExpertStore | None,
-    ):
-        self.model, self.streams, self.recipe, self.ranks = model, streams, recipe, ranks
-        self.monitor, self.store = monitor, store
+    def __init__(self, store: ExpertStore, streams: Streams, monitor: Monitor):
+        self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
+        self.streams, self.monitor = streams, monitor
         self._kept: list[Reads | Activations] = []  # beside the streams, for the current layer
 
     @contextmanager
@@ -57,70 +45,62 @@ class ExpertsPass:
         stream = self.streams.dense
         return {} if stream is None else {path: self._reads(index, sublayer_pass, path, stream) for path in paths}
 
-    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, passes: int) -> LayerExperts:
+    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None) -> RoutedExperts:
         """The experts at `path`, with what they read now, for the other methods.
 
         Args:
             dense: what they read in the dense model.
-            passes: of rounding to integers.
         """
-        layout = self.model.experts[index][path].layout
+        files = self.model.experts[index][path]
         pruned = self._reads(index, sublayer_pass, path, self.streams.pruned)
-        total = RoutedTokens.count(pruned, layout.num_experts)
+        total = RoutedTokens.count(pruned, files.layout.num_experts)
         self.ranks.all_reduce(total)
-        return LayerExperts(
+        return RoutedExperts(
             module=sublayer_pass.runner.layer.get_submodule(path),
+            files=files,
             dense=self.model.from_files(index, path),
-            tokens=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total),
+            tokens=RoutedTokens(pruned, dense, max(files.layout.width, files.layout.inner), total),
             recipe=self.recipe,
             ranks=self.ranks,
             device=self.model.device,
             compute_dtype=self.model.dtype,
             dtype=self.model.stored_dtype,
-            place=sublayer_pass.place,
-            passes=passes,
+            place=lambda name: f"{self.model.folder}: {name}",
         )
 
     def order(
         self,
         index: int,
-        experts: LayerExperts,
+        experts: RoutedExperts,
         weights: Mapping[str, torch.Tensor],
         statistics: Mapping[str, Statistics],
     ) -> torch.Tensor | None:
         """`shared_order`, or what an interrupted run has found."""
         search = partial(shared_order, experts, weights, statistics)
-        return search() if self.store is None else self.store.order(index, experts.layout.path, search)
+        return self.store.order(index, experts.layout.path, search)
 
-    def prune(self, index: int, experts: LayerExperts, order: torch.Tensor | None) -> dict[str, dict[str, Any]]:
-        """Prune all experts that the store does not have; the records of these, by names relative to the layer."""
-        records: dict[str, dict[str, Any]] = {}
+    def prune(self, index: int, experts: RoutedExperts, order: torch.Tensor | None) -> None:
+        """Prune all experts that the store does not have, and put them there."""
         store, path = self.store, experts.layout.path
         numbers = range(experts.layout.num_experts)
-        kept = self.ranks.broadcast([store is not None and store.has(index, path, expert) for expert in numbers])
+        kept = self.ranks.broadcast([store.has(index, path, expert) for expert in numbers])
         trainer = None
-        if store is not None and self.recipe.trains_experts and not all(kept):
+        if self.recipe.trains_experts and not all(kept):
             trainer = MixtureTrainer(experts, self._lacking(index, path), self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
             if not kept[expert]:
                 pruned = prune_expert(experts, expert, order)
                 if trainer is not None:
                     pruned = trainer.train(expert, pruned)
-                records |= {name: linear.record for name, linear in pruned.items()}
-                if store is not None:
-                    written = {self.model.written_linear(index, name): linear for name, linear in pruned.items()}
-                    store.write(index, path, expert, written)
-                    del written
+                store.write(index, path, expert, pruned)
                 del pruned
                 trim()
-            if trainer is not None and store is not None and not all(kept[expert + 1 :]):
+            if trainer is not None and not all(kept[expert + 1 :]):
                 trainer.account(expert, store.weights(index, path, expert))
         self.ranks.barrier()  # before the others read what the first one has written
-        return records
 
     def use_pruned(self, index: int, path: str) -> None:
         """Let the experts of a loaded layer be run with the weights in the store."""
-        assert self.store is not None
         store = self.store
 
         def weights(expert: int) -> dict[str, torch.Tensor]:

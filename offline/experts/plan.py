@@ -17,12 +17,9 @@ ROUTER = "chooses experts"
 
 
 def plan_experts(
-    model: StreamedModel, index: int, topology: Topology, recipe: Recipe, sensitive: Iterable[str]
+    model: StreamedModel, index: int, topology: Topology, recipe: Recipe
 ) -> tuple[frozenset[str], dict[str, str]]:
     """What happens to the experts of layer `index`: those of a module are all pruned, or all stay dense.
-
-    Args:
-        sensitive: written names of linears that stay dense because pruning them would cost most quality.
 
     Returns:
         (paths of the experts that are pruned; written name of what stays dense -> why). Experts that stay dense count
@@ -36,8 +33,6 @@ def plan_experts(
         reason = _reason(model, files, recipe)
         if path not in reached:
             reason = "no tokens reached them in the run of a layer by which the others are described"
-        elif reason is None and set(sensitive) & set(files.linears):
-            reason = "--skip-sensitive"
         if reason is None:
             pruned.add(path)
         else:

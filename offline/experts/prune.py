@@ -11,13 +11,14 @@ from ria_vllm.format import permutation
 from ria_vllm.hf.experts_layout import DOWN, ExpertsLayout
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.experts.routing import RoutedTokens
+from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import Weights, inner
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned import Pruned
-from ria_vllm.offline.sublayer.solve import find_orders, score, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, score, solve
 from ria_vllm.offline.transforms import permute
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
@@ -28,18 +29,19 @@ NAMED = 8
 
 
 @dataclass(frozen=True)
-class LayerExperts:
+class RoutedExperts:
     """The experts of one layer while they are pruned.
 
     module: of transformers, whose weights are nowhere as a whole.
+    files: where the model's files have them.
     dense: the weights of its experts, on the device in the dtype of the computations.
     tokens: that they read.
     device: of the computations, whose dtype is `compute_dtype`; `dtype` is the checkpoint's.
-    place: a linear's name relative to the layer -> what an error about it begins with.
-    passes: of rounding to integers.
+    place: a linear's written name -> what an error about it begins with.
     """
 
     module: nn.Module
+    files: ExpertFiles
     dense: Weights
     tokens: RoutedTokens
     recipe: Recipe
@@ -48,15 +50,18 @@ class LayerExperts:
     compute_dtype: torch.dtype
     dtype: torch.dtype
     place: Callable[[str], str]
-    passes: int
 
     @property
     def layout(self) -> ExpertsLayout:
-        return self.module.layout
+        return self.files.layout
+
+    def names(self, expert: int) -> dict[str, str]:
+        """Linear ("gate", "up", "down") -> its written name."""
+        return {kind: self.files.linear(expert, kind) for kind in self.layout.kinds}
 
 
 def shared_order(
-    experts: LayerExperts, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
+    experts: RoutedExperts, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
 ) -> torch.Tensor | None:
     """The order of the residual stream that the gate and up projections of all experts share.
 
@@ -85,17 +90,17 @@ def shared_order(
     return experts.ranks.broadcast(p)
 
 
-def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
     """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
     Args:
         order: from `shared_order`; ignored if each linear has an order of its own.
 
     Returns:
-        Name relative to the layer -> pruned linear.
+        Written name -> pruned linear.
     """
     layout, recipe, dense = experts.layout, experts.recipe, experts.dense(expert)
-    weights = {layout.linear(expert, kind): dense[kind] for kind in layout.kinds}
+    weights = {name: dense[kind] for kind, name in experts.names(expert).items()}
     *first, down = weights
     orders = dict.fromkeys(first, order) if recipe.permute_scope == "shared" else None
     found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), orders)
@@ -110,7 +115,7 @@ def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None)
 
 
 def _solved(
-    experts: LayerExperts,
+    experts: RoutedExperts,
     names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
     read: Statistics,
@@ -125,10 +130,11 @@ def _solved(
     recipe, ranks, statistics = experts.recipe, experts.ranks, dict.fromkeys(names, read)
     if orders is None:
         orders = find_orders([Group(tuple(names))], weights, statistics, recipe, ranks)
-    return solve(names, weights, statistics, orders, experts.dtype, recipe, ranks, experts.place, experts.passes)
+    linears = {name: ToPrune(weights[name], read, orders[name]) for name in names}
+    return solve(linears, recipe, ranks, experts.dtype, experts.place)
 
 
-def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
+def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
     total = StatisticsSum(experts.layout.width, with_gram, experts.device)
     follows = with_gram and experts.tokens.dense is not None
@@ -139,12 +145,12 @@ def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
         total.add(X)
         if follows:
             total.add_input_drift(X, dense.to(experts.device))
-    place = experts.place(experts.layout.linear(expert, experts.layout.first[0]))
+    place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
     return total.finish(experts.ranks, place, experts.compute_dtype)
 
 
 def _reads_of_down(
-    experts: LayerExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+    experts: RoutedExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
 ) -> Statistics:
     """The statistics of what down reads, and how far that is from what it reads in the dense model.
 
@@ -167,7 +173,8 @@ def _reads_of_down(
             total.add_output_drift(read, (wanted - read) @ dense[DOWN].float().T)
         else:
             total.add_input_drift(read, wanted)
-    return total.finish(experts.ranks, experts.place(layout.linear(expert, DOWN)), experts.compute_dtype)
+    place = experts.place(experts.files.linear(expert, DOWN))
+    return total.finish(experts.ranks, place, experts.compute_dtype)
 
 
 def _no_drift(total: StatisticsSum, out: int | None = None) -> None:

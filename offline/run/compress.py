@@ -28,7 +28,7 @@ from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.offline.run.plan import Plan, make_plan, most_sensitive, widths
+from ria_vllm.offline.run.plan import Plan, make_plan, widths
 from ria_vllm.offline.run.tokens import calibration_tokens
 from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
@@ -39,7 +39,6 @@ from ria_vllm.offline.units import exact_key, exact_tensors, layer_key, layer_te
 from ria_vllm.progress import Monitor
 
 CALIBRATION_KEY = "calibration"
-SENSITIVITY_KEY = "sensitivity"
 TOPOLOGY_KEY = "topology"
 LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -144,14 +143,11 @@ class _Run:
         check_nothing_lost(self.model, set(), planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
-        sensitive, topologies = self._sensitive(tokens, cache, self._kept_topologies())
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
-        layers = LayerPass(
-            self.model, tokens, cache, self.recipe, self.ranks, self.monitor, store=store, topologies=topologies
-        )
+        layers = LayerPass(store, tokens, cache, self.monitor, self._kept_topologies())
         self._keep(layers.topologies)
-        plan = make_plan(self.model, layers.topologies, self.recipe, sensitive)
+        plan = make_plan(self.model, layers.topologies, self.recipe)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         if copied := self.model.copied():
@@ -200,38 +196,6 @@ class _Run:
     def _keep(self, topologies: Topologies) -> None:
         if self.ranks.first and not self.writer.has(TOPOLOGY_KEY):
             self.writer.write(TOPOLOGY_KEY, {}, topologies.kept())
-
-    def _sensitive(
-        self, tokens: torch.Tensor, cache: Path | None, topologies: Topologies | None
-    ) -> tuple[list[str], Topologies | None]:
-        """The linears to keep dense, chosen in a pass over the dense model before anything is pruned.
-
-        Args:
-            topologies: as far as they are known.
-
-        Returns:
-            (their written names, the topologies if they are known by now).
-        """
-        if not self.recipe.skip_sensitive:
-            return [], topologies
-        if not self.ranks.broadcast(self.writer.has(SENSITIVITY_KEY)):
-            layers = LayerPass(
-                self.model, tokens, cache, self.recipe, self.ranks, self.monitor, follow_dense=False,
-                topologies=topologies,
-            )  # fmt: skip
-            topologies = layers.topologies
-            self._keep(topologies)
-            plan = make_plan(self.model, topologies, self.recipe)
-            self.monitor.say("measuring what pruning does to each linear")
-            records, total = {}, len(self.model.layers)
-            for index in self.monitor.layers(range(total), total):
-                records |= layers.measure(index, plan)
-                self.source.inputs.check()
-            if self.ranks.first:
-                chosen = most_sensitive(records, self.recipe.skip_sensitive, plan.together)
-                self.writer.write(SENSITIVITY_KEY, {}, {"chosen": chosen})
-            self.ranks.barrier()
-        return self.writer.record(SENSITIVITY_KEY)["chosen"], topologies
 
     def _replay_finished(self, layers: LayerPass, plan: Plan) -> int:
         """Take the activations through the layers that an interrupted run has finished; returns their number."""

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -14,21 +14,16 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.layer import ExpertsPass
-from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
-from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies
-from ria_vllm.offline.pruning.admm import DAMPING
-from ria_vllm.offline.pruning.rounding import PASSES
-from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned import Pruned
 from ria_vllm.offline.sublayer.rotating import Rotator
 from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
-from ria_vllm.offline.sublayer.solve import find_orders, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
 from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -39,11 +34,10 @@ class LayerPass:
     """Takes this rank's calibration activations through the layers, from the first one on.
 
     Args:
+        store: where pruned experts are kept, of the model, by the recipe.
         tokens: int64 [samples, seq_len], those of all ranks.
         cache: a folder for activations; None: they stay in memory.
-        follow_dense: also take the dense model's stream along, if the recipe reconstructs towards it.
-        store: where pruned experts are kept; None: they are not, for `measure`.
-        topologies: found in an earlier pass; None: they are found now.
+        topologies: found by the interrupted run that is resumed; None: they are found now.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -51,22 +45,17 @@ class LayerPass:
 
     def __init__(
         self,
-        model: StreamedModel,
+        store: ExpertStore,
         tokens: torch.Tensor,
         cache: Path | None,
-        recipe: Recipe,
-        ranks: Ranks,
         monitor: Monitor,
-        follow_dense: bool = True,
-        store: ExpertStore | None = None,
         topologies: Topologies | None = None,
     ):
-        self.store = store
-        self.model, self.recipe, self.ranks, self.monitor = model, recipe, ranks, monitor
-        follow_dense = follow_dense and recipe.follows_dense
-        self.embedded = embed(model, tokens, recipe.chunk_tokens, cache, follow_dense, ranks, monitor, topologies)
+        self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
+        self.monitor = monitor
+        self.embedded = embed(self.model, self.recipe, tokens, cache, self.ranks, monitor, topologies)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
-        self.experts = ExpertsPass(model, self.streams, recipe, ranks, monitor, store)
+        self.experts = ExpertsPass(store, self.streams, monitor)
 
     def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
         """Prune layer `index` and, if a later one is pruned, too, take the activations through it.
@@ -94,27 +83,6 @@ class LayerPass:
         prefix, direct = self.model.layer_prefix(index), self.model.names.direct
         return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
 
-    def measure(self, index: int, plan: Plan) -> dict[str, dict[str, Any]]:
-        """What pruning would do to each linear of layer `index`, which stays dense.
-
-        Integers are rounded in one pass, which comes close enough to rank linears.
-
-        Returns:
-            Written name -> record of the report.
-        """
-        records: dict[str, dict[str, Any]] = {}
-        sublayer_passes = self._load(index)
-        with self.experts.removed_after_layer():
-            for sublayer_pass in sublayer_passes:
-                for number, stage in enumerate(sublayer_pass.stages):
-                    found, of_experts = self._solve_stage(
-                        index, sublayer_pass, number, plan.groups(index, stage), {}, self.recipe, passes=1
-                    )
-                    records |= {name: linear.record for name, linear in found.items()} | of_experts
-                sublayer_pass.advance(self.streams.pruned)
-        self._free(index)
-        return self._written(index, records)
-
     def replay(self, index: int, parameters: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
         """Take the activations through a layer that was pruned earlier.
 
@@ -137,8 +105,7 @@ class LayerPass:
     def _free(self, index: int) -> None:
         self.model.free_layer(index)
         self.embedded.arguments.free(index)
-        if self.store is not None:
-            self.store.forget_dense()
+        self.store.forget_dense()
 
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
@@ -179,9 +146,7 @@ class LayerPass:
             sublayer_pass.advance(self.streams.dense)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found, _ = self._solve_stage(
-                index, sublayer_pass, number, groups, dense, recipe, damping=recipe.damping, scale=scale
-            )
+            found = self._solve_stage(index, sublayer_pass, number, groups, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
                     sublayer_pass.advance(self.streams.dense)
@@ -221,26 +186,18 @@ class LayerPass:
         number: int,
         groups: Sequence[Group],
         dense: Mapping[str, Reads],
-        recipe: Recipe,
-        passes: int = PASSES,
-        damping: float = DAMPING,
-        scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None = None,
-    ) -> tuple[dict[str, Pruned], dict[str, dict[str, Any]]]:
+        scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None,
+    ) -> dict[str, Pruned]:
         """Prune the linears and experts of one stage.
 
         Args:
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
-            recipe: of the linears. Experts are always pruned by the whole recipe.
-            passes: of rounding to integers.
-            damping: ADMM's, of the linears.
             scale: migrates scales in the statistics and weights of the groups' linears.
 
         Returns:
-            (linear -> result; an expert's linear -> record). What is pruned of the experts goes to the store.
+            Linear -> result. Pruned experts go to the store.
         """
         plain = [group for group in groups if group.linears]
-        solved: dict[str, Pruned] = {}
-        records: dict[str, dict[str, Any]] = {}
         found = sublayer_pass.statistics(number, plain, self.recipe.needs_gram) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
@@ -252,9 +209,9 @@ class LayerPass:
         with self.monitor.phase("permutations"):
             alone = [group for group in plain if not (group.experts and shared)]
             orders = find_orders(alone, weights, statistics, self.recipe, self.ranks)
-        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
+        mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
         for group in (group for group in groups if group.experts):
-            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), passes)
+            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
             order = None
             if shared:
                 beside = {name: weights[name] for name in group.linears}
@@ -264,13 +221,14 @@ class LayerPass:
             mixtures.append((experts, order))
         with self.monitor.phase("masks and weights"):
             trim()
-            dtype, place = self.model.stored_dtype, sublayer_pass.place
-            solved = solve(names, weights, statistics, orders, dtype, recipe, self.ranks, place, passes, damping)
-        del found, statistics
+            linears = {name: ToPrune(weights[name], statistics[name], orders[name]) for name in names}
+            recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
+            solved = solve(linears, recipe, self.ranks, dtype, sublayer_pass.place, recipe.damping)
+        del found, statistics, linears
         trim()
         for experts, order in mixtures:
-            records |= self.experts.prune(index, experts, order)
-        return solved, records
+            self.experts.prune(index, experts, order)
+        return solved
 
     def _place(self, index: int, name: str) -> str:
         """What an error about a linear begins with: the model's folder, and the name in its files."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, scores
 from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
-from ria_vllm.offline.pruning.rounding import PASSES, round_on_mask
+from ria_vllm.offline.pruning.rounding import round_on_mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
@@ -64,25 +65,29 @@ def find_orders(
     return orders
 
 
+@dataclass(frozen=True)
+class ToPrune:
+    """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it."""
+
+    weight: torch.Tensor
+    statistics: Statistics
+    order: torch.Tensor | None
+
+
 def solve(
-    names: Sequence[str],
-    weights: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, Statistics],
-    orders: Mapping[str, torch.Tensor | None],
-    dtype: torch.dtype,
+    linears: Mapping[str, ToPrune],
     recipe: Recipe,
     ranks: Ranks,
+    dtype: torch.dtype,
     place: Callable[[str], str],
-    passes: int = PASSES,
     damping: float = DAMPING,
 ) -> dict[str, Pruned]:
-    """Prune and reconstruct the linears `names`, which are divided among the ranks.
+    """Prune and reconstruct linears, which are divided among the ranks.
 
     Args:
-        weights, statistics, orders: as for, and from, `find_orders`.
+        linears: those with the same statistics follow each other.
         dtype: of the result, the checkpoint's.
         place: linear -> what an error about it begins with.
-        passes: of rounding to integers; fewer are faster and less exact.
         damping: ADMM's, see `admm_solver`.
 
     Returns:
@@ -91,15 +96,16 @@ def solve(
     Raises:
         RiaError: a result is not finite in `dtype`.
     """
-    owners = ranks.partition_by_cost([weights[n].shape[1] * weights[n].numel() for n in names])
+    costs = [one.weight.shape[1] * one.weight.numel() for one in linears.values()]
+    owners = dict(zip(linears, ranks.partition_by_cost(costs), strict=True))
     solved: dict[str, Pruned] = {}
-    own = [name for name, owner in zip(names, owners, strict=True) if owner == ranks.rank]
-    solvers = _Solvers((statistics[name].gram for name in own), damping)
-    for name in own:
-        solved[name] = _prune(weights[name], statistics[name], orders[name], dtype, recipe, solvers, passes)
+    own = {name: one for name, one in linears.items() if owners[name] == ranks.rank}
+    solvers = _Solvers((one.statistics.gram for one in own.values()), damping)
+    for name, one in own.items():
+        solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
-    return {name: ranks.broadcast(solved.get(name), owner) for name, owner in zip(names, owners, strict=True)}
+    return {name: ranks.broadcast(solved.get(name), owner) for name, owner in owners.items()}
 
 
 class _Solvers:
@@ -195,7 +201,6 @@ def _prune(
     dtype: torch.dtype,
     recipe: Recipe,
     solvers: _Solvers,
-    passes: int,
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
@@ -216,7 +221,7 @@ def _prune(
         if isinstance(weight_format, IntFormat):
             order = None if p is None else p.to(weight.device)
             W, scales = round_on_mask(
-                weight, W, mask, statistics.gram, weight_format, cross_term, order, passes, divided_by=statistics.scales
+                weight, W, mask, statistics.gram, weight_format, cross_term, order, divided_by=statistics.scales
             )
         del cross_term
     W = weight * mask if W is None else W

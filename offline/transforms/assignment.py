@@ -18,7 +18,7 @@ SAMPLED_CHANNELS = 128
 
 
 def largest(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The two largest, element by element, of several tensors of one shape, in descending order, by a sorting network."""
+    """The two largest, element by element, of several tensors of one shape, in descending order."""
     top: list[torch.Tensor] = []
     for value in scores:
         for rank, current in enumerate(top):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.weight_files import tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import inspect
 from ria_vllm.offline.recipe import Recipe
@@ -88,7 +87,6 @@ def test_the_recipe_keeps_what_experiments_found_and_only_programs_see_it(tiny, 
     run(tiny("llama"), tmp_path / "out", text, reconstruct="none", samples=4)
     (kind,) = Reader(tmp_path / "out").schema.recipe["topology"]
     assert kind["layers"] == [0, 1] and kind["dense"] == {}
-    report = json.loads((tmp_path / "out" / "ria_report.json").read_text())
     stages = [[group["linears"] for group in stage] for part in kind["sublayers"] for stage in part["stages"]]
     assert stages == [
         [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]], [["self_attn.o_proj"]],

@@ -1,7 +1,6 @@
 """The pass over the decoder layers."""
 
 from dataclasses import replace
-from inspect import signature
 
 import pytest
 import torch
@@ -13,31 +12,11 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import embed
 from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.model.run.hf import load_tokenizer
-from ria_vllm.offline.pruning.rounding import PASSES
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress as compressing
 from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.offline.sublayer import solve, train
 from ria_vllm.progress import Monitor
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
-def test_measuring_rounds_in_one_pass_and_pruning_in_all(family, tiny, text, tmp_path, monkeypatch):
-    passes, round_on_mask = [], solve.round_on_mask
-    given = signature(round_on_mask)
-
-    def watched(*args, **kwargs):
-        passes.append(given.bind(*args, **kwargs).arguments.get("passes", PASSES))
-        return round_on_mask(*args, **kwargs)
-
-    for module in (solve, train):  # what is trained is rounded after that
-        monkeypatch.setattr(module, "round_on_mask", watched)
-    recipe = Recipe(calibration=str(text), samples=4, seq_len=32, weights="int4", group_size=32, skip_sensitive=0.2)
-    compress(str(tiny(family)), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
-    measured = passes.count(1)
-    assert passes == [1] * measured + [PASSES] * (len(passes) - measured)
-    assert 0 < len(passes) - measured < measured  # the most sensitive stay dense
 
 
 @pytest.mark.parametrize("weights", ["float", "int8"])

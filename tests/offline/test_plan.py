@@ -1,13 +1,11 @@
 """Which linears a plan leaves dense."""
 
-import pytest
 import torch
 from compressing import check_complete, check_export, edited, run_small
 from transformers import LlamaForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.model.topology import rank_blocks
-from ria_vllm.offline.run.plan import most_sensitive
 
 
 def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path):
@@ -40,16 +38,6 @@ def test_a_fold_with_a_dense_producer_needs_blocks(tiny, text, tmp_path):
     assert inside == [True, False]
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2, 0.3, 0.5])
-def test_the_most_sensitive_of_an_unknown_family_stay_together(fraction, tiny, text, tmp_path):
-    run_small(tiny("qwen3.5"), tmp_path / "out", text, skip_sensitive=fraction)
-    sparse = set(Reader(tmp_path / "out").sparse_names)
-    for fused in (["linear_attn.in_proj_" + x for x in ("qkv", "z", "a", "b")], ["mlp.gate_proj", "mlp.up_proj"]):
-        for layer in (0, 1):
-            there = [f"model.layers.{layer}.{name}" in sparse for name in fused]
-            assert len(set(there)) == 1, there
-
-
 def test_linears_that_layers_share_stay_dense(tiny, text, tmp_path, monkeypatch):
     """As in Zamba, where a block that layers share is stored once, with the first of them."""
     separate = tiny("llama-mqa")  # saved before the class says that they share
@@ -62,19 +50,3 @@ def test_linears_that_layers_share_stay_dense(tiny, text, tmp_path, monkeypatch)
     assert {f"{name}.weight" for name, why in report["dense"].items() if "another layer's" in why} == shared
     assert not any("up_proj" in name or "gate_proj" in name for name in reader.sparse_names)
     check_export(source, reader, tmp_path / "dense")
-
-
-def test_the_most_sensitive_are_those_that_lose_most_per_weight():
-    records = {
-        "a.q_proj": {"shape": [10, 10], "error_after": 0.3},
-        "a.k_proj": {"shape": [10, 10], "error_after": 0.1},
-        "a.o_proj": {"shape": [10, 10], "error_after": 0.25},
-        "a.down_proj": {"shape": [20, 10], "error_after": 0.9},
-        "b.down_proj": {"shape": [10, 10], "error_after": 0.01},
-    }
-    # Of 600 weights: q and k lose 0.1 / 200, o 0.0625 / 100, the first down_proj 0.81 / 200.
-    sets = [frozenset(names.split()) for names in ("a.q_proj a.k_proj", "a.o_proj", "a.down_proj", "b.down_proj")]
-    assert most_sensitive(records, 0.4, sets) == ["a.down_proj"]
-    assert most_sensitive(records, 0.5, sets) == ["a.down_proj", "a.o_proj"]
-    assert most_sensitive(records, 0.3, sets) == ["a.o_proj"]
-    assert most_sensitive(records, 0.1, sets) == []

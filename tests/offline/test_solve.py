@@ -10,7 +10,7 @@ from ria_vllm.offline.pruning.drift import InputDrift
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.solve import find_orders, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
 
 INT4 = {"weights": "int4", "group_size": 64}
 FORMAT = formats.INTEGERS[4, 64]
@@ -33,8 +33,8 @@ def pruned(stage, recipe, **options):
     weights, statistics, _, _ = stage
     ranks = Ranks()
     orders = find_orders([Group(tuple(weights))], weights, statistics, recipe, ranks)
-    dtype, names = torch.bfloat16, list(weights)
-    return solve(names, weights, statistics, orders, dtype, recipe, ranks, lambda name: name, **options)
+    linears = {name: ToPrune(weights[name], statistics[name], orders[name]) for name in weights}
+    return solve(linears, recipe, ranks, torch.bfloat16, lambda name: name, **options)
 
 
 def error(V, W, X, D):

@@ -42,7 +42,6 @@ def test_the_dense_model_writes_a_share_of_the_samples(tiny, text, tmp_path, rea
     recipe = Reader(tmp_path / "mixed").schema.recipe
     assert (recipe["calibration"], recipe["self_written"], recipe["samples"]) == (text.name, 0.25, 8)
     assert len(recipe["calibration_sha256"]) == 64
-    assert "self_written" not in Reader(tmp_path / "drawn").schema.recipe
 
 
 def test_what_is_asked_of_the_text_is_named(tiny, text, tmp_path):

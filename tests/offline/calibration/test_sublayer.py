@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
@@ -20,7 +21,7 @@ def runners(request, tiny):
     folder = tiny(request.param)
     model = StreamedModel(folder, AutoConfig.from_pretrained(folder), torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        embedded = embed(model, TOKENS, 2048, None, False, Ranks(), Monitor(shown=False))
+        embedded = embed(model, Recipe(reconstruct="none"), TOKENS, None, Ranks(), Monitor(shown=False))
         layer, stream = model.load_layer(0), embedded.streams.pruned[0]
         runners = [SublayerRunner(layer, one, torch.float32) for one in embedded.topologies.of(0).sublayers]
         yield runners, stream, embedded.arguments.of(0).call(stream)

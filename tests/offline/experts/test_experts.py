@@ -28,7 +28,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import inspect
 from ria_vllm.hf import experts as hf_experts
 from ria_vllm.hf.experts_layout import ExpertsLayout
-from ria_vllm.offline.experts import layer, prune, train
+from ria_vllm.offline.experts import layer, prune
 from ria_vllm.offline.experts.plan import describe_experts
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.experts.files import ExpertFiles
@@ -296,27 +296,6 @@ def test_layers_whose_experts_differ_cannot_be_described():
 def test_experts_are_ignored_by_their_modules_or_tensors_name(kind, ignored, moe, text, tmp_path):
     report, _ = run_small(moe(kind), tmp_path / "out", text, ignore=(ignored,))
     assert report["dense"]["model.layers.1.block_sparse_moe.experts"] == "--ignore"
-
-
-def test_measuring_does_not_train(moe, text, tmp_path, monkeypatch):
-    trained, block = [], train.train_block
-    monkeypatch.setattr(train, "train_block", lambda *a, **k: trained.append(k["place"]) or block(*a, **k))
-    run_small(moe("qwen3_moe"), tmp_path / "out", text, reconstruct="block", skip_sensitive=0.01)
-    assert len(trained) == 2 * 4
-
-
-def test_experts_whose_pruning_costs_most_stay_dense(moe, text, tmp_path, monkeypatch):
-    records, choose = {}, compress.most_sensitive
-    monkeypatch.setattr(compress, "most_sensitive", lambda found, *rest: records.update(found) or choose(found, *rest))
-    report, _ = run_small(moe("mixtral"), tmp_path / "out", text, skip_sensitive=0.55, ignore=("self_attn",))
-    assert len(records) == 2 * 12 and all("experts" in name for name in records)
-    modules = [f"model.layers.{layer}.block_sparse_moe.experts" for layer in (0, 1)]
-    lost = {
-        module: sum(r["error_after"] ** 2 for name, r in records.items() if name.startswith(f"{module}."))
-        for module in modules
-    }
-    dense = [name for name, why in report["dense"].items() if why == "--skip-sensitive"]
-    assert dense == [max(lost, key=lost.__getitem__)]  # 0.55 of the weights is one of the two, which are equally large
 
 
 def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weights(text, tmp_path):
