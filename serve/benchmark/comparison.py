@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results
 from ria_vllm.serve.benchmark.load import Workload
@@ -50,7 +49,7 @@ class Comparison:
         """Measure all sides in every repetition; save the results after every run.
 
         Raises:
-            RiaError: a server cannot start, or a text cannot be measured.
+            RiaError: a server does not start, a request fails, or a text cannot be measured.
         """
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         with self.monitor.live():
@@ -58,7 +57,6 @@ class Comparison:
                 first = repetition % len(self.sides)
                 for side in [*self.sides[first:], *self.sides[:first]]:
                     self._serve(side, repetition)
-        results.write(self.folder, self.measured, self.options, complete=True)
 
     def _serve(self, side: Side, repetition: int) -> None:
         """Start a side's server, load it with each number of users, and end it."""
@@ -77,17 +75,12 @@ class Comparison:
             for number, users in enumerate(self.concurrency):
                 # Each load has its own prompts. All sides get the same ones.
                 seed, log = 1000 * repetition + number, Path(f"{logs}-users{users}.log")
-                try:
-                    figures = load.online(server, self.tokenizer, self.workload, users, seed, log, self.monitor)
-                    run = Run(side.name, repetition, users, figures)
-                    click.echo(f"{name}, {users} users: {figures[results.SPEED]:.4g} output tokens/s")
-                except RiaError as error:
-                    run = Run(side.name, repetition, users, None, str(error))
-                    click.echo(f"{name}, {users} users: FAILED, {error}")
-                self.measured.runs.append(run)
-                results.write(self.folder, self.measured, self.options, complete=False)
+                figures = load.online(server, self.tokenizer, self.workload, users, seed, log, self.monitor)
+                click.echo(f"{name}, {users} users: {figures[results.SPEED]:.4g} output tokens/s")
+                self.measured.runs.append(Run(side.name, repetition, users, figures))
+                results.write(self.folder, self.measured, self.options)
             if text is not None:  # after the loads, whose peak of memory it must not raise
                 found = text.measure(side.name, server, self.monitor)
                 click.echo(f"{side.name}: perplexity {found.perplexity:.4g}, KL {found.kl:.4g}")
                 self.measured.quality[side.name] = found
-                results.write(self.folder, self.measured, self.options, complete=False)
+                results.write(self.folder, self.measured, self.options)

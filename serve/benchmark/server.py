@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.process import SupervisedProcess, wait_until
+from ria_vllm.serve.benchmark.process import SupervisedProcess
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 # Ignores the proxies that the environment names: a server on this machine is not behind them.
@@ -80,15 +80,13 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command = [*VLLM, "serve", model, *arguments, "--served-model-name", model]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
         with monitor.phase("waiting for the server to start"):
-            # vLLM itself gives up on an engine that does not start.
-            if not wait_until(lambda: healthy(url), process):
-                raise RiaError(f"vllm serve {model} ended while starting. The end of {log}:\n{process.log_tail()}")
-        try:
-            name = json.loads(ask(f"{url}/v1/models"))["data"][0]["id"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise RiaError(f"vllm serve {model} does not list its model at {url}/v1/models ({error}).") from None
-        yield Server(url, name, process, time.monotonic() - began)
+            while not healthy(url):  # vLLM itself gives up on an engine that does not start
+                if not process.running:
+                    raise RiaError(f"vllm serve {model} ended while starting. {process.end_of_log()}")
+                time.sleep(0.5)
+        yield Server(url, model, process, time.monotonic() - began)

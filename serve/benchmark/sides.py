@@ -3,10 +3,9 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ria_vllm.checkpoint.weight_files import MISTRAL_FILES
+from ria_vllm.checkpoint.weight_files import weight_files
 from ria_vllm.errors import RiaError
 
 
@@ -15,7 +14,7 @@ class Side:
     """One way to serve the model. The first side is the reference: ratios and divergences are against it.
 
     Attributes:
-        bytes: size of its weight files, None if they are not on this machine.
+        bytes: size of its weight files, None if unknown.
         arguments: for its `vllm serve` alone.
     """
 
@@ -34,7 +33,9 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     Raises:
         RiaError: two sides share a name, or arguments are for an unknown side.
     """
-    own = {name: tuple(shlex.split(text)) for name, text in arguments}
+    own: dict[str, tuple[str, ...]] = {}
+    for name, text in arguments:
+        own[name] = own.get(name, ()) + tuple(shlex.split(text))
     sides: dict[str, Side] = {}
     for text in models:
         name, named, model = text.partition("=")
@@ -48,19 +49,9 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     return list(sides.values())
 
 
-def weight_bytes(model: str) -> int | None:
-    """Bytes of the weight files of a folder, or of a hub id's local copy; None if there are none.
-
-    Weights in Mistral's own format beside others are a second copy, and do not count.
-    """
-    folder = Path(model)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except Exception:  # the hub's library raises many types for a missing copy
-            return None
-    files = sorted(folder.glob("*.safetensors"))
-    own = [path for path in files if not fnmatchcase(path.name, MISTRAL_FILES)]
-    return sum(path.stat().st_size for path in own or files) or None
+def weight_bytes(folder: str) -> int | None:
+    """Bytes of the weight files of a Hugging Face folder; None for a hub id and for other formats."""
+    try:
+        return sum(path.stat().st_size for path in set(weight_files(Path(folder)).values()))
+    except (RiaError, OSError):
+        return None

@@ -8,14 +8,11 @@ themselves are adopted by the supervisor, and ended too. This file imports nothi
 and needs little memory.
 """
 
-import contextlib
 import ctypes
-import os
 import select
-import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 
 import psutil
 
@@ -24,23 +21,16 @@ GRACE_SECONDS = 15.0
 
 
 def end_tree(child: subprocess.Popen) -> None:
-    """Terminate the command, then the processes that it leaves behind; kill those that outlive the grace period."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    """Terminate the command, which may take the grace period to end its own processes; kill what is then left."""
     child.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         child.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    # Descendants that lose their parent become children of this process: none is left when waitpid finds no child.
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-            time.sleep(0.05)
+    # Descendants that lose their parent become children of this process.
+    while left := psutil.Process().children(recursive=True):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=1)
 
 
 def main(command: list[str]) -> int:
@@ -50,7 +40,8 @@ def main(command: list[str]) -> int:
     while child.poll() is None and not select.select([sys.stdin], [], [], 0.1)[0]:
         pass
     end_tree(child)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    status = child.poll() or 0
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,16 +18,17 @@ LONGEST = 64
 
 
 class Process:
-    """Mock of the server's process, which grows by `step` bytes each time its memory is read."""
-
-    running = True
+    """Mock of the server's processes, which grow by `step` bytes each time their memory is read."""
 
     def __init__(self, step: int = 0):
         self.size, self.step = 10**9, step
 
-    def own_memory(self) -> int:
+    def processes(self) -> list["Process"]:
+        return [self]
+
+    def memory_info(self) -> SimpleNamespace:
         self.size += self.step
-        return self.size
+        return SimpleNamespace(rss=self.size + 10**8, shared=10**8)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

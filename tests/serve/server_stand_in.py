@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import torch
 
@@ -36,6 +37,7 @@ class StandIn:
         positions = [None]
         for previous, token in itertools.pairwise(prompt):
             row = self.logprobs[previous]
+            top = min(top, VOCABULARY)
             ids = [token, *row.topk(top).indices.tolist()]
             ranks = [1 + int((row > row[token]).sum()), *range(1, top + 1)]
             entries = zip(ids, ranks)
@@ -69,7 +71,8 @@ def serving(stand_in: StandIn) -> Iterator[Server]:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield Server(f"http://127.0.0.1:{httpd.server_port}", "model", None, None)
+            process = SimpleNamespace(end_of_log=lambda: "The end of its log")
+            yield Server(f"http://127.0.0.1:{httpd.server_port}", "model", process, 0.0)
         finally:
             httpd.shutdown()
             thread.join()

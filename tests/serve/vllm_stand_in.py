@@ -1,7 +1,9 @@
-"""Stands in for vLLM's command line: `serve`, `bench serve` and `bench throughput`, with prepared figures.
+"""Stands in for vLLM's command line: `serve` and `bench serve`, with prepared figures.
+
+Like vLLM, `serve` asks for the key in VLLM_API_KEY, and `bench serve` sends the one in OPENAI_API_KEY.
 
 Environment variables:
-    STAND_IN_SECONDS: what the start of a server, a request and a whole `bench throughput` take.
+    STAND_IN_SECONDS: what the start of a server takes.
     STAND_IN_EVENTS: a file that gets a line for each start.
     STAND_IN_BREAK: a word; `bench serve` fails when its arguments have it.
 """
@@ -13,8 +15,7 @@ import time
 from argparse import ArgumentParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-from tqdm import tqdm
+from urllib.request import ProxyHandler, Request, build_opener
 
 SECONDS = float(os.environ.get("STAND_IN_SECONDS", 0))
 LATENCIES = dict.fromkeys(("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms"), 2.0)
@@ -23,9 +24,9 @@ ANSWER = {"choices": [{"index": 0, "text": "east", "message": {"role": "assistan
 
 def arguments() -> ArgumentParser:
     parser = ArgumentParser()
-    for name in ("num-prompts", "max-concurrency", "num-warmups", "random-output-len", "port"):
+    for name in ("num-prompts", "max-concurrency", "random-output-len", "port"):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("result-dir", "result-filename", "output-json", "base-url", "model"):
+    for name in ("result-dir", "result-filename", "base-url"):
         parser.add_argument(f"--{name}")
     return parser
 
@@ -44,7 +45,9 @@ def serve(model: str, port: int) -> None:
             self.answer(ANSWER)
 
         def answer(self, content):
-            self.send_response(200)
+            key = os.environ.get("VLLM_API_KEY")
+            refused = key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {key}"
+            self.send_response(401 if refused else 200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps(content).encode())
@@ -56,24 +59,13 @@ def serve(model: str, port: int) -> None:
 
 
 def bench_serve(given) -> None:
-    for heading, count in (
-        (f"Warming up with {given.num_warmups} requests...", given.num_warmups),
-        ("Starting main benchmark run...", given.num_prompts),
-    ):
-        print(heading)
-        for _ in tqdm(range(count)):
-            time.sleep(SECONDS)
+    key = {"Authorization": f"Bearer {os.environ['OPENAI_API_KEY']}"}
+    build_opener(ProxyHandler({})).open(Request(f"{given.base_url}/v1/models", headers=key)).close()
     speed = 10.0 * given.max_concurrency
     content = {"completed": given.num_prompts, "failed": 0, "errors": []} | LATENCIES
     content |= {"total_output_tokens": given.num_prompts * given.random_output_len}
     content |= {"output_throughput": speed, "request_throughput": speed / given.random_output_len}
     Path(given.result_dir, given.result_filename).write_text(json.dumps(content))
-
-
-def bench_throughput(given) -> None:
-    time.sleep(SECONDS)
-    content = {"num_requests": given.num_prompts, "requests_per_second": 2.0, "tokens_per_second": 9.0}
-    Path(given.output_json).write_text(json.dumps(content))
 
 
 def main(words: list[str]) -> None:
@@ -86,7 +78,7 @@ def main(words: list[str]) -> None:
     given, _ = arguments().parse_known_args(words[2:])
     if os.environ.get("STAND_IN_BREAK", "\n") in words:
         sys.exit("broken on purpose")
-    {"serve": bench_serve, "throughput": bench_throughput}[words[1]](given)
+    bench_serve(given)
 
 
 if __name__ == "__main__":

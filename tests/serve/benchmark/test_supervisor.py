@@ -12,7 +12,7 @@ import pytest
 from running import alive
 
 from ria_vllm.serve.benchmark import supervisor
-from ria_vllm.serve.benchmark.process import PeakMemory, SupervisedProcess, wait_until
+from ria_vllm.serve.benchmark.process import SupervisedProcess
 
 # A server that is hard to end: it has a child in a session of its own, and both can ignore SIGTERM.
 STUBBORN = """
@@ -51,6 +51,13 @@ def gone(pids: list[int], seconds: float) -> bool:
     return not any(alive(pid) for pid in pids)
 
 
+def until_ready(process: SupervisedProcess) -> None:
+    deadline = time.monotonic() + 30
+    while not process.end_of_log().endswith("ready"):
+        assert time.monotonic() < deadline and process.running
+        time.sleep(0.05)
+
+
 def command(script, tmp_path, deaf: bool = False) -> list[str]:
     return [sys.executable, str(script), str(tmp_path / "pids"), "deaf" if deaf else "polite"]
 
@@ -59,10 +66,8 @@ def test_stop_ends_the_whole_tree_and_returns_when_it_is_gone(stubborn, tmp_path
     process = SupervisedProcess(command(stubborn, tmp_path), tmp_path / "log")
     pids = pids_in(tmp_path / "pids")
     assert process.running and all(alive(pid) for pid in pids)
-    began = time.monotonic()
     process.stop()
     assert not process.running and not any(alive(pid) for pid in pids)
-    assert time.monotonic() - began < supervisor.GRACE_SECONDS / 2  # none of them ignores SIGTERM
 
 
 def test_processes_that_ignore_sigterm_are_killed(stubborn, tmp_path, monkeypatch):
@@ -119,7 +124,7 @@ def test_zombies_and_orphans_delay_nothing(tmp_path):
     script += "for _ in range(50):\n    subprocess.Popen(['sh', '-c', 'setsid sleep 600 &']).wait()\n"
     script += "print('ready', flush=True); time.sleep(600)"
     process = SupervisedProcess([sys.executable, "-c", script], tmp_path / "log")
-    assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)
+    until_ready(process)
     orphans = [child.pid for child in psutil.Process(process._supervisor.pid).children(recursive=True)]
     began = time.monotonic()
     process.stop()
@@ -130,25 +135,12 @@ def test_zombies_and_orphans_delay_nothing(tmp_path):
 def test_status_and_log(tmp_path):
     with SupervisedProcess([sys.executable, "-c", "print('said'); raise SystemExit(3)"], tmp_path / "log") as process:
         assert process.wait(30) == 3
-    assert process.log_tail().splitlines()[-1] == "said" and process.log.read_text().startswith("$ ")
+    assert process.end_of_log().splitlines()[-1] == "said" and process.log.read_text().startswith("$ ")
 
 
-def test_memory_counts_the_tree_and_its_peak(tmp_path):
-    script = "import time; x = bytearray(200_000_000); time.sleep(1.5); del x; time.sleep(600)"
-    with SupervisedProcess([sys.executable, "-c", script], tmp_path / "log") as process:
-        with PeakMemory(process, interval=0.1) as sampled:
-            time.sleep(3)
-        assert 200e6 < sampled.peak < 300e6 and 0 < process.memory() < 100e6
+def test_memory_counts_the_tree(tmp_path):
+    script = "x = bytearray(200_000_000); print('ready', flush=True); import time; time.sleep(600)"
+    with SupervisedProcess(["sh", "-c", f'"{sys.executable}" -c "{script}"; true'], tmp_path / "log") as process:
+        until_ready(process)
+        assert 200e6 < process.memory() < 300e6
     assert process.memory() == 0
-
-
-def test_own_memory_leaves_out_pages_of_files(tmp_path):
-    (tmp_path / "file").write_bytes(b"x" * 200_000_000)
-    script = "import mmap, sys, time\nf = open(sys.argv[1], 'rb')\n"
-    script += "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)\n"
-    script += "sum(m[::4096]); x = bytearray(100_000_000); print('ready', flush=True); time.sleep(600)"
-    with SupervisedProcess([sys.executable, "-c", script, str(tmp_path / "file")], tmp_path / "log") as process:
-        assert wait_until(lambda: process.log_tail(1) == "ready", process, 30)
-        assert 300e6 < process.memory() < 400e6
-        assert 100e6 < process.own_memory() < 200e6
-    assert process.own_memory() == 0
