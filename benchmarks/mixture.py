@@ -5,7 +5,7 @@ of disk. What was measured is then (TEXT is any text: it changes the answers, bu
 
 \b
     ria-vllm compress FOLDER -o OUT --calibration TEXT --reconstruct none
-    ria-vllm bench OUT --baseline FOLDER --input-len 128 --output-len 64 --keep-servers
+    ria-vllm bench OUT --baseline FOLDER --input-len 128 --output-len 64
 """
 
 from dataclasses import dataclass
