@@ -1,4 +1,4 @@
-"""What must be known about a checkpoint before its weights stream in: a local folder, or on the hub or ModelScope."""
+"""What must be known about a checkpoint before its weights stream in: a local folder, or on the hub."""
 
 import re
 from collections import Counter
@@ -70,26 +70,20 @@ def _failure(error: BaseException, what: str, way_out: str = "") -> OutOfReach:
 
 
 def locate(model: str, name: str, revision: str | None) -> Path | None:
-    """The file `name` of a local folder, or of a repository on the hub or ModelScope, downloaded into the cache.
+    """The file `name` of a local folder, or of a repository on the hub, downloaded into the cache.
 
     Returns:
         None if the folder or the repository has no such file.
 
     Raises:
         OutOfReach: the hub refuses it; Offline: it cannot be reached and the file is not in the cache.
+        RiaError: it is on ModelScope.
     """
     if Path(model).is_dir():
         path = Path(model) / name
         return path if path.is_file() else None
     if envs.VLLM_USE_MODELSCOPE:
-        from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
-
-        try:
-            folder = maybe_download_from_modelscope(model, revision, allow_patterns=[name])
-        except Exception as error:  # as in `_header`
-            raise _failure(error, f"{model}: cannot get {name} from ModelScope") from error
-        path = Path(folder or model) / name
-        return path if path.is_file() else None
+        raise RiaError(f"{model}: download it from ModelScope first, and give the local folder.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -206,31 +200,19 @@ class WeightHeaders:
         return self._listed
 
     def _list(self) -> list[str]:
-        if envs.VLLM_USE_MODELSCOPE:
-            from vllm.transformers_utils.utils import modelscope_list_repo_files
-
-            return list(modelscope_list_repo_files(self.model, revision=self.revision))
         from huggingface_hub import list_repo_files
 
         return list(list_repo_files(self.model, revision=self.revision))
 
     def _in_cache(self) -> list[str]:
         """Paths of the repository's files that are in the hub's cache."""
-        if envs.VLLM_USE_MODELSCOPE:
-            from vllm.model_executor.model_loader.weight_utils import maybe_download_from_modelscope
-
-            try:
-                folder = maybe_download_from_modelscope(self.model, self.revision, allow_patterns=["*.safetensors"])
-            except Exception:  # of any type, if it is out of reach
-                return []
-            return files_below(Path(folder or self.model))
         path = self._cached("config.json") or self._cached(INDEX_FILE) or self._cached(SINGLE_FILE)
         return [] if path is None else [name for name in files_below(path.parent) if self._cached(name)]
 
     def _cached(self, file: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = None if envs.VLLM_USE_MODELSCOPE else try_to_load_from_cache(self.model, file, revision=self.revision)
+        found = try_to_load_from_cache(self.model, file, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
     def _header(self, file: str) -> tuple[list[str], Mapping[str, str]]:
@@ -241,10 +223,6 @@ class WeightHeaders:
 
     def _read_header(self, file: str) -> tuple[list[str], Mapping[str, str]]:
         path = Path(self.model) / file if Path(self.model).is_dir() else self._cached(file)
-        if path is None and envs.VLLM_USE_MODELSCOPE:
-            path = locate(self.model, file, self.revision)
-            if path is None:
-                raise RiaError(f"{self.model}: no {file} on ModelScope.")
         if path is not None:
             return tensor_names(path), file_metadata(path)
         from huggingface_hub import parse_safetensors_file_metadata
