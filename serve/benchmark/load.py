@@ -96,10 +96,9 @@ def read_result(result: Path, requests: int, output_tokens: int) -> dict[str, fl
         content = json.loads(result.read_text())
     except (OSError, ValueError) as error:
         raise RiaError(f"{result}: no readable result ({error}).") from None
-    if errors := [error for error in content.get("errors", []) if error]:
-        raise RiaError(f"{result}: {len(errors)} of {requests} requests failed, the first with: {errors[0]}")
-    if content.get("completed") != requests or content.get("failed"):
-        raise RiaError(f"{result}: {content.get('completed')} of {requests} requests completed.")
+    errors = [error for error in content.get("errors", []) if error]
+    if errors or content.get("completed") != requests or content.get("failed"):
+        raise RiaError(f"{result}: {content.get('completed')} of {requests} requests completed. {''.join(errors[:1])}")
     if content.get("total_output_tokens") != output_tokens:
         raise RiaError(f"{result}: {content.get('total_output_tokens')} output tokens instead of {output_tokens}.")
     for name in REPORTED:

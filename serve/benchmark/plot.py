@@ -13,16 +13,15 @@ QUALITIES = {"perplexity": "perplexity (lower is better)", "kl": "KL from the fi
 
 
 def plot(path: Path, measured: Measured) -> None:
-    """Draw the plot. Without any figures, there is no file."""
+    """Draw the plot."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if any(point.figures for point in measured.points()):
-        figure = draw(pyplot, measured)
-        figure.savefig(path, dpi=130)
-        pyplot.close(figure)
+    figure = draw(pyplot, measured)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def draw(pyplot, measured: Measured):

@@ -90,7 +90,8 @@ def table(measured: Measured) -> str:
     for point in measured.points():
         cells = ["-"] * (len(REPORTED) + 2)
         if point.figures is not None:
-            cells = [ratio_text(point.ratio), *(f"{point.figures[name]:.4g}" for name in REPORTED)]
+            ratio = "{:.3f} ({:.3f} to {:.3f})".format(*point.ratio) if point.ratio else "-"
+            cells = [ratio, *(f"{point.figures[name]:.4g}" for name in REPORTED)]
             cells.append(size_text(point.figures["memory_bytes"]))
         cells.append(sizes[point.side])
         if measured.quality:
@@ -104,13 +105,6 @@ def table(measured: Measured) -> str:
 
 def size_text(size: float | None) -> str:
     return "-" if size is None else human_size(int(size))
-
-
-def ratio_text(ratio: tuple[float, float, float] | None) -> str:
-    if ratio is None:
-        return "-"
-    middle, low, high = ratio
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})" if low != high else f"{middle:.3f}"
 
 
 def summary(measured: Measured) -> str:
