@@ -22,12 +22,12 @@ def write_gguf(
 
     Args:
         change: edits the tensors, by GGUF name, in place.
-        keys: more of the header, or in the place of something there; those of the architecture without its name.
+        keys: more of the header, or in the place of something there, without the architecture's name.
     """
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
-    for key, value in (_header(AutoConfig.from_pretrained(folder), architecture) | keys).items():
-        _add(writer, key if key.startswith("split.") else f"{architecture}.{key}", value)
+    for key, value in (_header(AutoConfig.from_pretrained(folder)) | keys).items():
+        _add(writer, f"{architecture}.{key}", value)
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "he", "in"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -58,10 +58,6 @@ def _tensors(folder: Path, architecture: str) -> dict[str, np.ndarray]:
             value = _interleaved(value, config.num_attention_heads)
         elif architecture == "llama" and "self_attn.k_proj" in inside:
             value = _interleaved(value, config.num_key_value_heads)
-        elif architecture.startswith("gemma") and inside.endswith("norm.weight"):
-            value = value + 1
-        elif inside.endswith("conv.conv.weight"):
-            value = value.squeeze(1)
         found[name] = value
     return found
 
@@ -71,39 +67,22 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _header(config: Any, architecture: str) -> dict[str, Any]:
+def _header(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotary = config.rope_parameters.get("full_attention", config.rope_parameters)
-    epsilons = ("rms_norm_eps", "norm_epsilon", "norm_eps")
-    epsilon = next(getattr(config, name) for name in epsilons if hasattr(config, name))
-    norm = "layer_norm_epsilon" if architecture == "starcoder2" else "layer_norm_rms_epsilon"
-    found = {
+    return {
         "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
         "block_count": config.num_hidden_layers, "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads, f"attention.{norm}": epsilon,
-        "rope.freq_base": float(rotary["rope_theta"]),
-        "rope.dimension_count": int(head_dim * rotary.get("partial_rotary_factor", 1)),
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]), "rope.dimension_count": head_dim,
     }  # fmt: skip
-    if architecture.startswith("gemma"):
-        window = {"attention.sliding_window": config.sliding_window}
-        found |= window | {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if architecture == "gemma2":
-        found |= {name: getattr(config, name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
-    if architecture == "lfm2":
-        heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
-        found |= {"shortconv.l_cache": config.conv_L_cache, "attention.head_count_kv": heads}
-    return found
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
+    if isinstance(value, int):
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
     else:
-        writer.add_array(key, value)
+        writer.add_string(key, value)
