@@ -43,53 +43,45 @@ class StackExperts(ConversionOps):
         self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         assert model is not None
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        path, _, parameter = full_layer_name.rpartition(".")
         try:
-            stacked, self.placements[full_layer_name] = self._stacked(input_dict, module)
+            placement, stored = self._found(input_dict, model.get_submodule(path), parameter)
+            stacked = placement.join(lambda name: self._dense(name, stored.pop(name)))
+            self.placements[full_layer_name] = placement
         except RiaError as error:
             self.failed(error)
             stacked = torch.empty(0)
         return {full_layer_name: stacked}
 
-    def _stacked(self, found: Mapping[str, list[torch.Tensor]], module: Any) -> tuple[torch.Tensor, Placement]:
-        linears = self._linears(found)
-        kinds = [kind for kind in ("gate", "up", "down") if kind in self.kinds.values()]
-        wanted = {(expert, kind) for expert in range(module.num_experts) for kind in kinds}
-        first = next(iter(self.sources.values()))[0].rpartition(".")[0]
-        if linears.keys() != wanted:
-            raise RiaError(
-                f"{first} and others: {len(linears)} linears of experts are stored, but {type(module).__name__} has "
-                f"{module.num_experts} experts. Get all files of one model."
-            )
-        stored = {self._name(tensors): tensors for tensors in linears.values()}
-        names = tuple(
-            tuple(self._name(linears[expert, kind]) for kind in kinds) for expert in range(module.num_experts)
-        )
-        linears.clear()  # `stored` lets go of each linear as soon as it is dense
-        form = layout_of(module)
-        if form is None:
-            raise RiaError(
-                f"{first} and others: {type(module).__name__} holds its experts in a way that ria-vllm does not know. "
-                "`ria-vllm export` writes a dense folder, which transformers may be able to read."
-            )
-        placement = Placement(names, True, form.interleaved, form.transposed)
-        return placement.join(lambda name: self._dense(stored.pop(name))), placement
-
-    def _linears(self, found: Mapping[str, list[torch.Tensor]]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
-        """(expert, kind) -> name in the checkpoint -> tensor, for the tensors of each linear."""
-        linears: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    def _found(
+        self, found: Mapping[str, list[torch.Tensor]], module: nn.Module, parameter: str
+    ) -> tuple[Placement, dict[str, dict[str, torch.Tensor]]]:
+        """What the parameter holds, and linear -> its tensors by the last part of their names."""
+        stored: dict[str, dict[str, torch.Tensor]] = {}
+        names: dict[tuple[int, str], str] = {}
         for pattern, tensors in found.items():
             for source, tensor in zip(self.sources[pattern], tensors, strict=True):
-                _, number, leaf, _ = source.rsplit(".", 3)
-                linears.setdefault((int(number), self.kinds[leaf]), {})[source] = tensor
-        return linears
+                name, _, part = source.rpartition(".")
+                _, number, leaf = name.rsplit(".", 2)
+                stored.setdefault(name, {})[part] = tensor
+                names[int(number), self.kinds[leaf]] = name
+        layout, place = layout_of(module), f"{next(iter(stored))} and others"
+        if layout is None:
+            raise RiaError(
+                f"{place}: {type(module).__name__} holds its experts in a way that ria-vllm does not know. "
+                "`ria-vllm export` writes a dense folder, which transformers may be able to read."
+            )
+        kinds = layout.parameters.get(parameter, ())
+        if names.keys() != {(expert, kind) for expert in range(layout.num_experts) for kind in kinds}:
+            raise RiaError(
+                f"{place}: {len(names)} linears of experts are stored, but {type(module).__name__} has "
+                f"{layout.num_experts} experts. Get all files of one model."
+            )
+        experts = tuple(tuple(names[expert, kind] for kind in kinds) for expert in range(layout.num_experts))
+        return Placement(experts, True, layout.interleaved, layout.transposed), stored
 
-    @staticmethod
-    def _name(tensors: Mapping[str, torch.Tensor]) -> str:
-        return next(iter(tensors)).rpartition(".")[0]
-
-    def _dense(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.decoded(list(tensors), {source.rpartition(".")[2]: tensor for source, tensor in tensors.items()})
+    def _dense(self, name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.decoded([f"{name}.{part}" for part in tensors], tensors)
 
 
 class ExpertsConverter(WeightConverter):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +16,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import ExpertsLayout, experts_modules
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.files.tensors import check_values
-from ria_vllm.offline.model.run.names import Names
+
+if TYPE_CHECKING:
+    from ria_vllm.offline.model.run.names import Names
 
 # An expert's number is the last but one part of the name of its linear.
 _NUMBERED = re.compile(r"(?P<experts>.+)\.(?P<expert>[0-9]{1,9})\.(?P<leaf>[^.]+)\.weight")
@@ -89,7 +91,7 @@ class ExpertWeights:
         layers: Sequence[nn.Module],
         layers_path: str,
         width: int,
-        names: Names,
+        names: "Names",
         tensors: SourceTensors,
         folder: Path,
     ):

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.sparse24 import VALUE_DTYPES
-from ria_vllm.hf.experts_layout import expert_of, experts_modules
+from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experts.files import ExpertFiles, ExpertWeights, other_experts, other_weights
 from ria_vllm.offline.model.experts.run import Weights, run_one_by_one, set_weights
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
@@ -143,10 +143,6 @@ class StreamedModel:
 
     def written_linear(self, index: int, name: str) -> str:
         """The written name of a linear of layer `index`; `name` is relative to the layer."""
-        expert = expert_of(name)
-        if expert is not None and expert[0] in self.experts[index]:
-            path, number, kind = expert
-            return self.experts[index][path].linear(number, kind)
         return self.names.linear(self.layer_prefix(index) + name)
 
     def unknown_linears(self) -> list[str]:

@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.hf.experts_layout import expert_of, experts_modules
+from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experts.files import other_experts
 from ria_vllm.offline.model.experts.run import own_weights, run_one_by_one, set_watcher, set_weights
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -155,11 +155,6 @@ def test_an_experts_linears_in_its_modules_parameters(kind, interleaved, tmp_pat
     outputs = [torch.arange(layout.inner), -torch.arange(layout.inner)]
     joined = layout.joined(outputs)
     assert torch.equal(joined[::2] if interleaved else joined[: layout.inner], outputs[0])
-
-
-def test_names_of_experts():
-    assert expert_of("mlp.experts.12.down_proj") == ("mlp.experts", 12, "down")
-    assert expert_of("mlp.shared_expert.down_proj") is None and expert_of("mlp.experts") is None
 
 
 def test_experts_that_are_run_in_another_way_are_named():
