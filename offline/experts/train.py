@@ -17,7 +17,7 @@ from ria_vllm.format import permutation
 from ria_vllm.format.formats import IntFormat
 from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, train_block
@@ -41,7 +41,7 @@ class MixtureTrainer:
         monitor: of the progress while that is computed.
     """
 
-    def __init__(self, experts: LayerExperts, lacking: Activations, monitor: Monitor):
+    def __init__(self, experts: RoutedExperts, lacking: Activations, monitor: Monitor):
         self.experts, self.tokens, self.lacking = experts, experts.tokens, lacking
         pruned, dense = self.tokens.pruned, self.tokens.dense
         for index in range(len(pruned)):
@@ -78,19 +78,14 @@ class MixtureTrainer:
         """Train the kept weights of one expert. All ranks do the same.
 
         Args:
-            found: name relative to the layer -> its pruned linear.
+            found: written name -> its pruned linear.
 
         Returns:
             The same linears, see `after_training`.
         """
-        module, recipe, ranks, device = (
-            self.experts.module,
-            self.experts.recipe,
-            self.experts.ranks,
-            self.experts.device,
-        )
-        names = {kind: self.experts.layout.linear(expert, kind) for kind in self.experts.layout.kinds}
-        linears, dense = {kind: found[name] for kind, name in names.items()}, self.experts.dense(expert)
+        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.device
+        names, dense = self.experts.names(expert), self.experts.dense(expert)
+        linears = {kind: found[name] for kind, name in names.items()}
         # Copies, to go back.
         params = {
             kind: nn.Parameter(linear.weight.to(device, torch.float32, copy=True)) for kind, linear in linears.items()
@@ -99,7 +94,7 @@ class MixtureTrainer:
         places = [(rank, index) for rank in range(ranks.size) for index in ranks.broadcast(own, rank)]
 
         def forward(X: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            return output(module, expert, X, params) * scale[:, None]
+            return output(self.experts.module, expert, X, params) * scale[:, None]
 
         with torch.enable_grad():
             losses = train_block(

@@ -1,11 +1,5 @@
-"""How transformers builds the routed experts of a layer: one module with the weights of all experts stacked.
+"""How transformers builds the routed experts of a layer: one module with the weights of all experts stacked."""
 
-An expert's linears have names of their own, relative to the layer, though the model has no such modules:
-`mlp.experts.3.gate_proj`, `mlp.experts.3.up_proj` and `mlp.experts.3.down_proj`. Their weights are [out, in], whatever
-the module's layout is.
-"""
-
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +13,6 @@ GATE, UP, DOWN = KINDS = ("gate", "up", "down")
 LLAMA4 = "Llama4TextExperts"
 FLAGS = ("has_gate", "has_bias", "is_concatenated", "is_transposed")
 """What transformers' `use_experts_implementation` says of a module."""
-
-_LINEAR = re.compile(r"(?P<path>.+)\.(?P<expert>[0-9]+)\.(?P<kind>gate|up|down)_proj")
 
 
 @dataclass(frozen=True)
@@ -62,10 +54,6 @@ class ExpertsLayout:
     def parameters(self) -> dict[str, tuple[str, ...]]:
         """Name of a stacked parameter of the module -> the linears in it."""
         return {"gate_up_proj" if self.has_gate else "up_proj": self.first, "down_proj": (DOWN,)}
-
-    def linear(self, expert: int, kind: str) -> str:
-        """The name of an expert's linear, relative to the layer."""
-        return f"{self.path}.{expert}.{kind}_proj"
 
     def shape(self, kind: str) -> tuple[int, int]:
         """[out, in] of a linear."""
@@ -140,9 +128,3 @@ def experts_modules(model: nn.Module) -> dict[str, ExpertsLayout]:
     """The modules of routed experts in a decoder layer or a model whose layout is known: path in it -> layout."""
     found = {path: layout_of(module, path) for path, module in model.named_modules() if path}
     return {path: layout for path, layout in found.items() if layout is not None}
-
-
-def expert_of(name: str) -> tuple[str, int, str] | None:
-    """(path of the experts, number, kind) of an expert's linear; None if the name is another one's."""
-    found = _LINEAR.fullmatch(name)
-    return None if found is None else (found["path"], int(found["expert"]), found["kind"])

@@ -17,9 +17,10 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts import train
-from ria_vllm.offline.experts.prune import LayerExperts
+from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens
 from ria_vllm.offline.experts.train import MixtureTrainer
+from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import run_one_by_one
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress
@@ -92,7 +93,8 @@ def mixture(request, tmp_path) -> SimpleNamespace:
         experts.down_proj_bias = torch.nn.Parameter(bias["down"])
         formula = Formula(gpt_oss_gated, bias)
     return SimpleNamespace(
-        experts=experts, layout=layout, formula=formula, dense=draw_weights(layout, 1), pruned=draw_weights(layout, 2),
+        experts=experts, layout=layout, files=ExpertFiles(layout, "mlp.experts", {kind: kind for kind in layout.kinds}),
+        formula=formula, dense=draw_weights(layout, 1), pruned=draw_weights(layout, 2),
         reads=draw_reads(layout.width, 3), in_dense=draw_reads(layout.width, 4),
     )  # fmt: skip
 
@@ -101,9 +103,10 @@ def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_den
     tokens = RoutedTokens(
         mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
     )
-    experts = LayerExperts(
-        mixture.experts, mixture.dense.__getitem__, tokens, Recipe(reconstruct="block", compute_dtype="float32"),
-        Ranks(), torch.device("cpu"), torch.float32, torch.float32, str, passes=1,
+    recipe = Recipe(reconstruct="block", compute_dtype="float32")
+    experts = RoutedExperts(
+        mixture.experts, mixture.files, mixture.dense.__getitem__, tokens, recipe, Ranks(), torch.device("cpu"),
+        torch.float32, torch.float32, str,
     )  # fmt: skip
     return MixtureTrainer(experts, Activations(folder), Monitor(shown=False))
 
@@ -136,7 +139,7 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
     formula, reads = mixture.formula, mixture.reads
     for expert, leans in ((2, False), (3, True)):
         found = {
-            mixture.layout.linear(expert, kind): Pruned(weight, packed(weight > 0), None, {})
+            mixture.files.linear(expert, kind): Pruned(weight, packed(weight > 0), None, {})
             for kind, weight in mixture.pruned[expert].items()
         }
         trained = trainer.train(expert, found)
