@@ -35,13 +35,13 @@ def draw(pyplot, measured: Measured):
         for axis, (key, label) in zip(axes, SPEEDS.items(), strict=False):
             axis.plot(users, [figures[key] for _, figures in points], "o-", label=side)
             axis.set(title=label, xlabel="users at once")
-            axis.set_ylim(bottom=0)
         for axis, (key, label) in zip(axes[len(SPEEDS) :], QUALITIES.items(), strict=False):
             # A side without quality keeps its place in the order of colours.
             x = getattr(measured.quality[side], key) if side in measured.quality else float("nan")
             axis.plot([x] * len(points), [figures["output_throughput"] for _, figures in points], "o-", label=side)
             axis.set(title=SPEEDS["output_throughput"], xlabel=label)
     for axis in axes:
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     return figure

@@ -73,7 +73,9 @@ def test_the_plot(tmp_path):
         lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axis.get_lines()}
         return {label: points for label, points in lines.items() if points}
 
-    speed, _, time, perplexity, kl = draw(pyplot, Measured(SIDES, RUNS, QUALITY)).axes
+    axes = speed, _, time, perplexity, kl = draw(pyplot, Measured(SIDES, RUNS, QUALITY)).axes
+    for axis in axes:  # nothing is cut off
+        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > max(y for line in drawn(axis).values() for _, y in line)
     assert drawn(speed) == {"dense": [(1, 110), (4, 200)], "sparse": [(1, 150), (4, 100)]}
     assert drawn(time)["sparse"] == [(1, pytest.approx(100 / 150)), (4, 1)]
     assert drawn(perplexity) == {"dense": [(40, 110), (40, 200)], "sparse": [(60, 150), (60, 100)]}
