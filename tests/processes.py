@@ -27,7 +27,6 @@ LONGEST = (
     "tests/offline/distill/test_processes.py",
     "tests/offline/distill/test_run.py",
     "tests/serve/test_pipeline.py",
-    "tests/serve/test_vllm_formats.py",
     "tests/offline/experts/test_peak_memory.py",
 )
 GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks

@@ -98,16 +98,6 @@ def differences(model, results, given: list[list[int]] | None = None) -> torch.T
     return torch.cat(found)
 
 
-def recomputed(model, results, given: list[list[int]]) -> list[dict]:
-    """The results with the logprobs that this model gives the same tokens, in its own dtype."""
-    found = []
-    for prompt, result in zip(given, results, strict=True):
-        _, mine = predicted(model, prompt + result["tokens"])
-        before, after = mine.split([len(prompt) - 1, len(result["tokens"])])
-        found.append(result | {"prompt": before[-len(result["prompt"]) :].tolist(), "logprobs": after.tolist()})
-    return found
-
-
 def check(model, results, half: bool = False, given: list[list[int]] | None = None) -> None:
     off = differences(model, results, given)
     if half:

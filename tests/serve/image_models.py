@@ -21,9 +21,6 @@ SPECIAL = {
     "video_token": "<video>",
     "vision_bos_token": "<vision>",
     "vision_eos_token": "</vision>",
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<context>",
     "llama4_image": "<|image|>",
     "llama4_begin": "<|image_start|>",
     "llama4_end": "<|image_end|>",
@@ -73,42 +70,6 @@ FAMILIES = {
         block="model.layers.{i}.", model_type="qwen2_5_vl_text",
         settings=(("rope_parameters", SECTIONS), ("head_dim", None)),
     ),
-    "qwen3_vl": wrapped(
-        "qwen3", "qwen3_vl",
-        (
-            ("vision_config", QWEN_TOWER | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}),
-            *QWEN_IDS,
-        ),
-        block="model.language_model.layers.{i}.", model_type="qwen3_vl_text",
-        settings=(("rope_parameters", SECTIONS | {"mrope_interleaved": True}),),
-    ),
-    "llava": wrapped(
-        "llama-gqa", "llava",
-        (
-            ("vision_config", TOWER | {"model_type": "clip_vision_model", "num_hidden_layers": 2}),
-            ("image_token_index", IDS["image_token"]), ("image_seq_length", (SIDE // PATCH) ** 2),
-            ("tie_word_embeddings", False),
-        ),
-        older=OLDER,
-    ),
-    "mistral3": wrapped(
-        "mistral", "mistral3",
-        (
-            ("vision_config", TOWER | {"model_type": "pixtral", "head_dim": 32}),
-            ("image_token_index", IDS["image_token"]), ("spatial_merge_size", 2), ("tie_word_embeddings", False),
-        ),
-    ),
-    "internvl": wrapped(
-        "qwen2", "internvl",
-        (
-            (
-                "vision_config",
-                TOWER | {"model_type": "internvl_vision", "image_size": [SIDE] * 2, "patch_size": [PATCH] * 2},
-            ),
-            ("image_token_id", IDS["context_image_token"]), ("image_seq_length", 4), ("tie_word_embeddings", False),
-        ),
-        settings=(("head_dim", None),),
-    ),
     "llama4": wrapped(
         "llama-gqa", "llama4",
         (
@@ -134,33 +95,13 @@ def processor(name: str):
         tokenizer.add_tokens(["\n" * i for i in range(1, 5)])
         images = t.Gemma3ImageProcessor(size=size)
         return t.Gemma3Processor(images, tokenizer, chat_template=template("<begin>"), image_seq_length=4)
-    if name in ("qwen2_5_vl", "qwen3_vl"):
+    if name == "qwen2_5_vl":
         pixels = {"size": {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}, "patch_size": PATCH}
         images = t.Qwen2VLImageProcessor(**pixels)
-        kind, videos = {
-            "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
-            "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
-        }[name]
-        chat_template = template("<vision><image></vision>")
-        return kind(images, tokenizer, videos(**pixels), chat_template=chat_template)
-    if name == "llava":
-        images = t.CLIPImageProcessor(size=size, crop_size=size)
-        return t.LlavaProcessor(
-            images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1, chat_template=template("<image>"),
-        )  # fmt: skip
-    if name == "mistral3":
-        images = t.PixtralImageProcessor(size={"longest_edge": SIDE}, patch_size={"height": PATCH, "width": PATCH})
-        return t.PixtralProcessor(
-            images, tokenizer, patch_size=PATCH, spatial_merge_size=2, chat_template=template("<image>"),
-            image_token="<image>", image_break_token="<begin>", image_end_token="<end>",
-        )  # fmt: skip
-    if name == "llama4":
-        images = t.Llama4ImageProcessor(size=size, max_patches=1)
-        return t.Llama4Processor(images, tokenizer, PATCH, chat_template=template("<|image|>"))
-    images = t.GotOcr2ImageProcessor(size=size, crop_to_patches=False)
-    return t.InternVLProcessor(images, tokenizer, t.InternVLVideoProcessor(), image_seq_length=4,
-                               chat_template=template("<context>"))  # fmt: skip
+        videos = t.Qwen2VLVideoProcessor(**pixels)
+        return t.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=template("<vision><image></vision>"))
+    images = t.Llama4ImageProcessor(size=size, max_patches=1)
+    return t.Llama4Processor(images, tokenizer, PATCH, chat_template=template("<|image|>"))
 
 
 def template(image: str) -> str:

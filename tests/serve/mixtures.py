@@ -31,7 +31,6 @@ class Mixture:
         at: name of the experts in the checkpoint.
         linears: the ends of the names of gate, up and down.
         stacked: how the dense model's files stack them.
-        architecture: that vLLM knows, if it is not transformers' class.
     """
 
     model_type: str
@@ -39,7 +38,6 @@ class Mixture:
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     stacked: tuple[Stacked, ...] = ()
     settings: tuple[tuple[str, object], ...] = ()
-    architecture: str | None = None
 
     def experts(self) -> Experts:
         gate, up, down = (f"{self.at}.{{e}}.{end}" for end in self.linears)
@@ -60,14 +58,6 @@ FAMILIES = {
     ),
     "qwen2_moe": Mixture("qwen2_moe", settings=(*QWEN, SHARED, ("norm_topk_prob", True))),
     "qwen3_moe": Mixture("qwen3_moe", settings=(*QWEN, ("norm_topk_prob", True))),
-    "olmoe": Mixture("olmoe", settings=(("num_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None))),
-    "phimoe": Mixture(
-        "phimoe", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"), architecture="PhiMoEForCausalLM",
-        settings=(
-            ("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None), ("lm_head_bias", True),
-            ("attention_bias", True),
-        ),
-    ),
     "granitemoe": Mixture(
         "granitemoe", "model.layers.{i}.block_sparse_moe.experts",
         stacked=(
@@ -89,39 +79,6 @@ FAMILIES = {
             ("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0),
         ),
     ),
-    "glm4_moe": Mixture(
-        "glm4_moe",
-        settings=(
-            ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
-            ("first_k_dense_replace", 0), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
-            ("norm_topk_prob", True), ("routed_scaling_factor", 1.5), ("num_nextn_predict_layers", 0),
-        ),
-    ),
-    "deepseek_v2": Mixture(
-        "deepseek_v2",
-        settings=(
-            ("n_routed_experts", EXPERTS), ("num_experts_per_tok", 2), ("moe_intermediate_size", INNER),
-            ("first_k_dense_replace", 1), ("n_group", 1), ("topk_group", 1), ("n_shared_experts", 1),
-            ("topk_method", "greedy"), ("norm_topk_prob", False), ("routed_scaling_factor", 1.0), ("q_lora_rank", None),
-            ("kv_lora_rank", 512), ("qk_nope_head_dim", 32), ("qk_rope_head_dim", 64), ("v_head_dim", 32),
-            ("head_dim", None),
-        ),
-    ),
-    "qwen3_next": Mixture(
-        "qwen3_next",
-        settings=(
-            *QWEN, SHARED, ("norm_topk_prob", True), ("layer_types", ["linear_attention", "full_attention"]),
-            ("linear_num_key_heads", 2), ("linear_num_value_heads", 4), ("linear_key_head_dim", 128),
-            ("linear_value_head_dim", 128), ("mlp_only_layers", []),
-        ),
-    ),
-    "qwen3_5_moe_text": Mixture(
-        "qwen3_5_moe_text",
-        settings=(
-            *QWEN, SHARED, ("layer_types", ["linear_attention", "full_attention"]), ("linear_num_key_heads", 2),
-            ("linear_num_value_heads", 4), ("linear_key_head_dim", 128), ("linear_value_head_dim", 128),
-        ),
-    ),
     "gpt_oss": Mixture(
         "gpt_oss",
         stacked=(
@@ -135,7 +92,6 @@ FAMILIES = {
         ),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("quantization_config", None)),
     ),
-    # The router's weight multiplies what the one expert of a token reads.
     "llama4": Mixture(
         "llama4_text", LLAMA4,
         stacked=(
@@ -162,11 +118,8 @@ def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) ->
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "lm_head.bias":  # vLLM's PhiMoE leaves it out of the logits
-                parameter.zero_()
-            elif parameter.dim() >= 2 and "conv" not in name:
-                fan_in = HIDDEN
-                parameter.normal_(std=fan_in**-0.5 * 1.5)
+            if parameter.dim() >= 2:
+                parameter.normal_(std=HIDDEN**-0.5 * 1.5)
                 if ".gate.weight" in name or "router" in name:
                     parameter.mul_(3)  # no ties between experts that rounding could decide
             else:
@@ -245,9 +198,6 @@ def write(
     units |= {name: tensor for name, tensor in tensors.items() if name not in replaced}
     experts = family.experts()
     config = json.loads((dense / "config.json").read_text())
-    if family.architecture is not None:
-        config["architectures"] = [family.architecture]
-        (dense / "config.json").write_text(json.dumps(config))
     fold = Fold(
         consumer=experts.down, producers=[Producer(name=experts.gate), Producer(name=experts.up)],
         coupling="elementwise",

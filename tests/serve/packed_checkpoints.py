@@ -16,6 +16,12 @@ SIZES = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 IGNORED = ("lm_head", "re:.*lm_head")
 
 
+def arguments(bits: int, size: int | None = None, kind: str = "int", strategy: str = "channel") -> dict[str, Any]:
+    """What QuantizationArgs takes, for weights. `size`: of groups."""
+    how = {"strategy": strategy} if size is None else {"strategy": "group", "group_size": size}
+    return {"num_bits": bits, "type": kind, "symmetric": True} | how
+
+
 @dataclass(frozen=True)
 class Packed:
     """How a checkpoint is written.

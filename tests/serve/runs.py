@@ -35,7 +35,7 @@ class Runs:
             models, jobs = {}, []
             place = self.place(group)
             for number, (run, (family, written, engine)) in enumerate(group.items()):
-                models[run] = tiny.write(tiny.FAMILIES[family], place / f"model{number}", **written)
+                models[run] = tiny.write(tiny.FAMILIES.get(family, family), place / f"model{number}", **written)
                 jobs.append({
                     "model": str(place / f"model{number}"), "prompts": prompts(), "tokens": 6,
                     "engine": {"dtype": "float32"} | engine, "prompt_logprobs": "pipeline_parallel_size" not in engine,

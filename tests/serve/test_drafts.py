@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from checkpoint_folder import config_of
+from checkpoint_folder import Collecting, config_of, files
 from gated_model import PREFIX, Model, stored_model
 from mixture_layers import Model as Mixture
 from mixture_layers import StoredMixture
-from test_first_load import Collecting, files
 from vllm.config import LoRAConfig, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 
@@ -70,11 +69,6 @@ def test_who_takes_adapters(vllm_config, unrecorded):
     assert build(of_draft, Asking, None).lora == [False, False]  # the method draft_model
     assert build(of_draft, Asking, DRAFT).lora == [False, False]
     assert EngineOptions.current().lora
-
-
-def test_methods_without_a_draft_name_the_target_as_their_draft(vllm_config, unrecorded):
-    vllm_config.speculative_config.draft_model_config = TARGET  # ngram and suffix
-    assert build(vllm_config, Asking, TARGET).lora == [True, True]
 
 
 class Gated(Model):

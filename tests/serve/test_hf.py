@@ -1,6 +1,5 @@
 """`from_pretrained` on a compressed folder (ria_vllm/hf), on the small checkpoints of `tiny`."""
 
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +21,6 @@ from transformers import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schema import PERMUTATIONS_FILE
 
 
 def logits(model):
@@ -36,7 +34,7 @@ def run_alone(code):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "opt", "phi3"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "phi3"])
 def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     pruned = tiny.write(tiny.FAMILIES[name], tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
@@ -47,7 +45,7 @@ def test_loads_as_the_plain_model_and_saves_as_one(name, tmp_path):
     assert torch.equal(logits(again), logits(loaded))
 
 
-@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
+@pytest.mark.parametrize("weights", ["float", "int4-g32"])
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_a_wrapper_loads(name, weights, tmp_path):
     """Its files have other names than its modules."""
@@ -59,9 +57,7 @@ def test_a_wrapper_loads(name, weights, tmp_path):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("mixtral", "float"), ("gpt_oss", "int4-g32"), ("granitemoe", "int8"), ("glm4_moe", "int4")]
-)
+@pytest.mark.parametrize(("name", "weights"), [("gpt_oss", "int4-g32"), ("granitemoe", "int8")])
 def test_experts_without_a_head(name, weights, tmp_path):
     """transformers strips the base model's prefix from the names of experts, too."""
     folder, dense = mixtures.write(mixtures.FAMILIES[name], tmp_path, weights=weights)
@@ -75,8 +71,8 @@ def test_experts_without_a_head(name, weights, tmp_path):
 MIXTRAL = mixtures.FAMILIES["mixtral"]
 
 
-@pytest.mark.parametrize("weights", ["float", "int8"])
-@pytest.mark.parametrize("name", ["mixtral", "minimax_m2", "phimoe", "granitemoe", "qwen3_moe", "llama4"])
+@pytest.mark.parametrize("weights", ["int8"])
+@pytest.mark.parametrize("name", ["mixtral", "minimax_m2", "granitemoe", "llama4"])
 def test_experts_are_saved_as_in_the_dense_files(name, weights, tmp_path):
     """Not as transformers holds them, which other programs do not read."""
     family = mixtures.FAMILIES.get(name) or replace(MIXTRAL, model_type=name)
@@ -152,14 +148,6 @@ def test_dtype(tmp_path, asked, given):
     assert {parameter.dtype for parameter in loaded.parameters()} == {given}
 
 
-def test_dtype_of_what_was_renamed(tmp_path):
-    """GPT-NeoX's head has another name on disk."""
-    pruned = tiny.write(tiny.FAMILIES["gpt-neox"], tmp_path / "out", dtype=torch.bfloat16)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-    torch.testing.assert_close(logits(loaded), logits(pruned.float()), rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_what_transformers_keeps_in_float32(tmp_path, monkeypatch, dtype, stored):
@@ -173,33 +161,6 @@ def test_what_transformers_keeps_in_float32(tmp_path, monkeypatch, dtype, stored
         for folder in ("out", "dense")
     )
     assert found == want and len(set(want.values())) == (1 if dtype == torch.float32 else 2)
-
-
-def test_damage_names_the_layer(tmp_path):
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
-
-    def change(tensors):
-        tensors["model.layers.1.mlp.up_proj.bitmask"][3, 1] = 7
-
-    rewrite(tmp_path / "out" / "model.safetensors", change)
-    with pytest.raises(RiaError, match="model.layers.1.mlp.up_proj: row 3, columns 8 to 15"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_missing_permutations(tmp_path):
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out")
-    (tmp_path / "out" / PERMUTATIONS_FILE).unlink()
-    with pytest.raises(RiaError, match="permutations.safetensors is missing"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_permutations_of_another_run(tmp_path):
-    for name, seed in (("out", 0), ("other", 1)):
-        torch.manual_seed(seed)
-        tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / name, seed=seed)
-    shutil.copyfile(tmp_path / "other" / PERMUTATIONS_FILE, tmp_path / "out" / PERMUTATIONS_FILE)
-    with pytest.raises(RiaError, match="permutations.safetensors is from another run"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("first", ["ria_vllm", "transformers.quantizers.auto", "transformers.modeling_utils"])

@@ -4,9 +4,8 @@ import pytest
 import tiny
 from compare import check, differences, generate, job_of
 from compressed_tensors_writer import needs_writer
-from packed_checkpoints import Packed, write
+from packed_checkpoints import Packed, arguments, write
 from runs import ONE_THREAD_EACH, TWO_RANKS
-from test_marlin24 import arguments
 
 pytestmark = [pytest.mark.slow, needs_writer]
 
@@ -17,27 +16,18 @@ PACK = Packed("pack-quantized", arguments(4, 128), sparsity=SPARSE)
 # Name of the run: (how the checkpoint is written, changes to the job)
 RUNS = {
     "marlin-24, int4 in groups": (MARLIN, {}),
-    "marlin-24, int4 by channel": (Packed("marlin-24", arguments(4, None), sparsity=SPARSE), {}),
     "marlin-24, int8 in groups, reloaded": (Packed("marlin-24", arguments(8, 128)), {"first": "reload"}),
-    "marlin-24, bfloat16": (MARLIN, {"engine": {"dtype": "bfloat16"}}),
-    "pack-quantized, int4 in groups": (PACK, {}),
     "pack-quantized, bfloat16": (PACK, {"engine": {"dtype": "bfloat16"}}),
     "pack-quantized, int8 by channel, one linear not 2:4, reloaded": (
-        Packed("pack-quantized", arguments(8, None), spoiled="1.mlp.down_proj", sparsity=SPARSE), {"first": "reload"},
+        Packed("pack-quantized", arguments(8), spoiled="1.mlp.down_proj", sparsity=SPARSE), {"first": "reload"},
     ),
-    "pack-quantized, int4 in groups of 32, one linear not 2:4": (
-        Packed("pack-quantized", arguments(4, 32), spoiled="0.self_attn.o_proj", sparsity=SPARSE), {},
-    ),
-    "int-quantized, int4 in groups of 64": (Packed("int-quantized", arguments(4, 64), sparsity=SPARSE), {}),
-    "int-quantized, int8 by channel": (Packed("int-quantized", arguments(8, None), sparsity=SPARSE), {}),
 }  # fmt: skip
 BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 W8A8 = "int-quantized, int8 by channel, inputs by token"
 
 # The same, by the kernel that multiplies all weights as they are stored.
 AS_STORED = {
-    W8A8: (Packed("int-quantized", arguments(8, None), BY_TOKEN, sparsity=SPARSE), {}),
-    "marlin-24 on two ranks": (MARLIN, {"engine": TWO_RANKS}),
+    W8A8: (Packed("int-quantized", arguments(8), BY_TOKEN, sparsity=SPARSE), {}),
     "pack-quantized on two ranks, one linear not 2:4": (
         Packed("pack-quantized", arguments(4, 128), spoiled="0.self_attn.o_proj", sparsity=SPARSE),
         {"engine": TWO_RANKS},

@@ -86,14 +86,6 @@ def built(ranks, monkeypatch):
     return build, stored
 
 
-def test_weights_that_a_draft_lacks_are_looked_for_in_its_own_folder(built):
-    """A draft may be built with the configuration of its target."""
-    build, stored = built
-    model = build("the draft")
-    with pytest.raises(RiaError, match="^the draft: the weight of vLLM's layer fc is in none of the weight files"):
-        model.load_weights(tensors_of(stored))
-
-
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
     """Also the first load after a start with dummy weights. vLLM would keep what the layer had, and only warn."""

@@ -107,12 +107,3 @@ def test_chat_streams(server):
         stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
     )  # fmt: skip
     assert list(parts)[-1].usage.completion_tokens == 5
-
-
-def test_metrics_and_one_line_in_the_log(server):
-    url, _, log = server
-    metrics = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
-    assert "vllm:generation_tokens_total" in metrics
-    lines = [line for line in log.read_text().splitlines() if "pruned layers, kernels" in line]
-    assert len(lines) == 1
-    assert "4 folded, 10 gathered" in lines[0]

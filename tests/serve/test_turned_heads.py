@@ -26,8 +26,6 @@ WAYS = {
     "llama": ({}, {"reconstruct": "short"}, {}),
     "qwen2": ({}, {"weights": "int8"}, {}),
     "phi3": ({}, {}, {}),
-    "opt": ({}, {}, {}),
-    "gpt-neox": ({"num_key_value_heads": 4}, {"weights": "int4"}, {}),
     "deepseek-v3": (LATENT, {}, LATENT_ATTENTION),
 }
 

@@ -25,8 +25,6 @@ def plain(family, **settings):
 
 FAMILIES = {
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
-    "tied": plain("gemma2"),
-    "fused, int8": plain("gpt-neox", weights="int8"),
     "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
 }
 
@@ -35,14 +33,8 @@ def sequences(first, second):
     """Steps that end with the weights of `second`, or of `first`; whether each must be refused."""
     broken = {"send": second, "pieces": 3, "broken": "layernorm.weight"}
     return {
-        "files": ([({"reload": second}, False)], second),
         "files, back": ([({"reload": second}, False), ({"reload": first}, False)], first),
-        "sent": ([({"send": second, "pieces": 4}, False)], second),
         "refused, then sent": ([(broken, True), ({"send": second, "pieces": 2}, False)], second),
-        "left, then sent": (
-            [({"send": first, "pieces": 5, "left": 2}, True), ({"send": second, "pieces": 1}, False)], second
-        ),
-        "refused, then files": ([(broken, True), ({"reload": first}, False)], first),
     }  # fmt: skip
 
 

@@ -263,6 +263,13 @@ def export(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """In float64, after a few tokens."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return model.double()(torch.randint(3, VOCAB, (2, 9))).logits
+
+
 def add_tokenizer(folder: Path) -> None:
     tokenizer().save_pretrained(folder)
 

@@ -42,8 +42,8 @@ def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
 
 def load(worker: Any, step: dict[str, Any]) -> str | None:
     """Take a step: {"reload": folder}, or {"send": folder, "pieces": how many}, perhaps with "broken": how the name of
-    a tensor ends that has another shape (on "rank" only, if that is given), or "left": after so many pieces the trainer
-    goes away. "patience": seconds that ranks wait for each other.
+    a tensor ends that has another shape (on "rank" only, if that is given). "patience": seconds
+    that ranks wait for each other.
 
     Returns:
         The error that has refused it; None if it was done.
@@ -63,10 +63,7 @@ def load(worker: Any, step: dict[str, Any]) -> str | None:
             at = max(i for i, (name, _) in enumerate(found) if name.endswith(step["broken"]))
             found[at] = found[at][0], torch.zeros(3, 5)
         pieces = deque(found[i :: step["pieces"]] for i in range(step["pieces"]))
-        for number, piece in enumerate(pieces):
-            if number == step.get("left"):
-                worker._weight_update_active = False
-                return "left"
+        for piece in pieces:
             worker.update_weights({"tensors": piece})
         worker.finish_weight_update()
     except Exception as error:

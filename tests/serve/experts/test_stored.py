@@ -1,0 +1,59 @@
+import pytest
+from mixture_layers import AT, EXPERTS, LAYER, StoredMixture
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.layer_schema import Experts
+from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.experts.stored import named_experts, stored_experts
+
+
+def schema(**changes):
+    names = {kind: f"{AT}.{{e}}.{kind}" for kind in ("gate", "up", "down")} | changes
+    return RiaSchema(sparsity_config=SparsityConfig(), experts=[Experts(module=AT, num_experts=2, **names)])
+
+
+def names(layer, *kinds):
+    return [f"model.layers.{layer}.mlp.experts.{e}.{kind}" for e in range(2) for kind in kinds]
+
+
+def test_the_layers_are_those_of_the_pruned_linears():
+    pruned = [*names(0, "gate", "up", "down"), *names(12, "gate", "up", "down"), "model.layers.3.mlp.gate"]
+    found = stored_experts(schema(), pruned, "here")
+    assert set(found) == {"model.layers.0.mlp.experts", "model.layers.12.mlp.experts"}
+    one = found["model.layers.12.mlp.experts"]
+    assert one.linear("down", 1) == "model.layers.12.mlp.experts.1.down" and one.is_gated
+    assert {name for name, _, _ in one.linears()} == set(names(12, "gate", "up", "down"))
+
+
+@pytest.mark.parametrize(
+    "pruned, message",
+    [
+        (names(0, "gate", "up"), "0.mlp.experts.0.down is not pruned, but others"),
+        ([*names(0, "gate", "up", "down"), "model.layers.0.mlp.experts.01.up"], "says that there are 2 experts"),
+    ],
+)
+def test_a_layer_is_pruned_whole(pruned, message):
+    with pytest.raises(RiaError, match=message):
+        stored_experts(schema(), pruned, "here")
+
+
+def test_names_without_a_common_beginning():
+    other = schema(up="model.layers.{i}.other.{e}.up")
+    with pytest.raises(RiaError, match="the linears of an expert are expected under one name"):
+        stored_experts(other, names(0, "gate"), "here")
+    with pytest.raises(RiaError, match="the linears of an expert are expected under one name"):
+        named_experts(other, "model.layers.0.mlp.experts")
+
+
+def test_experts_by_the_name_of_a_layer():
+    found = named_experts(schema(), "model.layers.7.mlp.experts")
+    assert found.linear("up", 0) == "model.layers.7.mlp.experts.0.up"
+    assert named_experts(schema(), "model.layers.7.mlp") is None
+
+
+def test_a_config_survives_pickling():
+    """vLLM sends it to its workers before the model is built."""
+    import pickle
+
+    config = pickle.loads(pickle.dumps(StoredMixture(bias=True).config()))
+    assert set(config.experts) == {LAYER} and len(config.expert_linears) == 3 * EXPERTS

@@ -1,0 +1,186 @@
+"""Reloads, layer by layer as vLLM does them. Afterwards a layer computes with the new weights, or the reload failed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
+from stored import Stored
+from test_marlin24 import tensors as marlin_tensors
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import FORMATS
+from ria_vllm.serve.model.config import RiaConfig
+
+pytestmark = pytest.mark.usefixtures("ranks")
+
+
+def reload(model, stream):
+    initialize_layerwise_reload(model)
+    stream()
+    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+
+
+def fused(checkpoint, dtype=torch.float32):
+    layer = MergedColumnParallelLinear(
+        128, [64, 32], bias=False, quant_config=checkpoint.config(), prefix="gate_up", params_dtype=dtype,
+        return_bias=False,
+    )  # fmt: skip
+    return layer, {"gate": (0, 64), "up": (1, 32)}
+
+
+def check(layer, checkpoint, dtype=torch.float32):
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).to(dtype)
+    plain = torch.cat([checkpoint.plain["gate"], checkpoint.plain["up"]])
+    torch.testing.assert_close(layer(x).double(), x.double() @ plain.T, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("quantized", "dense", "two_of_four"),
+    [
+        ({"weights": FLOAT, "inputs": BY_TOKEN}, False, True),
+        ({"weights": FLOAT, "inputs": BY_TENSOR, "strategy": "tensor"}, True, True),
+        ({"weights": INT, "inputs": None}, True, False),
+        ({"weights": INT, "inputs": None, "strategy": "tensor"}, False, True),
+    ],
+)
+def test_quantized_weights_are_scaled_again(quantized, dense, two_of_four):
+    checkpoint = Checkpoint(dense=dense, **quantized)
+    layer, linears = fused(checkpoint)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    check(checkpoint.load(layer, linears, two_of_four=two_of_four), checkpoint)
+    for seed in (1, 2):
+        reload(model, lambda: checkpoint.stream(layer, linears, seed=seed, two_of_four=two_of_four))
+        check(layer, checkpoint)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_that_are_no_longer_two_of_four_are_refused(first):
+    """Also the other way round: a layer that is served dense stays dense."""
+    checkpoint = Checkpoint(dense=True)
+    layer, linears = fused(checkpoint)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    checkpoint.load(layer, linears, two_of_four=first)
+    with pytest.raises(RiaError, match="gate_up: .*Start the server again"):
+        reload(model, lambda: checkpoint.stream(layer, linears, seed=1, two_of_four=not first))
+
+
+def test_the_report_counts_a_layer_once():
+    checkpoint = Checkpoint(dense=True)
+    config = checkpoint.config()
+    layers = [
+        ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix=name, params_dtype=torch.float32)
+        for name in ("fc", "gc")
+    ]
+    model = torch.nn.Sequential(*layers)
+    record_metadata_for_reloading(model)
+    checkpoint.load(layers[0], {"fc": (None, 64)}, two_of_four=False)
+    checkpoint.load(layers[1], {"gc": (None, 64)})
+    first = (config.report.expected, config.report.loaded, config.report.graph)
+    assert first[:2] == (1, 1)
+
+    def stream():
+        checkpoint.stream(layers[1], {"gc": (None, 64)}, seed=1)
+        checkpoint.stream(layers[0], {"fc": (None, 64)}, seed=1, two_of_four=False)
+
+    reload(model, stream)
+    assert (config.report.expected, config.report.loaded, config.report.graph) == first
+
+
+@pytest.mark.parametrize(("name", "backend"), [("float", ""), ("int8", "reference"), ("int4-g32", "")])
+def test_a_reload_of_some_tensors_is_refused(monkeypatch, name, backend):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
+    first, other = Stored(weight_format=FORMATS[name]), Stored(1, FORMATS[name])
+    for stored in (first, other):
+        stored.add("fc", 64, 128)
+    layer = ReplicatedLinear(128, 64, quant_config=first.config(), prefix="fc", return_bias=False)
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    x = torch.randn(3, 128)
+
+    def stream(stored, *parts):
+        for part in parts:
+            getattr(layer, part).weight_loader(getattr(layer, part), stored.tensors["fc"][part])
+
+    def stream_all(stored):
+        stream(stored, *stored.tensors["fc"])
+        layer.bias.weight_loader(layer.bias, stored.bias["fc"])
+
+    first.load(layer, {"fc": None})
+    torch.testing.assert_close(layer(x).double(), first.apply(x, "fc"), rtol=0, atol=2e-5)
+    reload(model, lambda: stream_all(other))
+    torch.testing.assert_close(layer(x).double(), other.apply(x, "fc"), rtol=0, atol=2e-5)
+    with pytest.raises(RiaError, match=r"fc\.compressed did not come"):
+        reload(model, lambda: stream(first, "bitmask"))
+
+
+FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+
+
+def in_groups(form, group_size):
+    config = RiaConfig.from_config(
+        {
+            "quant_method": "compressed-tensors", "format": form,
+            "sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]},
+            "config_groups": {"0": {"targets": ["Linear"], "weights": FOUR_BITS | {"group_size": group_size}}},
+        }
+    )  # fmt: skip
+    layer = ReplicatedLinear(
+        256, 64, bias=False, quant_config=config, prefix="fc", params_dtype=torch.bfloat16, return_bias=False
+    )
+    model = torch.nn.Sequential(layer)
+    record_metadata_for_reloading(model)
+    for parameter in layer.parameters():
+        parameter.data = torch.randint(0, 100, parameter.shape).to(parameter.dtype)
+    return model, config
+
+
+def stream_packed(model, config, tensors):
+    for name, tensor in config.translation.translate([(f"fc.{n}", t) for n, t in tensors.items()], whole=True):
+        parameter = getattr(model[0], name.removeprefix("fc."))
+        parameter.weight_loader(parameter, tensor)
+
+
+@pytest.fixture
+def dummies(ranks):
+    get_current_vllm_config().load_config.load_format = "dummy"
+
+
+def test_dummies_of_marlin_have_the_scales_of_real_weights(dummies):
+    model, config = in_groups("marlin-24", 128)
+    model[0].quant_method.process_weights_after_loading(model[0])
+    stored = marlin_tensors(bits=4, size=128, rows=64, columns=256)
+    stored["weight_packed"] = torch.randint(-(2**31), 2**31, stored["weight_packed"].shape).int()
+    stored["scale_packed"] = torch.rand(2, 64).half() / 100
+    reload(model, lambda: stream_packed(model, config, stored))
+    other, config = in_groups("marlin-24", 128)
+    stream_packed(other, config, stored)
+    other[0].quant_method.process_weights_after_loading(other[0])
+    x = torch.randn(3, 256).bfloat16()
+    assert torch.equal(model[0](x), other[0](x))
+    for name in other[0].ria_packed.parameters:
+        assert torch.equal(getattr(model[0], name), getattr(other[0], name))
+
+
+@pytest.mark.parametrize("real", [torch.bfloat16, torch.float32])
+def test_dummies_whose_scales_cannot_hold_the_real_ones_are_refused(dummies, monkeypatch, real):
+    """torch would round them as it copies them. (The packed bytes of the CPU kernel say what they hold.)"""
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    model, config = in_groups("pack-quantized", 64)
+    model[0].quant_method.process_weights_after_loading(model[0])
+    words = torch.full((64, 32), 0x8F858F85 - 2**32, dtype=torch.int32)  # -3, 0, 7, 0 and again
+    stored = {"weight_packed": words, "weight_scale": torch.ones(64, 4, dtype=real)}
+    if real == torch.bfloat16:
+        reload(model, lambda: stream_packed(model, config, stored))
+        return
+    with pytest.raises(RiaError, match=r"fc: its new weights are packed as .*, unlike those .*Start a server"):
+        reload(model, lambda: stream_packed(model, config, stored))

@@ -1,0 +1,140 @@
+"""What the report of a load says, and adds to vLLM's compile key."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compressed_tensors_layers import INT, Checkpoint
+from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from ria_vllm.format.formats import FLOAT, FORMATS
+from ria_vllm.serve.kernels import registry
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.choice import Choice
+from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.load import load_report
+from ria_vllm.serve.load.load_report import LoadReport
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
+    monkeypatch.setattr(load_report, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    words = []
+    monkeypatch.setattr(load_report.logger, "warning_once", lambda text, *values: words.append(text % values))
+    return words
+
+
+def load(*graphs, report=None):
+    report = report or LoadReport()
+    report.expected += len(graphs)
+    for graph in graphs:
+        report.add(["cpu"], 0, 0, 2, 1, graph)
+    return report
+
+
+def key(*models):
+    """vLLM's compile key after these models were loaded in one process; each is the graphs of its layers."""
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        for graphs in models:
+            load(*graphs)
+    return config.compute_hash()
+
+
+def test_every_model_of_a_process_is_in_the_key():
+    target, other, draft = ("a", "b"), ("a", "c"), ("d",)
+    keys = [key(target), key(target, draft), key(other, draft), key(target, ("e",)), key(draft), key(target, target)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_layers_that_come_later_replace_the_models_own_key():
+    config, at_once = VllmConfig(), VllmConfig()
+    with set_current_vllm_config(config):
+        report = load("a")
+        load("z")
+        load("b", report=report)
+    with set_current_vllm_config(at_once):
+        load("z")
+        load("a", "b")
+    assert config.compute_hash() == at_once.compute_hash()
+
+
+def test_a_layer_that_is_served_dense_is_in_the_key():
+    keys = []
+    for left_out in ("fc", "gc", None):
+        config = VllmConfig()
+        with set_current_vllm_config(config):
+            report = LoadReport()
+            if left_out:
+                report.expected += 1
+                report.leave_out(left_out, True, FLOAT)
+            load("a", report=report)
+        keys.append(config.compute_hash())
+    assert len(set(keys)) == 3
+
+
+INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "stored, kept, activations, applied, expected",
+    [
+        (FLOAT, FLOAT, None, None, []),
+        (INT4, FLOAT, torch.int8, None, ["Weights in int4-g64 are widened", "Inputs are not rounded to int8, because"]),
+        (INT4, INT4, FP8_INPUTS, None, ["Inputs are not rounded to float8_e4m3fn, because no fast kernel for cuda"]),
+    ],
+)
+def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, applied, expected):
+    config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, kept, 64, 64, applied)
+    LoadReport().warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
+    assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
+
+
+def test_a_slow_kernel_that_nobody_asked_for_is_said(said, monkeypatch):
+    config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 16, 100)
+    choice = registry.choose(config)
+    LoadReport().warn_of_choice(choice, None)
+    assert choice.kernel is ReferenceKernel and len(said) == 1
+    assert said[0].startswith("The kernel reference serves a 16 x 100 layer with float weights") and "doctor" in said[0]
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
+    LoadReport().warn_of_choice(registry.choose(config), None)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said, rank):
+    """On any rank, because the weights of the others may be 2:4."""
+    ranks(rank, 2)
+    checkpoint = Checkpoint(weights=INT, inputs=INT | {"strategy": "token"}, dense=True)
+    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
+    checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False)
+    assert said == [
+        "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
+        "those of weights in int8 alone."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("offload", "option"),
+    [
+        ({}, None),
+        ({"uva": {"cpu_offload_gb": 2}}, "--cpu-offload-gb"),
+        ({"prefetch": {"offload_group_size": 2}, "offload_backend": "uva"}, None),
+    ],
+)
+@pytest.mark.parametrize("cpu", [True, False])
+@pytest.mark.filterwarnings("ignore:.*offload fields are set")
+def test_offloading_that_leaves_pruned_weights_on_the_gpu_is_said(ranks, said, monkeypatch, offload, option, cpu):
+    monkeypatch.setattr(load_report, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+    checkpoint = Checkpoint(weights=INT, inputs=None)
+    with set_current_vllm_config(VllmConfig(offload_config=OffloadConfig(**offload))):
+        ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
+    expected = [] if option is None or cpu else [f"{option} moves no pruned weights"]
+    assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))

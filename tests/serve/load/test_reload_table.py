@@ -1,0 +1,201 @@
+"""Every way to load weights into a running server, against a server that was started with them.
+
+The oracle: after any sequence of loads, the logits are those of a fresh server of the weights that should be there; or
+the server has refused, and the logits are those of before, or it refuses to compute until all weights are of one model.
+"""
+
+from copy import copy
+from pathlib import Path
+
+import pytest
+import torch
+from reload_model import FORMATS, Checkpoint
+from reload_server import Server, watch
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader import reload as vllm_reload
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+
+
+@pytest.fixture(autouse=True)
+def watched(ranks, monkeypatch):
+    watch(monkeypatch)
+
+
+def of(tensors, *starts):
+    """The tensors whose names begin so."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(starts))}
+
+
+def whole(change):
+    """(change, what is expected then), with the tensors of training 2."""
+    return change, lambda old, new: new
+
+
+def part(*starts, pieces=1):
+    """The same for a sync of tensors whose names begin so, in any order."""
+    return (
+        lambda server, new: server.sync(of(new, *starts), pieces, shuffled=True),
+        lambda old, new: old | of(new, *starts),
+    )
+
+
+def sync_twice_then_files(server, new):
+    server.sync(server.checkpoint.tensors(3))
+    server.sync(new, 3)
+    server.reload(2)
+
+
+# What is done with a server of training 1, and what it must have then.
+SEQUENCES = {
+    "reload: the same files": (lambda server, new: server.reload(1), lambda old, new: old),
+    "reload: files of other weights that are stored alike": whole(lambda server, new: server.reload(2)),
+    "two reloads in a row": whole(lambda server, new: (server.reload(3), server.reload(2))),
+    "sent: all weights at once": whole(lambda server, new: server.sync(new)),
+    "sent: all weights in pieces": whole(lambda server, new: server.sync(new, 5)),
+    "sent: all weights in pieces, in any order": whole(lambda server, new: server.sync(new, 7, shuffled=True)),
+    "sent twice, then a reload": whole(sync_twice_then_files),
+    "sent: all tensors of a pruned layer": part("model.block.down."),
+    "sent: all tensors of pruned linears that vLLM fuses into a layer": part(
+        "model.block.gate.", "model.block.up.", pieces=2
+    ),
+    "sent: all tensors of a dense layer": part("model.block.o."),
+    "sent: the weight of a dense layer without its bias, which stays": part("model.block.o.weight"),
+    "sent: all tensors of dense linears that vLLM fuses into a layer": part(
+        "model.block.q.", "model.block.k.", pieces=3
+    ),
+    "sent: the embedding, to which the head may be tied": part("model.embed."),
+    "sent: the head": part("model.head."),
+    "sent: all experts of a layer": part("model.experts.", pieces=3),
+    "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
+}
+
+
+def sent(*names):
+    return lambda server, new: server.sync({name: new[name] for name in names})
+
+
+def left_in_the_middle(server, new):
+    """A trainer that goes away. The next one begins."""
+    vllm_reload.initialize_layerwise_reload(server.model)
+    server.model.load_weights([(name, tensor.clone()) for name, tensor in new.items()][:9])
+    raise RiaError("the trainer is gone")
+
+
+def wrong_in_the_middle(server, new):
+    """After some layers."""
+    wrong = next(name for name in new if name.startswith("model.experts.0.2.down"))
+    server.sync(new | {wrong: torch.zeros(3, 3)}, 4)
+
+
+def outside(server, new):
+    Server.refuses = True
+    try:
+        server.reload(2)
+    finally:
+        Server.refuses = False
+
+
+# What a server must refuse.
+REFUSED = {
+    "reload: files of another model, of other linears or of other channel orders": outside,
+    "sent: a dense weight for a pruned linear": lambda server, new: server.sync(
+        {"model.block.q.weight": new["model.block.q.weight"], "model.block.down.weight": torch.zeros(128, 128)}
+    ),
+    "sent: a tensor of another shape, after layers that are new already": wrong_in_the_middle,
+    "sent: a name that the model does not have": lambda server, new: server.sync(
+        of(new, "model.block.q.") | {"model.who.weight": torch.ones(3)}
+    ),
+    "sent: the bias of a pruned layer without its weight": sent("model.block.down.bias"),
+    "sent: the bias of a dense layer without its weight": sent("model.block.o.bias"),
+    "sent: one of the biases of a fused layer": sent("model.block.q.bias"),
+    "sent: one of the dense linears of a fused layer": sent("model.block.q.weight"),
+    "sent: one of the dense linears of a fused layer, twice": lambda server, new: server.load(
+        [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
+        + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
+    ),
+    "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
+    "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
+    "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.experts.0.1.")),
+    "a trainer that goes away: the next sync begins anew": left_in_the_middle,
+    "reload: files without the head, or without the embedding": lambda server, new: server.reload(
+        2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
+    ),
+}
+
+# How it is stored, and what the server is started with.
+CHECKPOINTS = [
+    ("float", "pruned", "untied", "weights"),
+    ("float", "pruned", "tied", "dummies"),
+    ("float", "dense", "tied", "weights"),
+    ("float", "dense", "untied", "dummies"),
+    ("float", "served dense", "untied", "weights"),
+    ("int8", "pruned", "tied", "weights"),
+    ("int4-g32", "served dense", "tied", "weights"),
+]
+
+
+@pytest.fixture(params=CHECKPOINTS, ids=", ".join)
+def server(request, monkeypatch):
+    """A server with the weights of training 1. One of dummies gets them as a trainer would send them."""
+    weight_format, experts, head, start = request.param
+    if experts == "served dense":
+        monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))
+    checkpoint = Checkpoint(FORMATS[weight_format], experts != "dense", head == "tied")
+    if start == "weights":
+        return Server.started(checkpoint, 1, monkeypatch)
+    server = Server.started(checkpoint, None, monkeypatch)
+    server.sync(checkpoint.tensors(1), 3)
+    return server
+
+
+def fresh(server, tensors, monkeypatch):
+    """The logits of a server that was started with these tensors."""
+    checkpoint = copy(server.checkpoint)
+    checkpoint.tensors = lambda training: tensors
+    return Server.started(checkpoint, 0, monkeypatch).logits()
+
+
+def check(server, expected, monkeypatch):
+    torch.testing.assert_close(server.logits(), fresh(server, expected, monkeypatch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name):
+    change, expected = SEQUENCES[name]
+    old, new = (server.checkpoint.tensors(training) for training in (1, 2))
+    change(server, new)
+    check(server, expected(old, new), monkeypatch)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
+    """Whatever failed, the next whole sync brings it all."""
+    new, before = server.checkpoint.tensors(2), server.logits()
+    with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
+        REFUSED[name](server, new)
+    if (
+        name != "a trainer that goes away: the next sync begins anew"
+    ):  # until the next one begins, the model is vLLM's, and empty
+        after = server.logits()
+        assert after is None or torch.equal(after, before)
+    server.sync(new, 4, shuffled=True)
+    check(server, new, monkeypatch)
+    server.reload(1)
+    torch.testing.assert_close(server.logits(), before, rtol=0, atol=0)
+
+
+def test_the_docs_have_this_table():
+    """After each name, whether a server then has these weights, or has refused them."""
+    rows = [f"| {name} | yes |" for name in SEQUENCES] + [f"| {name} | refused |" for name in REFUSED]
+    page = (Path(__file__).parents[3] / "docs/troubleshooting.md").read_text()
+    assert "\n".join(rows) in page, "\n".join(rows)
+
+
+def test_heads_are_packed_by_vllm_as_these_tests_assume():
+    """Else tied heads prove nothing here."""
+    layer = torch.nn.Linear(128, 96, bias=False)
+    UnquantizedEmbeddingMethod().process_weights_after_loading(layer)
+    assert layer.cpu_linear is not torch.nn.functional.linear

@@ -1,0 +1,119 @@
+"""The stream of tensors: what is refused before a model sees it."""
+
+import functools
+
+import pytest
+import torch
+from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finished, stored_model, tensors
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
+
+from ria_vllm.errors import RiaError
+from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.model.reload import check_reload
+
+
+@pytest.fixture
+def stored():
+    return stored_model()
+
+
+def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    match_layers(config, model)
+    checked = []
+
+    def check(from_files):
+        checked.append(from_files)
+        if from_files:
+            raise RiaError("other orders")
+
+    config.stream.attach(model, check)
+    model.load_weights(tensors(stored))
+    assert not checked
+    finished(model)
+    x = torch.randn(3, HIDDEN)
+    before = model.layers[0](x)
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    with pytest.raises(RiaError, match="other orders"):
+        model.load_weights(tensors(stored))
+    assert torch.equal(model.layers[0](x), before)  # the server keeps the weights that it has
+    checked.clear()
+    model.load_weights([])  # from a trainer, not from files
+    assert checked == [False]
+
+
+def test_a_tensor_of_two_files_is_refused(ranks, stored):
+    """Some of vLLM's ways to load take files that the index does not name, and the last tensor would count."""
+    config = stored.config()
+    model = attached(config, Model(config))
+    name = "model.layers.0.up.compressed"
+    twice = ((n, t) for pair in tensors(stored) for n, t in ([pair] if pair[0] != name else [pair, pair]))
+    with pytest.raises(RiaError, match=f"{name} is in two of the weight files"):
+        model.load_weights(twice)
+
+
+def test_a_load_after_dummy_weights_is_checked(ranks, stored):
+    config = stored.config()
+    model = Model(config)
+    match_layers(config, model)
+    config.stream.attach(model, functools.partial(check_reload, config, None), loaded=True)
+    config.unread = "here: permutations.safetensors is missing."
+    for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
+        with pytest.raises(
+            RiaError, match="is missing. This server was started with dummy weights, which did not need that"
+        ):
+            model.load_weights(weights)
+
+
+class Skipping(Model):
+    """Drops what it has no parameter for, as vLLM's MiMo-V2 and Bailing do."""
+
+    def load_weights(self, weights):
+        def is_known(name):
+            names = {name, name.replace(".gate.", ".gate_up."), name.replace(".up.", ".gate_up.")}
+            return names & {f"model.{parameter}" for parameter, _ in self.named_parameters()}
+
+        return super().load_weights((name, tensor) for name, tensor in weights if is_known(name))
+
+
+@pytest.mark.parametrize("reload", (False, True))
+def test_dense_weights_for_pruned_linears_are_refused(ranks, stored, reload):
+    """Trainers have dense weights. A server must not go on with its old ones where others are new."""
+    config = stored.config()
+    model = attached(config, Skipping(config))
+    model.load_weights(tensors(stored))
+    finished(model)
+    record_metadata_for_reloading(model)
+    dense = [(f"{PREFIX}.down.weight", torch.zeros(HIDDEN, INNER)), (f"{PREFIX}.down.bias", torch.zeros(HIDDEN))]
+    if reload:
+        initialize_layerwise_reload(model)
+    with pytest.raises(RiaError, match=r"down\.weight: this server has the linear stored as compressed, bitmask"):
+        model.load_weights(dense)
+
+
+def test_weights_that_arrive_outside_a_reload_are_refused(ranks, stored):
+    """vLLM's older way to take a trainer's weights: the model's parameters are those of its kernels by then."""
+    config = stored.config()
+    model = attached(config, Skipping(config))
+    model.load_weights(tensors(stored))
+    finished(model)
+    for name, tensor in tensors(stored):
+        if name.endswith((".compressed", ".bitmask")):
+            with pytest.raises(RiaError, match=f"{name} arrives when its layer has its weights already"):
+                model.load_weights([(name, tensor)])
+        else:
+            model.load_weights([(name, tensor)])  # biases are still there, and shapes are not needed
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(model.layers[0](x).double(), expected(stored, x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_output_is_named(ranks, stored):
+    """Even if the files do not have it, so that no linear of that name is expected."""
+    del stored.tensors[f"{PREFIX}.up"]
+    config = stored.config()
+    model = attached(config, Model(config))
+    model.load_weights(tensors(stored))
+    with pytest.raises(RiaError, match=r"model\.layers\.0\.gate\.compressed is in none"):
+        finished(model)

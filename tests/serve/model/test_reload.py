@@ -1,0 +1,246 @@
+"""Which weights a running server may load: those that are stored as the ones that it started with."""
+
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import compressed_tensors_checkpoints
+import pytest
+import tiny
+import torch
+from checkpoint_folder import config_of, rebind
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from ria_vllm.checkpoint.weight_files import SINGLE_FILE
+from ria_vllm.errors import RiaError
+from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.reload import check_adapters, check_first_load, check_reload
+
+
+def reload_from(config, folder, lora=False):
+    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True, lora=lora)
+
+
+def test_a_reload_from_another_folder(checkpoint, copy):
+    config = config_of(checkpoint)
+    reload_from(config, checkpoint)
+    reload_from(config, copy)
+    stored = load_file(copy / PERMUTATIONS_FILE)
+    name = "model.layers.1.mlp.down_proj.input_permutation"
+    stored[name] = stored[name].flip(0).contiguous()
+    save_file(stored, copy / PERMUTATIONS_FILE)
+    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is from another run"):
+        reload_from(config, copy)
+    rebind(copy)
+    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
+        reload_from(config, copy)
+
+
+def test_a_reload_in_another_format(copy):
+    """`compress --overwrite --weights int4` under a running server."""
+    config = config_of(copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
+    with pytest.raises(
+        RiaError, match="int4-g64 weights and unrounded inputs, .* float weights and unrounded inputs. S"
+    ):
+        reload_from(config, copy)
+    config = config_of(copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", rounded=True)
+    with pytest.raises(RiaError, match="int4-g64 weights and int8 inputs, .* int4-g64 weights and unrounded inputs"):
+        reload_from(config, copy)
+
+
+def test_a_reload_that_prunes_other_linears(checkpoint, copy):
+    config = config_of(checkpoint)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+        reload_from(config, copy)
+
+
+def change(folder, tensors):
+    """Add tensors to the weight file of a folder, or remove those that are None."""
+    path = folder / SINGLE_FILE
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    stored = load_file(path) | tensors
+    save_file({name: tensor for name, tensor in stored.items() if tensor is not None}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.bias"],
+)
+def test_a_reload_with_other_dense_tensors(checkpoint, copy, theirs, tmp_path, name):
+    """vLLM would keep the old values of one that is missing, and drop one that it has no place for."""
+    for folder in (checkpoint, theirs):
+        other = shutil.copytree(folder, tmp_path / folder.name)
+        present = name in load_file(folder / SINGLE_FILE)
+        change(other, {name: None if present else torch.zeros(8)})
+        with pytest.raises(RiaError, match=f"{name} is in the folder or on this server, but not on both"):
+            reload_from(config_of(folder), other)
+
+
+def test_a_reload_of_a_server_that_was_started_without_files(checkpoint, copy):
+    (copy / SINGLE_FILE).unlink()
+    config = config_of(copy)
+    reload_from(config, copy)  # the weights come from elsewhere
+    with pytest.raises(RiaError, match="started with dummy weights in a folder without any"):
+        reload_from(config, checkpoint)
+
+
+def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
+    """compressed-tensors gives linears the same names as we do, but permutes no columns."""
+    ours, theirs = config_of(checkpoint), {
+        "quant_method": "compressed-tensors", "format": "dense",
+        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]},
+    }  # fmt: skip
+    their_config = RiaConfig.from_config(theirs)
+    their_config.maybe_update_config(str(copy))
+    with pytest.raises(RiaError, match="stored in another form"):
+        reload_from(their_config, checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    for quantization in (theirs, None):
+        (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+        with pytest.raises(RiaError, match="stored in another form"):
+            reload_from(ours, copy)
+
+
+@pytest.mark.parametrize(("option", "off", "on"), [("smooth", None, 0.5), ("rotate", "none", "heads")])
+def test_a_reload_of_other_inputs_under_adapters(option, off, on, checkpoint, copy):
+    """Adapters that fit the inputs of this server's linears do not fit those that were scaled or rotated."""
+    config = config_of(checkpoint)
+    content = json.loads((copy / "config.json").read_text())
+    for value in (off, on):
+        content["quantization_config"]["recipe"][option] = value
+        (copy / "config.json").write_text(json.dumps(content))
+        reload_from(config, copy)
+        reload_from(config, checkpoint, lora=True)
+        if value == on:
+            with pytest.raises(RiaError, match="scaled or rotated .* otherwise than here"):
+                reload_from(config, copy, lora=True)
+            reload_from(config_of(copy), copy, lora=True)  # the orders of channels show that it is the same run
+        else:
+            reload_from(config, copy, lora=True)
+
+
+def test_a_reload_of_other_rotations_under_adapters(checkpoint):
+    """Adapters of the dense model were turned by this server's. `distill` leaves them as they are."""
+    present = config_of(checkpoint).schema.model_copy(
+        update={"permutations_digest": None, "rotations_digest": "0" * 64, "recipe": {"rotate": "heads"}}
+    )
+    check_adapters(present, present, "here")
+    for digest in ("1" * 64, None):
+        with pytest.raises(RiaError, match="otherwise than here"):
+            check_adapters(present.model_copy(update={"rotations_digest": digest}), present, "here")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A folder of compressed-tensors: int8 by channel, inputs by token."""
+    folder = tmp_path_factory.mktemp("theirs")
+    compressed_tensors_checkpoints.write(folder, "sparse-24-bitmask", "int", rounded=True)
+    return folder
+
+
+def unrounded(groups):
+    groups["group_0"]["input_activations"] = None
+
+
+def narrower(groups):
+    groups["group_0"]["targets"] = ["re:.*down_proj"]
+
+
+def another(groups):
+    groups["group_1"] = groups["group_0"] | {"targets": ["re:.*down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            unrounded,
+            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* and int8 inputs",
+        ),
+        (narrower, "the targets of a group, or ignore, are .*down_proj"),
+    ],
+)
+def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, tmp_path, change, message):
+    config = config_of(theirs)
+    reload_from(config, theirs)
+    folder = shutil.copytree(theirs, tmp_path / "other")
+    content = json.loads((folder / "config.json").read_text())
+    change(content["quantization_config"]["config_groups"])
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RiaError, match=f"{message}.*Start a server"):
+        reload_from(config, folder)
+
+
+def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
+    """vLLM may have another configuration of the model by then."""
+    config = config_of(checkpoint)
+    built_from = SimpleNamespace(model=str(checkpoint), revision=None)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    current = VllmConfig()
+    with set_current_vllm_config(current):
+        current.model_config = SimpleNamespace(model=str(copy), revision=None)
+        with pytest.raises(RiaError, match="other channel orders"):
+            check_reload(config, built_from, from_files=True)
+
+
+def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
+    """A trainer sends tensors by their names, and the folder that the server was started with may be gone."""
+    config = config_of(checkpoint)
+    reload_from(config, tmp_path / "gone")
+    (tmp_path / "gone").mkdir()
+    reload_from(config, tmp_path / "gone")
+
+
+def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
+    """vLLM reads no config.json when it reloads. Only digests show that weights are those of the start."""
+    config = config_of(checkpoint)
+    (copy / "config.json").unlink()
+    reload_from(config, copy)
+    torch.manual_seed(9)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
+    (copy / "config.json").unlink()
+    with pytest.raises(RiaError, match=f"{copy}: it has weights, but no config.json"):
+        reload_from(config, copy)
+
+
+def test_a_reload_of_other_peoples_weights_that_no_config_describes(theirs, tmp_path):
+    """A trainer may write only tensors. Channels have their usual order in them, unless ria-vllm wrote them."""
+    config = config_of(theirs)
+    shutil.copyfile(theirs / SINGLE_FILE, tmp_path / SINGLE_FILE)
+    reload_from(config, tmp_path)
+    tensors = load_file(tmp_path / SINGLE_FILE)
+    for key in DIGESTS.values():
+        save_file(tensors, tmp_path / SINGLE_FILE, metadata={"format": "pt", key: "0" * 64})
+        with pytest.raises(RiaError, match=f"{tmp_path}: it has weights, but no config.json"):
+            reload_from(config, tmp_path)
+    pruned = {name: tensor for name, tensor in tensors.items() if "1.mlp.down_proj" not in name}
+    save_file(pruned | {"model.layers.1.mlp.down_proj.weight": torch.ones(1)}, tmp_path / SINGLE_FILE)
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+        reload_from(config, tmp_path)
+    norm = "model.norm.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != norm}, tmp_path / SINGLE_FILE)
+    with pytest.raises(RiaError, match=f"{norm} is in the folder or on this server, but not on both"):
+        reload_from(config, tmp_path)
+
+
+def test_a_server_whose_config_is_in_another_folder(checkpoint, copy, tmp_path):
+    """`--hf-config-path`. Folders that are reloaded later have a config.json of their own."""
+    config = config_of(copy)
+    (tmp_path / "config").mkdir()
+    shutil.move(copy / "config.json", tmp_path / "config")
+    started = SimpleNamespace(model=str(copy), revision=None, hf_config_path=str(tmp_path / "config"))
+    check_first_load(config, started)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
+    reload_from(config, checkpoint)
+    for check in (check_first_load, functools.partial(check_reload, from_files=True)):
+        with pytest.raises(RiaError, match="from another run than config.json|not stored under the permutations"):
+            check(config, started)

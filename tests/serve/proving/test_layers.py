@@ -1,0 +1,156 @@
+"""Layers that prove themselves: nothing that is right is refused, and whatever goes wrong on the way is named.
+
+The proofs of these tests are made by the formula, from the plain matrices.
+"""
+
+import pytest
+import torch
+from reload_model import FORMATS, Checkpoint
+from reload_server import Server, watch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import proofs
+from ria_vllm.serve.linear import packing
+from ria_vllm.serve.load import layerwise
+from ria_vllm.serve.load.folding import RowOrder
+from ria_vllm.serve.load.loading import LayerLoader
+
+ALL = 3 + 3 * 4 + 5  # gate, up, down; twelve of experts; q, k, o, embedding, head
+
+
+@pytest.fixture(autouse=True)
+def watched(ranks, monkeypatch):
+    watch(monkeypatch)
+
+
+@pytest.fixture
+def started(monkeypatch, caplog):
+    """Starts a server of a checkpoint and returns it with what the log says of proofs."""
+    caplog.set_level("INFO", logger="vllm.ria")
+
+    def start(weight_format="float", tied=False, training=1):
+        checkpoint = Checkpoint(FORMATS[weight_format], pruned_experts=True, tied=tied)
+        return Server.started(checkpoint, training, monkeypatch)
+
+    return start
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_server_proves_all_of_its_matrices(started, caplog, weight_format, tied):
+    """A tied head has the embedding's proof."""
+    started(weight_format, tied)
+    assert f"{ALL} matrices compute what the checkpoint says" in caplog.text
+    assert "without a proof" not in caplog.text
+
+
+def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_PROOF", "0")
+    started()
+    assert "matrices compute" not in caplog.text
+    monkeypatch.setenv("RIA_VLLM_PROOF", "off")
+    with pytest.raises(RiaError, match="RIA_VLLM_PROOF=off: set it to 0"):
+        started()
+
+
+def wrong_kernel(monkeypatch):
+    """It loses a row."""
+    pack = packing.choose_and_pack
+
+    def choose_and_pack(weights, *arguments):
+        choice, packed = pack(weights, *arguments)
+        if weights.out_features == 128:
+            packed = tuple(tensor.clone() for tensor in packed)
+            packed[0].view(torch.uint8).flatten()[-64:] = 1
+        return choice, packed
+
+    monkeypatch.setattr(packing, "choose_and_pack", choose_and_pack)
+
+
+def wrong_rows(monkeypatch):
+    """The order of another fold."""
+    take = RowOrder.take
+    monkeypatch.setattr(RowOrder, "take", lambda self, tensor: take(self, tensor).roll(1, 0))
+    send = LayerLoader.wrap
+    monkeypatch.setattr(
+        LayerLoader, "wrap", lambda self, part, loader: loader if part == "proof" else send(self, part, loader)
+    )
+
+
+def wrong_columns(monkeypatch):
+    """A kernel that gathers its input in the opposite order."""
+    local = packing.local_permutation
+
+    def local_permutation(permutation, layer, columns):
+        order, crosses = local(permutation, layer, columns)
+        return None if order is None else order[::-1].copy(), crosses
+
+    monkeypatch.setattr(packing, "local_permutation", local_permutation)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (wrong_kernel, r"model\.block\.down .*: \d+ of its 128 rows are not what the checkpoint says"),
+        (wrong_rows, r"model\.block\.gate, model\.block\.up .*the right ones in another order"),
+        (wrong_columns, r"model\.block\.gate, model\.block\.up .*the order of its input channels"),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_named(started, monkeypatch, damage, named):
+    damage(monkeypatch)
+    with pytest.raises(RiaError, match=f"^the folder: {named}"):
+        started()
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("model.block.k.weight", r"model\.block\.q, model\.block\.k"),
+        ("model.embed.weight", r"model\.embed"),
+        ("model.block.down.compressed", r"model\.block\.down"),
+        ("model.experts.0.2.down.compressed", r"model\.experts\.0.* 1 of 4 experts, the first of which is 2"),
+    ],
+)
+def test_files_with_other_weights_than_were_written_are_named(started, monkeypatch, name, named):
+    """Any dense or pruned matrix, in a whole row. A reload of them stops the server."""
+    server, files = started(), Server.files
+
+    def damaged(self, tensors):
+        tensors = dict(tensors)
+        stream = files(self, {key: one.roll(1, 0) if key == name else one for key, one in tensors.items()}.items())
+        Server.read = self.checkpoint, tensors
+        return stream
+
+    monkeypatch.setattr(Server, "files", damaged)
+    with pytest.raises(RiaError, match=f"^the folder: {named}"):
+        server.reload(2)
+    assert server.logits() is None
+    monkeypatch.setattr(Server, "files", files)
+    server.reload(2)
+    assert server.logits() is not None
+
+
+def test_a_head_that_keeps_what_it_has_packed_is_found(started, monkeypatch):
+    """As vLLM leaves a tied head after a reload on CPUs."""
+    server = started(tied=True)
+    monkeypatch.setattr(layerwise, "tied_layers", lambda model: [])
+    with pytest.raises(RiaError, match="vLLM's layer head .*96 of its 128 rows"):
+        server.reload(2)
+
+
+def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, caplog):
+    server = started()
+    tensors = server.checkpoint.tensors(2)
+    proved = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
+    caplog.clear()
+    server.sync(tensors)
+    assert "matrices compute" not in caplog.text
+    server.sync(tensors | proved, 3, shuffled=True)
+    assert f"{ALL} matrices compute" in caplog.text
+    caplog.clear()
+    down = {name: one for name, one in (tensors | proved).items() if name.startswith("model.block.down.")}
+    server.sync(down)
+    assert "1 matrices compute" in caplog.text
+    with pytest.raises(RiaError, match=r"model\.block\.down"):
+        server.sync(down | {"model.block.down.proof": down["model.block.down.proof"].roll(1, 0)})
+    assert server.logits() is None
