@@ -7,20 +7,33 @@ import torch
 
 
 def register() -> None:
-    """Register quant_method "ria" with vLLM."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-    from vllm.v1.worker.worker_base import WorkerBase
+    """Register quant_method "ria" with vLLM.
 
-    from ria_vllm.format.schema import QUANT_METHOD
-    from ria_vllm.serve.load.layerwise import watch_reloads
-    from ria_vllm.serve.model.config import RiaConfig
-    from ria_vllm.serve.proving import served
+    Raises:
+        RiaError: this vLLM lacks names that are used.
+    """
+    import vllm
 
-    if QUANT_METHOD not in QUANTIZATION_METHODS:
-        register_quantization_config(QUANT_METHOD)(RiaConfig)
-        watch_models()
-        watch_reloads()
-        WorkerBase.ria_prove = served.prove
+    from ria_vllm.errors import RiaError
+    from ria_vllm.serve import vllm_names
+
+    vllm_names.check_version(vllm.__version__)
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+        from vllm.v1.worker.worker_base import WorkerBase
+
+        from ria_vllm.format.schema import QUANT_METHOD
+        from ria_vllm.serve.load.layerwise import watch_reloads
+        from ria_vllm.serve.model.config import RiaConfig
+        from ria_vllm.serve.proving import served
+
+        if QUANT_METHOD not in QUANTIZATION_METHODS:
+            register_quantization_config(QUANT_METHOD)(RiaConfig)
+            watch_models()
+            watch_reloads()
+            WorkerBase.ria_prove = served.prove
+    except (AttributeError, ImportError) as error:
+        raise RiaError(f"vLLM {vllm.__version__}: {error}. {vllm_names.way_out()}") from error
 
 
 def watch_models() -> None:

@@ -1,0 +1,73 @@
+"""The names of vLLM that the plugin uses although they are no interface for plugins, and why; and which versions have
+been tested.
+
+What vLLM's own quantization methods are written against counts as an interface: see `INTERFACE`. `make test-versions`
+looks every name up in other versions.
+"""
+
+from packaging.version import Version
+from vllm.logger import init_logger
+
+from ria_vllm.errors import RiaError
+
+OLDEST, NEWEST = (0, 30), (0, 32)
+
+INTERFACE = (
+    "vllm.config",
+    "vllm.distributed",
+    "vllm.envs",
+    "vllm.logger",
+    "vllm.model_executor.layers.fused_moe.activation",
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
+    "vllm.model_executor.layers.fused_moe.routed_experts",
+    "vllm.model_executor.layers.linear",
+    "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.layers.vocab_parallel_embedding",
+    "vllm.model_executor.parameter",
+    "vllm.platforms",
+)
+"""Modules."""
+
+_RELOAD = "vllm.model_executor.model_loader.reload"
+
+NAMES = {
+    "vllm.lora.utils.get_adapter_absolute_path": "the config.json of an adapter, before vLLM reads its tensors",
+    "vllm.lora.worker_manager.WorkerLoRAManager": "adapters of the dense model are rotated as it reads them",
+    "vllm.model_executor.layers.attention": "which layers keep scales of an fp8 KV cache",
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": "serves the experts that stay dense",
+    "vllm.model_executor.layers.quantization": "where a quantization method is registered",
+    "vllm.model_executor.layers.quantization.compressed_tensors": "the scales of an fp8 KV cache, as vLLM has them",
+    "vllm.model_executor.model_loader": "its folder: which weights come from files",
+    f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its weights afterwards, or it computes nothing",
+    f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",
+    f"{_RELOAD}.types": "the same",
+    "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
+    "vllm.model_executor.utils.get_packed_modules_mapping": "the linears of a fused layer, in adapters",
+    "vllm.v1.worker.worker_base.WorkerBase": "`verify --served` asks each worker for its proofs",
+}
+"""Module, or name in one -> what it is used for. All names below one in this table are covered."""
+
+
+def check_version(version: str) -> None:
+    """Say in the log if vLLM is newer than those that were tested.
+
+    Raises:
+        RiaError: it is older than any that can work.
+    """
+    release = Version(version)
+    if release.is_devrelease:
+        return  # built from sources, whose version may say anything
+    if release.release[:2] < OLDEST:
+        raise RiaError(f"vLLM {version} is older than ria-vllm needs. {way_out()}")
+    if release.release[:2] > NEWEST:
+        init_logger("vllm.ria").warning(
+            "vLLM %s is newer than the newest that ria-vllm was tested with, %s.", version, _spoken(NEWEST)
+        )
+
+
+def way_out() -> str:
+    return f"Install vLLM {_spoken(OLDEST)} to {_spoken(NEWEST)}, or a newer ria-vllm."
+
+
+def _spoken(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
