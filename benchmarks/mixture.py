@@ -1,7 +1,7 @@
 """Write a mixture of experts with random weights into FOLDER, as Hugging Face has them.
 
-The default is the Qwen3-MoE of 1.1 billion bfloat16 weights whose figures are in docs/kernels-cpu.md. It takes 2.3 GB
-of disk. What was measured is then (TEXT is any text: it changes the answers, but not the speed):
+The default is the Qwen3-MoE of 1.1 billion bfloat16 weights whose figures are in docs/lab/kernels-cpu.md. It takes
+2.3 GB of disk. What was measured is then (TEXT is any text: it changes the answers, but not the speed):
 
 \b
     ria-vllm compress FOLDER -o OUT --calibration TEXT --reconstruct none

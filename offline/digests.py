@@ -36,7 +36,7 @@ def of_text(text: str | HubText, name: str) -> dict[str, str]:
 
 
 def of_weights(folder: Path) -> str:
-    """The `weights_digest` of a folder, ours or anybody's: see docs/format.md. No weight is read in full.
+    """The `weights_digest` of a folder, ours or anybody's: see docs/reference.md. No weight is read in full.
 
     Raises:
         RiaError: no safetensors, or damaged ones.

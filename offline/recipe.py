@@ -23,12 +23,12 @@ from ria_vllm.offline.publish import published
 # How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
 RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
 # The least share of them that a sublayer with fewer weights gets in a short training. Measured on SmolLM2, whose
-# attention has a third of the MLP's weights: docs/quality.md.
+# attention has a third of the MLP's weights: docs/lab/quality.md.
 LEAST_SHARE = 1 / 3
 # And the least of the learning rate that it gets: its few steps go less far. Measured there, too.
 LEAST_RATE = 1 / 2
 # ADMM's damping of linears that are then trained, times the calibration tokens; and the most it may be. Measured on
-# SmolLM2: docs/quality.md.
+# SmolLM2: docs/lab/quality.md.
 DAMPED_TOKENS = 16384
 MOST_DAMPING = 2.0
 SMOOTH = 0.5
@@ -164,7 +164,7 @@ class Recipe:
     @property
     def chunk_tokens(self) -> int:
         """How many tokens are in one forward pass of a layer, and in one step of training, unless one sample has more.
-        On the same tokens, twice as many steps make `block` better, but not a short training: docs/quality.md."""
+        On the same tokens, twice as many steps make `block` better, but not a short training: docs/lab/quality.md."""
         return 1024 if self.reconstruct == "block" else 2048
 
     @property

@@ -11,7 +11,7 @@ from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = "benchmarks|demo|docs|offline|packaging|ria_vllm|serve|tests"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("docs/lab/*.md")])
 
 
 def anchors(page: Path) -> set[str]:

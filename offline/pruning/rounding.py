@@ -7,7 +7,7 @@ q_j - (q A - b)_j / A_jj; with all integers fixed, the best scale of a group is 
 (Coordinate descent for dense weights: Behdin et al., "QuantEase", 2023; Nair and Suggala, "CDQuant", 2024.)
 
 A GPTQ sweep makes all later columns compensate for each rounded one. Here half of these are pruned, in each row others,
-so a sweep can do worse than plain rounding. docs/quality.md has the figures for this and for the number of passes.
+so a sweep can do worse than plain rounding. docs/lab/quality.md has the figures for this and for the number of passes.
 """
 
 from collections.abc import Iterator

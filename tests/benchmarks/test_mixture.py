@@ -1,4 +1,4 @@
-"""`python -m benchmarks.mixture`: the sizes that docs/kernels-cpu.md names, and what `compress` makes of it."""
+"""`python -m benchmarks.mixture`: the sizes that docs/lab/kernels-cpu.md names, and what `compress` makes of it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SMALL = Mixture(
 
 
 def test_as_many_weights_as_the_page_says():
-    page = " ".join((Path(__file__).parents[2] / "docs" / "kernels-cpu.md").read_text().split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "lab" / "kernels-cpu.md").read_text().split())
     assert "1.1 billion random bfloat16 weights, about 0.35 billion of them active" in page
     assert "(20 layers, hidden size 1024, 32 experts of 512, top 8)" in page
     with torch.device("meta"):

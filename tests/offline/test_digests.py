@@ -27,7 +27,7 @@ def sha256(path: Path) -> str:
 
 
 def of_weights(*paths: Path) -> str:
-    """As docs/format.md has it."""
+    """As docs/reference.md has it."""
     tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     found = hashlib.sha256()
     for name in sorted(tensors):

@@ -1,4 +1,4 @@
-"""The trainers of others on a pruned model: TRL's SFT as docs/training.md has it, TRL's DPO, and LoRA of PEFT."""
+"""The trainers of others on a pruned model: TRL's SFT as docs/train.md has it, TRL's DPO, and LoRA of PEFT."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ trl = pytest.importorskip("trl", reason="trl is not installed (pip install '.[tr
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
 import sft  # noqa: E402 (imports trl)
 
-PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 CHATS = Path(__file__).with_name("chats.jsonl")
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
 
@@ -59,7 +59,7 @@ def test_the_documented_example(folder, tmp_path):
     """It runs as it stands, learns the chats, changes only kept weights, and vLLM serves its folder."""
     kept = masks(folder)
     names = {"__name__": "example"}
-    exec(compile(example(), "docs/training.md", "exec"), names)
+    exec(compile(example(), "docs/train.md", "exec"), names)
     new = Path("SmolLM2-2of4-chat")
     assert list(Reader(new).problems()) == [] and masks(new).keys() == kept.keys()
     assert all(torch.equal(mask, kept[name]) for name, mask in masks(new).items())
@@ -115,7 +115,7 @@ def test_two_processes_give_what_one_gives(folder, tmp_path):
 
 
 def unpacked(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Pruned linear -> (its mask, its weight), [out, in] in the model's own order, as docs/format.md has it."""
+    """Pruned linear -> (its mask, its weight), [out, in] in the model's own order, as docs/reference.md has it."""
     stored = {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
     orders, found = load_file(folder / "permutations.safetensors"), {}
     for name in [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]:

@@ -18,7 +18,7 @@ TEXT = """\
 
 `make test-zoo` builds a tiny random model of each type below, compresses, verifies and exports it, and compares vLLM on
 the compressed folder with transformers on the exported one. It writes this page, and docs/model-families.json with all
-numbers. What `compress` prunes, and how it finds folds, is in [layers.md](layers.md).
+numbers. What `compress` prunes, and how it finds folds, is in [layers.md](lab/layers.md).
 
 Measured with {versions}: {toys} toys of {types} model types. vLLM's CPU build serves {served}
 of the toys.

@@ -53,7 +53,7 @@ def sha256(path: Path) -> str:
 
 
 def of_weights(folder: Path) -> str:
-    """Of a folder with one weight file, as docs/format.md has it."""
+    """Of a folder with one weight file, as docs/reference.md has it."""
     tensors = load_file(folder / "model.safetensors")
     data = {name: tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
     return hashlib.sha256(b"".join(name.encode() + b"\0" + data[name][:65536] for name in sorted(data))).hexdigest()

@@ -1,6 +1,6 @@
 """How much memory training takes: bytes for each kept weight, gradients of one layer, no logits of a whole sequence.
 
-And that the table in docs/recovery.md says so.
+And that the table in docs/lab/recovery.md says so.
 """
 
 import functools
@@ -95,7 +95,7 @@ def test_a_step_holds_the_gradients_of_one_layer_and_the_logits_of_some_tokens(m
 
 
 BF16 = torch.bfloat16
-PAGE = Path(__file__).parents[4] / "docs" / "recovery.md"
+PAGE = Path(__file__).parents[4] / "docs" / "lab" / "recovery.md"
 # What a step has at a time, in the order of the table's rows; then what some options add.
 ROWS = (
     "dense weights that", "kept weights in float32", "bitmask", "gradient of one linear", "the teacher", "inputs of",
