@@ -135,11 +135,6 @@ def test_broken_front_matter_is_a_warning(text, says, tmp_path):
     assert len(said[0].splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", ["", "# A card without any\n", "---\n# only a comment\n---\n"])
-def test_no_front_matter_is_none(text, tmp_path):
-    assert warnings_of(tmp_path, text) == ({}, [])
-
-
 def test_only_short_strings_get_through(tmp_path):
     text = """---
 license: {a: b}
@@ -151,16 +146,20 @@ library_name: null
 """ % ("l" * 1000)
     front, said = warnings_of(tmp_path, text)
     assert front == {"language": "en", "tags": ["x"]} and said == []
+    for empty in ("", "# A card without any\n", "---\n# only a comment\n---\n"):
+        assert warnings_of(tmp_path, empty) == ({}, [])
     doubled = "".join(f"{b}: &{b} [*{a},*{a}]\n" for a, b in zip("abcdefghij", "bcdefghijk"))
     assert warnings_of(tmp_path, f"---\na: &a [x,x]\n{doubled}tags: *k\n---\n") == ({}, [])
 
 
 def test_names_cannot_break_out_of_the_table(tmp_path):
-    evil = "x` | <script>alert(1)</script>\n\n# Heading [a](http://b)"
+    """Nor reach a terminal as they are."""
+    evil = "x` | <script>alert(1)</script>\n\n# Heading [a](http://b)\x1b[2J"
     linears = {evil: {"retained_after": 0.5}}
     report = {"recipe": RECIPE | {"source": evil, "method": evil}, "linears": linears, "dense": {evil: ""}}
     text = card(tmp_path, report=report)
     outside = text.split("## What was pruned")[0]
+    assert "\x1b" not in text and r"\x1b[2J" in text
     assert "<script" not in outside and "\n# Heading" not in text and "](http://b)" not in outside
     worst = next(line for line in text.splitlines() if "retained score, worst" in line)
     assert worst.count("`") == 2 and worst.replace(r"\|", "").count("|") == 3
@@ -220,9 +219,3 @@ def test_a_card_without_the_section_gets_one(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
     assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
-
-
-def test_values_do_not_reach_a_terminal_as_they_are(tmp_path):
-    """A recipe may be crafted."""
-    text = card(tmp_path, report=REPORT | {"recipe": RECIPE | {"source": "a\x1b[2Jb", "seed": "\x1b]0;title\x07"}})
-    assert "\x1b" not in text and "\x07" not in text and r"\x1b]0;title\x07" in text
