@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ria_vllm.hub.model_card import pruned_card
+from ria_vllm.hub.model_card import option_table, pruned_card
 from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.publish import published
 from ria_vllm.report import without_errors
@@ -44,14 +44,9 @@ def card_of(start: Start, teacher: str, report: dict[str, Any], warn: Callable[[
 
 def recovery_section(runs: Sequence[dict[str, Any]]) -> str:
     """The part of a model card that says how the kept weights were trained."""
-    lines = ["## Recovery", "", "After pruning, the kept weights were trained towards the dense model's predictions."]
+    parts = ["## Recovery", "After pruning, the kept weights were trained towards the dense model's predictions."]
     for run in runs:
-        lines += ["", "| option | value |", "| --- | --- |"]
-        for key, value in run.items():
-            if key == "versions" or value is None or value is False or value in ([], ""):
-                continue
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append(f"| {key} | `{text.replace('`', chr(39)).replace('|', ' ')}` |")
+        parts.append(option_table(run))
         if run.get("kept_step") == 0:
-            lines += ["", "Step 0 was kept: the weights are those from before this training, which made none better."]
-    return "\n".join(lines) + "\n"
+            parts.append("Step 0 was kept: the weights are those from before this training, which made none better.")
+    return "\n\n".join(parts) + "\n"

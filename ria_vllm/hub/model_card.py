@@ -156,7 +156,7 @@ def _card(
 
     front = ModelCardData(**{"pipeline_tag": "text-generation"} | base | {"tags": [*base.get("tags", []), *tags]})
     title = f"# {_name(recipe['source'])}, pruned to {plain(recipe['pattern'])}{form}"
-    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join([title, *body, *_options(recipe)]) + "\n"
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join([title, *body, "## Options", option_table(recipe)]) + "\n"
 
 
 def _origin(recipe: dict[str, Any], identity: str | None) -> str:
@@ -211,10 +211,11 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
     return ["## What was pruned", card_table(("", ""), rows), meaning]
 
 
-def _options(recipe: dict[str, Any]) -> list[str]:
+def option_table(recipe: dict[str, Any]) -> str:
+    """The options that a recipe, or a part of it, names; those that say nothing are left out."""
     rows = []
     for key, value in recipe.items():
-        if key in ("source", TOPOLOGY) or value in (None, "", [], {}):
+        if key in ("source", TOPOLOGY) or value is False or value in (None, "", [], {}):
             continue
         if key == "calibration":
             value = Path(str(value)).name
@@ -222,7 +223,7 @@ def _options(recipe: dict[str, Any]) -> list[str]:
             rows += [(f"{plain(key)}, {number}", _code(_shown(entry))) for number, entry in enumerate(value, 1)]
         else:
             rows.append((plain(key), _code(_shown(value))))
-    return ["## Options", card_table(("option", "value"), rows)] if rows else []
+    return card_table(("option", "value"), rows)
 
 
 def _shown(value: Any) -> str:
