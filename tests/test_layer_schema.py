@@ -6,12 +6,6 @@ import torch
 from ria_vllm.format.layer_schema import Fold, Producer
 
 
-def test_blocks_are_written_only_where_there_are_several():
-    """Earlier versions refuse a producer with a key that they do not know."""
-    for producer in ({"name": "qkv", "rows": [2, 3], "blocks": 4}, {"name": "up", "rows": None}):
-        assert Producer.model_validate(producer).model_dump(mode="json") == producer
-
-
 def test_fold_patterns_match_one_layer_number():
     fold = Fold(consumer="h.{i}.fc2", producers=[Producer(name="h.{i}.fc1", rows=(2, 4))], coupling="elementwise")
     assert fold.numbers("h.12.fc2") == {"i": "12"}

@@ -30,14 +30,6 @@ def test_written_and_read_again():
     assert RiaSchema.parse(schema.model_dump(), "config.json") == schema
 
 
-def test_earlier_versions_read_what_needs_nothing_newer():
-    """They refuse a producer with a key that they do not know."""
-    dump = RiaSchema.parse(CONFIG, "config.json").model_dump(mode="json", exclude_none=True)
-    assert dump["folds"] == CONFIG["folds"] and "experts" not in dump
-    dump = RiaSchema.parse(CONFIG | {"experts": [EXPERTS]}, "config.json").model_dump(mode="json", exclude_none=True)
-    assert dump["experts"][0]["num_experts"] == EXPERTS["num_experts"]
-
-
 def test_keys_of_a_newer_minor_version_are_kept():
     assert RiaSchema.parse(CONFIG | {"future": 1}, "config.json").model_dump()["future"] == 1
 

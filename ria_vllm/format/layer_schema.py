@@ -6,10 +6,10 @@ Names are patterns: `{i}` stands for a layer's number, `{e}` for an expert's.
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ria_vllm.format.permutation import head_rows
 
@@ -66,14 +66,6 @@ class Producer(BaseModel):
         if self.rows is None and self.blocks > 1:
             raise ValueError("blocks without the rows of each block")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_one_block(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Versions before `blocks` refuse the key, and need not know of it where there is one block."""
-        found: dict[str, Any] = dump(self)
-        if self.blocks == 1:
-            found.pop("blocks", None)
-        return found
 
     @property
     def count(self) -> int | None:

@@ -18,10 +18,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -150,13 +148,6 @@ class RiaSchema(BaseModel):
         if len(set(modules)) < len(modules):
             raise ValueError("two entries have one module")
         return experts
-
-    @model_serializer(mode="wrap")
-    def _without_no_experts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = dump(self)
-        if not self.experts:
-            found.pop("experts", None)
-        return found
 
     @property
     def permutes(self) -> bool:

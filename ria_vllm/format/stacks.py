@@ -1,6 +1,6 @@
 """The linears of experts that a checkpoint stores one by one, and the tensors that stack them in the dense model."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,7 +107,7 @@ class LayerExperts:
     """The experts of one mixture layer, with its number filled in.
 
     linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
-    stacked: tensor of the dense model -> how linears are stacked in it.
+    stacked, biases: tensor of the dense model -> how linears, or their biases, are stacked in it.
     strays: names of pruned linears that match a pattern, but with a number that no expert or layer has, such as 03.
     """
 
@@ -115,14 +115,19 @@ class LayerExperts:
     num_experts: int
     linears: dict[str, str]
     stacked: dict[str, Stacked]
+    biases: dict[str, Stacked]
     strays: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, experts: Experts, numbers: dict[str, str]) -> "LayerExperts":
+    def of(cls, experts: Experts, numbers: Mapping[str, str]) -> "LayerExperts":
         """Those of the layer with these numbers."""
         linears = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
-        stacked = {filled(stack.tensor, numbers): stack for stack in experts.stacked}
-        return cls(filled(experts.module, numbers), experts.num_experts, linears, stacked)
+        stacked, biases = {}, {}
+        for stack in experts.stacked:
+            stacked[filled(stack.tensor, numbers)] = stack
+            if stack.bias is not None:
+                biases[filled(stack.bias, numbers)] = stack
+        return cls(filled(experts.module, numbers), experts.num_experts, linears, stacked, biases)
 
     def linear(self, expert: int, kind: str) -> str:
         return filled(self.linears[kind], {"e": str(expert)})

@@ -43,7 +43,7 @@ class StackExperts(ConversionOps):
         self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, torch.Tensor]:
         assert model is not None
-        path, _, parameter = full_layer_name.rpartition(".")
+        path, parameter = full_layer_name.rsplit(".", 1)
         try:
             placement, stored = self._found(input_dict, model.get_submodule(path), parameter)
             stacked = placement.join(lambda name: self._dense(name, stored.pop(name)))

@@ -109,11 +109,8 @@ def layout_of(module: Any, path: str = "") -> ExpertsLayout | None:
     Args:
         path: of the module, relative to the layer.
     """
-    flags = [getattr(module, flag, None) for flag in FLAGS]
-    is_llama4 = type(module).__name__ == LLAMA4
-    if is_llama4:
-        flags = [True, False, True, True]
-    down = getattr(module, "down_proj", None)
+    is_llama4, down = type(module).__name__ == LLAMA4, getattr(module, "down_proj", None)
+    flags: list[Any] = [True, False, True, True] if is_llama4 else [getattr(module, flag, None) for flag in FLAGS]
     if not all(isinstance(flag, bool) for flag in flags) or not isinstance(down, nn.Parameter) or down.dim() != 3:
         return None
     has_gate, has_bias, concatenated, transposed = flags

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.layer_schema import Experts, Stacked, filled, numbers_in
+from ria_vllm.format.layer_schema import Stacked, filled, numbers_in
 from ria_vllm.format.schema import RiaSchema
+from ria_vllm.format.stacks import LayerExperts, layers_of_experts
 from ria_vllm.serve.load.folding import Folding
 
 EXPERT = ".{e}."
@@ -34,11 +35,19 @@ class StoredExperts:
     way_out: str = "`ria-vllm export` makes a dense folder."
 
     @classmethod
-    def of(cls, experts: Experts, numbers: Mapping[str, str]) -> "StoredExperts":
-        """Those of the layer with these numbers."""
-        stacks = [(filled(stack.bias, numbers), stack) for stack in experts.stacked if stack.bias is not None]
-        patterns = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
-        return cls(filled(_stem(experts), numbers), experts.num_experts, patterns, dict(stacks))
+    def of(cls, layer: LayerExperts) -> "StoredExperts":
+        """Those of a layer that config.json describes.
+
+        Raises:
+            RiaError: the names of its linears have no beginning in common.
+        """
+        stems = {pattern.partition(EXPERT)[0] for pattern in layer.linears.values() if EXPERT in pattern}
+        if len(stems) != 1 or not all(EXPERT in pattern for pattern in layer.linears.values()):
+            raise RiaError(
+                f"config.json: quantization_config.experts: {', '.join(layer.linears.values())}: the linears of an "
+                "expert are expected under one name, such as model.layers.0.mlp.experts.{e}. Compress the model again."
+            )
+        return cls(stems.pop(), layer.num_experts, layer.linears, layer.biases)
 
     @property
     def is_gated(self) -> bool:
@@ -53,21 +62,6 @@ class StoredExperts:
             yield from ((self.linear(kind, expert), kind, expert) for expert in range(self.num_experts))
 
 
-def _stem(experts: Experts) -> str:
-    """The part of the linears' names before the expert's number.
-
-    Raises:
-        RiaError: they have no such part in common.
-    """
-    stems = {pattern.partition(EXPERT)[0] for pattern in experts.linears.values() if EXPERT in pattern}
-    if len(stems) != 1 or not all(EXPERT in pattern for pattern in experts.linears.values()):
-        raise RiaError(
-            f"config.json: quantization_config.experts: {', '.join(experts.linears.values())}: the linears of an "
-            "expert are expected under one name, such as model.layers.{i}.mlp.experts.{e}. Compress the model again."
-        )
-    return stems.pop()
-
-
 def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict[str, StoredExperts]:
     """The layers whose experts are pruned, by the name of their experts.
 
@@ -78,28 +72,14 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
     Raises:
         RiaError: only some linears of a layer's experts are pruned, or an expert has a number that is too large.
     """
-    pruned = set(pruned)
-    found: dict[str, StoredExperts] = {}
-    for experts in schema.experts:
-        stem = _stem(experts)
-        for name in pruned:
-            numbers = next((n for p in experts.linears.values() if (n := numbers_in(p, name)) is not None), None)
-            if numbers is None:
-                continue
-            if int(numbers["e"]) >= experts.num_experts or str(int(numbers["e"])) != numbers["e"]:
-                raise RiaError(
-                    f"{where}: {name}: config.json says that there are {experts.num_experts} experts. The files do not "
-                    "belong together; get them again."
-                )
-            of_layer = {key: value for key, value in numbers.items() if key != "e"}
-            if (key := filled(stem, of_layer)) not in found:
-                found[key] = StoredExperts.of(experts, of_layer)
-    for layer in found.values():
-        missing = next((name for name, _, _ in layer.linears() if name not in pruned), None)
-        if missing is not None:
+    pruned, found = set(pruned), {}
+    for layer in layers_of_experts(schema, pruned):
+        stored = StoredExperts.of(layer)
+        found[stored.name] = stored
+        problem = layer.problem(pruned)
+        if problem is not None:
             raise RiaError(
-                f"{where}: {missing} is not pruned, but others of {layer.name} are. Get the files again, or compress "
-                "the model with all of these experts in --ignore."
+                f"{where}: {problem}. Get the files again, or compress the model with all of these experts in --ignore."
             )
     return found
 
@@ -107,9 +87,10 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
 def named_experts(schema: RiaSchema, name: str) -> StoredExperts | None:
     """The experts called `name`, for dummy weights without any file; None if config.json has none of that name."""
     for experts in schema.experts:
-        numbers = numbers_in(_stem(experts), name)
+        stems = {pattern.partition(EXPERT)[0] for pattern in experts.linears.values()}
+        numbers = next((found for stem in stems if (found := numbers_in(stem, name)) is not None), None)
         if numbers is not None:
-            return StoredExperts.of(experts, numbers)
+            return StoredExperts.of(LayerExperts.of(experts, numbers))
     return None
 
 
