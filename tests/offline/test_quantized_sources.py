@@ -203,31 +203,24 @@ def test_a_quantized_teacher_teaches_what_its_plain_twin_does(tiny, text, tmp_pa
 
 
 PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
-PER_ROW = {
-    "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
-    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
-}  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "suffix"), [(PER_TENSOR, "_scale_inv"), (PER_TENSOR, "_scale"), (PER_ROW, "_scale")])
-def test_fp8_with_scales_for_a_tensor_or_its_rows(words, suffix, tiny, text, tmp_path):
-    """As Ministral 3, AutoFP8 and compressed-tensors write it, with scales of inputs, which are left out."""
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+def test_fp8_with_a_scale_for_each_tensor(suffix, tiny, text, tmp_path):
+    """As Ministral 3 and AutoFP8 write it, with scales of inputs, which are left out."""
     dense = tmp_path / "dense"
     shutil.copytree(tiny("llama"), dense)
     rewrite(dense / "model.safetensors", lambda t: t.update({name: one.bfloat16() for name, one in t.items()}))
 
     def there(weight):
-        rows = 1 if words is PER_ROW else len(weight)
-        parts = to_fp8(weight, (rows, weight.shape[1]), suffix)
-        return {"": parts[""], suffix: parts[suffix] if words is PER_ROW else parts[suffix].view(())}
+        parts = to_fp8(weight, tuple(weight.shape), suffix)
+        return {"": parts[""], suffix: parts[suffix].view(())}
 
     def back(parts):
-        scales = parts[suffix].reshape(-1, 1)
-        rows = 1 if words is PER_ROW else len(parts[""])
-        return from_fp8({"": parts[""], suffix: scales}, (rows, parts[""].shape[1]), suffix)
+        return from_fp8({"": parts[""], suffix: parts[suffix].reshape(1, 1)}, tuple(parts[""].shape), suffix)
 
     quantized, plain = save_pair(
-        dense, lambda name, one: ".layers." in name and one.dim() == 2, there, back, words, dtype="bfloat16"
+        dense, lambda name, one: ".layers." in name and one.dim() == 2, there, back, PER_TENSOR, dtype="bfloat16"
     )
     file = quantized / "model-00002-of-00002.safetensors"
     scale = "model.layers.0.mlp.up_proj.weight" + suffix

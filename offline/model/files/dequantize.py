@@ -30,14 +30,7 @@ OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale")
 # No model of transformers has such parameters. vLLM looks for all of them.
 OF_KV_CACHE = re.compile(r"(?:.*\.)?(?:[qkv]_scale|kv_scale|[kv]_cache\.scale)")
 
-READABLE = "mxfp4, fp8 and compressed-tensors' float-quantized (a scale for each tensor, row or block)"
-# Dtypes, in safetensors' words, that quantized weights of other kinds have.
-OTHERS = {
-    "F8_E5M2": "fp8 of another kind",
-    "F8_E8M0": "as with scale_fmt ue8m0 or in MXFP8",
-    "U8": "as in MXFP8, or packed as in FP4 and NVFP4",
-    "I8": "integers, or packed as in FP4",
-}
+READABLE = "mxfp4 and fp8 (with a scale for each tensor or block)"
 
 
 @dataclass(frozen=True)
@@ -128,12 +121,11 @@ class Fp8:
     """Weights in float8_e4m3fn as NAME, and what they are multiplied by as NAME_scale_inv or NAME_scale.
 
     block: rows and columns that share a scale, of which the last ones may be fewer; None: a scale belongs to a whole
-        matrix or to each row, as the shape of the scales says. In a stack of experts it may also belong to each column,
-        or to gate and up each.
+        matrix or, in a stack of experts, to gate and up each, as the shape of the scales says.
     """
 
-    method: str
     block: tuple[int, int] | None
+    method: str = "fp8"
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, Quantized]:
         """See `Mxfp4.find`."""
@@ -143,11 +135,8 @@ class Fp8:
             if len(shape) not in (2, 3) or 0 in shape:
                 raise _unlike(headers[name], name, "a matrix, or a stack of experts' matrices")
             *experts, rows, columns = shape
-            wanted: list[tuple[int, ...]] = [(*experts, rows, 1), (*experts, 1, 1)]
-            if experts:
-                wanted += [(*experts, 1, columns), (*experts,), *_of_halves(name, headers)]
-            else:
-                wanted += [(1,), ()]
+            wanted: list[tuple[int, ...]] = [(*experts, 1, 1), (*experts,)]
+            wanted += _of_halves(name, headers) if experts else [(1,)]
             if self.block is not None:
                 wanted = [(*experts, -(-rows // self.block[0]), -(-columns // self.block[1]))]
             scales = next(
@@ -179,8 +168,7 @@ class Fp8:
 
         Args:
             values: float8_e4m3fn [out, in].
-            scales: one for each block, row by row; without blocks, [parts of out, parts of in], such as [out, 1], where
-                all parts are equal; or one.
+            scales: one for each block, row by row; without blocks, one, or [parts, 1] for equal parts of the rows.
 
         Returns:
             [out, in] in `dtype`.
@@ -189,8 +177,7 @@ class Fp8:
         if self.block is not None:
             height, width = self.block
         else:
-            down, across = scales.shape if scales.dim() == 2 else (1, 1)
-            height, width = rows // down, columns // across
+            height, width = rows // scales.numel(), columns
         grid = scales.float().reshape(-(-rows // height), -1)
         row, column = torch.arange(rows) // height, torch.arange(columns) // width
         plain = torch.empty(rows, columns, dtype=dtype)
@@ -222,16 +209,7 @@ def scheme_of(words: Any, where: str | Path) -> Scheme | None:
     if method == "mxfp4":
         return Mxfp4()
     if method == "fp8":
-        return Fp8("fp8", _block(words.get("weight_block_size"), where))
-    if method == "compressed-tensors":
-        found = _float_quantized(words, where)
-        if isinstance(found, Fp8):
-            return found
-        method = f"{method}, {found}"
-    elif isinstance(words, dict):
-        inner = words.get("quantization")  # where ModelOpt says it
-        algorithm = words.get("quant_algo", inner.get("quant_algo") if isinstance(inner, dict) else None)
-        method = f"{method}, {algorithm}" if isinstance(algorithm, str) else method
+        return Fp8(_block(words.get("weight_block_size"), where))
     raise RiaError(
         f"{where}: its weights are quantized ({method}), says config.json; of such models, only {READABLE} are read. "
         "Give the original, unquantized model."
@@ -269,7 +247,7 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
     for name, header in headers.items():
         if name in known:
             continue
-        if scheme.is_scale(name) or _is_named_after_another(name, headers):
+        if scheme.is_scale(name):
             raise RiaError(
                 f"{header.file}: {name} is in the files, but not the {scheme.method} weight that it scales. Get the "
                 "model again."
@@ -290,39 +268,6 @@ def _block(words: Any, where: str | Path) -> tuple[int, int] | None:
     return words[0], words[1]
 
 
-def _float_quantized(words: Mapping[str, Any], where: str | Path) -> Fp8 | str:
-    """The scheme of a compressed-tensors model whose quantized linears are all fp8, and none 2:4; or what it is."""
-    kind, groups = words.get("format"), words.get("config_groups")
-    sparsity = words.get("sparsity_config") or {"format": "dense"}
-    if kind != "float-quantized":
-        return str(kind)
-    if words.get("transform_config"):  # what reads the weights turns its inputs, too
-        return f"{kind}, with transforms"
-    if not isinstance(sparsity, dict) or sparsity.get("format") != "dense":
-        return f"{kind}, {sparsity.get('format') if isinstance(sparsity, dict) else 'sparse'}"
-    if not isinstance(groups, dict) or not groups:
-        return f"{kind}, without groups of linears"
-    weights: list[Any] = [group.get("weights") if isinstance(group, dict) else None for group in groups.values()]
-    for one in weights:
-        if not isinstance(one, dict):
-            return f"{kind}, without weights in a group of linears"
-        if (one.get("num_bits"), one.get("type")) != (8, "float"):
-            return f"{kind}, {one.get('num_bits')}-bit {one.get('type')}"
-        if one.get("symmetric", True) is not True:
-            return f"{kind}, asymmetric"
-        if one.get("strategy") not in ("tensor", "channel", "block"):
-            return f"{kind}, strategy {one.get('strategy')}"
-    with_blocks = [one for one in weights if one["strategy"] == "block"]
-    if not with_blocks:
-        return Fp8(kind, None)
-    if len(with_blocks) < len(weights):
-        return f"{kind}, blocks in some groups of linears only"
-    blocks = {_block(one.get("block_structure"), where) for one in with_blocks}
-    if None in blocks:
-        return f"{kind}, blocks without a size"
-    return Fp8(kind, blocks.pop()) if len(blocks) == 1 else f"{kind}, blocks of several sizes"
-
-
 def _of_halves(name: str, headers: Mapping[str, Header]) -> list[tuple[int, ...]]:
     """The shape of scales that belong to gate and up each, if a stack has gate's rows before those of up.
 
@@ -332,12 +277,6 @@ def _of_halves(name: str, headers: Mapping[str, Header]) -> list[tuple[int, ...]
     down = headers.get(f"{base}down_proj")
     is_gate_and_up = base != name and down is not None and down.shape == (experts, columns, rows // 2) and rows % 2 == 0
     return [(experts, 2, 1)] if is_gate_and_up else []
-
-
-def _is_named_after_another(name: str, headers: Mapping[str, Header]) -> bool:
-    """Whether a tensor is called the scales of another. Else it is a parameter, like Gemma 4's `per_expert_scale`."""
-    weights = (name.removesuffix(suffix) for suffix in ("_scales", *SUFFIXES) if name.endswith(suffix))
-    return any(weight in headers or f"{weight}_blocks" in headers for weight in weights)
 
 
 def _check_scales(
@@ -354,8 +293,7 @@ def _check_scales(
 
 
 def _unlike(header: Header, name: str, wanted: str) -> RiaError:
-    other = f" ({OTHERS[header.dtype]})" if header.dtype in OTHERS and header.dtype not in wanted else ""
     return RiaError(
-        f"{header.file}: {name} is {header.dtype} {[*header.shape]}{other}; by quantization_config in config.json, it "
+        f"{header.file}: {name} is {header.dtype} {[*header.shape]}; by quantization_config in config.json, it "
         f"should be {wanted}. Get the model again, or an unquantized one."
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_sources import E2M1, from_fp8, from_mxfp4, grid_of, to_fp8, to_mxfp4
+from quantized_sources import E2M1, from_mxfp4, grid_of, to_fp8, to_mxfp4
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.files.dequantize import Fp8, Header, Mxfp4, find_quantized, method_of, scheme_of
@@ -36,36 +36,14 @@ def test_mxfp4_is_what_transformers_makes_of_it(shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [(128, 128), (64, 32), (1, 128), (200, 300), (7, 1), (129, 1000), (1, 10**12)])
-@pytest.mark.parametrize("shape", [(300, 200), (128, 256), (1, 1), (129, 5)])
+@pytest.mark.parametrize("block", [(128, 128), (200, 300), (7, 1), (1, 10**12)])
+@pytest.mark.parametrize("shape", [(300, 200), (129, 5)])
 def test_blocks_of_fp8_of_which_the_last_ones_may_be_smaller(shape, block, dtype):
     torch.manual_seed(0)
     parts = to_fp8(torch.randn(shape) * torch.rand(shape[0], 1), block)
-    found = Fp8("fp8", block).dequantized(parts[""], parts["_scale_inv"], dtype)
+    found = Fp8(block).dequantized(parts[""], parts["_scale_inv"], dtype)
     exact = parts[""].double() * grid_of(parts["_scale_inv"], block, shape)
     assert found.dtype == dtype and torch.equal(found, exact.float().to(dtype))
-
-
-@pytest.mark.parametrize("scales", ["one", "row", "column of rows"])
-def test_fp8_with_one_scale_or_one_for_each_row(scales):
-    torch.manual_seed(0)
-    block = (1, 96) if scales == "column of rows" else (300, 96)
-    parts = to_fp8(torch.randn(300, 96), block)
-    stored = parts["_scale_inv"].flatten()[0] if scales == "one" else parts["_scale_inv"]
-    found = Fp8("fp8", None).dequantized(parts[""], stored, torch.bfloat16)
-    assert torch.equal(found, from_fp8(parts, block))
-
-
-WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-
-
-def compressed_tensors(*groups, **changes):
-    described = {str(number): {"weights": WEIGHTS | group} for number, group in enumerate(groups)}
-    words = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": described}
-    return words | changes
-
-
-BLOCK = {"strategy": "block", "block_structure": [128, 64]}
 
 
 @pytest.mark.parametrize(
@@ -74,11 +52,8 @@ BLOCK = {"strategy": "block", "block_structure": [128, 64]}
         (None, None),
         ({}, None),
         ({"quant_method": "mxfp4"}, Mxfp4()),
-        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, Fp8("fp8", (128, 64))),
-        ({"quant_method": "fp8", "weight_block_size": None}, Fp8("fp8", None)),
-        (compressed_tensors({}, {"strategy": "tensor"}), Fp8("float-quantized", None)),
-        (compressed_tensors(BLOCK), Fp8("float-quantized", (128, 64))),
-        (compressed_tensors({}, sparsity_config={"format": "dense"}), Fp8("float-quantized", None)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, Fp8((128, 64))),
+        ({"quant_method": "fp8", "weight_block_size": None}, Fp8(None)),
     ],
 )
 def test_how_weights_are_quantized(words, expected):
@@ -91,35 +66,13 @@ def test_how_weights_are_quantized(words, expected):
     [
         (
             {"quant_method": "gptq"},
-            r"m: its weights are quantized \(gptq\), says config.json; of such models, only mxfp4, fp8 and",
+            r"m: its weights are quantized \(gptq\), says config.json; of such models, only mxfp4",
         ),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"quantized \(modelopt, NVFP4\)"),
-        ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, r"quantized \(modelopt, FP8\)"),
-        ({"quant_method": "modelopt", "quantization": ["FP8"], "quant_algo": 8}, r"quantized \(modelopt\)"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, r"quantized \(compressed-tensors\)"),
         ({"quant_method": ["x"]}, r"quantized \(\['x'\]\)"),
         (["junk"], r"quantized \(something\)"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "m: config.json: .* not two positive whole numbers"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "not two positive whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [True, 2.0]}, "not two positive whole numbers"),
-        (compressed_tensors({}, format="pack-quantized"), r"quantized \(compressed-tensors, pack-quantized\)"),
-        (compressed_tensors({}, format="nvfp4-pack-quantized"), r"\(compressed-tensors, nvfp4-pack-quantized\)"),
-        (compressed_tensors(), r"quantized \(compressed-tensors, float-quantized, without groups of linears\)"),
-        (compressed_tensors({"num_bits": 4}), r"float-quantized, 4-bit float\)"),
-        (compressed_tensors({"type": "int"}), r"float-quantized, 8-bit int\)"),
-        (compressed_tensors({"symmetric": False}), r"float-quantized, asymmetric\)"),
-        (compressed_tensors({"strategy": "group"}), r"float-quantized, strategy group\)"),
-        (compressed_tensors({"strategy": None}), r"float-quantized, strategy None\)"),
-        (compressed_tensors(BLOCK, {}), r"float-quantized, blocks in some groups of linears only\)"),
-        (compressed_tensors({"strategy": "block"}), r"float-quantized, blocks without a size\)"),
-        (compressed_tensors(BLOCK, BLOCK | {"block_structure": [64, 64]}), r"quantized, blocks of several sizes\)"),
-        (
-            compressed_tensors({}, sparsity_config={"format": "sparse-24-bitmask"}),
-            r"float-quantized, sparse-24-bitmask",
-        ),
-        (compressed_tensors({}, config_groups={"0": {"weights": None}}), "without weights in a group of linears"),
-        (compressed_tensors({}, config_groups=[]), "without groups of linears"),
-        # Rotations: the stored weights are another model's without them.
-        (compressed_tensors({}, transform_config={"config_groups": {"u": {}}}), r"quantized, with transforms\)"),
     ],
 )
 def test_other_ways_are_refused_by_name(words, message):
@@ -140,8 +93,7 @@ KV += ["l.self_attn.qkv_proj.k_scale", "l.self_attn.k_proj.k_scale", "l.self_att
 @pytest.mark.parametrize(
     ("scheme", "weight"),
     [
-        (Fp8("fp8", None), LINEAR),
-        (Fp8("float-quantized", None), LINEAR),
+        (Fp8(None), LINEAR),
         (Mxfp4(), {"e.down_proj_blocks": ("U8", (2, 64, 1, 16)), "e.down_proj_scales": ("U8", (2, 64, 1))}),
     ],
 )
@@ -157,38 +109,29 @@ PARAMETERS = ["l.router.per_expert_scale", "l.attn.per_dim_scale", "l.altup.corr
 PARAMETERS += ["l.residual_scale", "l.hc_scale", "l.router.scale", "v.layer_scale", "l.up_scales"]
 
 
-@pytest.mark.parametrize("scheme", [Fp8("fp8", None), Fp8("float-quantized", None)])
-def test_parameters_that_are_called_scales_are_the_models(scheme):
+def test_parameters_that_are_called_scales_are_the_models():
     headers = headers_of(LINEAR | dict.fromkeys(PARAMETERS, ("BF16", (8,))))
-    assert find_quantized(scheme, headers)[1] == set()
+    assert find_quantized(Fp8(None), headers)[1] == set()
 
 
-@pytest.mark.parametrize(
-    "name", ["l.down.weight_scale", "l.down.weight_scale_inv", "e.down_proj_scale_inv", "l.n_scale"]
-)
+@pytest.mark.parametrize("name", ["l.down.weight_scale", "e.down_proj_scale_inv"])
 def test_scales_without_a_weight_are_refused(name):
-    """By what they are called, or because they are called after a tensor that is not quantized."""
-    headers = headers_of(LINEAR | {name: ("F32", (1,)), "l.n": ("BF16", (8,))})
+    headers = headers_of(LINEAR | {name: ("F32", (1,))})
     with pytest.raises(RiaError, match=f"f.safetensors: {name} is in the files, but not the fp8 weight that it scales"):
-        find_quantized(Fp8("fp8", None), headers)
+        find_quantized(Fp8(None), headers)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"l.up.weight_scale": ("F8_E8M0", (1,))},
-            r"weight_scale is F8_E8M0 \[1\] \(as with scale_fmt ue8m0 or in MXFP8",
-        ),
-        ({"l.up.weight_scale": ("U8", (1,))}, r"weight_scale is U8 \[1\] \(as in MXFP8, or packed as in FP4"),
-        ({"l.down.weight": ("F8_E5M2", (8, 8))}, r"l.down.weight is F8_E5M2 \[8, 8\] \(fp8 of another kind\)"),
-        ({"l.down.weight": ("I8", (8, 8))}, r"l.down.weight is I8 \[8, 8\] \(integers, or packed as in FP4"),
+        ({"l.up.weight_scale": ("F8_E8M0", (1,))}, r"weight_scale is F8_E8M0 \[1\]"),
+        ({"l.down.weight": ("F8_E5M2", (8, 8))}, r"l.down.weight is F8_E5M2 \[8, 8\]"),
         ({"l.up.weight_scale": ("F32", (3,))}, r"weight_scale is F32 \[3\]; by quantization_config"),
     ],
 )
 def test_variants_of_fp8_that_are_not_read_are_named(changes, message):
     with pytest.raises(RiaError, match=f"f.safetensors: .*{message}.*Get the model again, or an unquantized one."):
-        find_quantized(Fp8("fp8", None), headers_of(LINEAR | changes))
+        find_quantized(Fp8(None), headers_of(LINEAR | changes))
 
 
 def stack(gate_up, down, scales):
@@ -202,10 +145,10 @@ def stack(gate_up, down, scales):
     )
 
 
-@pytest.mark.parametrize("scales", [(4,), (4, 1, 1), (4, 2, 1), (4, 64, 1), (4, 1, 48)])
+@pytest.mark.parametrize("scales", [(4,), (4, 1, 1), (4, 2, 1)])
 def test_scales_of_a_stack_of_experts(scales):
-    """One for each expert, for gate and up each, for each row, or for each column; scales of inputs are left out."""
-    found, unused = find_quantized(Fp8("fp8", None), stack((4, 64, 48), (4, 48, 32), scales))
+    """One for each expert, or for gate and up each; scales of inputs are left out."""
+    found, unused = find_quantized(Fp8(None), stack((4, 64, 48), (4, 48, 32), scales))
     assert found["e.gate_up_proj"].shape == (4, 64, 48) and unused == {"e.gate_up_proj_activation_scale"}
 
 
@@ -214,21 +157,20 @@ def test_scales_of_a_stack_of_experts(scales):
     [
         ((4, 48, 64), (4, 32, 48), (4, 2, 1)),  # [experts, in, out]: halves of the rows are not gate and up
         ((4, 64, 48), (4, 64, 48), (4, 2, 1)),
-        ((4, 64, 48), (4, 48, 32), (4, 1, 2)),
         ((4, 64, 48), (4, 48, 32), (4, 3, 1)),
         ((4, 64, 48), (4, 48, 32), (1,)),
     ],
 )
 def test_scales_of_a_stack_that_mean_nothing_known(gate_up, down, scales):
     with pytest.raises(RiaError, match="f.safetensors: e.gate_up_proj_scale_inv is F32 .* Get the model again, or an"):
-        find_quantized(Fp8("fp8", None), stack(gate_up, down, scales))
+        find_quantized(Fp8(None), stack(gate_up, down, scales))
 
 
-@pytest.mark.parametrize("scales", [(), (1, 1), (2, 1), (64, 1), (1, 48)])
+@pytest.mark.parametrize("scales", [(), (1, 1), (2, 1)])
 def test_each_scale_belongs_to_an_equal_part_as_in_transformers(scales):
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     torch.manual_seed(0)
     values, scale = torch.randn(64, 48).to(torch.float8_e4m3fn), torch.rand(scales) + 0.5
-    found = Fp8("fp8", None).dequantized(values, scale, torch.bfloat16)
+    found = Fp8(None).dequantized(values, scale, torch.bfloat16)
     assert torch.equal(found, Fp8Dequantize(None)._dequantize_one(values, scale, torch.bfloat16))
