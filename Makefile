@@ -1,7 +1,7 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
 # make test-zoo  compress and serve a tiny model of every family, and write docs/model-families.md (six minutes)
-# make lint   ruff, mypy, clang-format, and the contracts on which module may import which
+# make lint   ruff, mypy, clang-format, the contracts on which module may import which, and how long the docs are
 # make test-versions  the serving tests under each older vLLM that is supported, a check of the newest CUDA wheel, and
 #                the tests of transformers' reader under a newer transformers than vLLM allows
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
@@ -76,6 +76,7 @@ lint: .venv-lint/ready
 	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	PYTHONPATH=. $(LINT)/lint-imports --no-cache --no-logo
 	$(LINT)/mypy --cache-dir .work/mypy
+	$(LINT)/python packaging/count_words.py
 
 .venv-lint/ready: pyproject.toml
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint
