@@ -1,13 +1,9 @@
 """Which weights of a dense model's folder are meant. Where the programs that read it could disagree, it is refused."""
 
-import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, tensor_names, unindexed_files, weight_files
 from ria_vllm.errors import RiaError
@@ -80,60 +76,21 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, for all tensors in the weight files, whether or not the index names them.
 
     Raises:
-        RiaError: see `weight_files`; or two files hold different tensors under one name.
+        RiaError: see `weight_files`; or two files hold tensors of one name, or there are shards and a single file.
     """
     files = weight_files(folder)
+    single = folder / SINGLE_FILE
+    if single.is_file() and single not in files.values():
+        raise RiaError(
+            f"{single}: it lies beside the shards that {INDEX_FILE} names. transformers would read this file and vLLM "
+            "the shards, so it is unknown which model is meant. Remove this file, or the index and its shards. Of a "
+            f"model on the hub, download one of the two (`hf download --exclude {SINGLE_FILE}`)."
+        )
     for path in sorted(set(files.values())):
         for name in tensor_names(path):
             first = files.setdefault(name, path)
-            if first != path and not _same(name, first, path):
+            if first != path:
                 raise RiaError(
-                    f"{path}: {name} differs from the tensor of that name in {first.name}, and nothing says which is "
-                    "right. Get the model again."
+                    f"{path}: {name} is in {first.name}, too, and nothing says which is right. Get the model again."
                 )
-    _check_single(folder, files)
     return files
-
-
-def _check_single(folder: Path, files: Mapping[str, Path]) -> None:
-    """Refuse a single file with other tensors than those that an index names: vLLM and we read the latter, transformers
-    the former.
-
-    What only one of them has may be a copy of what both have: some programs write a tied head, and others do not.
-    """
-    single = folder / SINGLE_FILE
-    if single in files.values() or not single.is_file():
-        return
-    there = dict.fromkeys(tensor_names(single), single)
-    shared = sorted(there.keys() & files.keys())
-    needed = [name for name in sorted(there.keys() ^ files.keys()) if not name.endswith(LEFT_OUT)]
-    alone = (name for name in needed if not _is_copy(name, there if name in there else files, shared))
-    changed = (name for name in shared if not _same(name, files[name], single))
-    for name in itertools.chain(alone, changed):
-        raise RiaError(
-            f"{single}: its {name} is not that of the shards that {INDEX_FILE} names. transformers would read this "
-            "file and vLLM the shards, so it is unknown which model is meant. Remove this file, or the index and its "
-            f"shards. Of a model on the hub, download one of the two (`hf download --exclude {SINGLE_FILE}`)."
-        )
-
-
-def _is_copy(name: str, files: Mapping[str, Path], others: Iterable[str]) -> bool:
-    """Whether a matrix is equal to another one."""
-    with safe_open(files[name], framework="pt") as file:
-        tensor = file.get_tensor(name)
-    return tensor.dim() > 1 and any(_holds(files[other], other, tensor) for other in others)
-
-
-def _same(name: str, *paths: Path) -> bool:
-    one, other = paths
-    with safe_open(one, framework="pt") as file:
-        return _holds(other, name, file.get_tensor(name))
-
-
-def _holds(path: Path, name: str, wanted: torch.Tensor) -> bool:
-    with safe_open(path, framework="pt") as file:
-        if file.get_slice(name).get_shape() != list(wanted.shape):
-            return False
-        found = file.get_tensor(name)
-    one, other = found.flatten().view(torch.uint8), wanted.flatten().view(torch.uint8)
-    return found.dtype == wanted.dtype and torch.equal(one, other)
