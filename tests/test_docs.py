@@ -36,9 +36,8 @@ def test_files_modules_and_commands_exist(page):
     text = page.read_text()
     for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)", text):
         assert "NAME" in path or (ROOT / path).exists() or (ROOT / f"{path}.py").exists(), path
-    if page.name != "CHANGELOG.md":  # it names those of before
-        for module in re.findall(r"python3? -m ((?:ria_vllm|benchmarks)[\w.]*)", text):
-            assert importlib.util.find_spec(module), module
+    for module in re.findall(r"python3? -m ((?:ria_vllm|benchmarks)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
     code = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
     for command in re.findall(r"^ria-vllm ([a-z-]+)", "\n".join(code), re.MULTILINE):
         assert command in COMMANDS, command
