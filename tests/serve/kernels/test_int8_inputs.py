@@ -62,7 +62,7 @@ def tokens(columns, dtype, seed=1):
 
 
 @FORMATS
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 def test_the_reference_gives_the_bits_of_the_definition(format, dtype):
     parts, _ = random_parts(40, 256, format, dtype)
     layer = pack(ReferenceKernel, parts, format, dtype)
@@ -113,26 +113,10 @@ def test_experts(format):
     assert (ids >= 0).any() and torch.equal(got, want.to(BF16))
 
 
-def test_experts_whose_columns_are_padded():
-    format = INTEGERS[4, 32]
-    stored = random_experts(2, 96, 32, format=format)
-    config = replace(stored.config, input_dtype=torch.int8)
-    packed = ReferenceExpertsKernel.pack(config, stored.gate_up, stored.down, None, None)
-    x, (weights, ids) = tokens(96, BF16), random_routing(7, 2, 2)
-    got = ReferenceExpertsKernel.apply(config, x, weights, ids, packed, None, None)
-    want, _ = stored.exact(x, weights, ids)
-    assert (got.double() - want).norm() < 0.03 * want.norm()
-
-
 @pytest.mark.parametrize("format", [FLOAT, FP8], ids=lambda one: one.name)
 def test_other_weights_are_refused(format):
     config = LinearLayerConfig(torch.device("cpu"), BF16, format, 64, 64, torch.int8)
     assert ReferenceKernel.can_implement(config) == f"no int8 inputs for {format.name} weights"
-
-
-def test_other_inputs_are_refused():
-    config = LinearLayerConfig(torch.device("cpu"), BF16, INTEGERS[8, None], 64, 64, torch.int4)
-    assert ReferenceKernel.can_implement(config) == "no int4 inputs"
 
 
 def test_compiled():

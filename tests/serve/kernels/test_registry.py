@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -67,14 +66,7 @@ def test_a_forced_kernel(monkeypatch):
 
 @pytest.mark.parametrize(
     "format, act_dtype, chosen",
-    [
-        (INT8, BF16, "cpu"),
-        (INT8, FP16, "cpu"),
-        (FORMATS["int4-g32"], FP16, "cpu"),
-        (INT8, torch.float32, "cpu"),
-        (FP8, BF16, "cpu with fp8 widened to bfloat16"),
-        (FP8, FP16, "cpu with fp8 widened to float16"),
-    ],
+    [(FORMATS["int4-g32"], FP16, "cpu"), (FP8, FP16, "cpu with fp8 widened to float16")],
 )
 def test_weights_are_widened_only_where_no_kernel_keeps_them(format, act_dtype, chosen):
     choice = registry.choose(layer(format, act_dtype))
@@ -136,17 +128,12 @@ def test_a_kernel_that_rounds_wrongly_is_passed_over(monkeypatch):
     assert registry.reason_against(RoundsInt4, config) == WRONG
 
 
-def test_the_fallback_keeps_quantized_weights():
-    assert str(registry.choose(layer(INT8, in_features=96))) == "reference"
-
-
 @pytest.mark.parametrize(
     "format, act_dtype, out_features, chosen",
     [
         (FP8, BF16, 64, "cutlass"),
-        (FP8, FP16, 64, "cutlass"),
         (FP8, torch.float32, 64, "reference"),
-        (FP8, BF16, 12, "reference"),  # rows that it does not take
+        (FP8, BF16, 12, "reference"),
         (INT8, BF16, 64, "cutlass with int8 widened to bfloat16"),
     ],
 )
@@ -204,10 +191,6 @@ def silent(*_):
     raise RuntimeError("\n")
 
 
-def badly_written(*_):
-    raise ValueError("shapes do not match")
-
-
 def wrong(change_of_x=lambda x: x, change_of_y=lambda y: y):
     """CpuKernel.apply, but for a change on the way in or out."""
 
@@ -226,29 +209,20 @@ SWAP = [1, 0, *range(2, 64)]
     "change, words",
     [
         ({"pack": broken}, f"{FAILS}: no kernel image is available"),
-        ({"apply": broken}, f"{FAILS}: no kernel image is available"),
-        ({"apply": badly_written}, f"{FAILS}: shapes do not match"),
         ({"apply": lambda *_: None}, FAILS),
         ({"apply": silent}, f"{FAILS}: RuntimeError"),
-        ({"apply": lambda config, x, *_: x}, WRONG),
-        (wrong(change_of_x=lambda x: x.flip(-1)), WRONG),
         (wrong(change_of_x=lambda x: x[:, SWAP]), WRONG),
-        (wrong(change_of_x=lambda x: x.roll(4, -1)), WRONG),
         (wrong(change_of_y=lambda y: y.flip(-1)), WRONG),
-        (wrong(change_of_y=lambda y: y[:, SWAP]), WRONG),
-        (wrong(change_of_y=lambda y: y.flip(0)), WRONG),
-        (wrong(change_of_y=lambda y: y.mean().expand(y.shape)), WRONG),
         (wrong(change_of_y=lambda y: y * 1.2), WRONG),
         (wrong(change_of_y=lambda y: y * torch.nan), WRONG),
         (wrong(change_of_y=lambda y: y[:, :-1]), WRONG),
     ],
 )
-@pytest.mark.parametrize("format", [FLOAT, INT8], ids=lambda format: format.name)
-def test_a_kernel_that_multiplies_wrongly_is_passed_over(monkeypatch, change, words, format):
+def test_a_kernel_that_multiplies_wrongly_is_passed_over(monkeypatch, change, words):
     for name, function in change.items():
         monkeypatch.setattr(CpuKernel, name, staticmethod(function))
-    assert registry.reason_against(CpuKernel, layer(format)).startswith(words)
-    assert registry.choose(layer(format)).kernel is ReferenceKernel
+    assert registry.reason_against(CpuKernel, layer(INT8)).startswith(words)
+    assert registry.choose(layer(INT8)).kernel is ReferenceKernel
 
 
 def test_defaults_that_vllm_sets_while_it_builds_a_model_do_not_matter():
@@ -259,12 +233,6 @@ def test_defaults_that_vllm_sets_while_it_builds_a_model_do_not_matter():
             assert registry.choose(layer()).kernel is CpuKernel
     finally:
         torch.set_default_dtype(before)
-
-
-def test_a_fallback_is_tested_too(monkeypatch):
-    monkeypatch.setattr(ReferenceKernel, "apply", staticmethod(broken))
-    with pytest.raises(RiaError, match="no kernel can serve .* reference: a small product fails on this device"):
-        registry.choose(layer(in_features=96))
 
 
 KERNEL = """
@@ -326,8 +294,6 @@ def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
             "Kernel",
             r"cannot be loaded \(ModuleNotFoundError: .*no_such_module.*Repair or uninstall",
         ),
-        (KERNEL, "Missing", r"cannot be loaded \(AttributeError"),
-        ("class Kernel:\n    name = 'theirs'", "Kernel", "is not a LinearKernel: it has no is_fallback"),
         (PROTOCOL_ALONE, "Kernel", "is not a LinearKernel: it has no is_supported"),
         (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "another kernel is named 'cpu' already"),
     ],
@@ -338,14 +304,6 @@ def test_a_kernel_that_cannot_be_used_is_an_error_that_names_its_package(another
         registry.choose(layer())
     place = f"entry point theirs = their_kernel:{attribute} (ria_vllm.linear_kernels) of their-package 1.5"
     assert str(found.value).startswith(place)
-
-
-def test_an_entry_point_without_a_package_is_named():
-    entry = EntryPoint("theirs", "no_such_module:Kernel", registry.ENTRY_POINT_GROUP)
-    with pytest.raises(
-        RiaError, match=r"^entry point theirs = no_such_module:Kernel \(ria_vllm.linear_kernels\) cannot be loaded"
-    ):
-        registry._load(entry)
 
 
 def test_the_first_size_that_a_kernel_takes_is_tested():

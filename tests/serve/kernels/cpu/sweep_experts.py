@@ -41,15 +41,15 @@ def check_case(kernel, tokens, top_k=2, permuted=True, mapped=False, **layer) ->
 
 
 def sweep(kernel, token_counts) -> None:
-    for format, dtype in KINDS:
-        for activation in ACTIVATIONS:
+    for number, (format, dtype) in enumerate(KINDS):
+        for activation in ACTIVATIONS if number < 4 else ACTIVATIONS[number % 3 :: 3]:
             check_case(kernel, 13, activation=activation, dtype=dtype, format=format, biased=True, hidden=192)
-        for hidden, intermediate in ((64, 16), (72, 40), (96, 8), (200, 136), (64, 176), (640, 72)):
+        for hidden, intermediate in ((64, 16), (72, 40), (96, 8), (200, 136), (64, 176), (640, 72))[number % 2 :: 2]:
             for activation in (SILU, ACTIVATIONS[-2]):
                 sizes = {"hidden": hidden, "intermediate": intermediate, "activation": activation}
                 check_case(kernel, 9, permuted=hidden % 128 != 0, dtype=dtype, format=format, biased=True, **sizes)
                 check_case(kernel, 1, permuted=False, dtype=dtype, format=format, **sizes)
-        for tokens in token_counts:
+        for tokens in token_counts[number % 3 :: 3]:
             check_case(kernel, tokens, 1 + tokens % 4, tokens % 2 == 0, tokens % 3 == 0, dtype=dtype, format=format)
         check_case(kernel, 600, 2, experts=1, dtype=dtype, format=format)  # several passes of one expert
         check_case(kernel, 40, 8, experts=3, dtype=dtype, format=format)
@@ -72,7 +72,7 @@ def same_bits(format, dtype) -> None:
     try:
         torch.set_num_threads(1)
         whole = call(0, 230)
-        for count in (2, 3, 5):
+        for count in (2, 5):
             torch.set_num_threads(count)
             assert torch.equal(whole, call(0, 230)), f"{dtype}, {count} threads"
             assert all(map(torch.equal, experts.packed(CpuExpertsKernel), packed))
@@ -98,7 +98,7 @@ def nans_stay_in_their_token(dtype: torch.dtype, tokens: int) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     sweep(CpuExpertsKernel, (0, *range(1, 60), 77, 95, 96, 97, 150, 191, 192, 193, 300))
-    for format, dtype in KINDS:
+    for format, dtype in KINDS[::2]:
         same_bits(format, dtype)
     for dtype in (torch.bfloat16, torch.float32):
         nans_stay_in_their_token(dtype, 5)

@@ -74,12 +74,12 @@ def sweep() -> None:
     for tokens in range(1, 201):
         format = FORMATS[tokens % len(FORMATS)]
         check_case(format, torch.bfloat16, tokens, 49, 128, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
-    for format in FORMATS:
+    for number, format in enumerate(FORMATS):
         for dtype in sparse24.VALUE_DTYPES:
-            for out_features in (1, 16, 17, 32, 33, 63):
-                for tokens in (1, 5, 13, 50):
+            for i, out_features in enumerate((1, 16, 17, 32, 33, 63)):
+                for tokens in ((1, 13), (5, 50))[i % 2]:
                     check_case(format, dtype, tokens, out_features, columns_of(format, 64), True, True)
-        for tokens in EDGES:
+        for tokens in EDGES[number % 3 :: 3]:
             check_case(format, torch.bfloat16, tokens, 65, columns_of(format, 576), tokens % 2 == 0, tokens % 3 == 0)
         for scale_dtype in sparse24.VALUE_DTYPES if format.group_size else ():
             check_case(format, torch.float16, 9, 50, 256, True, True, scale_dtype)

@@ -89,11 +89,10 @@ def check_case(tokens, top_k=2, permuted=True, mapped=False, **layer) -> None:
 
 
 def sweep() -> None:
-    for format in FORMATS:
-        for dtype in sparse24.VALUE_DTYPES:
-            for activation in EXACT:
-                check_case(13, activation=activation, dtype=dtype, format=format, hidden=192)
-        for hidden, intermediate in ((64, 16), (72, 40), (200, 136), (640, 72)):
+    for number, format in enumerate(FORMATS):
+        for dtype, activation in zip(sparse24.VALUE_DTYPES, EXACT[number % 3 :] + EXACT):
+            check_case(13, activation=activation, dtype=dtype, format=format, hidden=192)
+        for hidden, intermediate in ((64, 16), (72, 40), (200, 136), (640, 72))[number % 2 :: 2]:
             for activation in EXACT[:2]:
                 sizes = {"hidden": hidden, "intermediate": intermediate, "activation": activation, "format": format}
                 check_case(9, permuted=hidden % 128 != 0, **sizes)
@@ -145,7 +144,7 @@ def same_bits(format: IntFormat) -> None:
     want = formula(experts, x, weights, ids, permutation)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 5):
+        for count in (1, 3):
             torch.set_num_threads(count)
             for first, last in [(0, 230), (0, 1), (7, 9), (5, 17), (100, 230)]:
                 part = slice(first, last)
@@ -174,7 +173,7 @@ def digest() -> str:
 if __name__ == "__main__":
     torch.manual_seed(0)
     sweep()
-    for format in FORMATS:
+    for format in FORMATS[::3]:
         extremes(format)
         same_bits(format)
     for activation in EXACT:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from instruction_sets import run_with, said_by
 from packed_layers import pack
-from sweep import KINDS, assert_close_to_float64, nans_stay_in_their_token_and_row, random_weight, same_bits, sweep
+from sweep import assert_close_to_float64, random_weight, sweep
 
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes, packing_arguments
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
@@ -26,19 +25,14 @@ def test_instruction_set_against_float64(instruction_set):
     assert said_by("sweep.py", instruction_set) == [instruction_set]
 
 
-def test_reference_against_float64():
-    torch.manual_seed(0)
-    sweep(ReferenceKernel, range(1, 131, 7))
-
-
-def test_reference_in_small_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr(reference, "_BLOCK_ROWS", 16)
+@pytest.mark.parametrize("block_rows", (reference._BLOCK_ROWS, 16))
+def test_reference_against_float64(monkeypatch, block_rows):
+    monkeypatch.setattr(reference, "_BLOCK_ROWS", block_rows)
     torch.manual_seed(0)
     sweep(ReferenceKernel, (1, 30))
 
 
-@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
-@pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("kernel", "dtype"), [(CpuKernel, torch.bfloat16), (ReferenceKernel, torch.float32)])
 def test_any_leading_dimensions_and_strides(kernel, dtype):
     torch.manual_seed(1)
     weight = random_weight(37, 128, dtype=dtype)
@@ -64,22 +58,9 @@ def test_any_leading_dimensions_and_strides(kernel, dtype):
             raise AssertionError(f"{name}: {error}") from None
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].name} {kind[1]}")
-@pytest.mark.parametrize("rows", (208, 2080), ids=("threads share tokens", "threads share rows"))
-def test_same_bits_for_any_threads_and_any_batch(kind, rows):
-    torch.manual_seed(2)
-    same_bits(kind, rows)
-
-
-@pytest.mark.parametrize("tokens", (15, 60))
-def test_infinities_and_nans_stay_in_their_token_and_row(tokens):
-    torch.manual_seed(3)
-    for format in (FLOAT, INT4, IntFormat(4, 32)):
-        nans_stay_in_their_token_and_row((format, torch.bfloat16), tokens)
-
-
-@pytest.mark.parametrize("bits", (0b0000, 0b0001, 0b0111, 0b1111))
-@pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(0b0000, torch.bfloat16), (0b0001, torch.float32), (0b0111, torch.float16)]
+)
 def test_a_bitmask_that_is_not_2_of_4_is_refused_by_name(dtype, bits):
     weight = random_weight(45, 192, dtype=dtype)
     bitmask = weight.parts["bitmask"]
@@ -156,7 +137,7 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize(
     "changes",
     # The last one has the right size: a group of 32 columns, and scales in a dtype of -1.
-    [{0: 1}, {4: 128}, {6: -2}, {6: 1}, {6: -4, 7: -1}, {8: 32}, {8: 32, 7: 3}, {8: 16, 7: -2}, {9: 2}, {8: 32, 7: -3}],
+    [{0: 1}, {4: 128}, {6: 1}, {8: 32}, {8: 32, 7: -3}],
     ids=str,
 )
 def test_a_damaged_header_is_refused(changes):
@@ -170,23 +151,23 @@ def test_a_damaged_header_is_refused(changes):
         torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
 
 
-@pytest.mark.parametrize("bits, format", [(5, INT8), (3, INT4)], ids=lambda value: getattr(value, "name", value))
-def test_packed_size_with_scales_of_rows(bits, format):
-    (packed,) = random_weight(576, 1536, format).packed_by(CpuKernel).packed
-    assert packed.numel() == packed_bytes(576, 1536, format, torch.bfloat16) == 576 * 1536 * bits // 8 + 576 * 4 + 64
-
-
-@pytest.mark.parametrize("scale_dtype", sparse24.VALUE_DTYPES)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("num_bits", (4, 8))
-def test_packed_size_with_scales_of_groups(num_bits, group_size, scale_dtype):
-    format = IntFormat(num_bits, group_size)
+@pytest.mark.parametrize(
+    ("format", "scale_dtype"),
+    [
+        (FLOAT, torch.bfloat16), (INT8, torch.bfloat16), (INT4, torch.bfloat16), (IntFormat(4, 32), torch.float32),
+        (IntFormat(8, 128), torch.float16),
+    ],
+)  # fmt: skip
+def test_packed_size(format, scale_dtype):
+    """Half of the values, a bit of the mask for each weight, and scales of rows or of groups."""
     (packed,) = random_weight(576, 1536, format, scale_dtype=scale_dtype).packed_by(CpuKernel).packed
-    size = 576 * 1536 * (num_bits // 2 + 1) // 8 + 576 * 1536 // group_size * scale_dtype.itemsize + 64
+    value_bits = 16 if format == FLOAT else format.num_bits
+    scales = 576 * 1536 // format.group_size * scale_dtype.itemsize if format.group_size else 576 * 4
+    size = 576 * 1536 * (value_bits // 2 + 1) // 8 + (0 if format == FLOAT else scales) + 64
     assert packed.numel() == packed_bytes(576, 1536, format, scale_dtype) == size
 
 
-@pytest.mark.parametrize("dtype", [-1, 1 << 31, (1 << 32) - 1])
+@pytest.mark.parametrize("dtype", [1 << 31])
 def test_a_dtype_that_no_int_is_is_refused(dtype):
     """Whichever dtype the input has."""
     (packed,) = random_weight(32, 128).packed_by(CpuKernel).packed
@@ -194,16 +175,6 @@ def test_a_dtype_that_no_int_is_is_refused(dtype):
     for act_dtype in sparse24.VALUE_DTYPES:
         with pytest.raises(RuntimeError, match="does not fit|truncated"):
             torch.ops.ria.sparse24_linear.cpu(torch.zeros(1, 128, dtype=act_dtype), packed, 32, None, None)
-
-
-def test_packed_size_is_nine_bits_a_weight():
-    (packed,) = random_weight(576, 1536).packed_by(CpuKernel).packed
-    assert packed.numel() == packed_bytes(576, 1536, FLOAT, torch.bfloat16) == 576 * 1536 * 9 // 8 + 64
-
-
-def test_groups_must_be_whole():
-    config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, IntFormat(4, 128), 16, 192)
-    assert CpuKernel.can_implement(config) == "in-features 192 are not a multiple of 128"
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
@@ -274,12 +245,6 @@ def test_tile_configuration_is_restored(tmp_path):
     finally:
         tiles.load_tiles(ctypes.create_string_buffer(64))
         torch.set_num_threads(threads)
-
-
-def test_forced_instruction_set_must_exist():
-    code = "from ria_vllm.serve.kernels.cpu import backend; print(backend.instruction_set())"
-    done = run_with("mmx", "-c", code)
-    assert done.returncode != 0 and "RIA_VLLM_CPU_ISA=mmx is not known" in done.stderr and "portable" in done.stderr
 
 
 CHOOSE = """

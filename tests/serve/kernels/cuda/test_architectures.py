@@ -3,7 +3,6 @@
 import pytest
 
 from ria_vllm.serve.kernels.cuda.architectures import (
-    ARCHITECTURES,
     CudaBuildError,
     find_architecture,
     for_capability,
@@ -15,9 +14,7 @@ HOPPER_FP8 = ["fp8_128x16_streamk", "fp8_128x128_cluster_streamk"]
 HOPPER_CANDIDATES = ["64x16_pingpong", "128x128_cluster_pingpong", "256x128_cluster"]
 
 
-@pytest.mark.parametrize(
-    "written, name", [("90a", "90a"), ("sm_90a", "90a"), ("9.0", "90a"), ("8.6", "80"), ("89", "80"), ("120a", "120")]
-)
+@pytest.mark.parametrize("written, name", [("sm_90a", "90a"), ("9.0", "90a"), ("120a", "120")])
 def test_architectures_by_any_name(written, name):
     assert find_architecture(written).name == name
 
@@ -29,39 +26,11 @@ def test_an_unknown_architecture_is_named():
 
 @pytest.mark.parametrize(
     "capability, name",
-    [
-        ((8, 0), "80"),
-        ((8, 9), "80"),
-        ((9, 0), "90a"),
-        ((10, 0), "100a"),
-        ((12, 0), "120"),
-        ((7, 5), None),
-        ((10, 3), None),
-    ],
+    [((8, 9), "80"), ((9, 0), "90a"), ((7, 5), None), ((10, 3), None)],
 )
 def test_each_gpu_finds_its_library(capability, name):
     found = for_capability(*capability)
     assert (found and found.name) == name
-
-
-def test_tile_names_are_unique():
-    for target in ARCHITECTURES.values():
-        assert len({tile.name for tile in target.tiles}) == len(target.tiles)
-
-
-def names(tiles):
-    return sorted(tile.name for tile in tiles)
-
-
-def test_the_default_set_leaves_out_candidates():
-    hopper = ARCHITECTURES["90a"]
-    assert names(hopper.tiles) == sorted(HOPPER + HOPPER_FP8 + HOPPER_CANDIDATES)
-    assert names(hopper.default_tiles) == sorted(HOPPER + HOPPER_FP8)
-
-
-def test_the_small_set_serves_both_widths_of_values():
-    assert [tile.name for tile in ARCHITECTURES["90a"].small_tiles] == ["128x16_streamk", "fp8_128x16_streamk"]
-    assert [tile.name for tile in ARCHITECTURES["80"].small_tiles] == ["128x32"]
 
 
 def test_tiles_that_were_not_compiled_are_named():

@@ -14,10 +14,6 @@ from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 GPU = torch.device("cuda", 0)
 
 
-def test_on_a_cpu_it_says_that_the_layer_is_not_on_a_gpu():
-    assert CutlassKernel.is_supported(torch.device("cpu")) == "the layer is on cpu"
-
-
 @pytest.mark.parametrize("sizes, reason", [((12, 64), "out-features 12"), ((64, 96), "in-features 96")])
 def test_a_size_that_does_not_fit_is_named(monkeypatch, sizes, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -38,16 +34,6 @@ def test_a_file_that_is_no_library_is_an_error_that_names_it(monkeypatch, tmp_pa
     (tmp_path / "_cuda_sm90a.so").write_text("not a library")
     with pytest.raises(RiaError, match=r"_cuda_sm90a\.so does not load"):
         backend.library_of.__wrapped__(0)
-
-
-@pytest.mark.parametrize("leading", [(3,), (2, 5), ()])
-def test_shapes_for_the_compiler(leading):
-    x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
-    values = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
-    metadata = torch.empty(64 * 16, dtype=torch.uint8, device="meta")
-    order = torch.empty(128, dtype=torch.int32, device="meta")
-    y = CutlassKernel.apply(LinearLayerConfig(x.device, x.dtype, FLOAT, 64, 128), x, (values, metadata), order, None)
-    assert y.shape == (*leading, 64) and y.dtype == x.dtype
 
 
 def test_the_compiler_puts_the_gather_into_the_norm(hopper):

@@ -113,7 +113,7 @@ def test_a_product_repeats_bit_for_bit(library, tile, workspace):
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
     for split_k in (STREAM_K, 3):
         results = []
-        for library.seed in range(5):
+        for library.seed in range(3):
             y = product.y.clone()
             operands = (product.x, product.values, metadata, product.bias, y, workspace, product.scales)
             library.linear(library.tile_names.index(tile), split_k, *operands)
@@ -172,9 +172,10 @@ def on_emulated_hopper(cutlass_on_cpu, workspace):
     return library
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
-@pytest.mark.parametrize("leading", [(1,), (2, 3), (65,), (0,)])
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "leading", "gathered"),
+    [(torch.bfloat16, (2, 3), True), (torch.float16, (65,), False), (fp8.DTYPE, (1,), True), (fp8.DTYPE, (0,), False)],
+)
 def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype, leading, gathered):
     """With tiles chosen by the rules, rows at any address, and the input in its own order or gathered."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
@@ -198,7 +199,7 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype
 
 
 BUSY = [
-    *((arch, (512, 8192, 1), 0.9) for arch in ("80", "90a", "100a", "120")),
+    *((arch, (512, 8192, 1), 0.9) for arch in ("80", "100a", "120")),
     *((arch, (640, 4096, 16), 0.6) for arch in ("80", "90a", "100a", "120")),
     # Like 11008 rows on a Hopper, where CUTLASS would not divide K and would leave a third of the SMs idle.
     *((arch, (1024, 4096, 1), 0.9) for arch in ("90a", "100a")),
@@ -227,8 +228,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, fp8.DTYPE])
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (fp8.DTYPE, False)])
 def test_a_graph_can_capture_the_operators(on_emulated_hopper, dtype, gathered):
     """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype

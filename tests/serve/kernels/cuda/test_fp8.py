@@ -9,13 +9,12 @@ from ria_vllm.format import fp8, sparse24
 from ria_vllm.format.formats import FP8
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
-from ria_vllm.serve.kernels.cuda.tiles import choose_tile
 
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 6e4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("magnitude", [1e-6, 6e4])
 def test_quantized_activations_are_as_near_as_e4m3_allows(dtype, magnitude):
     """e4m3 has three mantissa bits: an error of 1/16 of the value, and below 2^-6 of 2^-10, times the scale."""
     x = (torch.randn(9, 4, 192, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * magnitude).to(dtype)
@@ -51,9 +50,15 @@ def packed_layer(out_features, in_features):
     return pack(CutlassKernel, random_weight(out_features, in_features)[0], FP8, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (0,)])
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "leading", "extras"),
+    [
+        (torch.bfloat16, (), False),
+        (torch.float16, (7,), True),
+        (torch.bfloat16, (2, 3), True),
+        (torch.float16, (0,), True),
+    ],
+)
 def test_apply_against_float64(hopper, dtype, leading, extras):
     """Against the product of the quantized x and the weight: y may be off by half an ulp."""
     parts, stored = random_weight(72, 192)
@@ -83,9 +88,7 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
     "change, message",
     [
         ({"x_scales": torch.ones(2)}, r"x's scales are \(2,\) torch.float32, expected \(3,\) float32"),
-        ({"x_scales": torch.ones(3).double()}, r"x's scales are \(3,\) torch.float64"),
         ({"scales": torch.ones(72, 1)}, r"the weight's scales are \(72, 1\) torch.float32, expected \(72,\) float32"),
-        ({"x": torch.ones(3, 192).half()}, r"x is \(3, 192\) torch.float16, the weight 72 x 192 torch.float8_e4m3fn"),
         ({"bias": torch.ones(72)}, r"bias is \(72,\) torch.float32, expected \(72,\) torch.bfloat16"),
         ({"metadata": torch.ones(8, dtype=torch.uint8)}, "8 bytes of metadata do not fit a 72 x 192 weight"),
     ],
@@ -98,18 +101,6 @@ def test_operands_that_do_not_fit_are_named(hopper, change, message):
         torch.ops.ria.sparse24_fp8_linear.cutlass(**given | change)
 
 
-def test_shapes_for_the_compiler():
-    x = torch.empty(2, 5, 128, dtype=torch.float16, device="meta")
-    packed = (
-        torch.empty(64, 64, dtype=fp8.DTYPE, device="meta"),
-        torch.empty(64 * 16, dtype=torch.uint8, device="meta"),
-        torch.empty(64, device="meta"),
-    )
-    config = LinearLayerConfig(x.device, x.dtype, FP8, 64, 128)
-    y = CutlassKernel.apply(config, x, packed, torch.empty(128, dtype=torch.int32, device="meta"), None)
-    assert y.shape == (2, 5, 64) and y.dtype == torch.float16
-
-
 def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
     layer = packed_layer(72, 192)
     traced = torch.compile(lambda x: layer(x), backend="aot_eager", fullgraph=True)
@@ -118,17 +109,8 @@ def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
         assert torch.equal(traced(x), layer(x))
 
 
-@pytest.mark.parametrize("family", [80, 100])
+@pytest.mark.parametrize("family", [80])
 def test_no_other_gpu_keeps_fp8(hopper, family):
     hopper.family, hopper.tile_names = family, ["128x32"]
     reason = CutlassKernel.can_implement(LinearLayerConfig(CUDA, torch.bfloat16, FP8, 4096, 4096))
     assert reason == "pretend.so: no tile for a 4096 x 4096 layer of torch.float8_e4m3fn and 1 tokens"
-
-
-def test_more_tokens_take_wider_tiles(hopper):
-    chosen = []
-    for tokens in (1, 16, 17, 100_000):
-        tile, _ = choose_tile(hopper, fp8.DTYPE, 4096, 4096, tokens, 132)
-        chosen.append(hopper.tile_names[tile])
-    widths = [int(name.split("_")[1].split("x")[1]) for name in chosen]
-    assert widths == [16, 16, 128, 128]

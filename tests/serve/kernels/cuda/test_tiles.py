@@ -15,7 +15,6 @@ from ria_vllm.serve.kernels.cuda.tiles import (
     WORKSPACE_BYTES,
     balanced_split_k,
     choose_tile,
-    preferred_tiles,
 )
 
 
@@ -66,19 +65,10 @@ def test_rules_and_measurements_choose_from_all_default_tiles_and_only_from_them
     assert taken == {tile.name for tile in architecture.default_tiles}
 
 
-@pytest.mark.parametrize("num_sms", [114, 132, 148])
+@pytest.mark.parametrize("num_sms", [114, 132])
 @pytest.mark.parametrize(
     "shape",
-    [
-        (4096, 4096),
-        (6144, 4096),
-        (11008, 4096),
-        (4096, 11008),
-        (28672, 8192),
-        (8192, 28672),
-        (57344, 8192),
-        (576, 1536),
-    ],
+    [(4096, 4096), (11008, 4096), (28672, 8192), (576, 1536)],
 )
 def test_split_k_keeps_all_sms_equally_busy(shape, num_sms):
     """If each block goes to the SM with the least work, the busiest SM gets little more than an equal share."""
@@ -109,12 +99,3 @@ def test_a_measurement_overrides_the_rule(monkeypatch):
     assert chosen(library_of(ALL_HOPPER), 7) == ("128x64_streamk", 2)
     assert chosen(library_of(ALL_HOPPER), 17) == ("128x128_cluster_pingpong", 1)
     assert chosen(library_of(ALL_HOPPER), 65)[0] == "128x128_cluster_streamk"
-
-
-def test_every_rule_names_tiles_that_are_compiled():
-    for target in ARCHITECTURES.values():
-        names = {tile.name for tile in target.tiles}
-        for value_bits in {tile.value_bits for tile in target.tiles}:
-            for tokens in (1, 16, 17, 64, 65, 512, 513, 100_000):
-                wanted = preferred_tiles(target.family, 132, value_bits, 4096, 4096, tokens)
-                assert wanted and {name for name, _ in wanted} <= names

