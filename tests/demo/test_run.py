@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.model.files import gguf_file
+from ria_vllm.offline.model import gguf_file
 from ria_vllm.serve.benchmark import load, server
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.machine import machine

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.files.gguf_file import convert_gguf
+from ria_vllm.offline.model.gguf_file import convert_gguf
 
 
 def logits(folder: Path) -> torch.Tensor:
