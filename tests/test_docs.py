@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ria_vllm.cli import COMMANDS
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
@@ -50,3 +51,25 @@ def test_commands_and_cards_name_the_steps_of_an_installation_that_the_readme_ha
     lines = [re.split(r"\s+#", line)[0] for line in block[1].splitlines()]
     assert lines[1 : 1 + len(FOR_CPUS)] == list(FOR_CPUS)
     assert lines[1 + len(FOR_CPUS)].startswith("ria-vllm compress")
+
+
+@pytest.mark.slow
+def test_vllm_takes_the_arguments_of_the_manifests():
+    """No cluster is asked. `vllm serve` and Ray Serve read the same arguments."""
+    from vllm import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    text = (ROOT / "docs" / "serve.md").read_text()
+    deployment, ray = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S))
+    spec = deployment["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["command"][:2] == ["vllm", "serve"]
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(container["command"][2:])
+    assert arguments.port == container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert Path(arguments.model_tag).parent == Path(mounted[spec["volumes"][0]["name"]])
+    assert deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    (model,) = ray["applications"][0]["args"]["llm_configs"]
+    engine = AsyncEngineArgs(model=model["model_loading_config"]["model_source"], **model["engine_kwargs"])
+    assert engine.max_model_len == arguments.max_model_len
