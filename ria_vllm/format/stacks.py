@@ -69,8 +69,13 @@ class Placement:
         """A view [out, in] of the linear `number` of an expert, for a tensor that `split` accepts."""
         if not self.stacked:
             return tensor
-        rows, count = tensor[expert].T if self.transposed else tensor[expert], len(self.experts[expert])
-        return rows[number::count] if self.interleaved else rows.chunk(count)[number]
+        rows = tensor[expert].T if self.transposed else tensor[expert]
+        return split_rows(rows, len(self.experts[expert]), self.interleaved)[number]
+
+
+def split_rows(rows: torch.Tensor, linears: int, interleaved: bool) -> Sequence[torch.Tensor]:
+    """The parts of equally large linears, views, whose rows follow each other, or alternate if `interleaved`."""
+    return [rows[start::linears] for start in range(linears)] if interleaved else rows.chunk(linears)
 
 
 def stack_linears(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ria_vllm.format.stacks import split_rows
+
 GATE, UP, DOWN = KINDS = ("gate", "up", "down")
 """The linears of an expert. `layer_schema.Experts` has the same names."""
 
@@ -93,11 +95,7 @@ class ExpertsLayout:
         """
         kinds = self.parameters[parameter]
         rows = stacked.T if self.transposed and stacked.dim() == 2 else stacked
-        if len(kinds) == 1:
-            return {kinds[0]: rows}
-        if self.interleaved:
-            return {kind: rows[start :: len(kinds)] for start, kind in enumerate(kinds)}
-        return dict(zip(kinds, rows.split(self.inner), strict=True))
+        return dict(zip(kinds, split_rows(rows, len(kinds), self.interleaved), strict=True))
 
 
 def layout_of(module: Any, path: str = "") -> ExpertsLayout | None:
