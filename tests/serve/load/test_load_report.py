@@ -66,20 +66,6 @@ def test_layers_that_come_later_replace_the_models_own_key():
     assert config.compute_hash() == at_once.compute_hash()
 
 
-def test_a_layer_that_is_served_dense_is_in_the_key():
-    keys = []
-    for left_out in ("fc", "gc", None):
-        config = VllmConfig()
-        with set_current_vllm_config(config):
-            report = LoadReport()
-            if left_out:
-                report.expected += 1
-                report.leave_out(left_out, True, FLOAT)
-            load("a", report=report)
-        keys.append(config.compute_hash())
-    assert len(set(keys)) == 3
-
-
 INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
 
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from checkpoint_folder import config_of, rebind
+from checkpoint_folder import config_of
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,15 +23,6 @@ from ria_vllm.serve.model import checkpoint_files
 from ria_vllm.serve.model.checkpoint_files import Offline, is_offline, locate
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.reload import check_first_load, check_reload
-
-
-def test_local_folder(checkpoint):
-    config = config_of(checkpoint)
-    assert len(config.pruned) == 14
-    assert len(config.permutations) == 14
-    assert config.folding.folded == {
-        f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.o_proj", "mlp.down_proj")
-    }
 
 
 def test_names_follow_vllms_mapper(checkpoint):
@@ -67,14 +58,6 @@ def test_damaged_permutation_is_named(copy):
     save_file(stored, copy / PERMUTATIONS_FILE)
     with pytest.raises(RiaError, match=r"layers\.1\.mlp\.down_proj.*more than once|layers\.1\.mlp\.down_proj.*channel"):
         config_of(copy)
-
-
-def test_a_folder_without_weights_is_read_by_its_ignore_list(copy):
-    for path in copy.glob("*.safetensors"):
-        path.unlink()
-    config = config_of(copy)
-    assert config.pruned is None
-    assert not config.is_pruned("lm_head") and config.is_pruned("model.layers.0.mlp.up_proj")
 
 
 def split(folder, index=True):
@@ -179,20 +162,6 @@ def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypat
             read()
 
 
-@pytest.mark.parametrize("place", ["folder"])
-@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
-def test_other_load_formats_leave_weights_in_mistrals_format_alone(checkpoint, copy, place, load_format):
-    """With an index, vLLM then reads what the index names, and dummy weights come from nowhere."""
-    config = config_of(checkpoint)
-    split(copy)
-    save_file({"norm.weight": torch.zeros(8)}, copy / "consolidated.safetensors")
-    with loading(load_format):
-        if place == "reload":
-            check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
-        else:
-            config_of(copy).get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
-
-
 @pytest.mark.parametrize("left", ["nothing", "an index"])
 def test_a_folder_without_weights_is_for_dummy_weights_only(copy, left):
     for shard in split(copy, index=left == "an index"):
@@ -262,29 +231,6 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch, copy):
     return Hub(monkeypatch, copy)
-
-
-def test_hub_repository_of_a_single_file(hub):
-    """The usual case for small models: the names are in the weight file's own header."""
-    config = hub.config()
-    assert len(config.pruned) == 14 and len(config.permutations) == 14
-    assert hub.revisions == {"v2"}
-
-
-def test_keys_that_are_the_values_on_the_hub(hub):
-    """Gemma 4 has no v_proj: the header of its single file shows it, and v gets the permutation of k."""
-    path = hub.path(SINGLE_FILE)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    save_file({n: t for n, t in load_file(path).items() if "v_proj" not in n}, path, metadata)
-    orders = {n: t for n, t in load_file(hub.path(PERMUTATIONS_FILE)).items() if "v_proj" not in n}
-    save_file(orders, hub.path(PERMUTATIONS_FILE))
-    rebind(hub.folder)
-    config = hub.config()
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    linears = config.linears_of("model.layers.0.self_attn.qkv_proj")
-    assert [linear[-6:] for linear in linears] == ["q_proj", "k_proj", "k_proj"]
-    assert all(config.stored_linear(linear, config.folding).input_permutation is not None for linear in linears)
 
 
 def test_hub_repository_with_an_index(hub):
@@ -381,12 +327,6 @@ def first_load(config):
     check_first_load(config, SimpleNamespace(model="who/what", revision="v2"))
 
 
-def test_a_first_load_from_the_cache_needs_no_hub(hub):
-    hub.reachable, hub.cached = False, {path.name for path in hub.folder.iterdir()}
-    first_load(hub.config())
-    assert not hub.headers
-
-
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
     """vLLM downloads the weights of the new state, which may by now be in the cache."""
@@ -399,18 +339,6 @@ def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
     hub.cached = {path.name for path in hub.folder.iterdir()} if cached else set()
     with pytest.raises(RiaError, match="who/what: its weights are stored in other channel orders"):
         first_load(config)
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_the_files_of_a_commit_are_not_looked_at_again(hub, named):
-    """vLLM 0.32 finds out the commit of a branch once."""
-    if named and not hasattr(huggingface_hub, "ResolvedRevision"):
-        pytest.skip("this version of the hub's library does not find it out")
-    config = hub.config()
-    hub.folder.rename(hub.folder.with_name("gone"))
-    commit = "0123456789abcdef" * 2 + "01234567"
-    revision = huggingface_hub.ResolvedRevision(commit, repo_id="who/what") if named else commit
-    check_first_load(config, SimpleNamespace(model="who/what", revision=revision))
 
 
 def test_modelscope_is_for_local_folders(copy, monkeypatch):

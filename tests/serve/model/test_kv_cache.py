@@ -37,24 +37,20 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kv-cache")
     model = compressed_tensors_checkpoints.write(folder / "pruned", "sparse-24-bitmask")
     compressed_tensors_checkpoints.write(folder / "other", "sparse-24-bitmask")
-    compressed_tensors_checkpoints.write(folder / "half", "sparse-24-bitmask")
     compressed_tensors_checkpoints.write_dense(folder / "dense", model)
     compressed_tensors_checkpoints.add_kv_scales(folder / "pruned", **SCALES)
     compressed_tensors_checkpoints.add_kv_scales(folder / "dense", **SCALES)
     compressed_tensors_checkpoints.add_kv_scales(folder / "other", k_scale=1.0, v_scale=1.0)
-    compressed_tensors_checkpoints.add_kv_scales(folder / "half", k_scale=1.0)
     jobs = {
         "dense": {},
         "pruned": {},
         "reloaded": {"model": "pruned", "first": "reload"},
         "other": {},
-        "half": {},
-        "dummy": {"model": "half", "engine": {"load_format": "dummy"}},
     }
     todo = [
         {"prompts": prompts(), "tokens": 6}
         | job
-        | {"model": str(folder / job.get("model", name)), "engine": {"dtype": "float32"} | job.get("engine", {})}
+        | {"model": str(folder / job.get("model", name)), "engine": {"dtype": "float32"}}
         for name, job in jobs.items()
     ]
     return dict(zip(jobs, generate(folder / "run", todo), strict=True))

@@ -6,7 +6,6 @@ from gated_model import (
     FOLD,
     HIDDEN,
     INNER,
-    PREFIX,
     Block,
     Model,
     attached,
@@ -16,7 +15,6 @@ from gated_model import (
     tensors,
 )
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     LinearBase,
     ReplicatedLinear,
     UnquantizedLinearMethod,
@@ -68,17 +66,6 @@ def test_a_pruned_linear_of_another_stage_is_served_there(ranks, stored):
     model = Model(config)
     model.layers.append(PPMissingLayer())
     match_layers(config, model)
-
-
-def test_a_pruned_linear_that_vllm_drops(ranks, stored):
-    """Some checkpoints hold the keys even of layers that use the keys of another layer."""
-
-    class Dropping(Model):
-        hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr={"layers.1.": None}) | Model.hf_to_vllm_mapper
-
-    stored.add("model.layers.1.down", HIDDEN, INNER)
-    config = stored.config()
-    match_layers(config, Dropping(config))
 
 
 def test_a_layer_that_takes_dense_weights_only(ranks, stored):
@@ -137,32 +124,6 @@ def test_a_second_model_of_the_same_checkpoint(ranks, stored):
     assert {type(m.quant_method) for m in draft.modules() if isinstance(m, LinearBase)} == {UnquantizedLinearMethod}
     assert isinstance(target.layers[0].down.quant_method, Sparse24LinearMethod)
     match_layers(config, Model(config))  # built anew
-
-
-def test_a_draft_with_dummy_weights_of_an_unknown_checkpoint(ranks, stored):
-    """No names are known, so its layers stay sparse. They are finished, and load by the loader that their model has."""
-
-    class Column(torch.nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.gate = ColumnParallelLinear(HIDDEN, INNER, quant_config=config, prefix=f"{PREFIX}.gate")
-
-    class Draft(Column):
-        pass
-
-    ranks(0, 2)
-    config = stored.config()
-    config.stored = config.pruned = None
-    match_layers(config, Column(config))
-    draft = Draft(config)
-    called = []
-    draft.gate.weight.weight_loader = lambda param, loaded_weight: called.append(tuple(loaded_weight.shape))
-    match_layers(config, draft)
-    assert isinstance(draft.gate.quant_method, Sparse24LinearMethod) and not hasattr(draft.gate, "weight")
-    for part in ("compressed", "bitmask"):
-        parameter = getattr(draft.gate, part)
-        parameter.weight_loader(parameter, stored.tensors[f"{PREFIX}.gate"][part])
-    assert called == [(INNER, HIDDEN // 2), (INNER, HIDDEN // 8)]
 
 
 def test_a_loader_that_the_model_gave_its_weight_stays(ranks, stored):

@@ -1,6 +1,5 @@
 """Which weights a running server may load: those that are stored as the ones that it started with."""
 
-import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE
 from ria_vllm.serve.model.config import RiaConfig
-from ria_vllm.serve.model.reload import check_adapters, check_first_load, check_reload
+from ria_vllm.serve.model.reload import check_adapters, check_reload
 
 
 def reload_from(config, folder, lora=False):
@@ -230,17 +229,3 @@ def test_a_reload_of_other_peoples_weights_that_no_config_describes(theirs, tmp_
     save_file({name: tensor for name, tensor in tensors.items() if name != norm}, tmp_path / SINGLE_FILE)
     with pytest.raises(RiaError, match=f"{norm} is in the folder or on this server, but not on both"):
         reload_from(config, tmp_path)
-
-
-def test_a_server_whose_config_is_in_another_folder(checkpoint, copy, tmp_path):
-    """`--hf-config-path`. Folders that are reloaded later have a config.json of their own."""
-    config = config_of(copy)
-    (tmp_path / "config").mkdir()
-    shutil.move(copy / "config.json", tmp_path / "config")
-    started = SimpleNamespace(model=str(copy), revision=None, hf_config_path=str(tmp_path / "config"))
-    check_first_load(config, started)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
-    reload_from(config, checkpoint)
-    for check in (check_first_load, functools.partial(check_reload, from_files=True)):
-        with pytest.raises(RiaError, match="from another run than config.json|not stored under the permutations"):
-            check(config, started)
