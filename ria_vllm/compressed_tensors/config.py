@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ria_vllm.compressed_tensors import marlin24
-from ria_vllm.compressed_tensors.packed_forms import BytesOfFourBits, Marlin24, PackedForm, PackQuantized
+from ria_vllm.compressed_tensors.packed_forms import Marlin24, PackedForm, PackQuantized
 from ria_vllm.compressed_tensors.patterns import check_pattern, matches_pattern
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FORMATS, GROUP_SIZES, IntFormat
@@ -216,9 +216,7 @@ def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> t
     if form == PACKED:
         return scheme, PackQuantized(integers)
     if integers is not None and integers.num_bits == 4:
-        if not dense:
-            raise RiaError(f"{where}: int4 weights are not served with a sparsity_config.format of sparse-24-bitmask.")
-        return scheme, BytesOfFourBits(integers)
+        raise RiaError(f"{where}: int4 weights are only served in pack-quantized and marlin-24.")
     return scheme, None
 
 

@@ -7,7 +7,6 @@ those of `ria_vllm.format.formats`, or a plain weight with its zeros.
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -25,8 +24,9 @@ DROPPED = ("weight_shape", "weight_g_idx", "weight_zero_point")
 UNMISTAKABLE = ("weight_packed", "scale_packed")
 
 
-class PackedForm(Protocol):
-    """How the weight of one linear [out, in] is stored.
+@dataclass(frozen=True)
+class Marlin24:
+    """How the weight of one linear [out, in] is stored in `marlin-24`: see `ria_vllm.compressed_tensors.marlin24`.
 
     Attributes:
         format: what the values are.
@@ -34,12 +34,9 @@ class PackedForm(Protocol):
         gives: those that it becomes.
     """
 
-    @property
-    def format(self) -> IntFormat: ...
-    @property
-    def takes(self) -> tuple[str, ...]: ...
-    @property
-    def gives(self) -> tuple[str, ...]: ...
+    format: IntFormat
+    takes = marlin24.TENSORS
+    gives = ("compressed", "bitmask", "weight_scale")
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors that `gives` names. A weight that is not 2:4 must not be given as if it were.
@@ -47,17 +44,6 @@ class PackedForm(Protocol):
         Raises:
             ValueError: the tensors are damaged; names the one that is.
         """
-
-
-@dataclass(frozen=True)
-class Marlin24:
-    """See `ria_vllm.compressed_tensors.marlin24`."""
-
-    format: IntFormat
-    takes = marlin24.TENSORS
-    gives = ("compressed", "bitmask", "weight_scale")
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return marlin24.unpack(tensors, self.format)
 
 
@@ -73,6 +59,7 @@ class PackQuantized:
     gives = ("weight",)
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Marlin24.unpack`."""
         packed = tensors["weight_packed"]
         if packed.dtype != torch.int32 or packed.dim() != 2:
             raise ValueError(f"weight_packed: {packed.dtype} {tuple(packed.shape)}, expected a matrix of torch.int32")
@@ -80,26 +67,7 @@ class PackQuantized:
         return {"weight": stored if self.format.num_bits == 4 else (stored ^ 128).view(torch.int8)}
 
 
-@dataclass(frozen=True)
-class BytesOfFourBits:
-    """`int-quantized` with four bits: int8 [out, in].
-
-    It becomes `weight`, uint8 [out, in/2] as `IntFormat.pack` packs.
-    """
-
-    format: IntFormat
-    takes = ("weight",)
-    gives = ("weight",)
-
-    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = tensors["weight"]
-        if weight.is_floating_point():  # of a module that is not quantized
-            return {"weight": weight}
-        if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] % 2:
-            raise ValueError(f"weight: {weight.dtype} {tuple(weight.shape)}, expected a matrix of torch.int8")
-        if bool(((weight < -8) | (weight > 7)).any()):
-            raise ValueError("weight: a value does not fit four bits")
-        return {"weight": self.format.pack(weight)}
+PackedForm = Marlin24 | PackQuantized
 
 
 @dataclass
@@ -207,7 +175,7 @@ class Translation:
             yield f"{linear}.{given}", values
 
 
-_PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes, *BytesOfFourBits.takes))
+_PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes))
 
 
 def _absent(linear: str, part: str) -> RiaError:

@@ -30,7 +30,6 @@ CASES = {
     "bitmask, fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=BITMASK),
     "int8": Packed("int-quantized", arguments(8), sparsity=SPARSE),
     "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, **FLOATS),
-    "int4 in groups of 32": Packed("int-quantized", arguments(4, 32), sparsity=SPARSE),
     "pack, int4": Packed("pack-quantized", arguments(4), sparsity=SPARSE),
     "pack, int4 in groups of 64": Packed("pack-quantized", arguments(4, 64), sparsity=SPARSE, **FLOATS),
     "marlin, int4": Packed("marlin-24", arguments(4)),

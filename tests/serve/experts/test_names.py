@@ -104,7 +104,7 @@ def mixed(end, weights, parts):
 @pytest.mark.parametrize(
     ("names", "settings"),
     [
-        mixed("up_proj", {"weights": INT4, "format": "int-quantized"}, ["weight", "weight_scale"]),
+        mixed("up_proj", {"weights": INT4, "format": "pack-quantized"}, ["weight_packed", "weight_scale"]),
         (tensors(["weight", "weight_scale"]), {
             "form": "int-quantized", "weights": INT8, "ignore": ["re:.*2.up_proj"]}),
         ([*tensors(BITMASK, GATED[:2]), *tensors(["weight"], GATED[2:])], {"sparse": "sparse-24-bitmask"})

@@ -151,7 +151,7 @@ def test_what_packed_forms_lack_is_named(changes, message):
 )
 def test_inputs_that_are_rounded(inputs, rounded):
     chosen = RiaConfig.from_config(
-        config(format="int-quantized", sparsity={"format": "dense"}, **groups(GROUPS_OF_128, inputs))
+        config(format="pack-quantized", sparsity={"format": "dense"}, **groups(GROUPS_OF_128, inputs))
     )
     scheme = chosen.scheme("model.layers.0.mlp.up_proj")
     assert (scheme.format.name, scheme.activations, scheme.dense) == ("int4-g128", rounded, True)
@@ -187,7 +187,9 @@ def test_overlapping_groups_go_to_the_most_specific_target():
     ways = [{"strategy": "tensor"}, {"strategy": "channel"}, *({"strategy": "group", "group_size": g} for g in sizes)]
     ways = [{"num_bits": bits, "type": "int"} | way for bits in (4, 8) for way in ways]
     of_groups = {str(i): {"targets": [one], "weights": way} for i, (one, way) in enumerate(zip(targets, ways))}
-    chosen = RiaConfig.from_config(config(sparsity={"format": "dense"}, config_groups=of_groups))
+    chosen = RiaConfig.from_config(
+        config(format="pack-quantized", sparsity={"format": "dense"}, config_groups=of_groups)
+    )
     model = tiny.model_of(tiny.FAMILIES["llama-gqa"], num_hidden_layers=3)
     apply_quantization_config(model, QuantizationConfig(config_groups=of_groups, quantization_status="initialized"))
     taken = set()
