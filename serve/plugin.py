@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -51,7 +52,7 @@ def watch_models() -> None:
     from ria_vllm.serve.linear.method import arrival_checks
     from ria_vllm.serve.load.completeness import check_loaded, empty_weights
     from ria_vllm.serve.load.engine import EngineOptions, models_being_built
-    from ria_vllm.serve.load.stream import Taker
+    from ria_vllm.serve.load.stream import Hooks, Taker, WeightStream
     from ria_vllm.serve.model.adapters import turn_adapters
     from ria_vllm.serve.model.cache_readers import check_turned_heads
     from ria_vllm.serve.model.config import RiaConfig
@@ -67,7 +68,6 @@ def watch_models() -> None:
         if isinstance(config, RiaConfig) and len(calls) == 1:
             engine = EngineOptions.current()
             match_layers(config, model)
-            check = functools.partial(check_reload, config, engine.model_config, lora=engine.lora)
             taken: dict[str, Taker | None] = {}
             if config.rearranged and config.stored is not None:
                 from ria_vllm.serve.model import rearranged
@@ -86,7 +86,6 @@ def watch_models() -> None:
                 check_turned_heads(config.schema, config.where, revision, config.is_pruned)
             turn_adapters(config, model, revision)
             empty_weights(model, embeddings)
-            complete = functools.partial(check_loaded, model, where, embeddings)
 
             def after_reload(left_out: Sequence[str]) -> None:
                 present = EngineOptions.current().model_config if embeddings else None
@@ -118,11 +117,14 @@ def watch_models() -> None:
                 return schema.proofs and schema.proofs.digest, prover.prove(schema.proof_vector, stored, where)
 
             model.ria_prove = prove_served
-            config.stream.attach(
-                model, check, complete, engine.dummy_weights, taken, config.translation, after_reload,
-                functools.partial(check_first_load, config, built_from, lora=engine.lora), arrival_checks(model),
-                embeddings, prove, computed and computed.see,
+            hooks = Hooks(
+                before_reload=functools.partial(check_reload, config, engine.model_config, lora=engine.lora),
+                check_files=functools.partial(check_first_load, config, built_from, lora=engine.lora),
+                after_load=functools.partial(check_loaded, model, where, embeddings),
+                after_reload=after_reload, prove=prove, arrivals=arrival_checks(model), takers=taken,
+                translation=config.translation, loaded=engine.dummy_weights, embeddings=embeddings,
             )  # fmt: skip
+            WeightStream(model, hooks if computed is None else replace(hooks, watch=computed.see))
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

@@ -6,9 +6,9 @@ shows when it is proved, see `ria_vllm.serve.proving.layers`.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from vllm.model_executor import model_loader
@@ -27,147 +27,123 @@ LOADERS = Path(model_loader.__file__).parent
 Taker = Callable[[str, torch.Tensor], None]
 """Loads a tensor, whose last part of the name comes first, in place of the model."""
 
+Weights = Iterable[tuple[str, torch.Tensor]]
+"""Names and tensors, as `model.load_weights` takes them."""
+
+
+def _nothing(*_: object) -> None:
+    """What a hook does that nobody set."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens around the loads of a model. Each raises a RiaError to refuse.
+
+    Attributes:
+        before_reload: called before weights replace others; its argument is whether they come from the model's files.
+        check_files: are the model's files those that it was built for? Called before the first tensor of the first load
+            by one of vLLM's loaders, which then has downloaded the files, and after the last one, because it opens one
+            file after the other.
+        after_load: do the files lack weights? Called after the first load from them.
+        after_reload: called with the paths of the layers that a reload from files has left out.
+        prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
+            first argument are the proofs that came with them; the second is whether this was the first load.
+        watch: called with each tensor that comes from a file, and its name.
+        arrivals: linears -> called with the last part of the name of each of their tensors.
+        takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
+            nobody here needs them.
+        translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
+        loaded: the model has weights already: dummies.
+        embeddings: see `Reloads`.
+    """
+
+    before_reload: Callable[[bool], None] = _nothing
+    check_files: Callable[[], None] = _nothing
+    after_load: Callable[[], None] = _nothing
+    after_reload: Callable[[Sequence[str]], None] = _nothing
+    prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
+    watch: Callable[[str, torch.Tensor], None] = _nothing
+    arrivals: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
+    takers: Mapping[str, Taker | None] = field(default_factory=dict)
+    translation: Translation | None = None
+    loaded: bool = False
+    embeddings: bool = True
+
 
 class WeightStream:
-    """Stands before `model.load_weights`.
+    """Stands between vLLM's loaders and a model, at the start and in every reload.
 
     Attributes:
         proofs: matrix -> its proof, which somebody has sent beside the weights.
+        loaded: the model has weights.
+        packed: they are packed.
+        from_files: those that have come last are of all files, and not proved yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module, hooks: Hooks):
+        self.hooks = hooks
         self.proofs: dict[str, torch.Tensor] = {}
+        self.loaded = hooks.loaded
+        self.packed = self.from_files = False
+        self._load = model.load_weights
+        self._process = getattr(model, "process_weights_after_loading", _nothing)
+        self.reloads = Reloads(
+            model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self.proofs.clear
+        )
 
-    def attach(
-        self,
-        model: torch.nn.Module,
-        before_reload: Callable[[bool], None],
-        after_load: Callable[[], None] = lambda: None,
-        loaded: bool = False,
-        takers: Mapping[str, Taker | None] = MappingProxyType({}),
-        translation: Translation | None = None,
-        after_reload: Callable[[Sequence[str]], None] = lambda left_out: None,
-        check_files: Callable[[], None] = lambda: None,
-        arrivals: Mapping[str, Callable[[str], None]] = MappingProxyType({}),
-        embeddings: bool = True,
-        prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = lambda sent, first: None,
-        watch_files: Callable[[str, torch.Tensor], None] | None = None,
-    ) -> None:
-        """Stand between vLLM's loaders and `model`, now and on every reload.
+        @functools.wraps(self._load)
+        def load_weights(weights: Weights, *args: object, **kwargs: object) -> object:
+            return self._load_weights(weights, *args, **kwargs)
 
-        Args:
-            before_reload: raises a RiaError if the weights must not be loaded into this model. Its argument is whether
-                vLLM reads them from the model's files.
-            after_load: raises a RiaError if the model's files lack weights. It comes after the first load from them.
-            loaded: the model has weights already: dummies.
-            takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
-                nobody here needs them.
-            translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
-            after_reload: raises a RiaError if a reload from files has left layers out, whose paths it is given.
-            check_files: raises a RiaError if the model's files are not those that it was built for. It comes before the
-                first tensor of the first load by one of vLLM's loaders, which then has downloaded the files, and after
-                the last one, because it opens one file after the other.
-            arrivals: linears -> called with the last part of the name of each of their tensors; raises a RiaError if
-                the linear's layer will not take it.
-            embeddings: see `Reloads`.
-            prove: raises a RiaError if layers do not compute what the model's files say, once all weights are packed.
-                If somebody has sent the weights, its first argument are the proofs that came with them; the second is
-                whether this was the first load.
-            watch_files: called with each tensor that comes from a file, and its name.
-        """
-        load = model.load_weights
-        complete = False  # the last load was one of all files
-        elsewhere = {name for name, taker in takers.items() if taker is None}
-
-        def load_checked(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
-            nonlocal loaded, complete
-            complete = False
-            first, all_files = not loaded, are_files(weights)
-            if packed and not reloads.is_on:
-                raise RiaError(
-                    "weights arrive outside of a reload, when all layers are packed. Load them with vLLM's "
-                    "reload_weights or its weight transfer, or start the server again."
-                )
-            # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
-            from_files = not isinstance(weights, list | tuple)
-            if loaded:
-                before_reload(from_files)
-            elif all_files:
-                weights = checked(weights, check_files)
-            loaded = True
-            if from_files:
-                weights = once(weights)
-            if translation is not None:
-                weights = translation.translate(weights, from_files, elsewhere)
-            watch = watch_files if from_files else None
-            result = load(self.passed(weights, takers, arrivals, watch), *args, **kwargs)
-            if first and all_files:
-                check_files()
-            if first and from_files:
-                after_load()
-            complete = all_files
-            return result
-
-        @functools.wraps(load)
-        def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: object, **kwargs: object) -> object:
-            try:
-                return load_checked(weights, *args, **kwargs)
-            except BaseException:
-                self.proofs.clear()
-                reloads.give_up()
-                raise
-
-        def finish_reload(left_out: Sequence[str]) -> None:
-            if translation is not None:
-                translation.finish()
-            if complete:
-                after_reload(left_out)
-            finish(first=False)
-
-        def finish(first: bool) -> None:
-            """Prove what has come from files, or with proofs."""
-            nonlocal complete
-            from_files, complete = complete, False
-            sent = dict(self.proofs)
-            self.proofs.clear()
-            if from_files or sent:
-                prove(None if from_files else sent, first)
-
-        packed = False
-        process = getattr(model, "process_weights_after_loading", None)
-
-        def process_weights_after_loading() -> None:
-            """vLLM calls this when all layers of a model are packed."""
-            nonlocal packed
-            packed = True
-            if process is not None:
-                process()
-            finish(first=True)
-
-        reloads = Reloads(model, torch.get_default_dtype(), finish_reload, embeddings, self.proofs.clear)
         model.load_weights = load_weights
-        model.process_weights_after_loading = process_weights_after_loading
-        model.ria_reloads = reloads
+        model.process_weights_after_loading = self._when_packed
+        model.ria_reloads = self.reloads
 
-    def passed(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        takers: Mapping[str, Taker | None],
-        arrivals: Mapping[str, Callable[[str], None]],
-        watch: Callable[[str, torch.Tensor], None] | None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same weights, but those that `takers` take.
+    def _load_weights(self, weights: Weights, *args: object, **kwargs: object) -> object:
+        try:
+            return self._load_checked(weights, *args, **kwargs)
+        except BaseException:
+            self.proofs.clear()
+            self.reloads.give_up()
+            raise
 
-        Raises:
-            RiaError: one of `arrivals` refuses a tensor.
-        """
+    def _load_checked(self, weights: Weights, *args: object, **kwargs: object) -> object:
+        hooks, first, all_files = self.hooks, not self.loaded, are_files(weights)
+        self.from_files = False
+        if self.packed and not self.reloads.is_on:
+            raise RiaError(
+                "weights arrive outside of a reload, when all layers are packed. Load them with vLLM's "
+                "reload_weights or its weight transfer, or start the server again."
+            )
+        # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
+        lazy = not isinstance(weights, list | tuple)
+        if self.loaded:
+            hooks.before_reload(lazy)
+        elif all_files:
+            weights = checked(weights, hooks.check_files)
+        self.loaded = True
+        if lazy:
+            weights = once(weights)
+        if hooks.translation is not None:
+            elsewhere = {name for name, taker in hooks.takers.items() if taker is None}
+            weights = hooks.translation.translate(weights, lazy, elsewhere)
+        result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
+        if first and all_files:
+            hooks.check_files()
+        if first and lazy:
+            hooks.after_load()
+        self.from_files = all_files
+        return result
+
+    def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:
+        """The same weights, but proofs, and those that somebody takes in place of the model."""
+        takers, arrivals = self.hooks.takers, self.hooks.arrivals
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if name.endswith(PROOF_SUFFIX):
                 self.proofs[module] = tensor.to("cpu", copy=True)
                 continue
-            if watch is not None:
-                watch(name, tensor)
+            watch(name, tensor)
             if (module in takers or name in takers) and part not in CACHE_SCALES:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:
@@ -177,15 +153,34 @@ class WeightStream:
                 arrivals[module](part)
             yield name, tensor
 
+    def _when_packed(self) -> None:
+        """vLLM calls this when all layers of a model are packed."""
+        self.packed = True
+        self._process()
+        self._prove(first=True)
 
-def are_files(weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
+    def _after_reload(self, left_out: Sequence[str]) -> None:
+        if self.hooks.translation is not None:
+            self.hooks.translation.finish()
+        if self.from_files:
+            self.hooks.after_reload(left_out)
+        self._prove(first=False)
+
+    def _prove(self, first: bool) -> None:
+        """Prove what has come from files, or with proofs."""
+        from_files, self.from_files = self.from_files, False
+        sent = dict(self.proofs)
+        self.proofs.clear()
+        if from_files or sent:
+            self.hooks.prove(None if from_files else sent, first)
+
+
+def are_files(weights: Weights) -> bool:
     """Whether they are what a loader of vLLM reads from files, and not what somebody sends, perhaps lazily, too."""
     return inspect.isgenerator(weights) and Path(weights.gi_code.co_filename).is_relative_to(LOADERS)
 
 
-def checked(
-    weights: Iterable[tuple[str, torch.Tensor]], check: Callable[[], None]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def checked(weights: Weights, check: Callable[[], None]) -> Weights:
     """The same weights; `check` is called when the first one is there."""
     done = False
     for one in weights:
@@ -195,7 +190,7 @@ def checked(
         yield one
 
 
-def once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def once(weights: Weights) -> Weights:
     """The same weights, each of which comes from one file.
 
     Raises:

@@ -25,7 +25,6 @@ from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs
 from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.load_report import LoadReport
-from ria_vllm.serve.load.stream import WeightStream
 from ria_vllm.serve.model.checkpoint_files import (
     OutOfReach,
     WeightHeaders,
@@ -59,7 +58,6 @@ class RiaConfig(QuantizationConfig):
         mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
-        stream: stands before the model's loading of weights.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
         experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
@@ -88,7 +86,6 @@ class RiaConfig(QuantizationConfig):
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
-        self.stream = WeightStream()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
         self.experts: dict[str, StoredExperts] = {}

@@ -12,6 +12,7 @@ from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
 from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.sparse24 import compress, mask_from_bitmask
 from ria_vllm.serve.load.folding import fold
+from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import takers
 from ria_vllm.serve.model.layer_matching import match_layers
@@ -145,9 +146,7 @@ class Model(torch.nn.Module):
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
     match_layers(config, model)
-    config.stream.attach(
-        model, lambda from_files: None, takers=takers(config, model), translation=config.translation
-    )  # fmt: skip
+    WeightStream(model, Hooks(takers=takers(config, model), translation=config.translation))
     return model
 
 

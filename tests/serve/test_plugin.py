@@ -15,7 +15,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import INTEGERS
 from ria_vllm.serve import plugin
 from ria_vllm.serve.load.layerwise import watch_reloads
-from ria_vllm.serve.load.stream import WeightStream
+from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model import layer_matching, reload
 
 
@@ -139,7 +139,7 @@ def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypa
     model = torch.nn.Linear(4, 4)
     model.load_weights = lambda weights: loaded.extend(name for name, _ in weights)
     translation = Translation(lambda name: form, lambda name: form.format)
-    WeightStream().attach(model, lambda from_files: None, translation=translation)
+    WeightStream(model, Hooks(translation=translation))
     layerwise.record_metadata_for_reloading(model)
 
     def update(*pieces):

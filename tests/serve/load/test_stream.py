@@ -8,6 +8,7 @@ from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finish
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.reload import check_reload
 
@@ -28,7 +29,7 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
         if from_files:
             raise RiaError("other orders")
 
-    config.stream.attach(model, check)
+    WeightStream(model, Hooks(check))
     model.load_weights(tensors(stored))
     assert not checked
     finished(model)
@@ -58,7 +59,7 @@ def test_a_load_after_dummy_weights_is_checked(ranks, stored):
     config = stored.config()
     model = Model(config)
     match_layers(config, model)
-    config.stream.attach(model, functools.partial(check_reload, config, None), loaded=True)
+    WeightStream(model, Hooks(functools.partial(check_reload, config, None), loaded=True))
     config.unread = "here: permutations.safetensors is missing."
     for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
         with pytest.raises(

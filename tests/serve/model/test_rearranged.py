@@ -17,6 +17,7 @@ from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import INT8
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.format.schema import WeightQuantization
+from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.rearranged import takers
 
@@ -100,7 +101,7 @@ def tensors(stored, dense=False, biases=True):
 def built(config, model_class):
     model = model_class(config)
     match_layers(config, model)
-    config.stream.attach(model, lambda from_files: None, takers=takers(model, config.required))
+    WeightStream(model, Hooks(takers=takers(model, config.required)))
     return model
 
 
