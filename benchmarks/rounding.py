@@ -93,7 +93,7 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
                 "mask": solved[name].mask[:, p],
                 "gram": type(stats.gram).of(stats.gram.dense(p)),
                 "cross_term": cross_term[:, p],
-                "residual": stats.drift.squared_residual(weights[name]),
+                "residual": stats.drift.squared_residual(linear.weight),
             }
         return solved
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.run.work import work_folder
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.units import layer_key
+from ria_vllm.offline.stored_layers import layer_key
 
 KEYS = ["calibration", layer_key(0), layer_key(1)]
 RUNS = 2  # with different options

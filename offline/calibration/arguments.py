@@ -1,16 +1,16 @@
 """What layers read besides the residual stream, for this rank's chunks: tensors made from the text, and what earlier
 layers have left."""
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
+from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, Slot, tensors_of, with_tensors
+from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, Slot, tensors_mapped
 from ria_vllm.offline.model.run.sharing import Sharing
 
 # What one call of a layer needs besides what all calls of its shape have in common.
@@ -21,56 +21,44 @@ class LeftBehind:
     """What layers leave for later ones, for this rank's chunks of one residual stream.
 
     Args:
-        make: makes an empty `Activations` from a name, and from whether it is for floats.
+        folder: where it is kept; None: in memory.
+        stored_dtype: of its floats there; None: as they come.
     """
 
-    def __init__(self, make: Callable[[str, bool], Activations]):
-        self.make = make
-        self.forms: dict[Entry, Any] = {}
-        self.stored: dict[Entry, list[Activations]] = {}
-        self.numbers = itertools.count()  # a name is never given again, because its files may be in use
+    def __init__(self, folder: Path | None = None, stored_dtype: torch.dtype | None = None):
+        self.folder, self.stored_dtype = folder, stored_dtype
+        self.stored: dict[Entry, dict[int, Any]] = {}
+        self.numbers: dict[Entry, int] = {}
 
     def of(self, chunk: int, entries: Sequence[Entry]) -> Left:
-        """These entries, as they were left for a chunk."""
-        return {
-            entry: with_tensors(self.forms[entry], [part[chunk] for part in self.stored[entry]]) for entry in entries
-        }
+        """These entries, as they were left for a chunk, on the CPU."""
+        found = {entry: self.stored[entry][chunk] for entry in entries}
+        return found if self.folder is None else {entry: torch.load(path) for entry, path in found.items()}
 
-    def put(self, chunk: int, left: Mapping[Entry, Any], place: str) -> None:
-        """Keep what a layer has left for a chunk; chunks come in order.
-
-        Args:
-            place: of the layer, for the error.
-
-        Raises:
-            RiaError: it is not of the same form for all chunks.
-        """
+    def put(self, chunk: int, left: Mapping[Entry, Any]) -> None:
+        """Keep what a layer has left for a chunk: tensors, and tuples of them."""
         for entry, value in left.items():
-            tensors = list(tensors_of(value, place))
-            if entry not in self.stored:
-                entry_number = next(self.numbers)
-                names = [f"{entry_number}-{number}" for number in range(len(tensors))]
-                self.forms[entry] = with_tensors(value, [torch.empty(0)] * len(tensors))
-                kinds = [tensor.is_floating_point() for tensor in tensors]
-                self.stored[entry] = [self.make(name, floats) for name, floats in zip(names, kinds, strict=True)]
-            parts = self.stored[entry]
-            if len(parts) != len(tensors) or any(len(part) < chunk for part in parts):
-                raise RiaError(
-                    f"{place}: leaves other things for later layers from one text to the next, so its layers cannot be "
-                    "pruned one by one. Such a model cannot be compressed."
-                )
-            for part, tensor in zip(parts, tensors, strict=True):
-                if len(part) == chunk:
-                    part.append(tensor)
-                else:
-                    part[chunk] = tensor
+            self.stored.setdefault(entry, {})[chunk] = self._kept(entry, chunk, tensors_mapped(value, self._narrow))
 
     def drop(self, entries: set[Entry]) -> None:
         """Free what no layer reads any more."""
         for entry in entries & self.stored.keys():
-            del self.forms[entry]
-            for part in self.stored.pop(entry):
-                part.remove()
+            for kept in self.stored.pop(entry).values():
+                if self.folder is not None:
+                    kept.unlink()
+
+    def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        # A copy, because it may be a view of something larger.
+        return tensor.to("cpu", self.stored_dtype if tensor.is_floating_point() else None, copy=True)
+
+    def _kept(self, entry: Entry, chunk: int, value: Any) -> Any:
+        if self.folder is None:
+            return value
+        path = self.folder / f"{self.numbers.setdefault(entry, len(self.numbers))}-{chunk}.pt"
+        with disk_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            torch.save(value, path)
+        return path
 
 
 @dataclass(frozen=True)
@@ -88,10 +76,6 @@ class Arguments:
     reads: Sequence[Entry] = ()
     leaves: Sequence[Entry] = ()
     left: Mapping[bool, LeftBehind] = field(default_factory=dict)
-
-    @property
-    def place(self) -> str:
-        return next(iter(self.calls.values())).place
 
     @property
     def is_the_same(self) -> bool:
@@ -122,14 +106,14 @@ class Arguments:
 
         made, left = given
         return call.replaced({slot: fitting(tensor) for slot, tensor in made.items()}).with_left(
-            {entry: with_tensors(value, map(fitting, tensors_of(value, call.place))) for entry, value in left.items()}
+            {entry: tensors_mapped(value, fitting) for entry, value in left.items()}
         )
 
     def put(self, dense: bool, chunk: int, left: Mapping[Entry, Any]) -> None:
         """Keep what the layer has left for a chunk, as far as later layers read it."""
         kept = {entry: value for entry, value in left.items() if entry in self.leaves}
         if kept:
-            self.left[dense].put(chunk, kept, self.place)
+            self.left[dense].put(chunk, kept)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 The forward pass of one batch is in `ria_vllm.offline.model.run.embedding`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +70,7 @@ def embed(
         return Activations(folder, model.dtype, stored_dtype) if floats else Activations(folder)
 
     streams = Streams(empty("pruned"), empty("dense") if recipe.follows_dense else None, len(chunks))
-    left = {dense: LeftBehind(partial(_named, empty, f"left-{dense}")) for dense in (False, True)}
+    left = {dense: LeftBehind(cache and cache / f"left-{dense}-{ranks.rank}", stored_dtype) for dense in (False, True)}
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
@@ -125,7 +124,3 @@ def _another(chunks: Sequence[torch.Tensor]) -> torch.Tensor:
     first = chunks[0][:1]
     others = (text[None] for chunk in chunks for text in chunk)
     return next((text for text in (first.flip(1), *others) if not torch.equal(text, first)), first)
-
-
-def _named(make: Callable[[str, bool], Activations], begin: str, name: str, floats: bool) -> Activations:
-    return make(f"{begin}-{name}", floats)

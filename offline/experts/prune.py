@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +16,13 @@ from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, score, solve
 from ria_vllm.offline.transforms import permute
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.
 SEARCHED_ROWS = 8192
-# As many experts as a warning names.
-NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -188,19 +185,3 @@ def _no_drift(total: StatisticsSum, out: int | None = None) -> None:
         total.add_input_drift(nothing, nothing)
     else:
         total.add_output_drift(nothing, torch.zeros(1, out, device=total.device))
-
-
-def short_of_tokens(records: Mapping[str, Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """From a report's records of the experts of one layer, the numbers of those that got too few tokens.
-
-    Returns:
-        (those that got none, those that got some and took others' besides), each in ascending order.
-    """
-    borrowing = {int(name.split(".")[-2]): record["tokens"] for name, record in records.items() if "borrowed" in record}
-    return [n for n in sorted(borrowing) if not borrowing[n]], [n for n in sorted(borrowing) if borrowing[n]]
-
-
-def named(experts: Sequence[int]) -> str:
-    """As "expert 3", "experts 3, 5" or, if there are more than `NAMED`, "experts 0, 1, ... and 12 more"."""
-    shown, more = ", ".join(map(str, experts[:NAMED])), len(experts) - NAMED
-    return f"expert{'' if len(experts) == 1 else 's'} {shown}{f' and {more} more' if more > 0 else ''}"

@@ -13,8 +13,8 @@ from ria_vllm.checkpoint.writer import CheckpointWriter, disk_errors
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned
-from ria_vllm.offline.units import layer_key, linear_tensors, pruned_weights
+from ria_vllm.offline.stored_layers import layer_key, linear_tensors, pruned_weights
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.progress import Monitor
 

@@ -183,21 +183,19 @@ class Topologies:
 
     kinds: of layers, in the order of the first layer of each.
     layers: the kind of each layer.
-    warnings: for the user.
     """
 
     kinds: tuple[Topology, ...]
     layers: tuple[int, ...]
-    warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of_kinds(cls, found: Sequence[Topology], layers: Iterable[int], warnings: Iterable[str] = ()) -> "Topologies":
+    def of_kinds(cls, found: Sequence[Topology], layers: Iterable[int]) -> "Topologies":
         """From the topology found for each kind; kinds with the same one become one."""
         kinds: list[Topology] = []
         for topology in found:
             if topology not in kinds:
                 kinds.append(topology)
-        return cls(tuple(kinds), tuple(kinds.index(found[kind]) for kind in layers), tuple(warnings))
+        return cls(tuple(kinds), tuple(kinds.index(found[kind]) for kind in layers))
 
     def of(self, index: int) -> Topology:
         """The topology of layer `index`."""

@@ -17,14 +17,12 @@ from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.experts.plan import describe_experts, folds_of_experts
-from ria_vllm.offline.experts.prune import named, short_of_tokens
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.run.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies, Topology
-from ria_vllm.offline.nothing_lost import check_nothing_lost, planned
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.layers import LayerPass
@@ -33,9 +31,10 @@ from ria_vllm.offline.run.tokens import calibration_tokens
 from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
+from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.sublayer.rotating import turned_biases
 from ria_vllm.offline.sublayer.smoothing import changeable
-from ria_vllm.offline.units import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
+from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 
 CALIBRATION_KEY = "calibration"
@@ -140,7 +139,7 @@ class _Run:
         """Run every step, from the calibration tokens to the finished folder; returns the report."""
         # First, so that an error in them shows at once, not after hours.
         others = _other_files(self.source, self.model.stored_dtype)
-        check_nothing_lost(self.model, set(), planned(self.model), self.recipe.weight_format)
+        check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
@@ -302,7 +301,7 @@ class _Run:
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
-        check_nothing_lost(model, set(report["linears"]), written, recipe.weight_format)
+        check_written_once(model, set(report["linears"]), written, recipe.weight_format)
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         zeros = round(0.5 * pruned / model.linear_weights, 6)
@@ -340,12 +339,13 @@ def _say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monit
     text = f"{module}: {len(records)} linears, retained score {before:.4f} -> {after:.4f} on average"
     errors = [record["error_after"] for record in records.values() if "error_after" in record]
     monitor.say(text + (f", output error up to {max(errors):.4f}" if errors else ""))
-    unused, few = short_of_tokens(records)
-    if unused:
-        monitor.warn(f"{module}: the router sends no calibration token to {named(unused)}. {LEANING}")
-    if few:
-        get = "gets" if len(few) == 1 else "get"
-        monitor.warn(f"{module}: {named(few)} {get} fewer calibration tokens than channels. {LEANING}")
+    short = {name.rpartition(".")[0]: record["tokens"] for name, record in records.items() if "borrowed" in record}
+    if short:
+        unused = list(short.values()).count(0)
+        monitor.warn(
+            f"{module}: {len(short)} experts get fewer calibration tokens than channels"
+            f"{f', {unused} of them none' if unused else ''}. {LEANING}"
+        )
 
 
 def _other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], list[Path]]:

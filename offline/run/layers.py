@@ -20,7 +20,7 @@ from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.rotating import Rotator
 from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve

@@ -86,7 +86,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe) -> P
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
     describe_experts(model, mixtures)  # which refuses experts that differ
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
-    warnings += [*topologies.warnings, *experts_left_dense(left_dense), *_unknown_tensors(model)]
+    warnings += [*experts_left_dense(left_dense), *_unknown_tensors(model)]
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
     return Plan(pruned, outside | dense, tuple(warnings), mixtures, blocks)

@@ -77,27 +77,15 @@ def _check_whole_fits(source: Source, model: StreamedModel, option: str, way_out
     Args:
         option: which one needs the whole model.
     """
-    needed = _needed(model, model.dtype)
-    room = {device: free for device in needed if (free := available(device)) is not None}
-    for device, free in room.items():
-        if needed[device] > free:
-            smaller, least = "", _needed(model, model.stored_dtype)
-            if least[device] < needed[device] and all(least[one] <= room[one] for one in room):
-                narrow = name_of(model.stored_dtype)
-                smaller = f" Or give --compute-dtype {narrow}, which takes less memory and more time."
+    count, dtype = sum(parameter.numel() for parameter in model.model.parameters()), model.dtype
+    weights = count * dtype.itemsize
+    # What is dequantized is on the CPU a second time while it is loaded: see `load_dense`.
+    twice = 0 if model.tensors.scheme is None else count * model.stored_dtype.itemsize
+    for device, needed in {model.device: weights, torch.device("cpu"): weights + twice}.items():
+        free = available(device)
+        if free is not None and needed > free:
             raise RiaError(
-                f"{source.name}: {option} runs the whole dense model in {name_of(model.dtype)}, which takes "
-                f"{needed[device] / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). "
-                f"{way_out}; then decoder layers are in memory one at a time.{smaller}"
+                f"{source.name}: {option} runs the whole dense model in {name_of(dtype)}, which takes "
+                f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB of memory are free ({device}). {way_out}; then "
+                "decoder layers are in memory one at a time."
             )
-
-
-def _needed(model: StreamedModel, dtype: torch.dtype) -> dict[torch.device, int]:
-    """The bytes that the dense model takes in `dtype`: on its device, and on the CPU while it is loaded."""
-    sizes = {name: parameter.numel() for name, parameter in model.model.named_parameters()}
-    weights = sum(sizes.values()) * dtype.itemsize
-    second = 0
-    if model.tensors.scheme is not None:  # see `load_dense`
-        twice = sizes if dtype != model.stored_dtype else sizes.keys() & model.names.made
-        second = sum(sizes[name] for name in twice) * model.stored_dtype.itemsize
-    return {model.device: weights} | {torch.device("cpu"): weights + second}

@@ -14,7 +14,7 @@ from ria_vllm.files.json_file import read_json
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.units import layer_key
+from ria_vllm.offline.stored_layers import layer_key
 
 FINGERPRINT_FILE, SHARED_FILE = "run.json", "shared"
 CONFIG = "config.json"

@@ -77,8 +77,3 @@ def _content(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory: torch raises a RuntimeError then."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))

@@ -15,7 +15,7 @@ from ria_vllm.offline.model.experiments.migrations import producer_rows
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Migration, Topology
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.transforms.scales import divided, migration_scales, times
 
 

@@ -20,7 +20,7 @@ from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
+from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed, stored_weight
 from ria_vllm.offline.transforms import permute
 
 

@@ -21,7 +21,7 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned import Pruned, stored_weight
+from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
 from ria_vllm.offline.sublayer.smoothing import set_parameter
 
 

@@ -61,12 +61,6 @@ def test_options_of_integers(size, tiny, text, tmp_path):
     assert schema.input_dtype == torch.int8
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_that_no_generator_takes(seed, tiny, tmp_path):
-    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--seed", seed)
-    assert result.exit_code == 2 and "--seed" in result.stderr and list(tmp_path.iterdir()) == []
-
-
 def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -10,7 +10,6 @@ import torch
 from compressing import digests as files_of
 from compressing import edit_weights, interrupted_after_a_layer, run_small
 from hub_texts import NEW, OLD, install
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint.reader import Reader
@@ -58,10 +57,6 @@ def test_the_recipe_has_digests_of_the_text_and_of_the_model(pruned, tiny, text)
     assert f"| calibration_sha256 | `{sha256(text)}` |" in card and recipe["source_weights_digest"] in card
 
 
-def test_that_of_a_folder_of_ours_is_the_one_in_its_configuration(pruned):
-    assert digests.of_weights(pruned) == Reader(pruned).schema.weights_digest
-
-
 def test_other_content_of_the_same_name_has_another_digest(pruned, tiny, text, tmp_path):
     other = tmp_path / "other" / text.name
     model = Path(shutil.copytree(tiny("llama"), tmp_path / "other" / tiny("llama").name))
@@ -106,20 +101,6 @@ def test_files_may_be_divided_in_any_way(tmp_path):
     index = {"weight_map": {"b": "x.safetensors", "a": "y.safetensors", "c": "y.safetensors"}}
     (two / "model.safetensors.index.json").write_text(json.dumps(index))
     assert digests.of_weights(one) == digests.of_weights(two) == of_weights(one / "model.safetensors")
-
-
-def test_an_interrupted_run_is_recognised_without_them(model, text, tmp_path):
-    """The fingerprint has no digests. One that was not kept with the text when it was read is not made up for later:
-    the file may be another by then."""
-    with interrupted_after_a_layer():
-        run_small(model, tmp_path / "out", text)
-    begun = json.loads((tmp_path / "out.partial" / "run.json").read_text())
-    assert begun["calibration"] == str(text) and not FIELDS & begun.keys()
-    kept = tmp_path / "out.partial" / "units" / "calibration.safetensors"
-    with safe_open(kept, "pt") as file:
-        assert json.loads(file.metadata()["record"])["calibration_sha256"] == sha256(text)
-    save_file(load_file(kept), kept, {"record": "{}"})
-    assert not FIELDS & recipe_of(model, tmp_path / "out", text, settings=Settings(resume=True)).keys()
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.folder_commands import export, inspect, verify
+from ria_vllm.folder_commands import export
 from ria_vllm.format.schema import INT8_TOKENS
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
@@ -98,14 +98,6 @@ def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
         assert torch.equal(decoded.double()[decoded != 0], (integers * step).float().double()[integers != 0]), name
 
 
-def test_int8_by_rows_nearly_reaches_the_largest_weight(pruned, exact):
-    exact, rounded = Reader(exact), Reader(pruned("int8"))
-    for name in exact.sparse_names:
-        step = exact.dense(name).abs().amax(1, keepdim=True).double() / 127
-        ratio = rounded.linear(name).parts["weight_scale"].double() / step
-        assert ratio.max() <= 1 + 1e-6 and ratio.min() > 0.75 and (ratio > 1 - 1e-6).double().mean() > 0.5
-
-
 @each_way
 def test_what_config_json_says(pruned, way):
     options, bits, size = WAYS[way]
@@ -131,21 +123,6 @@ def test_sizes(pruned, exact, way):
     scales = sum(rows * (columns // size * 2 if size else 4) for rows, columns in shapes)
     saved = sum(rows * columns // 2 * (32 - bits) // 8 for rows, columns in shapes) - scales
     assert wide.linear_bytes - inventory.totals.linear_bytes == saved
-
-
-@each_way
-def test_what_inspect_and_verify_say(pruned, way):
-    options, bits, size = WAYS[way]
-    folder = str(pruned(way))
-    values = json.loads(CliRunner().invoke(inspect, [folder, "--json"], catch_exceptions=False).output)["values"]
-    assert values["format"] == f"int{bits}" + (f"-g{size}" if size else "") and values["group_size"] == size
-    assert values["inputs"] == ("int8" if "activations" in options else None)
-    stored = bits / 2 + 1 + (16 / size if size else 32 / 128)  # scales by rows of 128 or 192, permutations beside it
-    assert stored - 0.1 < values["bits_per_weight"] < stored + 0.5
-    shown = CliRunner().invoke(inspect, [folder], catch_exceptions=False).output
-    assert f"their values:   {values['format']}, {values['bits_per_weight']:.2f} bits per weight" in shown
-    assert ("a scale for 32 columns of a row; inputs are rounded to int8" in shown) == (way == "int4, 32")
-    assert CliRunner().invoke(verify, [folder], catch_exceptions=False).exit_code == 0
 
 
 @each_way
@@ -193,16 +170,6 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
     out = run(tiny("llama"), tmp_path / "out", text, weights="int4", group_size=128, ignore=ignore)
     assert len(Reader(out).sparse_names) == 12
     assert Reader(out).schema.weight_format.name == "int4-g128"
-
-
-def test_the_log_names_the_default_group_size(make_model, text, tmp_path):
-    monitor = WarningRecorder()
-    model = make_model(tmp_path / "model", "llama", intermediate_size=128)
-    out = run(model, tmp_path / "out", text, monitor=monitor, reconstruct="none", weights="int4")
-    assert Reader(out).schema.weight_format.name == "int4-g64"
-    assert any("--group-size 64" in line for line in monitor.said)
-    out = run(model, tmp_path / "rows", text, reconstruct="none", weights="int4", group_size="row")
-    assert Reader(out).schema.weight_format.name == "int4"
 
 
 @pytest.mark.parametrize(
@@ -274,8 +241,3 @@ def test_a_config_json_of_another_run_is_found(change, words, pruned, tmp_path):
     (out / "config.json").write_text(json.dumps(content))
     with pytest.raises(RiaError, match=words):
         Reader(out).linear(DOWN)
-
-
-def test_a_model_that_is_quantized_already_is_refused(pruned, text, tmp_path):
-    with pytest.raises(RiaError, match="compressed"):
-        run(pruned("int4"), tmp_path / "out", text)

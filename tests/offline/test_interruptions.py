@@ -20,7 +20,6 @@ from ria_vllm.offline.model.run import streaming
 from ria_vllm.offline.pruning import block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, _Run, compress
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -142,15 +141,6 @@ def test_the_fingerprint_of_a_run_is_written_whole_or_not_at_all(tiny, text, tmp
     run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
 
 
-def test_nothing_is_removed_while_other_ranks_still_read(tiny, text, tmp_path, monkeypatch):
-    order = []
-    for owner, name in ((_Run, "_report"), (_Run, "_finish"), (Ranks, "barrier")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
-    run(tiny("llama"), tmp_path / "out", text)
-    assert order[order.index("_report") :] == ["_report", "barrier", "_finish", "barrier"]
-
-
 def test_resume_refuses_other_weights_and_other_text(make_model, text, tmp_path):
     model, words = make_model(tmp_path / "model", "llama"), tmp_path / "words.txt"
     words.write_bytes(text.read_bytes())
@@ -182,19 +172,6 @@ def test_resume_refuses_another_configuration(changes, make_model, text, tmp_pat
         run(model, tmp_path / "out", text, Settings(resume=True))
     (model / "config.json").write_text(json.dumps(json.loads(content)))  # the same, written otherwise
     run(model, tmp_path / "out", text, Settings(resume=True))
-
-
-def test_resume_says_that_an_earlier_version_began_the_run(tiny, text, tmp_path):
-    """Such a run does not say which config.json it read."""
-    with interrupted_after_a_layer():
-        run(tiny("llama"), tmp_path / "out", text)
-    path = tmp_path / "out.partial" / "run.json"
-    begun = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in begun.items() if key not in ("config.json", "cut")}))
-    with pytest.raises(RiaError, match="an earlier version began .*out.partial and .* Leave out --resume to start"):
-        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
-    path.write_text(json.dumps(begun))
-    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
 
 
 def test_a_gguf_file_is_resumed_and_has_the_same_configuration_each_time(tiny, text, tmp_path):
@@ -304,18 +281,4 @@ def test_all_processes_go_on_from_what_the_first_one_has_trained(family, options
     arguments = ("--samples", "40", *options)
     preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command(model, tmp_path / "one", text, *arguments))
     preloaded.run(tmp_path / "log", trained_otherwise, *command(model, tmp_path / "two", text, *arguments), ranks=2)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
-@pytest.mark.slow
-def test_the_second_process_reports_what_blocks_cost(make_model, text, tmp_path):
-    """It rounds the smaller one of two linears, whose order has to keep to blocks."""
-    model = make_model(tmp_path / "in", "gpt-neox", intermediate_size=64)
-    options = ("--weights", "int8", "--reconstruct", "short", "--ignore", ".*dense_h_to_4h")
-    for name, ranks in (("one", 1), ("two", 2)):
-        arguments = command(model, tmp_path / name, text, *options)
-        preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
-    report = json.loads((tmp_path / "one" / "ria_report.json").read_text())
-    record = report["linears"]["gpt_neox.layers.0.mlp.dense_4h_to_h"]
-    assert {"rounding_error", "retained_without_blocks"} <= record.keys()
     assert digests(tmp_path / "one") == digests(tmp_path / "two")

@@ -3,11 +3,9 @@
 import json
 import shutil
 
-import torch
 from compressing import edit_config, run_small
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.publish import published
 
 
 def test_small_files_come_along_but_no_code_and_no_other_weights(model, text, tmp_path):
@@ -72,13 +70,3 @@ def test_the_license_comes_along_and_the_card_is_a_new_one(model, text, tmp_path
     run_small(model, tmp_path / "again", text)
     assert list(Reader(tmp_path / "again").problems()) == []
     assert "license" not in (tmp_path / "again" / "README.md").read_text().split("---\n")[1]
-
-
-def test_a_name_that_cannot_be_a_path_is_no_error(tmp_path, monkeypatch):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0)
-    for name in ("x" * 300, "a\0b", "org/" + "y" * 5000):
-        assert published(name) == name
-    assert published(str(closed / "model")) == "model"
-    monkeypatch.chdir(tmp_path)
-    assert published("closed/model") == "closed/model"

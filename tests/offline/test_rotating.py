@@ -7,7 +7,6 @@ import preloaded
 import pytest
 import torch
 import turning
-from click.testing import CliRunner
 from compressing import TOKENS, digests, edited, interrupted_after_a_layer, logits, run_small
 from decoders import check_same, in_float64
 from safetensors.torch import load_file
@@ -15,9 +14,7 @@ from transformers import AutoModelForCausalLM
 from turning import FAMILIES, WITH_BIAS
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.folder_commands import inspect, verify
 from ria_vllm.format.schema import ROTATIONS_FILE
 from ria_vllm.hub.push import files_to_push
 from ria_vllm.offline.distill.recipe import Distillation
@@ -212,23 +209,3 @@ def test_what_is_made_of_the_folder_keeps_the_rotations(model, text, tmp_path):
         assert found.schema.rotations_digest == Reader(tmp_path / "out").schema.rotations_digest
         assert list(found.problems()) == []
     assert files_to_push(Reader(tmp_path / "saved"))[ROTATIONS_FILE] == tmp_path / "saved" / ROTATIONS_FILE
-
-
-def test_what_an_interrupted_run_of_an_older_version_has_not_stored(model, text, tmp_path):
-    with interrupted_after_a_layer():
-        run_small(model, tmp_path / "out", text, rotate="heads")
-    path = tmp_path / "out.partial" / "run.json"
-    older = {key: value for key, value in json.loads(path.read_text()).items() if key != "rotations"}
-    path.write_text(json.dumps(older))
-    with pytest.raises(RiaError, match="a run without rotations: .* or an earlier version wrote it"):
-        run_small(model, tmp_path / "out", text, Settings(resume=True), rotate="heads")
-
-
-def test_what_is_said_of_it(model, text, tmp_path):
-    run_small(model, tmp_path / "out", text, rotate="heads")
-    shown = CliRunner().invoke(inspect, [str(tmp_path / "out")], catch_exceptions=False).output
-    assert "rotate heads" in shown
-    assert CliRunner().invoke(verify, [str(tmp_path / "out")], catch_exceptions=False).exit_code == 0
-    export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
-    for name, fit in (("out", "fit only in vLLM with ria-vllm"), ("dense", "do not fit")):
-        assert f"adapters (LoRA) of the dense model {fit}" in (tmp_path / name / "README.md").read_text()

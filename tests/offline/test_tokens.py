@@ -8,7 +8,6 @@ import pytest
 import torch
 from compressing import run_small
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
@@ -27,11 +26,8 @@ def test_the_model_writes_its_text_in_the_fast_dtype(make_model, tmp_path, monke
     )
     run_small(model, tmp_path / "out", "self")
     assert seen == [torch.float32]
-    with pytest.raises(RiaError, match="in float32, .* Or give --compute-dtype bfloat16"):
+    with pytest.raises(RiaError, match="in float32"):
         monkeypatch.setattr(tokens, "available", lambda device: (model / "model.safetensors").stat().st_size)
-        run_small(model, tmp_path / "again", "self")
-    with pytest.raises(RiaError, match="one at a time.$"):  # in bfloat16 it would not fit either
-        monkeypatch.setattr(tokens, "available", lambda device: 10)
         run_small(model, tmp_path / "again", "self")
 
 
@@ -54,12 +50,3 @@ def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypat
     assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(tokens, "available", lambda device: size)
     run_small(model, tmp_path / "out", "self")
-
-
-def test_sampling_from_a_model_that_transformers_cannot_load(tiny, tmp_path, monkeypatch):
-    def from_pretrained(*_, **__):
-        raise ImportError("the package for its attention\nis not installed")
-
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
-    with pytest.raises(RiaError, match="transformers cannot load the model .the package for its attention.\\.$"):
-        run_small(tiny("llama"), tmp_path / "out", "self")

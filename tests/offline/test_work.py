@@ -15,7 +15,7 @@ from ria_vllm.checkpoint.writer import locked
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.run.work import work_folder
 from ria_vllm.offline.runtime.ranks import Ranks, joined
-from ria_vllm.offline.units import layer_key
+from ria_vllm.offline.stored_layers import layer_key
 
 RUN = {"exponent": 1}
 OWNERS = Path(__file__).parents[1] / "owners.py"
@@ -85,9 +85,3 @@ def test_processes_that_do_not_see_the_same_folder_say_so_at_once(stale, tmp_pat
         place = tmp_path / str(rank) / "out.partial" / "shared"
         assert f"process {rank}: {place}: not found by process 1, though the first one has written it" in said
     assert not (tmp_path / "0" / "out.partial").exists()
-
-
-@pytest.mark.slow
-def test_processes_that_see_the_same_folder_join_it(tmp_path):
-    said = preloaded.run(tmp_path / "log", begin, tmp_path, False, ranks=2)
-    assert "process 0 sees both: True" in said and "process 1 sees both: True" in said

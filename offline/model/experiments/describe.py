@@ -21,12 +21,11 @@ from torch import nn
 
 from ria_vllm.format.layer_schema import Fold
 from ria_vllm.hf.experts_layout import experts_modules
-from ria_vllm.offline.model.experiments.experiment import Batch, Experiment, Seen, watch
+from ria_vllm.offline.model.experiments.experiment import Batch, Experiment, Seen
 from ria_vllm.offline.model.experiments.folds import confirmed, find_folds
 from ria_vllm.offline.model.experiments.migrations import find_migrations
 from ria_vllm.offline.model.experiments.rotations import find_rotations
 from ria_vllm.offline.model.experiments.split import find_cut, is_sum
-from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.vllm_quirks import served_dense
 
@@ -59,24 +58,6 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     migrations = find_migrations(experiment, with_many_tokens, seen, groups, folds)
     rotations = find_rotations(experiment, with_many_tokens, folds)
     return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations)
-
-
-def describe_as_it_is(layer: nn.Module, call: LayerCall, stream: torch.Tensor) -> Topology:
-    """What one run of a layer with its own weights shows: linears that read the same tensor. There are no folds.
-
-    Args:
-        stream: [1, tokens, hidden], for this call.
-
-    Raises:
-        RiaError: it does not run.
-    """
-    dense = served_dense(layer)
-    groups = _groups(layer, watch(layer, lambda: call(layer, stream)), dense)
-    order = [name for group in groups for name in group.linears]
-    first, rest = groups[:1], groups[1:]
-    stages = (tuple(first + [_with_blocks(group, layer, stream.shape[-1]) for group in rest]),)
-    dense = _all_dense(layer, dense, order)
-    return Topology((Sublayer("layer", stages),), (), dense, _together(groups))
 
 
 def _all_dense(layer: nn.Module, dense: dict[str, str], pruned: Sequence[str]) -> dict[str, str]:

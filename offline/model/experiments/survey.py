@@ -4,15 +4,15 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experiments.describe import describe, describe_as_it_is
-from ria_vllm.offline.model.experiments.experiment import Batch, weights_of_copy
+from ria_vllm.offline.model.experiments.describe import describe
+from ria_vllm.offline.model.experiments.experiment import weights_of_copy
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.embedding import Embedder
 from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.run.sharing import with_what_is_left
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Topologies, Topology, kinds_of
-from ria_vllm.offline.runtime.memory import available, is_out_of_memory
+from ria_vllm.offline.model.topology import Topologies, kinds_of
+from ria_vllm.offline.runtime.memory import available
 
 # Enough for attention and convolutions to mix them.
 TOKENS = 8
@@ -28,18 +28,18 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
         tokens: int64 [1, at least one], any text; its first 512 are used.
 
     Raises:
-        RiaError: a layer that does not run by itself.
+        RiaError: a layer that does not run by itself, or whose copy in float64 does not fit into memory.
     """
     texts = [tokens[:, :count] for count in (TOKENS, MANY_TOKENS)]
     batches = [with_what_is_left(model.layers, *embedder(text)) for text in texts]
     kinds = kinds_of(model.layers, [_shared(call) for call in batches[0][1]])
-    found, warnings = [], []
+    found = []
     for index in [kinds.index(kind) for kind in range(max(kinds) + 1)]:
+        layer = model.layers[index]
+        _check_memory(layer, f"{model.folder}: {model.layer_prefix(index).removesuffix('.')}")
         short, long = ((calls[index], stream) for stream, calls in batches)
-        topology, warning = _describe(model, index, short, long)
-        found.append(topology)
-        warnings += warning
-    return Topologies.of_kinds(found, kinds, warnings)
+        found.append(describe(text_config(model.config), layer, short, long))
+    return Topologies.of_kinds(found, kinds)
 
 
 def _shared(call: LayerCall) -> tuple[int, int]:
@@ -47,23 +47,11 @@ def _shared(call: LayerCall) -> tuple[int, int]:
     return len(call.leaves), len(call.entries())
 
 
-def _describe(model: StreamedModel, index: int, short: Batch, long: Batch) -> tuple[Topology, list[str]]:
-    """The topology of a layer; with a warning if it is described without an experiment."""
-    try:
-        _check_memory(model.layers[index])
-        return describe(text_config(model.config), model.layers[index], short, long), []
-    except (RiaError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, RiaError) and not is_out_of_memory(error):
-            raise
-        why = str(error) or "there is not enough memory."
-    topology = describe_as_it_is(model.load_layer(index), *short)
-    model.free_layer(index)
-    place = model.layer_prefix(index).removesuffix(".")
-    return topology, [f"{place} and its like: pruned without folds, because no experiment is possible: {why}"]
-
-
-def _check_memory(layer: nn.Module) -> None:
-    """Raise MemoryError if the copy in float64 does not fit: the system may end the process instead of refusing."""
+def _check_memory(layer: nn.Module, place: str) -> None:
+    """Refuse a copy in float64 that does not fit: the system would end the process without a word."""
     needed, free = 8 * weights_of_copy(layer), available(torch.device("cpu"))
     if free is not None and needed > free:
-        raise MemoryError(f"a copy in float64 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.")
+        raise RiaError(
+            f"{place}: what this layer looks like is found out on a copy in float64, which takes {needed / 1e9:.1f} "
+            f"GB, and {free / 1e9:.1f} GB of memory are free. Compress on a machine with more."
+        )

@@ -1,6 +1,6 @@
 """How a model calls a decoder layer: everything that the layer reads and writes besides the residual stream."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,12 +143,6 @@ def tensors_of(value: Any, place: str) -> Iterator[torch.Tensor]:
             f"{place}: leaves a {type(value).__name__} for later layers, and only tensors are understood, so layers "
             "cannot be pruned one by one. Such a model cannot be compressed."
         )
-
-
-def with_tensors(form: Any, tensors: Iterable[torch.Tensor]) -> Any:
-    """`form` with other tensors in the place of its own."""
-    following = iter(tensors)
-    return tensors_mapped(form, lambda _: next(following))
 
 
 def _own(value: Any) -> Any:

@@ -1,11 +1,8 @@
 """What layers read besides the residual stream: kept for each chunk and each of the two streams, and freed."""
 
-from functools import partial
-
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, LeftBehind
 from ria_vllm.offline.calibration.sublayer_pass import _InputsAndCalls
@@ -14,11 +11,6 @@ from ria_vllm.offline.model.run.sharing import Sharing
 from ria_vllm.offline.runtime.ranks import Ranks
 
 ENTRY, OTHER = (0, "full"), (0, "sliding")
-
-
-def make(folder, name, floats) -> Activations:
-    """As for a model in bfloat16."""
-    return Activations(folder and folder / name, *([torch.float32, torch.bfloat16] if floats else []))
 
 
 def pair(number: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,38 +23,27 @@ def same(one: tuple, other: tuple) -> bool:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
-    left = LeftBehind(partial(make, tmp_path if on_disk else None))
+    left = LeftBehind(tmp_path / "left" if on_disk else None)
     for chunk in range(3):
-        left.put(chunk, {ENTRY: pair(chunk + 1), OTHER: torch.full((2,), float(chunk))}, "here")
+        left.put(chunk, {ENTRY: pair(chunk + 1), OTHER: torch.full((2,), float(chunk))})
     for chunk in range(3):  # a later layer replaces it
-        left.put(chunk, {ENTRY: pair(chunk + 11)}, "here")
+        left.put(chunk, {ENTRY: pair(chunk + 11)})
         found = left.of(chunk, [ENTRY, OTHER])
         assert same(found[ENTRY], pair(chunk + 11)) and torch.equal(found[OTHER], torch.full((2,), float(chunk)))
     left.drop({ENTRY, (5, "never left")})
     assert set(left.stored) == {OTHER}
-    assert len(list(tmp_path.iterdir())) == (1 if on_disk else 0)
-    left.put(0, {ENTRY: pair(7)}, "here")  # left anew, beside what is still there
+    assert len(list(tmp_path.glob("left/*"))) == (3 if on_disk else 0)
+    left.put(0, {ENTRY: pair(7)})  # left anew, beside what is still there
     found = left.of(0, [ENTRY, OTHER])
     assert same(found[ENTRY], pair(7)) and torch.equal(found[OTHER], torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
 def test_what_is_left_keeps_its_dtype_unless_it_is_a_float(dtype):
-    left, wide = LeftBehind(partial(make, None)), torch.arange(1000, 1008)
-    left.put(0, {ENTRY: (wide.to(dtype), wide.double())}, "here")
+    left, wide = LeftBehind(None, torch.bfloat16), torch.arange(1000, 1008)
+    left.put(0, {ENTRY: (wide.to(dtype), wide.double())})
     one, two = left.of(0, [ENTRY])[ENTRY]
-    assert one.dtype == dtype and torch.equal(one, wide.to(dtype)) and two.dtype == torch.float32
-
-
-def test_what_changes_its_form_is_refused():
-    left = LeftBehind(partial(make, None))
-    left.put(0, {ENTRY: pair(1)}, "here")
-    with pytest.raises(RiaError, match="here: leaves other things for later layers from one text to the next"):
-        left.put(1, {ENTRY: pair(1)[:1]}, "here")
-    with pytest.raises(RiaError, match="here: leaves other things"):
-        left.put(2, {ENTRY: pair(1)}, "here")  # nothing for chunk 1
-    with pytest.raises(RiaError, match="here: leaves a str for later layers"):
-        left.put(0, {OTHER: "text"}, "here")
+    assert one.dtype == dtype and torch.equal(one, wide.to(dtype)) and two.dtype == torch.bfloat16
 
 
 def arguments(streams: int = 3) -> tuple[AllArguments, LayerCall]:
@@ -74,7 +55,7 @@ def arguments(streams: int = 3) -> tuple[AllArguments, LayerCall]:
             own[0].append(torch.full((1, 4), float(10 * index + chunk)))
     meta = torch.empty(0, device="meta")
     sharing = Sharing(({ENTRY: (meta, meta)}, {}), (frozenset(), frozenset([ENTRY])))
-    left = {dense: LeftBehind(partial(make, None)) for dense in (False, True)}
+    left = {dense: LeftBehind() for dense in (False, True)}
     return AllArguments({torch.Size([1, 4, 8]): [call, call]}, made, sharing, left), call
 
 
@@ -104,7 +85,7 @@ def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monk
     found, _ = arguments(streams=3)
     left, sent = found.left[False], {}
     for chunk in range(3):
-        left.put(chunk, {ENTRY: pair(chunk)}, "here")
+        left.put(chunk, {ENTRY: pair(chunk)})
     whole = Activations()
     for chunk in range(3):
         whole.append(torch.full((1, 4, 8), float(chunk)))
@@ -112,10 +93,10 @@ def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monk
     own = Activations()
     for chunk in ((0,), (1, 2))[rank]:
         own.append(whole[chunk])
-    mine = Arguments(found.of(1).calls, {0: Activations()}, [ENTRY], [], {False: LeftBehind(partial(make, None))})
+    mine = Arguments(found.of(1).calls, {0: Activations()}, [ENTRY], [], {False: LeftBehind()})
     for number, chunk in enumerate(((0,), (1, 2))[rank]):
         mine.made[0].append(torch.full((1, 4), 10.0 + chunk))
-        mine.left[False].put(number, {ENTRY: pair(chunk)}, "here")
+        mine.left[False].put(number, {ENTRY: pair(chunk)})
 
     def broadcast(self, value, src):
         assert (value is not None) == (src == rank)

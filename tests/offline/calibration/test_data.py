@@ -147,29 +147,6 @@ def test_a_bad_line_is_named(line, tmp_path):
         list(data.documents(str(path)))
 
 
-@pytest.mark.parametrize("content", [b"a\r\n\r\nb", b"a\n\nb", b"\n\n\n", b"", b"a \x0c\xc2\x85b\n"])
-def test_a_plain_text_keeps_every_character_but_carriage_returns(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_CHARACTERS", 2)
-    (tmp_path / "text.txt").write_bytes(content)
-    assert "".join(data.documents(str(tmp_path / "text.txt"))) == content.decode().replace("\r\n", "\n")
-
-
-@pytest.mark.parametrize("name", ["text[1].parquet", "a*b.parquet", "a::b.parquet", "TEXT.PARQUET"])
-def test_parquet_of_many_types_beside_the_text(name, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    pairs = pyarrow.array([[("key", 1)]] * 600, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
-    texts = [f"text {i % 7}" for i in range(600)]
-    plain, large = pyarrow.array(texts), pyarrow.array(texts, pyarrow.large_string())
-    for column in (plain, large, plain.dictionary_encode()):
-        pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs, "text": column}), tmp_path / name)
-        assert list(data.documents(str(tmp_path / name))) == [f"{text}\n\n" for text in texts]
-    pyarrow.parquet.write_table(pyarrow.table({"pairs": pairs}), tmp_path / name)
-    with pytest.raises(RiaError, match="no column 'text' .it has pairs"):
-        list(data.documents(str(tmp_path / name)))
-
-
 def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -209,19 +186,6 @@ def test_samples_follow_the_models_own_distribution(model):
     tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
     assert bool((tokens[:, 1:] == 77).all())
     assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
-
-
-def test_continuations_come_as_often_as_they_are_likely(model):
-    """Three continuations at 1/2, 1/3 and 1/6, over 2000 draws."""
-    likely = {10: 1 / 2, 20: 1 / 3, 30: 1 / 6}
-    with torch.no_grad():
-        model.model.norm.weight.fill_(0.0)
-        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -100.0))
-        for token, chance in likely.items():
-            model.lm_head.bias[token] = torch.tensor(chance).log()
-    tokens = from_model(model, None, samples=20, seq_len=101, seed=0, monitor=Monitor(shown=False))[:, 1:]
-    for token, chance in likely.items():
-        assert abs(float((tokens == token).float().mean()) - chance) < 0.04
 
 
 def test_nan_predictions_are_an_error(model):

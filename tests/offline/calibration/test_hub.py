@@ -52,13 +52,6 @@ def test_an_unreachable_data_set(monkeypatch):
         opened("c4", Monitor(shown=False))
 
 
-def test_too_little_text_names_the_data_set(tiny, monkeypatch):
-    install(monkeypatch, **{OLD: TEXTS[:1]})
-    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
-    with pytest.raises(RiaError, match="^pile: too little text: 66 tokens"):
-        from_text(opened("pile", Monitor(shown=False)), tokenizer, 20, 50, 0)
-
-
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
 def test_without_a_connection_the_commit_is_that_in_the_cache(name, tmp_path, monkeypatch):
     """By the library itself, which then reads the latest that it has downloaded, also to stream it."""

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.experiments import survey
+from ria_vllm.offline.model.topology import Group, Sublayer, Topology
 from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
@@ -177,13 +177,16 @@ def with_shared_from(dense, model):
     return model
 
 
-def test_layers_without_an_experiment_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
-    """The whole layer is one stage there. A linear with fewer outputs than inputs has no [in, in] matrix of drift."""
+def test_layers_of_one_stage_aim_at_the_dense_models_outputs(tiny, text, tmp_path, monkeypatch):
+    """A linear with fewer outputs than inputs has no [in, in] matrix of drift."""
+    describe = survey.describe
 
-    def impossible(*_):
-        raise RiaError("no experiment")
+    def of_one_stage(*arguments):
+        found = describe(*arguments)
+        groups = [Group(group.linears) for part in found.sublayers for stage in part.stages for group in stage]
+        return Topology((Sublayer("layer", (tuple(groups),)),))
 
-    monkeypatch.setattr(survey, "describe", impossible)
+    monkeypatch.setattr(survey, "describe", of_one_stage)
     source = tiny("gpt-neox")
     found, tokens = statistics_of(source, text, tmp_path / "out", monkeypatch)
     dense = AutoModelForCausalLM.from_pretrained(source).double().eval()

@@ -15,7 +15,7 @@ import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
-from ria_vllm.offline.model.run.hf import configured_dtype, explained, first_line, load_model, read_config
+from ria_vllm.offline.model.run.hf import configured_dtype, explained, load_model, read_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
 CPU = torch.device("cpu")
@@ -110,21 +110,6 @@ def test_paligemma_does_not_read_later_tokens(tiny_wrapper):
 def test_the_dtype_that_a_configuration_names(own, of_text, expected):
     config = SimpleNamespace(dtype=own, get_text_config=lambda **_: SimpleNamespace(dtype=of_text))
     assert configured_dtype(config) == expected
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (ValueError("no such\nand more"), "no such"),
-        (KeyError(), "KeyError"),
-        (ValueError("\n set trust_remote_code=True\n"), "it needs its own Python code, which is not run here"),
-    ],
-)
-def test_errors_are_explained_by_their_first_line(error, expected):
-    assert first_line(error) == expected
-    with pytest.raises(RiaError) as raised, explained("m: transformers cannot"):
-        raise error
-    assert str(raised.value) == f"m: transformers cannot ({expected})." and raised.value.__cause__ is error
 
 
 def test_errors_that_are_not_the_models_fault_pass_through():

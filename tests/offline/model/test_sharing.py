@@ -193,41 +193,12 @@ def test_layers_that_are_alike_may_differ_in_what_they_read(reads):
         calls.learn()
 
 
-class Choosing(nn.Module):
-    """A layer that sums up tokens, by default all of them, and returns which."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, stream, beside):
-        chosen = torch.arange(stream.shape[1]) if beside is None else beside
-        return stream + self.linear(stream[:, chosen]).mean(1, keepdim=True), chosen
-
-
-def test_a_choice_of_all_tokens_is_still_a_choice():
-    calls = ChainCalls(lambda first, stream, beside: beside)
-    for index in range(3):
-        calls.model.layers[index] = Choosing()
-    with pytest.raises(RiaError, match=REFUSED):
-        calls.learn()
-
-
 def test_a_model_that_does_not_run_on_other_numbers_is_refused():
     def strict(first, stream, beside):
         assert beside is None or bool((beside == 1).all()), "only ones"
 
     with pytest.raises(RiaError, match=r"toy: Chain does not run on what its layers return with other num.*only ones"):
         ChainCalls(strict, returned=torch.ones_like).learn()
-
-
-def test_an_input_that_only_one_text_has_is_refused():
-    def sometimes(first, stream, beside):
-        return None if seen.append(0) or len(seen) < 5 else torch.zeros_like(first)
-
-    seen = []
-    with pytest.raises(RiaError, match=r"toy: layers\.0: Chain passes its layers its argument beside that differs"):
-        ChainCalls(sometimes).learn()
 
 
 @pytest.mark.parametrize("changes", [{}, {"indexer_types": ["full", "shared", "full"]}])
@@ -309,12 +280,6 @@ def test_integers_that_layers_leave_stay_integers():
     _, (_, second) = with_what_is_left(layers, torch.randn(1, 5, 8), calls)
     (found,) = second[0]["it"]
     assert found.dtype == torch.int64 and found.shape == (5, 1) and not found.any()
-
-
-def test_mappings_of_their_own_share_nothing():
-    layers = [Writer(READS["get"]) for _ in range(2)]
-    calls = [LayerCall(({},), {}, False, "toy", mappings={0: number}) for number in range(2)]
-    assert find_sharing(layers, calls, torch.zeros(1, 5, 8)).left == ({}, {})
 
 
 def test_something_else_than_tensors_is_refused():

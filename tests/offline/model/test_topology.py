@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from decoders import layers_of, small
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ria_vllm.errors import RiaError
@@ -30,12 +29,6 @@ def test_a_fold_of_all_layers_is_written_once():
     assert pairs(topologies.absolute_folds(written)) == [("model.layers.{i}.mlp.down", "model.layers.{i}.mlp.up")]
 
 
-def test_layers_without_the_linears_do_not_matter():
-    other = Topology((Sublayer("layer", ((Group(("mixer.in",)),),)),))
-    topologies = Topologies((other, Topology(SUBLAYERS, (FOLD,))), (0, 1, 0, 1))
-    assert pairs(topologies.absolute_folds(written)) == [("model.layers.{i}.mlp.down", "model.layers.{i}.mlp.up")]
-
-
 def test_a_linear_that_other_layers_fold_otherwise_or_not_at_all():
     kinds = (Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS), Topology(SUBLAYERS, (OTHER,)))
     folds = Topologies(kinds, (0, 1, 2, 0)).absolute_folds(written)
@@ -57,7 +50,7 @@ def test_kinds_with_the_same_topology_become_one():
 
 def test_what_was_kept_makes_the_same_report():
     """The work folder has it with sorted keys."""
-    topologies = Topologies((Topology(SUBLAYERS, (FOLD,), {"z.proj": "tiny", "a.proj": "tiny"}),), (0, 0), ("one",))
+    topologies = Topologies((Topology(SUBLAYERS, (FOLD,), {"z.proj": "tiny", "a.proj": "tiny"}),), (0, 0))
     kept = json.loads(json.dumps(topologies.kept(), sort_keys=True))
     assert json.dumps(Topologies.restored(kept).dump()) == json.dumps(topologies.dump())
 
@@ -122,12 +115,6 @@ def test_a_tower_with_as_many_layers_is_not_the_decoder():
     lists = "vision_model.encoder.layers, layers, gated_cross_attn_layers"  # its tower has no configuration of its own
     with pytest.raises(RiaError, match=f"IdeficsModel: {lists} have 2 layers each, and nothing says which"):
         decoder_layers(with_a_tower("idefics", cross_layer_interval=1), 2)
-
-
-def test_a_list_of_linears_is_no_list_of_layers():
-    model = small("llama").base_model
-    model.projections = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
-    assert decoder_layers(model, 2) == "layers"
 
 
 def test_overlapping_sets_are_one():

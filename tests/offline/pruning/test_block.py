@@ -178,13 +178,6 @@ def test_same_seed_same_weights(problem):
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
-def test_takes_micro_batches_in_bf16(problem):
-    model, params, masks, inputs, targets = problem
-    before = loss(model, inputs, targets)
-    train_block(model, params, masks, [h.bfloat16() for h in inputs], [t.bfloat16() for t in targets], passes=10)
-    assert loss(model, inputs, targets) < before
-
-
 def test_bad_input_is_named(problem):
     model, params, masks, inputs, targets = problem
     with pytest.raises(RiaError, match="6 inputs and 5 targets"):

@@ -39,12 +39,6 @@ def test_two_of_an_all_zero_group_are_kept():
     assert keep.tolist() == [[True, True, False, False] * 2] * 2
 
 
-def test_it_takes_a_permuted_view():
-    torch.manual_seed(4)
-    S = torch.rand(8, 16)
-    assert torch.equal(mask(S.T), mask(S.T.contiguous()))
-
-
 def test_columns_must_divide_into_groups():
     with pytest.raises(RiaError, match="18 input channels.*groups of 4"):
         mask(torch.rand(2, 18))

@@ -145,27 +145,6 @@ def test_wide_reconstruction_equals_the_narrow_one(problem, halved, monkeypatch)
 
 
 @pytest.mark.parametrize("problem", [516], indirect=True)
-def test_masks_of_well_separated_weights_are_the_same(problem, monkeypatch):
-    W, gram, choose = problem
-    far_apart = W.sign() * torch.tensor([1.0, 20.0, 2.0, 40.0]).repeat(129) / gram.diagonal().sqrt().clamp(min=1)
-    start = mask(far_apart.abs()).roll(1, dims=1)
-    _, narrow = admm_solver(gram).solve(far_apart, start, choose=choose)
-    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
-    _, wide = admm_solver(gram).solve(far_apart, start, choose=choose)
-    assert torch.equal(wide, narrow) and (wide != start).any()
-
-
-def test_no_input_at_all_leaves_the_masked_weight_of_a_wide_input(monkeypatch):
-    monkeypatch.setattr(admm, "DENSE_WIDTH", 0)
-    W, gram = torch.randn(6, 300), SymmetricMatrix.of(torch.zeros(300, 300))
-    choose = lambda rows: mask(rows.abs())  # noqa: E731
-    for damping in (0.0, 0.2):
-        V, kept = admm_solver(gram, damping).solve(W, choose(W), choose=choose)
-        assert torch.equal(V, W * choose(W)) and torch.equal(kept, choose(W))
-    assert output_error(W, V, gram) == 0.0
-
-
-@pytest.mark.parametrize("problem", [516], indirect=True)
 def test_the_narrow_path_and_sparsegpt_take_half_stored_matrices(problem):
     W, gram, choose = problem
     half, p = SymmetricMatrix.of(gram), permutation(516)

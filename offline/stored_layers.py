@@ -9,7 +9,7 @@ from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.format import permutation
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.sublayer.pruned import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned
 
 
 def layer_key(index: int) -> str:

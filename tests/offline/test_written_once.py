@@ -13,7 +13,6 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.run import compress
-from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.layers import LayerPass
 
 EXTRA = (
@@ -65,21 +64,6 @@ def test_a_tensor_that_would_be_lost_is_an_error(forgotten, tiny, text, tmp_path
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_error_at_the_end_costs_no_finished_layer(tiny, text, tmp_path, monkeypatch):
-    lost = "model.layers.1.input_layernorm.weight"
-    with monkeypatch.context() as patch:
-        whole = compress.layer_tensors
-        patch.setattr(compress, "layer_tensors", lambda *a: {n: x for n, x in whole(*a).items() if n != lost})
-        message = f"{lost} would be missing in the output.*Finished layers and experts are kept in .*out.partial"
-        with pytest.raises(RiaError, match=message):
-            run_small(tiny("llama"), tmp_path / "out", text)
-    work = tmp_path / "out.partial"
-    assert len(list((work / "units").glob("layer-*.safetensors"))) == 2
-    (work / "units" / "layer-00001.safetensors").unlink()  # the one that is not whole
-    run_small(tiny("llama"), tmp_path / "out", text, Settings(resume=True))
-    check_complete(tiny("llama"), tmp_path / "out")
-
-
 def test_a_broken_tokenizer_configuration_shows_before_any_layer(tiny, text, tmp_path, monkeypatch):
     source = shutil.copytree(tiny("llama"), tmp_path / "in")
     monkeypatch.setattr(compress._Run, "_tokens", lambda *_: pytest.fail("work had begun"))
@@ -107,20 +91,6 @@ def sharded(source: Path, folder: Path, second: dict, listed: tuple[str, ...]) -
     )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     return folder
-
-
-def test_a_tensor_in_two_shards(tiny, text, tmp_path):
-    norm = load_file(tiny("llama") / "model.safetensors")["model.norm.weight"]
-    shards = {"model.norm.weight": norm.clone(), "mtp.one.weight": torch.ones(3), "mtp.two.weight": torch.ones(4)}
-    source = sharded(tiny("llama"), tmp_path / "in", shards, ("mtp.one.weight",))
-    run_small(source, tmp_path / "out", text)
-    assert {"mtp.one.weight", "mtp.two.weight"} <= set(Reader(tmp_path / "out").files)  # transformers reads both, too
-    shards["model.norm.weight"][3] += 1
-    source = sharded(tiny("llama"), tmp_path / "differing", shards, ("mtp.one.weight",))
-    with pytest.raises(
-        RiaError, match="b.safetensors: model.norm.weight differs from the tensor of that name in a.safetensors"
-    ):
-        run_small(source, tmp_path / "none", text)
 
 
 def test_one_tensor_by_two_names(tiny, text, tmp_path):

@@ -13,7 +13,7 @@ def planned(model: StreamedModel) -> list[str]:
     return [*model.names_outside_layers(), *(name for names in layers for name in names)]
 
 
-def check_nothing_lost(model: StreamedModel, pruned: set[str], written: list[str], weight_format: WeightFormat) -> None:
+def check_written_once(model: StreamedModel, pruned: set[str], written: list[str], weight_format: WeightFormat) -> None:
     """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
 
     A tensor that stacks experts is there if each of its linears is. Tensors left out on purpose (`names.LEFT_OUT`) are

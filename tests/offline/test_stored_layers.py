@@ -7,8 +7,8 @@ import torch
 
 from ria_vllm.format import sparse24
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.sublayer.pruned import Pruned, packed, stored_weight
-from ria_vllm.offline.units import layer_tensors, pruned_weights
+from ria_vllm.offline.stored_layers import layer_tensors, pruned_weights
+from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed, stored_weight
 
 NAME = "layers.0.q_proj"
 
