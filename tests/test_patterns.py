@@ -17,6 +17,7 @@ ORDINARY = [
     r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj$",
     r".*layers.*self_attn.*(q|k|v|o)_proj.*",
     r"(?:language_)?model\.layers\.[0-9]{1,3}\.mlp\.experts\.[^.]+\.w[123]",
+    r".*q_proj$|.*k_proj$",
     r"^(model\.)?(vision_tower|multi_modal_projector)\..*",
 ]
 REFUSED = [

@@ -20,7 +20,8 @@ SECONDS = 0.1
 _CHARACTER = r"(?: [\w/.-] | \\[.dw/-] | \[\^?(?:[\w/.-]|\\[.dws-])+\] )"
 _SEQUENCE = rf"(?: {_CHARACTER} (?: [*+?] | \{{\d{{1,2}}(?:,\d{{0,2}})?\}} )? )*"
 _GROUP = rf"\( (?:\?:)? {_SEQUENCE} (?: \| {_SEQUENCE} )* \) \??"
-_ALLOWED = re.compile(rf"\^? {_SEQUENCE} (?: {_GROUP} {_SEQUENCE} )* \$?", re.VERBOSE)
+_BRANCH = rf"\^? {_SEQUENCE} (?: {_GROUP} {_SEQUENCE} )* \$?"
+_ALLOWED = re.compile(rf"{_BRANCH} (?: \| {_BRANCH} )*", re.VERBOSE)
 
 
 def check_pattern(pattern: str, where: str) -> None:
