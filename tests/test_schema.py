@@ -126,12 +126,13 @@ GATE_UP, DOWN = EXPERTS["stacked"]
 
 
 def test_experts_are_parsed():
-    ungated = EXPERTS | {"module": "g.{i}.experts", "gate": None, "stacked": []}
+    names = {kind: f"g.{{i}}.experts.{{e}}.{kind}" for kind in ("up", "down")}
+    ungated = EXPERTS | {"module": "g.{i}.experts", "gate": None, "stacked": []} | names
     schema = RiaSchema.parse(CONFIG | {"experts": [EXPERTS, ungated]}, "config.json")
     gated, plain = schema.experts
     assert gated.linears == {kind: EXPERTS[kind] for kind in ("gate", "up", "down")}
     assert gated.stacked[0].interleaved and not gated.stacked[0].transposed and gated.stacked[0].bias is None
-    assert plain.linears == {kind: EXPERTS[kind] for kind in ("up", "down")}
+    assert plain.linears == names
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ def test_experts_are_parsed():
         {"num_experts": 0},
         {"up": "h.{i}.experts.up"},
         {"down": "h.3.experts.{e}.down"},
+        {"down": "h.{i}.other.{e}.down"},
         {"module": "h.{i}.{e}"},
         {"stacked": [GATE_UP, DOWN | {"tensor": "h.3.down"}]},
         {"stacked": [GATE_UP, DOWN | {"linears": []}]},

@@ -95,7 +95,7 @@ class Stacked(BaseModel):
 class Experts(BaseModel):
     """The routed experts of mixture layers `{i}`, whose linears are stored one by one: `{e}` is the expert's number.
 
-    gate, up, down: names of an expert's linears; gate is None if the experts have none.
+    gate, up, down: names of an expert's linears, `{module}.{e}.` and more; gate is None if the experts have none.
     stacked: the tensors in which the dense model's files have these linears, each in one; empty if they are apart
         there, too.
     """
@@ -119,8 +119,11 @@ class Experts(BaseModel):
         inside = [kind for stack in self.stacked for kind in stack.linears]
         if self.stacked and sorted(inside) != sorted(self.linears):
             raise ValueError(f"{', '.join(inside)} are stacked, but an expert has {', '.join(self.linears)}")
-        if any(_placeholders(name) != layer | {"{e}"} for name in self.linears.values()):
-            raise ValueError("{e} stands in the name of each linear of an expert, and {i} as in the experts' name")
+        for name in self.linears.values():
+            if not name.startswith(f"{self.module}.{{e}}.") or _placeholders(name) != layer | {"{e}"}:
+                raise ValueError(
+                    f"{name[:80]!r}: the name of an expert's linear begins with that of the experts and {{e}}"
+                )
         return self
 
     @property

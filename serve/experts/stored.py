@@ -11,8 +11,6 @@ from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.stacks import LayerExperts, layers_of_experts
 from ria_vllm.serve.load.folding import Folding
 
-EXPERT = ".{e}."
-
 
 @dataclass(frozen=True)
 class StoredExperts:
@@ -36,18 +34,8 @@ class StoredExperts:
 
     @classmethod
     def of(cls, layer: LayerExperts) -> "StoredExperts":
-        """Those of a layer that config.json describes.
-
-        Raises:
-            RiaError: the names of its linears have no beginning in common.
-        """
-        stems = {pattern.partition(EXPERT)[0] for pattern in layer.linears.values() if EXPERT in pattern}
-        if len(stems) != 1 or not all(EXPERT in pattern for pattern in layer.linears.values()):
-            raise RiaError(
-                f"config.json: quantization_config.experts: {', '.join(layer.linears.values())}: the linears of an "
-                "expert are expected under one name, such as model.layers.0.mlp.experts.{e}. Compress the model again."
-            )
-        return cls(stems.pop(), layer.num_experts, layer.linears, layer.biases)
+        """Those of a layer that config.json describes."""
+        return cls(layer.module, layer.num_experts, layer.linears, layer.biases)
 
     @property
     def is_gated(self) -> bool:
@@ -87,8 +75,7 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
 def named_experts(schema: RiaSchema, name: str) -> StoredExperts | None:
     """The experts called `name`, for dummy weights without any file; None if config.json has none of that name."""
     for experts in schema.experts:
-        stems = {pattern.partition(EXPERT)[0] for pattern in experts.linears.values()}
-        numbers = next((found for stem in stems if (found := numbers_in(stem, name)) is not None), None)
+        numbers = numbers_in(experts.module, name)
         if numbers is not None:
             return StoredExperts.of(LayerExperts.of(experts, numbers))
     return None

@@ -7,8 +7,8 @@ from ria_vllm.format.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve.experts.stored import named_experts, stored_experts
 
 
-def schema(**changes):
-    names = {kind: f"{AT}.{{e}}.{kind}" for kind in ("gate", "up", "down")} | changes
+def schema():
+    names = {kind: f"{AT}.{{e}}.{kind}" for kind in ("gate", "up", "down")}
     return RiaSchema(sparsity_config=SparsityConfig(), experts=[Experts(module=AT, num_experts=2, **names)])
 
 
@@ -35,14 +35,6 @@ def test_the_layers_are_those_of_the_pruned_linears():
 def test_a_layer_is_pruned_whole(pruned, message):
     with pytest.raises(RiaError, match=message):
         stored_experts(schema(), pruned, "here")
-
-
-def test_names_without_a_common_beginning():
-    other = schema(up="model.layers.{i}.other.{e}.up")
-    with pytest.raises(RiaError, match="the linears of an expert are expected under one name"):
-        stored_experts(other, names(0, "gate"), "here")
-    with pytest.raises(RiaError, match="the linears of an expert are expected under one name"):
-        named_experts(other, "model.layers.0.mlp.experts")
 
 
 def test_experts_by_the_name_of_a_layer():
