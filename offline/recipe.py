@@ -5,20 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from pydantic.dataclasses import dataclass
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.format import formats
 from ria_vllm.format.weight_format import WeightFormat
-from ria_vllm.offline.calibration.mixture import check_fraction, written_of
+from ria_vllm.offline.mixture import check_fraction, written_of
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
+
+if TYPE_CHECKING:  # type checkers know what these have in common
+    from dataclasses import dataclass
+else:
+    from pydantic.dataclasses import dataclass
 
 # How kept weights are updated -> the tokens on which each sublayer is then trained, see `train.train_sublayer`.
 RECONSTRUCTIONS = {"none": 0, "admm": 0, "short": 48 * 2048, "block": 128 * 2048}
@@ -54,8 +58,8 @@ class Recipe:
     permute_scope: Literal["shared", "linear"] = "shared"
     calibration: str = "self"
     self_written: float = 0.0
-    samples: Annotated[int, Field(ge=1)] = 128
-    seq_len: Annotated[int, Field(ge=2)] = 2048
+    samples: Annotated[int, Field(ge=1)] = 32
+    seq_len: Annotated[int, Field(ge=2)] = 512
     seed: int = 0
     ignore: tuple[str, ...] = ()
     reconstruct: Literal["none", "admm", "short", "block"] = "short"
@@ -82,10 +86,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
-            option = "--activations" if self.group_size is None else "--group-size"
-            raise RiaError(f"{option} goes with integer weights; give --weights int8 or int4 as well.")
+            option = "activations" if self.group_size is None else "--group-size"
+            raise RiaError(f"{option}: for integer weights only; give a --scheme that has them.")
         if self.smooth and self.activations == "none":
-            raise RiaError("--smooth is for rounded inputs; give --activations int8 as well.")
+            raise RiaError("--smooth is for rounded inputs; give --scheme W8A8 or W4A8.")
         check_fraction(self.self_written, self.samples, self.calibration)
         for expression in self.ignore:
             try:
@@ -187,7 +191,7 @@ class Recipe:
         return self if not longest or self.seq_len <= longest else replace(self, seq_len=longest)
 
     def with_compute_dtype(self, dtype: str) -> "Recipe":
-        return replace(self, compute_dtype=dtype)
+        return replace(self, compute_dtype=dtype)  # type: ignore[arg-type]
 
     def fitting(self, widths: Mapping[str, int]) -> "Recipe":
         """The recipe with a group size that divides the in-features of the linears that may be pruned.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.mixture import check_fraction, written_of
+from ria_vllm.offline.mixture import check_fraction, written_of
 from ria_vllm.offline.publish import published
 
 # By the seed itself, the dense model writes the text that `compress` calibrates on.

@@ -17,7 +17,6 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.calibration.mixture import spread_among
 from ria_vllm.offline.distill.checks import check_models, check_texts, context_of
 from ria_vllm.offline.distill.foreign import foreign_start
 from ria_vllm.offline.distill.recipe import Distillation
@@ -31,6 +30,7 @@ from ria_vllm.offline.distill.teacher.teacher import Origin, located, read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import HeldOut, Training
+from ria_vllm.offline.mixture import spread_among
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
