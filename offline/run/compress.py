@@ -22,7 +22,7 @@ from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.run.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.source import Source, opened
-from ria_vllm.offline.model.topology import Topologies, Topology
+from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.layers import LayerPass
@@ -32,8 +32,6 @@ from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
-from ria_vllm.offline.sublayer.rotating import turned_biases
-from ria_vllm.offline.sublayer.smoothing import changeable
 from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 
@@ -212,19 +210,14 @@ class _Run:
                     tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
                 weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
                 found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
-                changed = self._changed(index, layers.topologies.of(index), plan)
-                found |= {name: stored[written] for name, written in changed.items()}
+                # What stays dense may have been changed, too: scales migrate, and biases are turned.
+                prefix = self.model.layer_prefix(index)
+                for name, _ in self.model.layers[index].named_parameters():
+                    written = self.model.names.direct.get(prefix + name)
+                    if written in stored:
+                        found[name] = stored[written]
                 layers.replay(index, found, plan.experts[index])
         return finished
-
-    def _changed(self, index: int, topology: Topology, plan: Plan) -> dict[str, str]:
-        """What is not pruned in a layer, and may have been changed: name relative to the layer -> written name."""
-        pruned, found = plan.pruned[index], {}
-        if self.recipe.migration_strength:
-            found |= changeable(self.model, index, topology, pruned)
-        if self.recipe.rotates_heads:
-            found |= turned_biases(self.model, index, topology, pruned)
-        return found
 
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)

@@ -125,12 +125,6 @@ def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Coll
     ]
 
 
-def turned_biases(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> dict[str, str]:
-    """The biases of a layer that rotations may have changed: name relative to the layer -> written name."""
-    names = [name for fold in rotatable(model, index, topology, pruned) for name in _biases(model, index, fold)]
-    return {name: model.names.direct[model.layer_prefix(index) + name] for name in names}
-
-
 def _biases(model: StreamedModel, index: int, fold: Fold) -> list[str]:
     """The parameters that turning changes and that are no weights of pruned linears: a bias, if there is one."""
     return [name for name in turned_parameters(model.layers[index], fold) if name.endswith(".bias")]

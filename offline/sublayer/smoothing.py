@@ -193,23 +193,6 @@ def are_own(model: StreamedModel, index: int, parameters: Iterable[str]) -> bool
     return all(name in model.names.direct and name not in {*tied, *tied.values()} for name in full)
 
 
-def changeable(model: StreamedModel, index: int, topology: Topology, pruned: Iterable[str]) -> dict[str, str]:
-    """The parameters of a layer that migrations may have changed: name relative to the layer -> written name.
-
-    Args:
-        pruned: linears whose weights are not among them.
-    """
-    without = {f"{name}.weight" for name in pruned}
-    names = [
-        name
-        for migration in topology.migrations
-        if is_possible(model, index, migration)
-        for name in _changeable(model.layers[index], migration)
-        if name not in without
-    ]
-    return {name: model.names.direct[model.layer_prefix(index) + name] for name in names}
-
-
 def set_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
     """Replace a parameter of a loaded layer; it keeps its device and dtype."""
     owner, _, leaf = name.rpartition(".")
