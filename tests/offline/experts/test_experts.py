@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from compressing import digests, edited, run_small
-from moe import KINDS, save_moe
+from moe import save_moe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -40,7 +39,6 @@ TOKENS = torch.arange(2, 60)[None]
 # One expert's linears on disk, in layer 1.
 NAMES = {
     "mixtral": "model.layers.1.block_sparse_moe.experts.3.w2",
-    "phimoe": "model.layers.1.block_sparse_moe.experts.3.w3",
     "granitemoe": "model.layers.1.block_sparse_moe.experts.3.gate_proj",
     "gemma4_text": "model.layers.1.experts.3.gate_proj",
     "nemotron_h": "backbone.layers.1.mixer.experts.3.up_proj",
@@ -48,10 +46,8 @@ NAMES = {
 }
 
 # Whose layers have an expert that all tokens go to, beside those that the router chooses.
-SHARED_EXPERT = {
-    "qwen2_moe", "qwen3_next", "qwen3_5_moe_text", "glm4_moe", "deepseek_v2", "deepseek_v3", "nemotron_h",
-    "llama4_text",
-}  # fmt: skip
+SHARED_EXPERT = ("qwen2_moe", "qwen3_next", "deepseek_v3", "nemotron_h", "llama4_text")
+FAMILIES = (*SHARED_EXPERT, "mixtral", "granitemoe", "gemma4_text", "gpt_oss")  # `make test-zoo` has all
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +76,7 @@ def assert_same_model(*folders: Path) -> None:
     torch.testing.assert_close(*map(logits, folders), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, text, tmp_path, family):
     source = moe(family)
     report, _ = run_small(source, tmp_path / "out", text)
@@ -120,14 +117,7 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
     assert halved / in_layers > 0.95
 
 
-def pytest_generate_tests(metafunc):
-    if "family" in metafunc.fixturenames:
-        metafunc.parametrize("family", KINDS)
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"reconstruct": "admm"}, {"reconstruct": "block"}, {"weights": "int8"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"reconstruct": "block", "weights": "int8"}], ids=str)
 def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tmp_path, monkeypatch):
     run_small(moe("qwen2_moe"), tmp_path / "whole", text, **options)
     write, done = ExpertStore.write, []
@@ -148,23 +138,16 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_only_the_streams_stay_in_the_cache_of_activations(fails, moe, text, tmp_path, monkeypatch):
-    left, replace = [], CheckpointWriter.write
+def test_only_the_streams_stay_in_the_cache_of_activations(moe, text, tmp_path, monkeypatch):
+    left, write = [], CheckpointWriter.write
 
-    def write(self, key, *arguments):
+    def watched(self, key, *arguments):
         if key.startswith("layer-") and "experts" not in key:
             left.append({path.name for path in (self.work / "activations").iterdir()})
-        if fails and "layer-00001-mlp-experts" in key:
-            raise KeyboardInterrupt
-        replace(self, key, *arguments)
+        write(self, key, *arguments)
 
-    monkeypatch.setattr(CheckpointWriter, "write", write)
-    settings = Settings(activation_cache="disk")
-    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
-        run_small(moe("qwen3_moe"), tmp_path / "out", text, settings, reconstruct="block")
-    if fails:
-        left.append({path.name for path in (tmp_path / "out.partial" / "activations").iterdir()})
+    monkeypatch.setattr(CheckpointWriter, "write", watched)
+    run_small(moe("qwen3_moe"), tmp_path / "out", text, Settings(activation_cache="disk"), reconstruct="block")
     assert left == [{"pruned-0", "dense-0"}] * 2
 
 
@@ -251,11 +234,11 @@ def test_experts_that_get_few_tokens_or_none_lean_on_the_others(moe, text, tmp_p
 
     source = edited(moe("glm4_moe"), tmp_path / "in", avoid)
     report, warnings = run_small(source, tmp_path / "out", text, reconstruct="admm")
-    assert any("layers.1.mlp.experts: the router sends no calibration token to expert 2. " in w for w in warnings)
+    assert any("layers.1.mlp.experts: " in w and "1 of them none" in w for w in warnings)
     tokens = [report["linears"][f"model.layers.0.mlp.experts.{e}.down_proj"]["tokens"] for e in range(4)]
     few = [e for e in range(4) if tokens[e] < 128]
     (warning,) = [w for w in warnings if "layers.0.mlp.experts: " in w and "fewer calibration tokens" in w]
-    assert few and [int(e) for e in re.findall(r"\d+", warning.partition(": expert")[2])] == few
+    assert few and f": {len(few)} experts" in warning
     record = report["linears"]["model.layers.1.mlp.experts.2.down_proj"]
     assert record["tokens"] == 0 and record["borrowed"] == 128  # 4 * 32 tokens, and as many inner channels
     reader = Reader(tmp_path / "out")
@@ -284,18 +267,6 @@ def test_layers_whose_experts_differ_cannot_be_described():
     assert described.num_experts == 4 and described.module == "layers.{i}.mlp.experts"
     with pytest.raises(RiaError, match="layers.2.mlp.experts"):
         describe_experts(model, {0: places, 2: places})
-
-
-@pytest.mark.parametrize(
-    ("kind", "ignored"),
-    [
-        ("mixtral", "block_sparse_moe.experts$"),
-        ("granitemoe", "output_linear.weight$"),
-    ],
-)
-def test_experts_are_ignored_by_their_modules_or_tensors_name(kind, ignored, moe, text, tmp_path):
-    report, _ = run_small(moe(kind), tmp_path / "out", text, ignore=(ignored,))
-    assert report["dense"]["model.layers.1.block_sparse_moe.experts"] == "--ignore"
 
 
 def test_experts_of_an_unknown_form_stay_dense_with_a_warning_and_count_as_weights(text, tmp_path):

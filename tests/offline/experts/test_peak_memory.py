@@ -39,11 +39,7 @@ def save_large(folder: Path, small: Path, layers: int) -> Path:
             tensors[f"{prefix}{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         tensors[f"{prefix}mlp.gate.weight"] = random(EXPERTS, WIDTH)
         for expert in range(EXPERTS):
-            for name, shape in (
-                ("gate_proj", (INNER, WIDTH)),
-                ("up_proj", (INNER, WIDTH)),
-                ("down_proj", (WIDTH, INNER)),
-            ):
+            for name, shape in LINEARS.items():
                 tensors[f"{prefix}mlp.experts.{expert}.{name}.weight"] = random(*shape)
         if index == 0:
             tensors |= {name: random(258, WIDTH) for name in ("model.embed_tokens.weight", "lm_head.weight")}

@@ -11,7 +11,6 @@ from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.experts.prune import named, short_of_tokens
 from ria_vllm.offline.run import compress
 
 # Enough that each expert of layer 0 gets more tokens than it has channels.
@@ -104,17 +103,3 @@ def test_reconstruction_brings_an_expert_closer_to_its_dense_output(mixtral, pru
         shutil.rmtree(reader.folder)
     for admm, none, block in zip(errors["admm"], errors["none"], errors["block"], strict=True):
         assert admm < 0.95 * none and block < admm
-
-
-def test_experts_with_too_few_tokens_are_named_once_and_in_order():
-    records = {
-        "a.10.w1": {"tokens": 0, "borrowed": 9}, "a.9.w1": {"tokens": 0, "borrowed": 9},
-        "a.9.w2": {"tokens": 0, "borrowed": 9}, "a.1.w1": {"tokens": 5}, "a.2.w1": {"tokens": 5, "borrowed": 4},
-        "q_proj": {},
-    }  # fmt: skip
-    assert short_of_tokens(records) == ([9, 10], [2])
-
-
-def test_a_warning_names_experts_but_not_all_of_many():
-    assert named([3]) == "expert 3" and named([3, 5]) == "experts 3, 5"
-    assert named([*range(8), 40, 90]) == "experts 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

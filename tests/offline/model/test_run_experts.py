@@ -1,7 +1,6 @@
 """Experts run one by one: what transformers computes, and the formula in float64."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import experts_modules
-from ria_vllm.offline.model.experts.files import other_experts
-from ria_vllm.offline.model.experts.run import own_weights, run_one_by_one, set_watcher, set_weights
+from ria_vllm.offline.model.experts.run import run_one_by_one, set_watcher, set_weights
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
 TOKENS = torch.arange(2, 60)[None]
@@ -136,30 +134,3 @@ def test_llama_4s_experts_cannot_be_run_without_their_block(tmp_path):
     run_one_by_one(layer)
     with pytest.raises(RiaError, match="feed_forward.experts: this version of transformers .*Try another version"):
         layer.feed_forward.experts(torch.ones(4 * 20, 64))
-
-
-@pytest.mark.parametrize(("kind", "interleaved"), [("mixtral", False), ("gpt_oss", True), ("llama4_text", False)])
-def test_an_experts_linears_in_its_modules_parameters(kind, interleaved, tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(save_moe(tmp_path / "dense", kind), dtype=torch.float32)
-    layer = model.model.layers[0]
-    run_one_by_one(layer)
-    ((path, layout),) = experts_modules(layer).items()
-    experts, transposed = layer.get_submodule(path), kind != "mixtral"
-    assert layout.transposed == transposed and layout.interleaved == layout.has_bias == interleaved
-    found = own_weights(experts, 3)
-    whole = experts.gate_up_proj[3].T if transposed else experts.gate_up_proj[3]
-    for kind_of, rows in zip(("gate", "up"), (slice(0, None, 2), slice(1, None, 2)), strict=True):
-        half = slice(None, layout.inner) if kind_of == "gate" else slice(layout.inner, None)
-        assert torch.equal(found[kind_of], whole[rows if interleaved else half])
-        assert found[kind_of].shape == layout.shape(kind_of)
-    outputs = [torch.arange(layout.inner), -torch.arange(layout.inner)]
-    joined = layout.joined(outputs)
-    assert torch.equal(joined[::2] if interleaved else joined[: layout.inner], outputs[0])
-
-
-def test_experts_that_are_run_in_another_way_are_named():
-    config = AutoConfig.for_model("jetmoe", hidden_size=64, intermediate_size=64, num_hidden_layers=2, kv_channels=32)
-    with torch.device("meta"):
-        layer = AutoModelForCausalLM.from_config(config).model.layers[1]
-    assert experts_modules(layer) == {}
-    assert "JetMoeParallelExperts" in other_experts(layer, 64)["mlp.input_linear"]
