@@ -14,7 +14,9 @@ from safetensors import safe_open
 
 from ria_vllm.files.open_files import OpenFiles
 
-OPENERS = ("open_files", "weight_files", "offline.model.tensors", "offline.model.which_weights")
+OPENERS = (
+    "files.open_files", "checkpoint.weight_files", "offline.model.files.tensors"
+)  # fmt: skip
 
 
 class Moments:

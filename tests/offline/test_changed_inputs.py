@@ -42,7 +42,7 @@ def run_compress(place: Path, out: Path, settings: Settings = Settings(), **opti
 
 def run_distill(place: Path, out: Path, **options) -> Any:
     held_out = {"eval_text": (str(place / "held_out.txt"),), "eval_tokens": 128, "evals": 2}
-    fixed = {"tokens": 4 * 32, "seq_len": 32, "train": ("norms", "scales")} | held_out
+    fixed = {"tokens": 4 * 32, "seq_len": 32} | held_out
     distilled(place / "dense", place / "folder", out, place / "text.txt", **fixed | options)
     return digests(out)
 
