@@ -1,10 +1,11 @@
 """Test runs in several processes of pytest-xdist, each of which takes whole files."""
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ LONGEST = (
     "tests/serve/test_wheel.py",
     "tests/serve/test_mixtures.py",
     "tests/serve/kernels/cpu/test_sanitized.py",
+    "tests/serve/kernels/cpu/test_int8_experts.py",
+    "tests/serve/kernels/cpu/test_experts.py",
     "tests/offline/experts/test_experts.py",
     "tests/offline/distill/test_interruptions.py",
     "tests/offline/distill/test_processes.py",
@@ -32,6 +35,7 @@ LONGEST = (
 GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks
 # The variable that names the folder the processes share. The first process creates it and hands it down.
 SHARED = "RIA_VLLM_TESTS_SHARED"
+KEPT = Path(__file__).parents[1] / ".work" / "tests"
 
 
 def once(name: str, make: Callable[[Path], object]) -> Path:
@@ -45,6 +49,27 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
         if not folder.exists():
             unfinished = Path(f"{folder}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def kept(name: str, sources: Iterable[Path], flags: object, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, in this run or in an earlier one: what takes a compiler minutes.
+
+    It is made anew if a source, or `flags`, which say what else decides, are other than then.
+    """
+    content = [path.read_bytes() for path in sorted(sources)]
+    digest = hashlib.sha256(b"\0".join([*content, repr(flags).encode()])).hexdigest()[:16]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    folder = KEPT / f"{name}-{digest}"
+    with open(KEPT / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for old in KEPT.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            unfinished = KEPT / f"{name}-unfinished"
             unfinished.mkdir()
             make(unfinished)
             unfinished.rename(folder)

@@ -315,14 +315,3 @@ def test_the_first_size_that_a_kernel_takes_is_tested():
             return None if config.out_features == 128 else "128 only"
 
     assert registry.reason_against(Wide, replace(layer(), out_features=128)).startswith(FAILS)
-
-
-def test_a_kernel_without_small_layers_is_not_tested():
-    class Large(CpuKernel):
-        pack = staticmethod(broken)
-
-        @staticmethod
-        def can_implement(config):
-            return None if config.out_features >= 1024 else "large layers only"
-
-    assert registry.reason_against(Large, replace(layer(), out_features=1024)) is None

@@ -73,15 +73,6 @@ def test_one_group_on_several_ranks(ranks, size, weight_format):
         assert not hasattr(layer, "weight")
 
 
-@pytest.mark.parametrize("part", ["bitmask"])
-def test_what_is_missing_is_named(ranks, part):
-    ranks(0, 2)
-    tensors, _, order = stored(INT8)
-    del tensors[part]
-    with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{part} is in none of the weight files"):
-        load(in_proj(order, INT8), tensors)
-
-
 @pytest.mark.parametrize("change", [lambda t: t[:-1]])
 @pytest.mark.parametrize("part", ["compressed", "bitmask"])
 def test_another_shape_is_named(ranks, part, change):

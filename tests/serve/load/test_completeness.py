@@ -9,11 +9,10 @@ import pytest
 import tiny
 import torch
 from compare import check, generate, job_of
-from mixture_layers import EXPERTS, HIDDEN, INNER, Model, StoredMixture, attached, play_rank
+from mixture_layers import EXPERTS, HIDDEN, INNER, Model, StoredMixture, attached
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored import Stored
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
@@ -133,20 +132,6 @@ def test_a_weight_of_a_dense_expert_that_never_came_is_named(ranks, part, projec
         check_loaded(model, "here")
     load_experts(model)
     check_loaded(model, "here")
-
-
-def test_a_dense_expert_is_named_by_its_number_over_all_ranks(ranks, monkeypatch):
-    play_rank(monkeypatch, 1, 2)
-    current = VllmConfig()
-    current.parallel_config.enable_expert_parallel = True
-    with set_current_vllm_config(current):
-        model = dense_experts(tp_size=2)
-    load_experts(model, absent=(0, "w2"))  # the other rank's
-    check_loaded(model, "here")
-    empty_weights(model)
-    load_experts(model, absent=(3, "w2"))
-    with pytest.raises(RiaError, match="the down projection of expert 3 of"):
-        check_loaded(model, "here")
 
 
 @pytest.mark.parametrize("tied", ["by vLLM", "by the model", "not"])

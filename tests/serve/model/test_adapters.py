@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from tiny import HEADS
 from transformers import AutoModelForCausalLM
 from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.model_executor.models.utils import PPMissingLayer
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.weight_files import SINGLE_FILE
@@ -254,17 +253,6 @@ def test_dummies_need_no_rotations_but_weights_that_follow_do(lost, engine_with_
         else:
             with pytest.raises(RiaError, match="started with dummy weights, which did not need that. Start it again"):
                 check_reload(config, None, from_files=False, lora=True)
-
-
-def test_dummies_of_one_pipeline_stage(engine_with_adapters, copy):
-    add_rotations(copy, {O_PROJ.replace("0", str(layer)): random_rotations(2) for layer in range(2)})
-    (copy / SINGLE_FILE).unlink()
-    get_current_vllm_config().load_config.load_format = "dummy"
-    config, model = built(copy, PACKED)
-    model.model.layers.add_module("1", PPMissingLayer())
-    turn_adapters(config, model, None)
-    assert {name for name, turns in model.ria_turns.items() if turns} == {O_PROJ, O_PROJ.replace("o_proj", "v_proj")}
-    check_reload(config, None, from_files=False, lora=True)
 
 
 def test_a_user_who_says_something_else(engine_with_adapters, copy, monkeypatch):

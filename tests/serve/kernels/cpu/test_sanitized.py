@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import kept
 
 ROOT = Path(__file__).parents[4]
 SOURCES = ROOT / "serve" / "kernels" / "cpu" / "csrc"
@@ -28,40 +29,48 @@ FLAGS = {
 }
 
 
+def macros() -> set[str]:
+    """What g++ defines for this machine."""
+    command = ["g++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines())
+
+
 def has_instructions(source: str) -> bool:
     """Whether this machine can run what is compiled of it."""
-    command = ["g++", "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    defined = {line.split()[1] for line in macros()}
     needed = [flag.removeprefix("-m") for flag in FLAGS.get(source, []) if flag.startswith("-m")]
-    return all(f"__{name.upper().replace('-', '_')}__" in macros for name in needed)
+    return all(f"__{name.upper().replace('-', '_')}__" in defined for name in needed)
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def program() -> Path:
     """The driver, without optimisations: they take longer to compile than they save.
 
     Not instrumented are the driver, whose own sums would take most of the time, and what cannot run here anyway.
     """
     if not shutil.which("g++") or os.uname().machine != "x86_64":
         pytest.skip("needs g++ on x86-64")
-    folder = tmp_path_factory.mktemp("sanitized")
     sources = [path for path in SOURCES.glob("*.cpp") if not path.name.startswith("torch_")]
     # Of an inline function that several have, the linker takes the first copy: an instrumented one that can run here.
     sources.sort(key=lambda path: (not has_instructions(path.name), len(FLAGS.get(path.name, []))))
 
-    def compile_one(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        if source == DRIVER:
-            flags = ["-O2"]
-        else:
-            flags = ["-O0", "-g1", *(SANITIZE if has_instructions(source.name) else []), *FLAGS.get(source.name, [])]
-        subprocess.run(["g++", *COMMON, *flags, "-c", str(source), "-o", target], check=True)
-        return target
+    def make(folder: Path) -> None:
+        def compile_one(source: Path) -> str:
+            target = str(folder / f"{source.stem}.o")
+            if source == DRIVER:
+                flags = ["-O2"]
+            else:
+                instrumented = SANITIZE if has_instructions(source.name) else []
+                flags = ["-O0", "-g1", *instrumented, *FLAGS.get(source.name, [])]
+            subprocess.run(["g++", *COMMON, *flags, "-c", str(source), "-o", target], check=True)
+            return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*sources, DRIVER]))
-    subprocess.run(["g++", *SANITIZE, *objects, "-o", str(folder / "driver")], check=True)
-    return folder / "driver"
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, [*sources, DRIVER]))
+        subprocess.run(["g++", *SANITIZE, *objects, "-o", str(folder / "driver")], check=True)
+
+    read = [*(path for path in SOURCES.iterdir() if path.is_file()), DRIVER, Path(__file__)]
+    return kept("sanitized", read, sorted(macros()), make) / "driver"
 
 
 @pytest.mark.slow

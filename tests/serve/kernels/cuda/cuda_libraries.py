@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import once
+from processes import kept, once
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import build
@@ -72,16 +72,20 @@ def _objects(arch: str) -> tuple[Path, ...]:
 
 
 def _compile(arch: str) -> tuple[Path, ...]:
-    target = find_architecture(arch)
+    target, tiles = find_architecture(arch), chosen_tiles(arch)
     virtual = f"compute_{target.name}"
     both = replace(target, gencode=f"-gencode=arch={virtual},code=[sm_{target.name},{virtual}]")
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("NVCC_APPEND_FLAGS", "-Xfatbin=-compress=false", prepend=" ")
-            build.compile_objects(both, folder, chosen_tiles(arch))
+            build.compile_objects(both, folder, tiles)
 
-    return tuple(sorted(once(f"objects-{target.name}", make).iterdir()))
+    # The code that compiles has the flags, and headers of another version have another path.
+    version = subprocess.run([build.find_nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    sources = [*build.SOURCES.iterdir(), Path(build.__file__), Path(__file__)]
+    flags = version, build.find_headers(), os.environ.get("NVCC_APPEND_FLAGS"), both, tiles
+    return tuple(sorted(kept(f"cuda-objects-{target.name}", sources, flags, make).iterdir()))
 
 
 def emulator_objects() -> tuple[Path, ...]:
