@@ -2,26 +2,56 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.runtime import options as shared
+
+# What `--effort` stands for.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"reconstruct": "admm", "samples": 32, "seq_len": 512},
+    "default": {"reconstruct": "short", "samples": 32, "seq_len": 512},
+    "best": {"reconstruct": "block", "samples": 128, "seq_len": 2048},
+}
+
+
+expert = partial(click.option, show_default=True, hidden=True)
+
+
+def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """`--help-all`."""
+    if wanted:
+        for parameter in context.command.params:
+            if isinstance(parameter, click.Option):
+                parameter.hidden = False
+        click.echo(context.get_help())
+        context.exit()
 
 
 @click.command()
 @click.argument("model")
 @shared.out
-@click.option("--method", default="ria", show_default=True, help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
-@click.option("--exponent", default=0.5, show_default=True, help="Exponent of the input norms in RIA.")
-@click.option("--permute", default="lsa", show_default=True, help="Channel permutation: lsa, heuristic or none.")
 @click.option(
-    "--permute-scope",
-    default="shared",
+    "--scheme",
+    type=click.Choice(list(SCHEMES), case_sensitive=False),
+    default="BF16",
     show_default=True,
-    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
+    metavar="|".join(SCHEMES),
+    help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
+    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale.",
+)
+@click.option(
+    "--effort",
+    type=click.Choice(list(EFFORTS)),
+    default="default",
+    show_default=True,
+    help="fast: minutes for a model of a billion weights; default: and then a short training of each layer; best: a "
+    "longer training on 16 times the text.",
 )
 @click.option(
     "--calibration",
@@ -30,75 +60,74 @@ from ria_vllm.offline.runtime import options as shared
     help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
+@shared.device
+@shared.overwrite
+@shared.resume
 @click.option(
+    "--help-all",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_all,
+    help="Show options for experts, too.",
+)
+@expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
+@expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
+@expert("--permute", default="lsa", help="Channel permutation: lsa, heuristic or none.")
+@expert(
+    "--permute-scope",
+    default="shared",
+    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
+)
+@expert(
     "--self-written",
     default=0.0,
-    show_default=True,
     help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
 )
-@click.option("--samples", default=128, show_default=True, help="Number of calibration sequences.")
-@click.option("--seq-len", default=2048, show_default=True, help="Tokens in each; at most the model's context.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For all random choices.")
-@click.option(
+@expert("--samples", type=int, show_default="by --effort", help="Number of calibration sequences.")
+@expert("--seq-len", type=int, show_default="by --effort", help="Tokens in each sequence; at most the model's context.")
+@expert("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="For all random choices.")
+@expert(
     "--reconstruct",
-    default="short",
-    show_default=True,
+    show_default="by --effort",
     help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
-    "experts; or block: a longer training of all (best, but slow). Linears are rounded to integers after that.",
+    "routed experts; or block: a longer training of all. Linears are rounded to integers after that.",
 )
-@click.option(
-    "--weights",
-    default="float",
-    show_default=True,
-    help="float: in the model's own dtype. int8, int4: integers, about 5 and 3 bits a weight instead of 9.",
-)
-@click.option(
+@expert(
     "--group-size",
     type=click.Choice(["128", "64", "32", "row"]),
-    show_default="row for int8; for int4 128 if that fits 8 tensor-parallel ranks, else 64",
+    show_default="row for W8; for W4 128 if that fits 8 tensor-parallel ranks, else 64",
     help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
 )
-@click.option(
-    "--activations",
-    type=click.Choice(["none", "int8"]),
-    default="none",
-    show_default=True,
-    help="int8: linears with integer weights also round their inputs, with a scale for each token.",
-)
-@click.option(
+@expert(
     "--smooth",
     type=float,
     metavar="STRENGTH",
-    show_default="0.5 for int8 weights with rounded inputs",
+    show_default="0.5 for W8A8",
     help="Migrate outliers of inputs into the weights, as SmoothQuant does, by this strength; 0: do not.",
 )
-@click.option(
+@expert(
     "--rotate",
     type=click.Choice(["none", "heads"]),
     show_default="heads with --reconstruct short and block, else none",
-    help="heads: first turn the channels of attention's heads, in v and o, so that pruning loses less. vLLM then turns "
-    "adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
+    help="heads: first rotate the channels of attention's heads, in v and o, so that pruning loses less. vLLM then "
+    "rotates adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
-@shared.device
-@click.option(
+@expert(
     "--compute-dtype",
     default="auto",
-    show_default=True,
     help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
-@click.option(
+@expert(
     "--activation-cache",
     type=click.Choice(["cpu", "disk"]),
     default="cpu",
-    show_default=True,
     help="Where calibration activations are kept.",
 )
-@shared.max_shard_size
-@shared.overwrite
-@shared.resume
-@click.option("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
+@expert("--max-shard-size", default="5GB", help="Of weight files.")
+@expert("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
@@ -116,7 +145,9 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
 
     how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
     size = options.pop("group_size")
-    recipe = Recipe.of_options(options | {"group_size": int(size) if size and size.isdigit() else size})
+    options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}
+    effort = EFFORTS[options.pop("effort")]
+    recipe = Recipe.of_options(options | {name: value for name, value in effort.items() if options[name] is None})
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)

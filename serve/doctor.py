@@ -16,7 +16,7 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.format.formats import FLOAT, FORMATS, IntFormat
+from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
@@ -29,6 +29,16 @@ EXPERTS = (32, 2048, 768)
 """The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""
 SIDE = 4096
 """Of the linear for which kernels are shown: its in-features, and its out-features."""
+
+STORED = {
+    "BF16": (FLOAT, None),
+    "W8A16": (INTEGERS[8, None], None),
+    "W8A8": (INTEGERS[8, None], torch.int8),
+    "W4A16": (INTEGERS[4, 128], None),
+    "W4A8": (INTEGERS[4, 128], torch.int8),
+    "FP8": (FP8, None),
+}
+"""Scheme -> the format of the weights, and what kernels are told to round inputs to. BF16 is what `--dtype` says."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -122,17 +132,20 @@ def proof_lines(found: Findings) -> list[str]:
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="bfloat16; for OUT, the model's own")
-@click.option("--weights", type=click.Choice(list(FORMATS)), default="float", show_default=True, help="Their format.")
-@click.option("--activations", type=click.Choice(["float", "int8"]), default="float", show_default=True)
-def doctor(out: Path | None, device: str, dtype: str | None, weights: str, activations: str) -> None:
+@click.option(
+    "--scheme",
+    type=click.Choice(list(STORED), case_sensitive=False),
+    default="BF16",
+    show_default=True,
+    metavar="|".join(STORED),
+)
+def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> None:
     """Show which kernels this machine runs, and why.
 
     With a compressed folder OUT, also multiply with each of its pruned linears, and compare with their proofs. Names
     each that is wrong, and then exits with status 1.
     """
     reader = None if out is None else Reader(out)
-    if activations == "int8" and not isinstance(FORMATS[weights], IntFormat):
-        raise RiaError(f"--activations int8: inputs are rounded for integer --weights only, not for {weights} ones.")
     if device == "cuda" and not torch.cuda.is_available():
         raise RiaError(
             "--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more)."
@@ -148,12 +161,11 @@ def doctor(out: Path | None, device: str, dtype: str | None, weights: str, activ
     ]
     for label, value in rows:
         click.echo(f"{label:16}{value}")
-    act_dtype, weight_format = DTYPES[dtype or "bfloat16"], FORMATS[weights]
-    input_dtype = torch.int8 if activations == "int8" else None
+    act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme]
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, input_dtype)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), input_dtype=input_dtype)
-    kinds = name_of(act_dtype) + (f", {weights} weights" if weight_format != FLOAT else "")
-    kinds += f", inputs rounded to {activations}" if input_dtype is not None else ""
+    kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
+    kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
     click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {kind}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")

@@ -95,8 +95,8 @@ def _check_form(quantization: Mapping[str, Any], folder: Path) -> None:
 def _not_read(folder: Path, what: str) -> RiaError:
     return RiaError(
         f"{folder}: {what}. Distillation takes 2:4 weights of others as plain numbers, with zeros or in {FORMAT}. Give "
-        "the model from before it was quantized; or prune the dense model with `ria-vllm compress --weights int8` (or "
-        "int4), and distil that."
+        "the model from before it was quantized; or prune the dense model with `ria-vllm compress --scheme W8A8` (or "
+        "another), and distil that."
     )
 
 

@@ -51,12 +51,14 @@ class Totals:
 class Values:
     """How the pruned linears' values are stored.
 
+    scheme: W8A8, say; BF16: the model's own dtype.
     format: its name, as kernels call it; a dtype if they are plain floating point.
     group_size: stored columns of a row that share a scale; None: a scale belongs to a whole row, or there is none.
     bits_per_weight: of the dense matrix; all tensors are counted, permutations, too.
     inputs: the dtype to which the linears round each token that they read; None: they do not.
     """
 
+    scheme: str
     format: str
     group_size: int | None
     bits_per_weight: float
@@ -136,6 +138,7 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
     )
     schema = reader.schema
     values = Values(
+        scheme=schema.scheme,
         format=", ".join(sorted({e.dtype for e in entries})),
         group_size=schema.weight_format.group_size,
         bits_per_weight=8 * linear_bytes / sum(e.shape[0] * e.shape[1] for e in entries),

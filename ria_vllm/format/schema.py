@@ -184,6 +184,14 @@ class RiaSchema(BaseModel):
         """The dtype to which pruned linears round each token of their inputs; None: they do not."""
         return next((dtype for dtype, words in TOKENS.items() if words == self.input_activations), None)
 
+    @property
+    def scheme(self) -> str:
+        """In the words of `ria_vllm.format.schemes`, or "FP8"."""
+        words = self.weight_format.quantization
+        if words is None:
+            return "BF16"
+        return "FP8" if words["type"] == "float" else f"W{words['num_bits']}A{16 if self.input_dtype is None else 8}"
+
     def proved_transposed(self, name: str) -> bool:
         """Whether the transposed matrix `name` has a proof, too."""
         return any(numbers_in(experts.down, name) is not None for experts in self.experts)

@@ -119,7 +119,7 @@ class LoadReport:
             logger.warning_once(
                 "%s moves no pruned weights: vLLM offloads the tensors into which a checkpoint is loaded, and kernels "
                 "pack these into others, which stay on the GPU. Leave the option out. If memory is short, use more "
-                "GPUs (--tensor-parallel-size), or compress with fewer bits (--weights int4).", option,
+                "GPUs (--tensor-parallel-size), or compress with fewer bits (--scheme W4A16).", option,
             )  # fmt: skip
 
     def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:

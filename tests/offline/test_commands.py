@@ -51,8 +51,8 @@ def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
 
 @pytest.mark.parametrize("size", [None, "32", "row"])
 def test_options_of_integers(size, tiny, text, tmp_path):
-    options = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none", "--activations", "int8"]
-    options += ["--weights", "int4", *(["--group-size", size] if size else [])]
+    options = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none"]
+    options += ["--scheme", "w4a8", *(["--group-size", size] if size else [])]
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert ("--group-size 64: what fits the in-features" in result.stderr) == (size is None)
@@ -89,3 +89,15 @@ def test_one_line_and_status_2_for_bad_input(tmp_path):
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert lines[-1].startswith("ria-vllm: ") and "Traceback" not in done.stderr
+
+
+def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast")
+    assert result.exit_code == 0, result.output
+    schema = Reader(tmp_path / "out").schema
+    assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32
+
+
+def test_most_options_are_for_experts():
+    few, all_of_them = (invoke(option).output for option in ("--help", "--help-all"))
+    assert "--scheme" in few and "--reconstruct" not in few and "--reconstruct" in all_of_them

@@ -250,7 +250,7 @@ def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block"),
-                                     ("--weights", "int8", "--activations", "int8")], ids=" ".join)  # fmt: skip
+                                     ("--scheme", "W8A8")], ids=" ".join)  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "gemma4-e2b"])
 def test_two_processes_write_what_one_writes(family, options, make_model, text, tmp_path):
     """With three chunks or more, so that sums and shares could differ."""
@@ -273,7 +273,7 @@ def trained_otherwise(*arguments: object) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", ()), ("llama", ("--weights", "int8")), ("qwen3-moe", ("--reconstruct", "block"))],
+    [("llama", ()), ("llama", ("--scheme", "W8A16")), ("qwen3-moe", ("--reconstruct", "block"))],
     ids=str,
 )
 def test_all_processes_go_on_from_what_the_first_one_has_trained(family, options, make_model, text, tmp_path):

@@ -15,9 +15,9 @@ from ria_vllm.offline.recipe import Recipe
         ({"exponent": float("nan")}, "--exponent nan"),
         ({"weights": "int4-g64"}, "--weights 'int4-g64'"),
         ({"weights": "int4", "group_size": 16}, "--group-size 16"),
-        ({"group_size": 64}, "--group-size goes with integer weights"),
-        ({"activations": "int8"}, "--activations goes with integer weights"),
-        ({"smooth": 0.5, "weights": "int8"}, "--activations int8"),
+        ({"group_size": 64}, "--group-size: for integer weights only"),
+        ({"activations": "int8"}, "activations: for integer weights only"),
+        ({"smooth": 0.5, "weights": "int8"}, "--scheme W8A8"),
         ({"smooth": float("nan"), "weights": "int8", "activations": "int8"}, "--smooth nan"),
         ({"calibration": "a.txt", "self_written": 1.0}, "--self-written 1.0"),
         ({"calibration": "a.txt", "self_written": 0.001}, "--self-written 0.001"),
@@ -91,7 +91,7 @@ def test_a_short_training_stays_short(chunks, seq_len):
     assert read == sorted(set(read)) and 0 <= read[0] <= read[-1] < chunks
     assert 8 * 2048 <= len(read) * schedule.passes(len(read)) * tokens <= 96 * 1024
     assert max((b - a for a, b in itertools.pairwise(read)), default=0) <= -(-chunks // (48 * 1024 // tokens))
-    assert Recipe(reconstruct="block").schedule.chunks(chunks) == list(range(chunks))
+    assert Recipe(reconstruct="block", samples=128, seq_len=2048).schedule.chunks(chunks) == list(range(chunks))
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_a_short_training_has_fewer_steps_for_fewer_weights(chunks, share, token
 def test_a_short_training_goes_less_far_in_fewer_steps():
     rates = [Recipe(reconstruct="short").schedule.rate(share) for share in (1.0, 0.75, 0.5, 1 / 3, 0.0)]
     assert rates == [1.0, 0.75, 0.5, 0.5, 0.5]
-    assert Recipe(reconstruct="block").schedule.rate(0.1) == 1.0
+    assert Recipe(reconstruct="block", samples=128, seq_len=2048).schedule.rate(0.1) == 1.0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])
 def test_block_takes_as_many_steps_for_fewer_weights(share):
-    schedule = Recipe(reconstruct="block").schedule
+    schedule = Recipe(reconstruct="block", samples=128, seq_len=2048).schedule
     assert schedule.chunks(64, share) == list(range(64)) and schedule.passes(64, share) == 2
 
 

@@ -31,13 +31,11 @@ def test_says_why_a_kernel_is_left_out(monkeypatch):
 
 def test_quantized_weights_and_rounded_inputs():
     """Which kernel takes them depends on the machine; how it does is said."""
-    output = run_doctor("--device", "cpu", "--weights", "int4-g64", "--activations", "int8", "--dtype", "float16")
-    assert "linear of float16, int4-g64 weights, inputs rounded to int8 on cpu" in output
-    output = run_doctor(
-        "--device", "cpu", "--weights", "int8", "--activations", "int8", env={"RIA_VLLM_BACKEND": "reference"}
-    )
+    output = run_doctor("--device", "cpu", "--scheme", "W4A8", "--dtype", "float16")
+    assert "linear of float16, int4-g128 weights, inputs rounded to int8 on cpu" in output
+    output = run_doctor("--device", "cpu", "--scheme", "w8a8", env={"RIA_VLLM_BACKEND": "reference"})
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
-    output = run_doctor("--device", "cpu", "--weights", "fp8")
+    output = run_doctor("--device", "cpu", "--scheme", "FP8")
     linears, experts = output.split("kernels for ")[1:]
     for lines in (linears, experts):
         assert re.search("cpu +chosen with fp8 widened to bfloat16: the first that can serve this layer", lines)

@@ -56,7 +56,7 @@ def made(tmp_path_factory):
         ),
         "int8": (
             save_llama(folder / "llama"),
-            ("--samples", 4, "--seq-len", 64, "--weights", "int8"),
+            ("--samples", 4, "--seq-len", 64, "--scheme", "W8A16"),
             ("float32", "bfloat16"),
         ),
     }

@@ -216,7 +216,7 @@ def test_a_dense_folder_is_refused(tiny, text, tmp_path):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
 
 
-ANOTHER = r"\({form}\)\. Distillation takes .*ria-vllm compress --weights int8"
+ANOTHER = r"\({form}\)\. Distillation takes .*ria-vllm compress --scheme W8A8"
 
 
 @pytest.mark.parametrize(
