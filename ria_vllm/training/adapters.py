@@ -1,6 +1,7 @@
 """What others put into a model and around its modules: adapters of PEFT, and wrappers that change tensors' names."""
 
 import functools
+from collections.abc import Set
 
 from torch import nn
 
@@ -34,6 +35,31 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def has_adapters(model: nn.Module) -> bool:
     return any(map(_of_peft, model.modules()))
+
+
+def beside_adapters(model: nn.Module, changed: Set[int]) -> list[str]:
+    """Names of the parameters among `changed` (their ids) that train, but are in no checkpoint of PEFT.
+
+    Those of its layers are, and of what it trains as a whole (`modules_to_save`); with `bias="all"` all biases, too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    saved = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for parameter in module.parameters()
+    }
+    configs = [config for module in model.modules() for config in (getattr(module, "peft_config", None) or {}).values()]
+    biases = any(getattr(config, "bias", None) == "all" for config in configs)
+    return [
+        clean_name(name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) in changed
+        if id(parameter) not in saved or ".base_layer." in name
+        if not (biases and name.endswith("bias"))
+    ]
 
 
 def _of_peft(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.inputs import round_inputs
-from ria_vllm.training.adapters import clean_name, has_adapters
+from ria_vllm.training.adapters import beside_adapters, clean_name, has_adapters
 from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import is_first, together
@@ -220,12 +220,16 @@ class KeptWeights:
             self.check_modules()  # not all trainers call the whole model
         found = self.in_optimizer(optimizer)
         trained = [weight for weight, parameter in found if parameter.requires_grad]
-        if trained and base is not None and has_adapters(base):
-            raise RiaError(
-                f"{trained[0].name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "
-                "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
-                "weights."
-            )
+        if base is not None and has_adapters(base):
+            lost = [weight.name for weight in trained]
+            if not lost and optimizer not in self.checked:
+                lost = beside_adapters(base, _changed_by(optimizer))
+            if lost:
+                raise RiaError(
+                    f"{lost[0]}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "
+                    "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
+                    "weights."
+                )
         self.check_first_step(optimizer, trained)
         for weight, parameter in found:
             weight.mask_gradient(parameter)

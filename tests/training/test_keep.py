@@ -252,22 +252,24 @@ def test_a_removed_layer_is_refused(pruned_llama):
         model(TOKENS)
 
 
-@pytest.mark.parametrize("trained", ["weight", "adapter"])
-def test_kept_weights_are_not_trained_beside_an_adapter(pruned_llama, trained):
+@pytest.mark.parametrize("trained", ["weight", "norm", "adapter"])
+def test_nothing_is_trained_beside_an_adapter(pruned_llama, trained):
     """PEFT's checkpoints would not hold them."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
     model = load(pruned_llama.folder)
     keep_sparse(model)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    weight = model.model.layers[1].mlp.up_proj.base_layer.weight
-    weight.requires_grad_(trained == "weight")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, lora)
+    name = "model.norm.weight" if trained == "norm" else "layers.1.mlp.up_proj.base_layer.weight"
+    weight = next(parameter for key, parameter in model.named_parameters() if key.endswith(name))
+    weight.requires_grad_(trained != "adapter")
     before = weight.detach().clone()
     optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
     loss_of(wrapped).backward()
     if trained == "adapter":
         optimizer.step()
     else:
-        with pytest.raises(RiaError, match=r"layers.1.mlp.up_proj.weight: trained beside an adapter"):
+        with pytest.raises(RiaError, match=rf"{name.replace('.base_layer', '')}: trained beside an adapter"):
             optimizer.step()
     assert torch.equal(weight, before)
 
