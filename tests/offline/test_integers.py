@@ -176,7 +176,7 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
         ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"with another group-size \(64\)"),
         ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"with another group-size \(64\)"),
         ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"with another activations \(int8\)"),
-        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "another activations"),
+        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "with another activations"),
     ],
     ids=["size", "groups or rows", "inputs or none", "none or inputs"],
 )
