@@ -58,6 +58,8 @@ def _tensors(folder: Path, architecture: str) -> dict[str, np.ndarray]:
             value = _interleaved(value, config.num_attention_heads)
         elif architecture == "llama" and "self_attn.k_proj" in inside:
             value = _interleaved(value, config.num_key_value_heads)
+        elif architecture == "gemma3" and inside.endswith("norm.weight"):
+            value = value + 1
         found[name] = value
     return found
 
@@ -69,13 +71,18 @@ def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def _header(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    window: dict[str, Any] = {}
+    if config.model_type == "gemma3_text":
+        widths = {"attention.key_length": head_dim, "attention.value_length": head_dim}
+        window = widths | {"attention.sliding_window": config.sliding_window}
+    return window | {
         "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
         "block_count": config.num_hidden_layers, "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]), "rope.dimension_count": head_dim,
+        "rope.freq_base": float(rope["rope_theta"]), "rope.dimension_count": head_dim,
     }  # fmt: skip
 
 

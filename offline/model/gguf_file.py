@@ -14,13 +14,14 @@ from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.hf import check_loaded, explained, first_line, without_quantization
 
-# llama.cpp's names, and transformers', too.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# llama.cpp's names -> transformers'.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 # The keys of such a model that transformers reads, and that mean the same to it.
 READ = (
     "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "block_count",
     "context_length", "embedding_length", "feed_forward_length", "vocab_size",
 )  # fmt: skip
+LAYERS_OF_27B = 62  # by which llama.cpp knows it
 ROPE_BASE = 10000.0  # where a file names none
 INSTEAD = "Give the original Hugging Face folder instead."
 
@@ -102,14 +103,22 @@ def _misshapen(model: Any) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ..
 
 def _ignored(architecture: str, keys: Mapping[str, Any], config: Any) -> Iterator[tuple[str, Any]]:
     """The keys, with their values, of which the model knows nothing, or something else."""
-    if config.model_type != architecture:
+    if config.model_type != ARCHITECTURES[architecture]:
         yield "architecture", config.model_type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     right: dict[str, tuple[Any, ...]] = {
         "attention.key_length": (head_dim,), "attention.value_length": (head_dim,), "rope.dimension_count": (head_dim,),
-        "rope.freq_base": (config.rope_parameters["rope_theta"],),
+        "rope.freq_base": (rope["rope_theta"],),
         "rope.scaling.factor": (0, 1), "rope.scaling.type": ("none",),
     }  # fmt: skip
+    if architecture == "gemma3":  # 27B has another scale of attention; all have every sixth layer without a window
+        right["attention.sliding_window"] = (config.sliding_window,)
+        right["attention.scale"] = (config.query_pre_attn_scalar**-0.5,)
+        kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(config.num_hidden_layers)]
+        if config.layer_types != kinds or config.query_pre_attn_scalar != head_dim or len(kinds) == LAYERS_OF_27B:
+            yield "block_count", len(kinds)
     for key, value in {"rope.freq_base": ROPE_BASE, **keys}.items():
         if key not in READ and value not in right.get(key, ()):
             yield key, value
