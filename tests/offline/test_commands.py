@@ -92,7 +92,9 @@ def test_one_line_and_status_2_for_bad_input(tmp_path):
 
 
 def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
-    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast")
+    result = invoke(
+        tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast"
+    )
     assert result.exit_code == 0, result.output
     schema = Reader(tmp_path / "out").schema
     assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32

@@ -46,7 +46,7 @@ def random_rotations(kv: int, d: int = HEAD_DIM) -> torch.Tensor:
 
 
 def add_rotations(folder, rotations: dict[str, torch.Tensor]) -> None:
-    """Store rotations, float32, with the digest of docs/format.md."""
+    """Store rotations, float32, with the digest of docs/reference.md."""
     (folder / ROTATIONS_FILE).parent.mkdir(exist_ok=True)
     save_file({f"{name}.rotations": matrices.float() for name, matrices in rotations.items()}, folder / ROTATIONS_FILE)
     hashed = [(name, rotations[name].float().numpy().astype("<f4").tobytes()) for name in sorted(rotations)]
