@@ -126,7 +126,7 @@ class Recipe:
 
     @property
     def rotates_heads(self) -> bool:
-        """Whether the channels of heads are turned first. By default they are where weights are trained anyway."""
+        """Whether the channels of heads are rotated first. By default they are where weights are trained anyway."""
         return self.trains if self.rotate is None else self.rotate == "heads"
 
     @property

@@ -169,7 +169,7 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> Non
     click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {kind}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")
-    click.echo("\nkernels for {} experts of {} x {} (a mixture's layer):".format(*EXPERTS))
+    click.echo("\nkernels for {} experts of {} x {} (an MoE layer):".format(*EXPERTS))
     for line in kernel_lines(experts):
         click.echo(f"  {line}")
     if missing := missing_for_compile():

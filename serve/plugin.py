@@ -53,8 +53,8 @@ def watch_models() -> None:
     from ria_vllm.serve.load.completeness import check_loaded, empty_weights
     from ria_vllm.serve.load.engine import EngineOptions, models_being_built
     from ria_vllm.serve.load.stream import Hooks, Taker, WeightStream
-    from ria_vllm.serve.model.adapters import turn_adapters
-    from ria_vllm.serve.model.cache_readers import check_turned_heads
+    from ria_vllm.serve.model.adapters import rotate_adapters
+    from ria_vllm.serve.model.cache_readers import check_rotated_heads
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.model.layer_matching import match_layers
     from ria_vllm.serve.model.reload import check_first_load, check_reload, proofs_of
@@ -83,8 +83,8 @@ def watch_models() -> None:
             embeddings = built_from is engine.model_config
             revision = getattr(built_from, "revision", None)
             with config.excused():
-                check_turned_heads(config.schema, config.where, revision, config.is_pruned)
-            turn_adapters(config, model, revision)
+                check_rotated_heads(config.schema, config.where, revision, config.is_pruned)
+            rotate_adapters(config, model, revision)
             empty_weights(model, embeddings)
 
             def after_reload(left_out: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.prune import RoutedExperts, prune_expert, shared_order
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
 from ria_vllm.offline.experts.store import ExpertStore
-from ria_vllm.offline.experts.train import MixtureTrainer
+from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.run import set_weights
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.progress import Monitor
@@ -86,7 +86,7 @@ class ExpertsPass:
         kept = self.ranks.broadcast([store.has(index, path, expert) for expert in numbers])
         trainer = None
         if self.recipe.trains_experts and not all(kept):
-            trainer = MixtureTrainer(experts, self._lacking(index, path), self.monitor)
+            trainer = ExpertsTrainer(experts, self._lacking(index, path), self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
             if not kept[expert]:
                 pruned = prune_expert(experts, expert, order)

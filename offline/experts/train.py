@@ -1,7 +1,7 @@
 """Block reconstruction of a layer's routed experts: towards their joint output, with one of them in memory at a time.
 
-This is block coordinate descent on the output of the mixture, the sum of its experts' outputs weighted by the router.
-Each expert in turn is trained towards the dense model's mixture output, on its own path, minus what the other experts
+This is block coordinate descent on the output of the MoE layer, the sum of its experts' outputs weighted by the router.
+Each expert in turn is trained towards the dense model's output, on its own path, minus what the other experts
 contribute now: those before it as they were pruned, those after it still dense. So an expert also makes up for the
 errors of those before it, for what the router chose otherwise, and for the drift of what they all read.
 """
@@ -27,12 +27,12 @@ from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.progress import Monitor
 
-# A token's error counts relative to the squared norm of the mixture's output for it, but to no less than this share of
+# A token's error counts relative to the squared norm of the layer's output for it, but to no less than this share of
 # the median over its chunk: for a token to which the experts add next to nothing, rounding errors would be learned.
 SMALLEST = 0.01
 
 
-class MixtureTrainer:
+class ExpertsTrainer:
     """Trains the experts of one layer, and keeps what their output lacks.
 
     Args:

@@ -138,7 +138,7 @@ class Topology:
     dense: linears that must stay dense -> why.
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
-    rotations: the consumers of folds whose heads can be turned.
+    rotations: the consumers of folds whose heads can be rotated.
     """
 
     sublayers: tuple[Sublayer, ...]

@@ -210,7 +210,7 @@ class _Run:
                     tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
                 weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
                 found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
-                # What stays dense may have been changed, too: scales migrate, and biases are turned.
+                # What stays dense may have been changed, too: scales migrate, and biases are rotated.
                 prefix = self.model.layer_prefix(index)
                 for name, _ in self.model.layers[index].named_parameters():
                     written = self.model.names.direct.get(prefix + name)
@@ -242,7 +242,7 @@ class _Run:
 
         Args:
             smoothed: linears whose scales migrated; if there are none, `smooth` is 0.
-            rotated: those that read turned heads; if there are none, `rotate` is none.
+            rotated: those that read rotated heads; if there are none, `rotate` is none.
         """
         scheme = self.model.tensors.scheme
         found = {} if scheme is None else {"dequantized_from": scheme.method}

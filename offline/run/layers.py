@@ -71,9 +71,9 @@ class LayerPass:
             return pruned, changed
         sublayer_passes = self._load(index)
         recipe, topology = self.recipe, self.topologies.of(index)
-        strength, turns = recipe.migration_strength, recipe.rotates_heads
+        strength, rotates = recipe.migration_strength, recipe.rotates_heads
         smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
-        rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if turns else None
+        rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if rotates else None
         with self.experts.removed_after_layer():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
@@ -134,7 +134,7 @@ class LayerPass:
         """Prune one stage after the other, so that each sees what those before it produce. Then train if asked, and
         round what was trained."""
         if rotator is not None:
-            rotator.turn(sublayer_pass)
+            rotator.rotate(sublayer_pass)
         recipe = self.recipe.before_rounding
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
@@ -153,9 +153,9 @@ class LayerPass:
             if rotator is not None:
                 rotator.forget()
             for name, linear in found.items():
-                if rotator is not None and name in rotator.turned:
+                if rotator is not None and name in rotator.rotated:
                     linear.record["rotated"] = True
-                    found[name] = replace(linear, rotations=rotator.turned[name])
+                    found[name] = replace(linear, rotations=rotator.rotated[name])
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
             if smoother is not None:
                 smoother.apply(found, pruned)

@@ -25,7 +25,7 @@ class Pruned:
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
     exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if this rank does
         not need it.
-    rotations: float32 [kv heads, d, d], how the heads that it reads were turned before it was pruned; None: they were
+    rotations: float32 [kv heads, d, d], how the heads that it reads were rotated before it was pruned; None: they were
         not.
     """
 

@@ -1,4 +1,4 @@
-"""Turns the heads of a layer before it is pruned, where its topology says that they can be.
+"""Rotates the heads of a layer before it is pruned, where its topology says that they can be.
 
 The dense function stays the same: v's rows and o's columns are multiplied by the same orthogonal matrix, one for each
 key-value head.
@@ -13,7 +13,7 @@ from ria_vllm.format.layer_schema import Fold
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.experiments.migrations import producer_rows
-from ria_vllm.offline.model.experiments.rotations import turn, turned_parameters
+from ria_vllm.offline.model.experiments.rotations import rotate, rotated_parameters
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology
 from ria_vllm.offline.recipe import Recipe
@@ -26,12 +26,12 @@ class Rotator:
     """The rotations of one loaded layer.
 
     Args:
-        pruned: the layer's linears that will be pruned. What stays dense is not turned.
+        pruned: the layer's linears that will be pruned. What stays dense is not rotated.
         changed: parameter that is not pruned, relative to the layer -> what has to be written instead of the source's;
             added to.
 
     Attributes:
-        turned: consumer of a fold whose heads were turned -> how, float32 [kv heads, d, d] on the CPU.
+        rotated: consumer of a fold whose heads were rotated -> how, float32 [kv heads, d, d] on the CPU.
     """
 
     def __init__(
@@ -45,33 +45,33 @@ class Rotator:
     ):
         self.model, self.index, self.recipe, self.changed = model, index, recipe, changed
         self.folds = rotatable(model, index, topology, pruned)
-        self.turned: dict[str, torch.Tensor] = {}
+        self.rotated: dict[str, torch.Tensor] = {}
         self._dense: dict[str, torch.Tensor] = {}
 
-    def turn(self, sublayer_pass: SublayerPass) -> None:
-        """Turn the heads of a sublayer of which nothing is pruned yet."""
+    def rotate(self, sublayer_pass: SublayerPass) -> None:
+        """Rotate the heads of a sublayer of which nothing is pruned yet."""
         for fold in self.folds:
             if fold.consumer in sublayer_pass.runner.sublayer.linears:
-                self._turn(sublayer_pass, fold)
+                self._rotate(sublayer_pass, fold)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """The layer with its own weights, so that the dense stream does not depend on how others were rounded."""
         layer = self.model.layers[self.index]
-        turned = {name: layer.get_parameter(name).data for name in self._dense}
+        rotated = {name: layer.get_parameter(name).data for name in self._dense}
         for name, tensor in self._dense.items():
             set_parameter(layer, name, tensor)
         try:
             yield
         finally:
-            for name, tensor in turned.items():
+            for name, tensor in rotated.items():
                 set_parameter(layer, name, tensor)
 
     def forget(self) -> None:
         """Free the layer's own weights, once the dense stream has gone through them."""
         self._dense.clear()
 
-    def _turn(self, sublayer_pass: SublayerPass, fold: Fold) -> None:
+    def _rotate(self, sublayer_pass: SublayerPass, fold: Fold) -> None:
         groups = [Group((fold.producers[0].name,)), Group((fold.consumer,))]
         statistics = sublayer_pass.statistics(0, groups, with_gram=True, with_drift=False)
         rotations = None
@@ -83,17 +83,17 @@ class Rotator:
         if rotations is None:
             return
         layer = self.model.layers[self.index]
-        for name in turned_parameters(layer, fold):
+        for name in rotated_parameters(layer, fold):
             own = layer.get_parameter(name).data
             self._dense.setdefault(name, own)
             set_parameter(layer, name, own.clone())
-        turn(layer, fold, rotations.to(sublayer_pass.runner.device))
+        rotate(layer, fold, rotations.to(sublayer_pass.runner.device))
         for name in _biases(self.model, self.index, fold):  # stored as they are now
             written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
             stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
             set_parameter(layer, name, stored)
             self.changed[name] = stored.cpu()
-        self.turned[fold.consumer] = rotations.cpu().float()
+        self.rotated[fold.consumer] = rotations.cpu().float()
 
     def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
         """float64 [kv heads, d, d] on the CPU; None if nothing is gained, or a Gram matrix cannot be inverted."""
@@ -115,7 +115,7 @@ class Rotator:
 
 
 def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:
-    """The folds of a layer whose heads can be turned: both linears are pruned, and a bias is the layer's own."""
+    """The folds of a layer whose heads can be rotated: both linears are pruned, and a bias is the layer's own."""
     return [
         fold
         for fold in topology.folds
@@ -126,5 +126,5 @@ def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Coll
 
 
 def _biases(model: StreamedModel, index: int, fold: Fold) -> list[str]:
-    """The parameters that turning changes and that are no weights of pruned linears: a bias, if there is one."""
-    return [name for name in turned_parameters(model.layers[index], fold) if name.endswith(".bias")]
+    """The parameters that rotating changes and that are no weights of pruned linears: a bias, if there is one."""
+    return [name for name in rotated_parameters(model.layers[index], fold) if name.endswith(".bias")]

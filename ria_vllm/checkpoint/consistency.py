@@ -127,10 +127,10 @@ def problems_of_rotations(
         rotations: as `side_files.checked_rotations` returns them.
         shapes: name -> [out, in] of the pruned linears that could be read.
     """
-    for name, turned in rotations.items():
+    for name, rotated in rotations.items():
         fold = schema.fold_of(name)
         assert fold is not None  # as `checked_rotations` has seen
-        (producer,), (kv, d, _) = fold.producers_of(name), turned.shape
+        (producer,), (kv, d, _) = fold.producers_of(name), rotated.shape
         if name in shapes and producer.name in shapes:
             if shapes[name][1] != d * (fold.num_heads or 0):
                 heads = f"{fold.num_heads} heads with {shapes[name][1]} channels in all"

@@ -1,4 +1,4 @@
-"""The files beside the weights: permutations, how heads were turned, and proofs."""
+"""The files beside the weights: permutations, how heads were rotated, and proofs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_rotations(path: Path) -> dict[str, torch.Tensor]:
-    """Linear that reads turned heads -> float32 [kv heads, d, d], see `ria_vllm.format.rotation`.
+    """Linear that reads rotated heads -> float32 [kv heads, d, d], see `ria_vllm.format.rotation`.
 
     Raises:
         RiaError: file and layer named.
@@ -90,7 +90,9 @@ def checked_rotations(
     """
     again = "Get all files of one run, or compress the model again."
     if path is None:
-        raise RiaError(f"{where}: {ROTATIONS_FILE} is missing, though config.json says that heads were turned. {again}")
+        raise RiaError(
+            f"{where}: {ROTATIONS_FILE} is missing, though config.json says that heads were rotated. {again}"
+        )
     found = load_rotations(path)
     if rotation.digest(found) != schema.rotations_digest:
         raise RiaError(f"{where}: {ROTATIONS_FILE} is from another run than config.json. {again}")

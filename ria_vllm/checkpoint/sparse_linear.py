@@ -21,7 +21,7 @@ class SparseLinear:
         parts: its stored tensors by the last part of their names, `shape` left out.
         input_permutation: integers [in], the order of its columns; None: the model's own.
         dtype: of the dense weight.
-        rotations: float32 [kv heads, d, d], how the heads that it reads are turned; None: they are not.
+        rotations: float32 [kv heads, d, d], how the heads that it reads are rotated; None: they are not.
     """
 
     name: str

@@ -93,7 +93,7 @@ class Stacked(BaseModel):
 
 
 class Experts(BaseModel):
-    """The routed experts of mixture layers `{i}`, whose linears are stored one by one: `{e}` is the expert's number.
+    """The routed experts of MoE layers `{i}`, whose linears are stored one by one: `{e}` is the expert's number.
 
     gate, up, down: names of an expert's linears, `{module}.{e}.` and more; gate is None if the experts have none.
     stacked: the tensors in which the dense model's files have these linears, each in one; empty if they are apart

@@ -1,7 +1,7 @@
 """Rotations of attention's heads, as tensors.
 
 R [kv heads, d, d], orthogonal, belongs to an output projection o and the value projection v whose heads it reads. The
-checkpoint has the dense model's v and o turned: the rows of v of each key-value head multiplied by that head's matrix,
+checkpoint has the dense model's v and o rotated: the rows of v of each key-value head multiplied by that head's matrix,
 and the columns of o that read this head by its transpose.
 """
 
@@ -44,8 +44,8 @@ def digest(rotations: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-def turn_rows(tensor: torch.Tensor, rotations: torch.Tensor, rows: torch.Tensor) -> None:
-    """Turn rows as those of v, in place and head by head.
+def rotate_rows(tensor: torch.Tensor, rotations: torch.Tensor, rows: torch.Tensor) -> None:
+    """Rotate rows as those of v, in place and head by head.
 
     Args:
         tensor: [out] or [out, any], of any floating dtype.
@@ -56,8 +56,8 @@ def turn_rows(tensor: torch.Tensor, rotations: torch.Tensor, rows: torch.Tensor)
         tensor[own] = (matrix @ tensor[own].to(matrix.dtype)).to(tensor.dtype)
 
 
-def turn_columns(tensor: torch.Tensor, rotations: torch.Tensor) -> None:
-    """Turn columns as those of o, in place and head by head.
+def rotate_columns(tensor: torch.Tensor, rotations: torch.Tensor) -> None:
+    """Rotate columns as those of o, in place and head by head.
 
     Args:
         tensor: [any, heads * d], of any floating dtype.

@@ -5,7 +5,7 @@ linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and 
 `ria_vllm.format.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors`
 holds NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even
 if it is empty. `permutations_digest` here, and the same in each weight file's header, bind weights and permutations;
-`weights_digest` binds weight files to each other (`DIGESTS`). Where heads were turned, `rotations/heads.safetensors`
+`weights_digest` binds weight files to each other (`DIGESTS`). Where heads were rotated, `rotations/heads.safetensors`
 holds NAME.rotations of each NAME that reads them; `rotations_digest` here binds that file to this one. `proofs` says
 how `proofs/products.safetensors` was made (see `ria_vllm.format.proofs`), and binds it.
 """

@@ -109,7 +109,7 @@ def stack_linears(
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """The experts of one mixture layer, with its number filled in.
+    """The experts of one MoE layer, with its number filled in.
 
     linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
     stacked, biases: tensor of the dense model -> how linears, or their biases, are stacked in it.
@@ -154,7 +154,7 @@ class LayerExperts:
 
 
 def layers_of_experts(schema: RiaSchema, pruned: Collection[str]) -> list[LayerExperts]:
-    """The mixture layers of which at least one linear of an expert is pruned.
+    """The MoE layers of which at least one linear of an expert is pruned.
 
     Args:
         pruned: the names of all pruned linears.

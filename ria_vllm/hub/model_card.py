@@ -192,8 +192,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
     ]
     if recipe.get("rotate") == "heads":
         fit = rotations and not recipe.get("smooth")
-        turned = "fit only in vLLM with ria-vllm, which turns them, too" if fit else "do not fit"
-        rows.append(("before pruning", f"attention's heads were turned; adapters (LoRA) of the dense model {turned}"))
+        rotated = "fit only in vLLM with ria-vllm, which rotates them, too" if fit else "do not fit"
+        rows.append(("before pruning", f"attention's heads were rotated; adapters (LoRA) of the dense model {rotated}"))
     found = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     scores = {name: score for name, score in found.items() if score is not None}
     if scores:

@@ -1,4 +1,4 @@
-"""Who computes a mixture layer's pruned experts: a kernel, from the weights as they are stored, or vLLM, dense."""
+"""Who computes an MoE layer's pruned experts: a kernel, from the weights as they are stored, or vLLM, dense."""
 
 import os
 

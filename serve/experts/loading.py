@@ -1,4 +1,4 @@
-"""The checkpoint's tensors of a mixture layer's experts, on their way into vLLM's layer.
+"""The checkpoint's tensors of an MoE layer's experts, on their way into vLLM's layer.
 
 vLLM's models load experts in many ways: they rename, split and fuse tensors, and expect them stacked, transposed or
 interleaved. None of that is right for compressed tensors. So these do not pass through the model: `WeightStream` hands
@@ -28,7 +28,7 @@ IGNORED_PARTS = (SHAPE, "input_permutation", "input_scale", "input_zero_point")
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """The sizes of a mixture layer, and this rank's part of it.
+    """The sizes of an MoE layer, and this rank's part of it.
 
     Attributes:
         local: E, experts of this rank.

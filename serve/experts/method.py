@@ -1,4 +1,4 @@
-"""Sparse24MoEMethod: the routed experts of one of vLLM's mixture layers, pruned or quantized."""
+"""Sparse24MoEMethod: the routed experts of one of vLLM's MoE layers, pruned or quantized."""
 
 from dataclasses import replace
 from typing import Any

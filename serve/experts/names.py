@@ -1,4 +1,4 @@
-"""The experts of mixtures in compressed-tensors' checkpoints, found by the names of their tensors.
+"""The experts of MoE layers in compressed-tensors' checkpoints, found by the names of their tensors.
 
 config.json does not say which these are. They are stored one by one: LAYER.E.LINEAR.PART, where LAYER ends with
 "experts" and E is a number.

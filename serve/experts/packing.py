@@ -1,4 +1,4 @@
-"""From the loaded weights of a mixture layer's experts to what computes them."""
+"""From the loaded weights of an MoE layer's experts to what computes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

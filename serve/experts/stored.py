@@ -1,4 +1,4 @@
-"""The routed experts of one mixture layer, as a checkpoint stores them."""
+"""The routed experts of one MoE layer, as a checkpoint stores them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""LoRA adapters of the dense model, for a folder whose heads are turned.
+"""LoRA adapters of the dense model, for a folder whose heads are rotated.
 
-`compress --rotate heads` turns the rows of v and the columns of o (`ria_vllm.format.rotation`). An adapter adds B A x
+`compress --rotate heads` rotates the rows of v and the columns of o (`ria_vllm.format.rotation`). An adapter adds B A x
 to what v returns, and B A z to what o makes of its input z, so on such a folder the rows of v's B and the columns of
-o's A have to be turned, too. That is done as soon as vLLM has read an adapter: its tensors are whole, and have the
+o's A have to be rotated, too. That is done as soon as vLLM has read an adapter: its tensors are whole, and have the
 names of the adapter's file after the model's own rules. Later, vLLM joins those of q, k and v, and cuts them for tensor
 parallel.
 """
@@ -40,8 +40,8 @@ WAY_OUT = (
 
 
 @dataclass(frozen=True)
-class Turn:
-    """How the adapter of one linear is turned.
+class Rotation:
+    """How the adapter of one linear is rotated.
 
     Attributes:
         rotations: float32 [kv heads, d, d].
@@ -54,7 +54,7 @@ class Turn:
     producer: Producer | None
 
     def apply(self, lora_a: Any, lora_b: Any) -> None:
-        """Turn an adapter's A [rank, in] or B [out, rank], in place.
+        """Rotate an adapter's A [rank, in] or B [out, rank], in place.
 
         Raises:
             ValueError: it is missing, or has another shape.
@@ -67,37 +67,37 @@ class Turn:
         if self.producer is None:
             if tensor.shape[1] != self.num_heads * d:
                 raise ValueError(f"{name} has {tensor.shape[1]} columns, expected {self.num_heads} heads of {d}")
-            rotation.turn_columns(tensor, rotations)
+            rotation.rotate_columns(tensor, rotations)
             return
         rows = permutation.places(len(tensor), *(self.producer.rows or (0, len(tensor))), self.producer.blocks)
         if isinstance(rows, str) or len(rows) != kv * d:
             wrong = rows if isinstance(rows, str) else f"{len(rows)} of them for values"
             raise ValueError(f"{name} has {len(tensor)} rows ({wrong}), expected {kv} key-value heads of {d}")
-        rotation.turn_rows(tensor, rotations, rows)
+        rotation.rotate_rows(tensor, rotations, rows)
 
 
-def turn_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
-    """Have adapters turned that vLLM loads for a model that was just built, if its folder's heads are turned.
+def rotate_adapters(config: RiaConfig, model: torch.nn.Module, revision: str | None) -> None:
+    """Have adapters rotated that vLLM loads for a model that was just built, if its folder's heads are rotated.
 
     Dummy weights do not need that, but those that may follow them do, see `RiaConfig.excused`.
 
     Raises:
-        RiaError: the rotations are missing or damaged, or it is not known how to turn an adapter for this model.
+        RiaError: the rotations are missing or damaged, or it is not known how to rotate an adapter for this model.
     """
     engine = EngineOptions.current()
     if not engine.lora or engine.own_adapters or config.schema.rotations_digest is None or config.unread is not None:
         return
     with config.excused():
         rotations = rotations_of(config.where, revision, config.schema, config.is_pruned)
-        model.ria_turns = _by_adapter_name(config, model, _by_linear(config, rotations))
+        model.ria_rotations = _by_adapter_name(config, model, _by_linear(config, rotations))
     if config.unread is not None:
         return
     source = config.schema.recipe.get("source")
     if engine.own_adapters is None:
         model.ria_check_base = functools.partial(check_base, where=config.where, source=source)
     logger.info_once(
-        "Heads are turned in this folder, and LoRA adapters of the dense model will be turned, too. For adapters that "
-        f"were trained on this folder, set {ADAPTERS_VARIABLE}=1."
+        "Heads are rotated in this folder, and LoRA adapters of the dense model will be rotated, too. For adapters "
+        f"that were trained on this folder, set {ADAPTERS_VARIABLE}=1."
     )
     _watch_adapters()
 
@@ -119,9 +119,9 @@ def check_base(adapter: Path, name: str, where: str, source: object) -> None:
     if doubt := _doubt(read_json(path).get("base_model_name_or_path"), where, dense):
         raise RiaError(
             f"adapter {name}: {path} {doubt}. Adapters of the dense model ({dense or 'config.json does not name it'}) "
-            "have to be turned like this folder's heads; those that were trained on this folder must not be. Set "
-            f"{ADAPTERS_VARIABLE}=1 if they were trained on this folder (none is turned), or {ADAPTERS_VARIABLE}=0 if "
-            "they are the dense model's (all are turned). It holds for all adapters of the server."
+            "have to be rotated like this folder's heads; those that were trained on this folder must not be. Set "
+            f"{ADAPTERS_VARIABLE}=1 if they were trained on this folder (none is rotated), or {ADAPTERS_VARIABLE}=0 if "
+            "they are the dense model's (all are rotated). It holds for all adapters of the server."
         )
 
 
@@ -171,60 +171,60 @@ def _config_in(folder: str) -> dict[str, Any] | None:
         return None
 
 
-def turn(loras: Mapping[str, Any], turns: Mapping[str, Sequence[Turn]], adapter: str) -> None:
-    """Turn what an adapter adds to each linear that is turned, in place; the others stay as they are.
+def rotate(loras: Mapping[str, Any], rotates: Mapping[str, Sequence[Rotation]], adapter: str) -> None:
+    """Rotate what an adapter adds to each linear that is rotated, in place; the others stay as they are.
 
     Args:
         loras: module -> an object with its `lora_a` [rank, in] and `lora_b` [out, rank].
-        turns: module -> how what is added to it has to be turned.
+        rotates: module -> how what is added to it has to be rotated.
         adapter: its name, for messages.
 
     Raises:
         RiaError: a tensor is missing or has another shape.
     """
     for module, lora in loras.items():
-        for one in turns.get(module, ()):
+        for one in rotates.get(module, ()):
             try:
                 one.apply(lora.lora_a, lora.lora_b)
             except ValueError as error:
                 raise RiaError(f"adapter {adapter}: {module}: {error}. {WAY_OUT}") from None
 
 
-def _by_linear(config: RiaConfig, rotations: Mapping[str, torch.Tensor]) -> dict[str, list[Turn]]:
-    """Linear of the checkpoint -> how its adapter is turned."""
-    found: dict[str, list[Turn]] = {}
+def _by_linear(config: RiaConfig, rotations: Mapping[str, torch.Tensor]) -> dict[str, list[Rotation]]:
+    """Linear of the checkpoint -> how its adapter is rotated."""
+    found: dict[str, list[Rotation]] = {}
     for name, matrices in rotations.items():
         fold = config.schema.fold_of(name)
         assert fold is not None  # as `checked_rotations` has seen
         (producer,) = fold.producers_of(name)
         for linear, rows in ((name, None), (producer.name, producer)):
-            found.setdefault(linear, []).append(Turn(matrices, fold.num_heads or 0, rows))
+            found.setdefault(linear, []).append(Rotation(matrices, fold.num_heads or 0, rows))
     return found
 
 
 def _by_adapter_name(
-    config: RiaConfig, model: torch.nn.Module, turns: Mapping[str, list[Turn]]
-) -> dict[str, list[Turn]]:
-    """Module that an adapter may name -> how what it adds there is turned.
+    config: RiaConfig, model: torch.nn.Module, rotates: Mapping[str, list[Rotation]]
+) -> dict[str, list[Rotation]]:
+    """Module that an adapter may name -> how what it adds there is rotated.
 
     Raises:
         RiaError: it is not known which linear of the checkpoint a module is.
     """
     packed = get_packed_modules_mapping(model)
-    found: dict[str, list[Turn]] = {}
-    left = set(turns)
+    found: dict[str, list[Rotation]] = {}
+    left = set(rotates)
     for path, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
-        if not isinstance(method, Sparse24LinearMethod) or not turns.keys() & set(method.names):
+        if not isinstance(method, Sparse24LinearMethod) or not rotates.keys() & set(method.names):
             continue
         names = _adapter_names(path, packed)
         if len(names) != len(method.names):
             raise RiaError(
                 f"{config.where}: {', '.join(method.names)}: vLLM's layer {path} takes adapters for "
-                f"{', '.join(names)} instead, so it is not known how to turn them. {WAY_OUT}"
+                f"{', '.join(names)} instead, so it is not known how to rotate them. {WAY_OUT}"
             )
         for name, linear in zip(names, method.names):
-            found[name] = turns.get(linear, [])
+            found[name] = rotates.get(linear, [])
             if getattr(model, "is_pooling_model", False):  # these take names of a decoder without a head, too
                 found[name.removeprefix("model.")] = found[name]
         left -= set(method.names)
@@ -232,7 +232,7 @@ def _by_adapter_name(
     if left and config.stored is None:  # otherwise their layers are in another process
         raise RiaError(
             f"{config.where}: {min(left)}: no weight file here tells which of vLLM's layers serves it, so it is not "
-            f"known how to turn adapters. {WAY_OUT}"
+            f"known how to rotate adapters. {WAY_OUT}"
         )
     return found
 
@@ -245,22 +245,22 @@ def _adapter_names(path: str, packed: Mapping[str, list[str]]) -> list[str]:
 
 
 def _watch_adapters() -> None:
-    """Turn each adapter that vLLM reads for a model that has `ria_turns`. vLLM has no hook for that."""
+    """Rotate each adapter that vLLM reads for a model that has `ria_rotations`. vLLM has no hook for that."""
     from vllm.lora.utils import get_adapter_absolute_path
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     load = WorkerLoRAManager._load_adapter
-    if hasattr(load, "ria_turns"):
+    if hasattr(load, "ria_rotations"):
         return
 
     @functools.wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         adapter, model = load(self, lora_request), self._adapter_manager.model
-        if hasattr(model, "ria_turns"):
+        if hasattr(model, "ria_rotations"):
             if hasattr(model, "ria_check_base"):
                 model.ria_check_base(Path(get_adapter_absolute_path(lora_request.lora_path)), lora_request.lora_name)
-            turn(adapter.loras, model.ria_turns, lora_request.lora_name)
+            rotate(adapter.loras, model.ria_rotations, lora_request.lora_name)
         return adapter
 
-    _load_adapter.ria_turns = True  # type: ignore[attr-defined]
+    _load_adapter.ria_rotations = True  # type: ignore[attr-defined]
     WorkerLoRAManager._load_adapter = _load_adapter

@@ -2,7 +2,7 @@
 
 Gemma 4's makes no keys and values of its own: it attends to those that its target keeps, and reads the result with an
 `o_proj` of its own. So the target keeps values in the model's own order (`EngineOptions.shares_cache`). Where `compress
---rotate heads` has turned them, nothing at serving time turns them back.
+--rotate heads` has rotated them, nothing at serving time rotates them back.
 """
 
 import re
@@ -14,15 +14,15 @@ from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.model.checkpoint_files import rotations_of
 
 
-def check_turned_heads(schema: RiaSchema, where: str, revision: str | None, is_pruned: Callable[[str], bool]) -> None:
-    """Check that the engine's draft, if it has one that reads the cache, reads none of the heads that were turned.
+def check_rotated_heads(schema: RiaSchema, where: str, revision: str | None, is_pruned: Callable[[str], bool]) -> None:
+    """Check that the engine's draft, if it has one that reads the cache, reads none of the heads that were rotated.
 
     Args:
         schema: of the folder or repository `where`.
         is_pruned: whether its linear of this name is.
 
     Raises:
-        RiaError: it does, or nothing tells which heads were turned.
+        RiaError: it does, or nothing tells which heads were rotated.
     """
     layers = EngineOptions.current().drafted_layers
     if layers is None or (schema.rotations_digest is None and "rotate" not in schema.unlike_dense):
@@ -35,9 +35,9 @@ def check_turned_heads(schema: RiaSchema, where: str, revision: str | None, is_p
             raise _refusal(f"{where}: {name}: its heads were")
 
 
-def _refusal(turned: str) -> RiaError:
+def _refusal(rotated: str) -> RiaError:
     return RiaError(
-        f"{turned} turned (`compress --rotate heads`), and the draft of --speculative-config reads the values of its "
+        f"{rotated} rotated (`compress --rotate heads`), and the draft of --speculative-config reads the values of its "
         "target's KV cache as the dense model has them, so its guesses would be wrong. Serve without "
         "--speculative-config, or compress with --rotate none."
     )

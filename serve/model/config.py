@@ -59,7 +59,7 @@ class RiaConfig(QuantizationConfig):
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
-        experts: name of a mixture layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
+        experts: name of an MoE layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
         served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
@@ -222,7 +222,7 @@ class RiaConfig(QuantizationConfig):
 
         if isinstance(layer, RoutedExperts):
             self._check_engine()
-            return self._mixture_method(layer, prefix.removeprefix(DRAFT_PREFIX))
+            return self._moe_method(layer, prefix.removeprefix(DRAFT_PREFIX))
         if self.kv_cache_scheme is None:
             return None
         from ria_vllm.serve.model.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
@@ -247,7 +247,7 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.mistral)
         unfit = self.schema.unfit_for_adapters
         if engine.lora and unfit and not engine.own_adapters:
-            # A later version stores how heads were turned.
+            # A later version stores how heads were rotated.
             again = "with --smooth 0" if "smooth" in unfit else "again"
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
@@ -256,7 +256,7 @@ class RiaConfig(QuantizationConfig):
                 f"folder, set {ADAPTERS_VARIABLE}=1."
             )
 
-    def _mixture_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+    def _moe_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from ria_vllm.serve.experts.dense import DenseExpertsMethod
 
         if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
@@ -265,7 +265,7 @@ class RiaConfig(QuantizationConfig):
         return DenseExpertsMethod(layer) if name is None else self.experts_method(layer, name)
 
     def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
-        """The method by which vLLM's mixture `layer` serves the pruned experts `name`."""
+        """The method by which vLLM's MoE `layer` serves the pruned experts `name`."""
         from ria_vllm.serve.experts.method import Sparse24MoEMethod, check_count
 
         experts = self.experts[name]

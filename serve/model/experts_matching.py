@@ -1,4 +1,4 @@
-"""Which mixture layer of the built model serves which of the checkpoint's pruned experts.
+"""Which MoE layer of the built model serves which of the checkpoint's pruned experts.
 
 vLLM's models load experts each in its own way, but all of them keep them in a `RoutedExperts` at the path to which the
 names of the experts lead. `match_experts` finds it, and says who takes each tensor of an expert.
@@ -18,7 +18,7 @@ from ria_vllm.serve.model.config import RiaConfig
 
 
 def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
-    """Give every mixture layer of a model that was just built the experts that belong to its path.
+    """Give every MoE layer of a model that was just built the experts that belong to its path.
 
     Must be called before any weight is loaded. Experts in plain floating point for which the model has no layer that
     takes them (those of an MTP layer, say) are taken out of `config` and stay vLLM's own.
@@ -62,7 +62,7 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
 
 
 def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
-    """Paths of the mixture layers to which the names of these experts lead; None if they are elsewhere."""
+    """Paths of the MoE layers to which the names of these experts lead; None if they are elsewhere."""
     place = place_of(model, f"{experts.linear('up', 0)}.weight")
     if place is None:
         return None

@@ -20,7 +20,7 @@ from ria_vllm.format import proofs
 from ria_vllm.format.schema import DIGESTS, PROOFS_FILE, RiaSchema
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.model.cache_readers import check_turned_heads
+from ria_vllm.serve.model.cache_readers import check_rotated_heads
 from ria_vllm.serve.model.checkpoint_files import (
     WeightHeaders,
     check_weight_files,
@@ -131,7 +131,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
-    check_turned_heads(schema, model, revision, config.is_pruned)
+    check_rotated_heads(schema, model, revision, config.is_pruned)
     if lora:
         check_adapters(schema, config.schema, model)
 
@@ -175,7 +175,7 @@ def _check_names(config: RiaConfig, names: list[str], model: str) -> None:
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
     """Check that adapters that fit the folder which this server has loaded also fit another one, `schema`'s.
 
-    Those of the dense model have been turned by this server's rotations. Scales are not stored, nor were rotations by
+    Those of the dense model have been rotated by this server's rotations. Scales are not stored, nor were rotations by
     older versions: then the orders of channels tell runs apart.
 
     Raises:

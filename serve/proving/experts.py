@@ -1,4 +1,4 @@
-"""Whether the routed experts of a mixture layer compute what the checkpoint says, one expert at a time.
+"""Whether the routed experts of an MoE layer compute what the checkpoint says, one expert at a time.
 
 An expert is no matrix: between its products is an activation. But the proofs of gate and up, G r and U r, say what
 comes out of it, h, and the proof of the transposed down projection, D^T s, says what D makes of any h:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import preloaded
 import pytest
+import rotating_heads
 import torch
-import turning
 from compressing import TOKENS, digests, edited, interrupted_after_a_layer, logits, run_small
 from decoders import check_same, in_float64
+from rotating_heads import FAMILIES, WITH_BIAS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from turning import FAMILIES, WITH_BIAS
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
@@ -107,7 +107,7 @@ def test_two_processes_turn_alike_and_write_what_one_writes(family, options, mak
     options = {"rotate": "heads", "reconstruct": "admm", "samples": 40, "seq_len": 128} | options
     for name, ranks in (("one", 1), ("two", 2)):
         places = (model, tmp_path / name, text, tmp_path / "matrices")
-        preloaded.run(tmp_path / "log", turning.run_and_keep_rotations, *places, options, ranks=ranks)
+        preloaded.run(tmp_path / "log", rotating_heads.run_and_keep_rotations, *places, options, ranks=ranks)
     alone, *both = (load_file(tmp_path / "matrices" / name) for name in ("alone", "0", "1"))
     assert len(alone) == 2
     for rank in both:
@@ -159,7 +159,7 @@ def test_integers_are_those_of_turned_weights(options, limit, family, by_hand, m
 
 def exported_and_by_hand(family: str, given: list[torch.Tensor], make_model, text: Path, folder: Path, **options):
     """The report of a run, and logits: what it exports, the dense model with turned weights and the same zeros, the
-    same without turning."""
+    same without rotating."""
     attention = FAMILIES[family]
     source = make_model(folder / "model", family)
     report, _ = run_small(source, folder / "out", text, rotate="heads", **options)

@@ -1,4 +1,4 @@
-"""Who computes the experts of a mixture layer in the tests: the fixture `experts_path`."""
+"""Who computes the experts of an MoE layer in the tests: the fixture `experts_path`."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ One layer of each kind is run by itself in float64, with random parameters. That
   must give the same output;
 - which folds hold: random permutations must change nothing but rounding;
 - what can absorb the scales of an input's channels: random scales must change nothing but rounding;
-- where the channels of heads can be turned: random orthogonal matrices must change nothing but rounding.
+- where the channels of heads can be rotated: random orthogonal matrices must change nothing but rounding.
 
 What cannot be shown is not claimed. At worst a linear then gathers its own input, or a layer is one sublayer.
 """

@@ -1,6 +1,6 @@
 """Where orthogonal matrices fit between two linears, found by experiment.
 
-They turn the rows of the producer of a fold by heads, such as v, and the columns of its consumer, o.
+They rotate the rows of the producer of a fold by heads, such as v, and the columns of its consumer, o.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ FAR = 2.0**10
 
 
 def find_rotations(few: Experiment, many: Experiment, folds: Sequence[Fold]) -> tuple[str, ...]:
-    """The consumers of those folds by heads whose heads may be turned.
+    """The consumers of those folds by heads whose heads may be rotated.
 
     They may if and only if random orthogonal matrices leave the layer's output as it is, with few and with many tokens.
     A gate on attention's output lets permutations through, but no rotations.
@@ -32,10 +32,10 @@ def find_rotations(few: Experiment, many: Experiment, folds: Sequence[Fold]) -> 
         folds: of the layer.
     """
     found = [fold for fold in folds if fold.coupling == "heads" and len(fold.producers) == 1]
-    return tuple(fold.consumer for fold in found if _turns(few, fold, DRAWS) and _turns(many, fold, 1))
+    return tuple(fold.consumer for fold in found if _rotates(few, fold, DRAWS) and _rotates(many, fold, 1))
 
 
-def _turns(experiment: Experiment, fold: Fold, draws: int) -> bool:
+def _rotates(experiment: Experiment, fold: Fold, draws: int) -> bool:
     """Whether random orthogonal matrices leave the layer's output as it is, with values of any size.
 
     Args:
@@ -51,15 +51,15 @@ def _turns(experiment: Experiment, fold: Fold, draws: int) -> bool:
         return _stays(experiment, fold, draws)
 
 
-def turned_parameters(layer: nn.Module, fold: Fold) -> list[str]:
-    """The parameters that `turn` changes."""
+def rotated_parameters(layer: nn.Module, fold: Fold) -> list[str]:
+    """The parameters that `rotate` changes."""
     producer = fold.producers[0].name
     bias = [] if layer.get_submodule(producer).bias is None else [f"{producer}.bias"]
     return [f"{producer}.weight", *bias, f"{fold.consumer}.weight"]
 
 
-def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
-    """Turn the heads of a layer, in place.
+def rotate(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
+    """Rotate the heads of a layer, in place.
 
     Args:
         fold: by heads, with one producer.
@@ -69,8 +69,8 @@ def turn(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
     rows = producer_rows(producer, fold.producers[0]).to(rotations.device)
     for parameter in (producer.weight, producer.bias):
         if parameter is not None:
-            rotation.turn_rows(parameter.data, rotations, rows)
-    rotation.turn_columns(consumer.weight.data, rotations)
+            rotation.rotate_rows(parameter.data, rotations, rows)
+    rotation.rotate_columns(consumer.weight.data, rotations)
 
 
 def _stays(experiment: Experiment, fold: Fold, draws: int) -> bool:
@@ -78,16 +78,16 @@ def _stays(experiment: Experiment, fold: Fold, draws: int) -> bool:
     size = experiment.layer.get_submodule(fold.consumer).in_features // (fold.num_heads or 1)
     for _ in range(draws):
         random = torch.randn(fold.num_kv_heads or 1, size, size, dtype=torch.float64, generator=draw)
-        with _turned(experiment.layer, fold, torch.linalg.qr(random).Q):
+        with _rotated(experiment.layer, fold, torch.linalg.qr(random).Q):
             if not experiment.unchanged():
                 return False
     return True
 
 
 @contextmanager
-def _turned(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> Iterator[None]:
-    kept = {name: layer.get_parameter(name).data.clone() for name in turned_parameters(layer, fold)}
-    turn(layer, fold, rotations)
+def _rotated(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> Iterator[None]:
+    kept = {name: layer.get_parameter(name).data.clone() for name in rotated_parameters(layer, fold)}
+    rotate(layer, fold, rotations)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts import train
 from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens
-from ria_vllm.offline.experts.train import MixtureTrainer
+from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import run_one_by_one
 from ria_vllm.offline.recipe import Recipe
@@ -99,7 +99,7 @@ def mixture(request, tmp_path) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_dense: bool = True) -> MixtureTrainer:
+def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_dense: bool = True) -> ExpertsTrainer:
     tokens = RoutedTokens(
         mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
     )
@@ -108,7 +108,7 @@ def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_den
         mixture.experts, mixture.files, mixture.dense.__getitem__, tokens, recipe, Ranks(), torch.device("cpu"),
         torch.float32, torch.float32, str,
     )  # fmt: skip
-    return MixtureTrainer(experts, Activations(folder), Monitor(shown=False))
+    return ExpertsTrainer(experts, Activations(folder), Monitor(shown=False))
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -210,7 +210,7 @@ def test_together_they_come_closer_to_the_dense_model_than_each_alone(text, tmp_
     ((X, choices, shares), wanted), errors = seen[0], {}
     for name in ("together", "admm", "alone"):
         if name == "alone":
-            monkeypatch.setattr(MixtureTrainer, "account", lambda *_: None)
+            monkeypatch.setattr(ExpertsTrainer, "account", lambda *_: None)
         reconstruct = "admm" if name == "admm" else "block"
         run_small(
             source, tmp_path / name, text, reconstruct=reconstruct, seq_len=64, ignore=("self_attn", "layers.1"),

@@ -1,4 +1,4 @@
-"""Experts that compressed-tensors 0.12 stored, in one of vLLM's mixture layers, against a float64 product of the
+"""Experts that compressed-tensors 0.12 stored, in one of vLLM's MoE layers, against a float64 product of the
 weights that it dequantizes itself."""
 
 import copy

@@ -1,4 +1,4 @@
-"""Pruned experts in one of vLLM's mixture layers, with fixed routing, against a float64 product of their plain weights.
+"""Pruned experts in one of vLLM's MoE layers, with fixed routing, against a float64 product of their plain weights.
 
 Without a kernel, vLLM's own experts compute.
 """

@@ -1,4 +1,4 @@
-"""Weights that arrive again, or at the wrong time, at a mixture layer with pruned experts."""
+"""Weights that arrive again, or at the wrong time, at an MoE layer with pruned experts."""
 
 from types import SimpleNamespace
 

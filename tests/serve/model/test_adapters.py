@@ -22,7 +22,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.format.layer_schema import Producer
 from ria_vllm.format.schema import PERMUTATIONS_FILE, ROTATIONS_FILE
-from ria_vllm.serve.model.adapters import Turn, turn, turn_adapters
+from ria_vllm.serve.model.adapters import Rotation, rotate, rotate_adapters
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.reload import check_reload
 
@@ -124,11 +124,14 @@ def test_the_adapter_moves_with_the_weights(rows, blocks, out):
     left[own[:, None], own] = of_values(rotations)
     right = torch.block_diag(*rotations.repeat_interleave(heads // kv, 0)).T
     producer = Producer(name="v", rows=rows, blocks=blocks)
-    for one, shape in ((Turn(rotations, heads, producer), (out, hidden)), (Turn(rotations, heads, None), (hidden, 32))):
+    for one, shape in (
+        (Rotation(rotations, heads, producer), (out, hidden)),
+        (Rotation(rotations, heads, None), (hidden, 32)),
+    ):
         weight, a, b = random(*shape), random(rank, shape[1]), random(shape[0], rank)
         change = b @ a
         lora = SimpleNamespace(lora_a=a.float(), lora_b=b.float())
-        turn({"x": lora, "other": SimpleNamespace(lora_a=None, lora_b=None)}, {"x": [one]}, "mine")
+        rotate({"x": lora, "other": SimpleNamespace(lora_a=None, lora_b=None)}, {"x": [one]}, "mine")
         want = left @ (weight + change) if one.producer else (weight + change) @ right
         base = left @ weight if one.producer else weight @ right
         torch.testing.assert_close(base + lora.lora_b.double() @ lora.lora_a.double(), want, rtol=1e-5, atol=1e-5)
@@ -143,9 +146,9 @@ def test_the_adapter_moves_with_the_weights(rows, blocks, out):
     ],
 )
 def test_an_adapter_of_another_shape(value, a, b, message):
-    one = Turn(random_rotations(2, 8), 4, Producer(name="v") if value else None)
+    one = Rotation(random_rotations(2, 8), 4, Producer(name="v") if value else None)
     with pytest.raises(RiaError, match=f"adapter mine: x: {message}.*--rotate none.*RIA_VLLM_OWN_ADAPTERS=1"):
-        turn({"x": SimpleNamespace(lora_a=a, lora_b=b)}, {"x": [one]}, "mine")
+        rotate({"x": SimpleNamespace(lora_a=a, lora_b=b)}, {"x": [one]}, "mine")
 
 
 @pytest.fixture
@@ -182,18 +185,18 @@ def test_which_modules_are_turned(engine_with_adapters, copy, monkeypatch):
     rotations = {f"model.layers.{layer}.self_attn.o_proj": random_rotations(2) for layer in range(2)}
     add_rotations(copy, rotations)
     config, model = built(copy, PACKED)
-    turn_adapters(config, model, None)
-    turned = {name for name, turns in model.ria_turns.items() if turns}
+    rotate_adapters(config, model, None)
+    turned = {name for name, turns in model.ria_rotations.items() if turns}
     assert turned == {f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "vo"}
     for name, matrices in rotations.items():
-        assert torch.equal(model.ria_turns[name][0].rotations, matrices.float())
+        assert torch.equal(model.ria_rotations[name][0].rotations, matrices.float())
     model.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
     with pytest.raises(RiaError, match="qkv_proj takes adapters for .*qkv_proj instead.*--rotate none"):
-        turn_adapters(config, model, None)
+        rotate_adapters(config, model, None)
     monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", "1")
-    del model.ria_turns
-    turn_adapters(config, model, None)
-    assert not hasattr(model, "ria_turns")
+    del model.ria_rotations
+    rotate_adapters(config, model, None)
+    assert not hasattr(model, "ria_rotations")
 
 
 @pytest.mark.parametrize(("variable", "turned", "asked"), [(None, True, True), ("0", True, False), ("1", False, False)])
@@ -202,8 +205,8 @@ def test_what_the_user_says_of_all_adapters(variable, turned, asked, engine_with
         monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", variable)
     add_rotations(copy, {O_PROJ: random_rotations(2)})
     config, model = built(copy, PACKED)
-    turn_adapters(config, model, None)
-    assert hasattr(model, "ria_turns") == turned
+    rotate_adapters(config, model, None)
+    assert hasattr(model, "ria_rotations") == turned
     assert hasattr(model, "ria_check_base") == asked
     if asked:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/dense"}))
@@ -218,7 +221,7 @@ def dummy_start(folder, where=None) -> tuple[RiaConfig, torch.nn.Module]:
     get_current_vllm_config().load_config.load_format = "dummy"
     config, model = built(folder, PACKED)
     config.where = where or str(folder)
-    turn_adapters(config, model, None)
+    rotate_adapters(config, model, None)
     return config, model
 
 
@@ -227,7 +230,7 @@ def test_adapters_of_weights_that_follow_dummies(engine_with_adapters, copy):
     add_rotations(copy, rotations)
     config, model = dummy_start(copy)
     check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True, lora=True)
-    assert torch.equal(model.ria_turns[O_PROJ][0].rotations, rotations[O_PROJ].float())
+    assert torch.equal(model.ria_rotations[O_PROJ][0].rotations, rotations[O_PROJ].float())
     (copy / ROTATIONS_FILE).write_bytes(b"")
     with pytest.raises(RiaError, match="heads.safetensors: broken"):
         dummy_start(copy)
@@ -247,7 +250,7 @@ def test_dummies_need_no_rotations_but_weights_that_follow_do(lost, engine_with_
     for own in ("", "1"):
         monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", own)
         config, model = dummy_start(copy, where)
-        assert not hasattr(model, "ria_turns")
+        assert not hasattr(model, "ria_rotations")
         if own and lost != PERMUTATIONS_FILE:
             check_reload(config, None, from_files=False, lora=True)
         else:
@@ -259,7 +262,7 @@ def test_a_user_who_says_something_else(engine_with_adapters, copy, monkeypatch)
     monkeypatch.setenv("RIA_VLLM_OWN_ADAPTERS", "true")
     add_rotations(copy, {O_PROJ: random_rotations(2)})
     with pytest.raises(RiaError, match="RIA_VLLM_OWN_ADAPTERS=true: set it to 1 .* to 0 .* unset"):
-        turn_adapters(*built(copy, PACKED), None)
+        rotate_adapters(*built(copy, PACKED), None)
 
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -280,12 +283,12 @@ def test_damaged_rotations(change, message, engine_with_adapters, copy):
     change(found)
     save_file(found, copy / ROTATIONS_FILE)
     with pytest.raises(RiaError, match=message):
-        turn_adapters(config, model, None)
+        rotate_adapters(config, model, None)
     with pytest.raises(RiaError, match=message):
         Reader(copy)
     (copy / ROTATIONS_FILE).unlink()
     with pytest.raises(RiaError, match="rotations/heads.safetensors is missing"):
-        turn_adapters(config, model, None)
+        rotate_adapters(config, model, None)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_rotations_of_something_else(name, kv, message, engine_with_adapters, co
     add_rotations(copy, {name: random_rotations(kv)})
     config, model = built(copy, PACKED)
     with pytest.raises(RiaError, match=message):
-        turn_adapters(config, model, None)
+        rotate_adapters(config, model, None)
 
 
 def test_rotations_of_another_size(copy):

@@ -100,13 +100,13 @@ def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, opt
     """Compress, as one of the processes of a torchrun; `folder` gets a file with the matrices that this rank turns
     by."""
     kept: list[torch.Tensor] = []
-    turn = rotating.turn
+    rotate = rotating.rotate
 
     def keep(layer: Any, fold: Any, rotations: torch.Tensor) -> None:
         kept.append(rotations.clone())
-        turn(layer, fold, rotations)
+        rotate(layer, fold, rotations)
 
-    rotating.turn = keep
+    rotating.rotate = keep
     run_small(model, out, text, **options)
     folder.mkdir(exist_ok=True)
     rank = os.environ.get("RANK", "alone")
