@@ -211,7 +211,7 @@ def test_killed_at_the_end_leaves_nothing_half_written(tmp_path):
     script = f"""
 import os, torch
 from pathlib import Path
-from ria_vllm import writer
+from ria_vllm.checkpoint import writer
 w = writer.CheckpointWriter(Path({str(tmp_path / "out")!r}))
 for i in range(5):
     w.write(f"t{{i}}", {{f"t{{i}}": torch.full((100,), float(i))}})

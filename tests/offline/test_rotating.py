@@ -36,7 +36,7 @@ def recipe_of(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kept_weights_are_those_of_the_turned_model(family, by_hand, make_model, text, tmp_path):
+def test_kept_weights_are_those_of_the_rotated_model(family, by_hand, make_model, text, tmp_path):
     attention = FAMILIES[family]
     source = make_model(tmp_path / "model", family, **dict(attention.settings))
     report, _ = run_small(source, tmp_path / "out", text, rotate="heads")
@@ -188,13 +188,13 @@ def test_less_is_lost(tiny, text, tmp_path):
 
 
 @pytest.mark.parametrize("ignored", ["v_proj", "o_proj"])
-def test_what_stays_dense_is_not_turned(ignored, model, text, tmp_path):
+def test_what_stays_dense_is_not_rotated(ignored, model, text, tmp_path):
     """vLLM fuses q, k and v, so they stay dense together."""
     run_small(model, tmp_path / "out", text, rotate="heads", ignore=(ignored,))
     run_small(model, tmp_path / "without", text, ignore=(ignored,))
     found, want = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
     assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-    assert "rotate" not in recipe_of(tmp_path / "out") and not (tmp_path / "out" / ROTATIONS_FILE).exists()
+    assert recipe_of(tmp_path / "out")["rotate"] == "none" and not (tmp_path / "out" / ROTATIONS_FILE).exists()
 
 
 def test_what_is_made_of_the_folder_keeps_the_rotations(model, text, tmp_path):
