@@ -34,6 +34,8 @@ def register() -> None:
             watch_reloads()
             WorkerBase.ria_prove = served.prove
     except (AttributeError, ImportError) as error:
+        if "vllm" not in str(error):
+            raise
         raise RiaError(f"vLLM {vllm.__version__}: {error}. {vllm_names.way_out()}") from error
 
 
@@ -124,7 +126,9 @@ def watch_models() -> None:
                 after_reload=after_reload, prove=prove, arrivals=arrival_checks(model), takers=taken,
                 translation=config.translation, loaded=engine.dummy_weights, embeddings=embeddings,
             )  # fmt: skip
-            WeightStream(model, hooks if computed is None else replace(hooks, watch=computed.see))
+            WeightStream(
+                model, hooks if computed is None else replace(hooks, watch=computed.see, forget=computed.forget)
+            )
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading

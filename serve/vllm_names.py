@@ -5,10 +5,8 @@ What vLLM's own quantization methods are written against counts as an interface:
 looks every name up in other versions.
 """
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from vllm.logger import init_logger
-
-from ria_vllm.errors import RiaError
 
 OLDEST, NEWEST = (0, 30), (0, 32)
 
@@ -49,19 +47,14 @@ NAMES = {
 
 
 def check_version(version: str) -> None:
-    """Say in the log if vLLM is newer than those that were tested.
-
-    Raises:
-        RiaError: it is older than any that can work.
-    """
-    release = Version(version)
-    if release.is_devrelease:
-        return  # built from sources, whose version may say anything
-    if release.release[:2] < OLDEST:
-        raise RiaError(f"vLLM {version} is older than ria-vllm needs. {way_out()}")
-    if release.release[:2] > NEWEST:
+    """Say in the log if this version of vLLM was not tested. What is built from sources may say anything."""
+    try:
+        release = Version(version)
+    except InvalidVersion:
+        return
+    if not release.is_devrelease and not OLDEST <= release.release[:2] <= NEWEST:
         init_logger("vllm.ria").warning(
-            "vLLM %s is newer than the newest that ria-vllm was tested with, %s.", version, _spoken(NEWEST)
+            "vLLM %s was not tested with ria-vllm; %s to %s were.", version, _spoken(OLDEST), _spoken(NEWEST)
         )
 
 

@@ -18,7 +18,8 @@ from ria_vllm.serve.benchmark.results import summary
 from ria_vllm.serve.benchmark.sides import sides_of
 
 # Such as --api-key, --hf_token and --header.
-SECRET = re.compile(r"--?[\w.-]*\b(key|token|secret|password|headers?)", re.IGNORECASE)
+SECRET = re.compile(r"--?[\w.-]*\b(key?|token|secret|password|headers?)", re.IGNORECASE)
+HARMLESS = ("--allowed-headers", "--enable-request-id-headers")
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -33,7 +34,7 @@ def refuse_secrets(arguments: str) -> None:
     """Raise RiaError for a key or token among the arguments of `vllm serve`, which get into results and logs."""
     for argument in shlex.split(arguments):
         option = argument.partition("=")[0].replace("_", "-")
-        if SECRET.fullmatch(option):
+        if SECRET.fullmatch(option) and option not in HARMLESS:
             raise RiaError(
                 f"{option} would be in the results of bench. Put the secret into the environment instead: "
                 "VLLM_API_KEY=... is the key of the servers, HF_TOKEN=... that of the hub."

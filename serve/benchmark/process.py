@@ -68,8 +68,11 @@ class SupervisedProcess:
         share a page share its bytes."""
         total = 0
         for process in self.processes():
-            with suppress(psutil.Error):  # it has ended
-                total += process.memory_full_info().pss
+            with suppress(psutil.NoSuchProcess):  # it has ended
+                try:
+                    total += process.memory_full_info().pss
+                except (psutil.AccessDenied, AttributeError):  # no smaps here
+                    total += process.memory_info().rss
         return total
 
     def end_of_log(self) -> str:

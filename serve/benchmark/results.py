@@ -99,7 +99,7 @@ def table(measured: Measured) -> str:
             cells += [f"{found.perplexity:.4g}", f"{found.kl:.4g}"] if found else ["-", "-"]
         drawn.add_row(str(point.users), point.side, str(point.runs), *cells)
     text = StringIO()
-    Console(file=text, width=1000, markup=False).print(drawn)
+    Console(file=text, width=1000, markup=False, color_system=None).print(drawn)
     return "\n".join(line.strip() for line in text.getvalue().splitlines() if line.strip())
 
 

@@ -35,9 +35,20 @@ class Server:
     startup: float
 
 
+# Seconds for a start, downloads included.
+PATIENCE = 3600
+
+
 def api_key() -> str:
-    """The key of VLLM_API_KEY, which `vllm serve` asks for if that is set; else one that no server looks at."""
-    return os.environ.get("VLLM_API_KEY") or "none"
+    """The key of VLLM_API_KEY, which `vllm serve` asks for if that is set; else one that no server looks at.
+
+    Raises:
+        RiaError: it cannot be sent.
+    """
+    key = os.environ.get("VLLM_API_KEY") or "none"
+    if not (key.isascii() and key.isprintable()):
+        raise RiaError("VLLM_API_KEY has characters that no request can carry, perhaps a newline at its end.")
+    return key
 
 
 def ask(url: str, content: object = None, timeout: float = 10) -> bytes:
@@ -85,7 +96,9 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
         with monitor.phase("waiting for the server to start"):
-            while not healthy(url):  # vLLM itself gives up on an engine that does not start
+            while not healthy(url):
+                if time.monotonic() - began > PATIENCE:
+                    raise RiaError(f"vllm serve {model} has not started in {PATIENCE} s. {process.end_of_log()}")
                 if not process.running:
                     raise RiaError(f"vllm serve {model} ended while starting. {process.end_of_log()}")
                 time.sleep(0.5)

@@ -1,5 +1,6 @@
 """The sides of a comparison: models, their names, and the sizes of their weights."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     for text in models:
         name, named, model = text.partition("=")
         if not named or "/" in name or Path(text).exists():  # a path may contain "="
-            name, model = Path(text).name, text
+            name, model = Path(text).resolve().name, text
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise RiaError(f"{text}: {name!r} is no name for a side. Name it: NAME={model}")
         if name in sides:
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
         sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()))

@@ -10,6 +10,7 @@ and needs little memory.
 
 import ctypes
 import select
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -36,6 +37,8 @@ def end_tree(child: subprocess.Popen) -> None:
 def main(command: list[str]) -> int:
     """The command's exit status, or 128 + the number of the signal that ended it."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # whoever ends this process closes its input; a child gets the default
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while child.poll() is None and not select.select([sys.stdin], [], [], 0.1)[0]:
         pass

@@ -64,9 +64,14 @@ class FileProofs:
             if (sampled := _sampled(parts, scheme, rows)) is not None:
                 self._keep(matrix, sampled, len(weight))
 
+    def forget(self) -> None:
+        """A load begins, or has failed."""
+        self.found, self._waiting = {}, {}
+
     def take(self) -> dict[str, torch.Tensor]:
         """What has been found since the last time."""
-        found, self.found, self._waiting = self.found, {}, {}
+        found = self.found
+        self.forget()
         return found
 
     def _keep(self, matrix: str, weight: torch.Tensor, count: int) -> None:

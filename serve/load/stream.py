@@ -49,6 +49,7 @@ class Hooks:
         prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
             first argument are the proofs that came with them; the second is whether this was the first load.
         watch: called with each tensor that comes from a file, and its name.
+        forget: what was watched before belongs to no load any more: one begins, or has failed.
         arrivals: linears -> called with the last part of the name of each of their tensors.
         takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
             nobody here needs them.
@@ -63,6 +64,7 @@ class Hooks:
     after_reload: Callable[[Sequence[str]], None] = _nothing
     prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
     watch: Callable[[str, torch.Tensor], None] = _nothing
+    forget: Callable[[], None] = _nothing
     arrivals: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
     takers: Mapping[str, Taker | None] = field(default_factory=dict)
     translation: Translation | None = None
@@ -87,9 +89,7 @@ class WeightStream:
         self.packed = self.from_files = False
         self._load = model.load_weights
         self._process = getattr(model, "process_weights_after_loading", _nothing)
-        self.reloads = Reloads(
-            model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self.proofs.clear
-        )
+        self.reloads = Reloads(model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget)
 
         @functools.wraps(self._load)
         def load_weights(weights: Weights, *args: object, **kwargs: object) -> object:
@@ -103,9 +103,13 @@ class WeightStream:
         try:
             return self._load_checked(weights, *args, **kwargs)
         except BaseException:
-            self.proofs.clear()
+            self._forget()
             self.reloads.give_up()
             raise
+
+    def _forget(self) -> None:
+        self.proofs.clear()
+        self.hooks.forget()
 
     def _load_checked(self, weights: Weights, *args: object, **kwargs: object) -> object:
         hooks, first, all_files = self.hooks, not self.loaded, are_files(weights)
@@ -132,7 +136,7 @@ class WeightStream:
             hooks.check_files()
         if first and lazy:
             hooks.after_load()
-        self.from_files = all_files
+        self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
         return result
 
     def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:

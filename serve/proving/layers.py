@@ -67,9 +67,12 @@ class Proved:
         try:
             for name, load in self.loads:
                 load(parameter, stored[name])
-        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if self._is_pruned:
-                raise
+                raise RiaError(
+                    f"{', '.join(self.matrices)}: vLLM's layer {self.path} does not load what it should "
+                    f"({type(error).__name__}: {error}). `ria-vllm export` makes a dense folder."
+                ) from error
             return None
         return parameter.data
 
@@ -91,11 +94,15 @@ class Proved:
             r = r.narrow(0, self.layer.tp_rank * here, here)
         return r
 
-    def products(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [tokens, rows, or those looked up] of x float32 [tokens, columns of this rank], over all ranks."""
+    def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, rows] of x float32 [tokens, columns of this rank], over all ranks.
+
+        Args:
+            rows: which an embedding looks up; a layer that multiplies has them all.
+        """
         layer = self.layer
-        if self.looked_up is not None:
-            y = x @ layer.quant_method.embedding(layer, self.looked_up.to(x.device)).float().T
+        if self._looks_up:
+            y = x @ layer.quant_method.embedding(layer, rows.to(x.device)).float().T
         else:
             y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
@@ -103,11 +110,8 @@ class Proved:
         return y
 
     @property
-    def looked_up(self) -> torch.Tensor | None:
-        """The rows of an embedding that are looked up; None for a layer that multiplies."""
-        if not isinstance(self.layer, VocabParallelEmbedding) or isinstance(self.layer, ParallelLMHead):
-            return None
-        return torch.arange(0, self.rows, -(-self.rows // LOOKED_UP))
+    def _looks_up(self) -> bool:
+        return isinstance(self.layer, VocabParallelEmbedding) and not isinstance(self.layer, ParallelLMHead)
 
     @property
     def kernels(self) -> str:
@@ -124,12 +128,15 @@ class Proved:
             tokens: so many rows r, -r, r, ... are multiplied.
         """
         device = self._device
-        y = self.products(proofs.tokens_of(self.input(vector), tokens).to(device)).cpu()
-        expected = expected.cpu() if self.looked_up is None else expected.cpu()[self.looked_up]
-        known = ~expected[:, 0].isnan()
+        expected = expected.cpu()
+        known = (~expected[:, 0].isnan()).nonzero().flatten()
+        if self._looks_up:
+            known = known[:: max(1, -(-len(known) // LOOKED_UP))]
+        y = self.products(proofs.tokens_of(self.input(vector), tokens).to(device), known).cpu()
+        y = y if self._looks_up else y[:, known]
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = device.type == "cuda" and self.dtype == torch.float32
-        fault = proofs.fault(y[:, known], expected[known], self.columns, torch.float16 if tf32 else self.dtype)
+        fault = proofs.fault(y, expected[known], self.columns, torch.float16 if tf32 else self.dtype)
         matrices = ", ".join(self.matrices) or f"vLLM's layer {self.path}"
         return fault and f"{matrices} ({self.kernels}): {fault}"
 
@@ -176,7 +183,7 @@ class Prover:
         problems, unproved, asked = [], [], set()
         for layer in self.layers:
             expected = self._expected(layer, stored)
-            if expected is None:
+            if expected is None or bool(expected[:, 0].isnan().all()):
                 unproved += layer.matrices or [layer.path]
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
@@ -195,7 +202,7 @@ class Prover:
             more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
             raise RiaError(
                 f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
-                f"report this; `ria-vllm export` makes a dense folder, and {proofs.VARIABLE}=0 serves without proofs."
+                f"report this; `ria-vllm export` makes a dense folder."
             )
         took, others = time.perf_counter() - start, ", ".join(unproved[:3])
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""

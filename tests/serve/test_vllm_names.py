@@ -78,18 +78,15 @@ def test_what_is_no_interface_is_listed_with_a_reason():
 
 
 @pytest.mark.parametrize(
-    ("version", "said"), [("0.32.1+cpu", None), ("0.33.0", "newer than"), ("0.29.1", RiaError), ("0.1.dev7", None)]
+    ("version", "tested"),
+    [("0.32.1+cpu", True), ("0.33.0", False), ("0.29.1", False), ("0.1.dev7", True), ("dev", True)],
 )
-def test_versions(caplog, version, said):
+def test_versions(caplog, version, tested):
     from ria_vllm.serve.vllm_names import check_version
 
     caplog.set_level("WARNING", logger="vllm.ria")
-    if said is RiaError:
-        with pytest.raises(RiaError, match="Install vLLM 0.30 to 0.32"):
-            check_version(version)
-        return
     check_version(version)
-    assert (said or "") in caplog.text and bool(caplog.text) == (said is not None)
+    assert (f"vLLM {version} was not tested" in caplog.text) == (not tested)
 
 
 def test_a_vllm_without_a_name_says_what_to_install(monkeypatch):
