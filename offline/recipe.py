@@ -188,7 +188,11 @@ class Recipe:
 
     def within(self, longest: int | None) -> "Recipe":
         """With samples that a model can read, if `longest` tokens are the most; None: any number."""
-        return self if not longest or self.seq_len <= longest else replace(self, seq_len=longest)
+        if not longest or self.seq_len <= longest:
+            return self
+        if longest < 2:
+            raise RiaError(f"config.json says that the model reads {longest} tokens at most; calibration needs two.")
+        return replace(self, seq_len=int(longest))
 
     def with_compute_dtype(self, dtype: str) -> "Recipe":
         return replace(self, compute_dtype=dtype)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint.writer import disk_errors
@@ -46,6 +48,18 @@ class Activations:
 
     def __setitem__(self, index: int, stream: torch.Tensor) -> None:
         self.chunks[index] = self._store(index, stream)
+
+    def add(self, index: int, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Add float32 values [n, ...] to rows (int64 [n]) of a float32 chunk, in place; no others are written."""
+        chunk = self.chunks[index]
+        if isinstance(chunk, torch.Tensor):
+            chunk[rows] += values
+            return
+        with disk_errors(chunk), chunk.open("rb") as file, safe_open(chunk, framework="np") as header:
+            start = 8 + int.from_bytes(file.read(8), "little")  # the file's one tensor comes right after its header
+            shape = header.get_slice("stream").get_shape()
+            stored = np.memmap(chunk, np.float32, "r+", start, tuple(shape))
+            stored[rows.numpy()] += values.numpy()
 
     def append(self, stream: torch.Tensor) -> None:
         self.chunks.append(self._store(len(self.chunks), stream))

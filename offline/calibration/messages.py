@@ -5,6 +5,7 @@ from typing import Any
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.offline.model.run.hf import first_line
 
+SIDES = ("user", "assistant")
 WAY_OUT = "Leave the row out, or give a field 'text'."
 
 
@@ -32,8 +33,10 @@ def rendered(messages: Any, tokenizer: Any, place: str, tools: Any = None) -> st
     except Exception as error:  # a template is untrusted, and may raise anything
         reason = printable(first_line(error))
         raise RiaError(f"{place}: the model's chat template refuses these messages ({reason}). {WAY_OUT}") from None
-    said = [message["content"].strip() for message in plain if message.get("content")]
-    if said and not any(part in text for part in said):
+    # Templates may leave out thoughts, and what they do not know of a system. The last word of each side is there.
+    last = {message["role"]: message["content"] for message in plain if message.get("content")}
+    said = [content.rpartition("</think>")[2].strip() for role, content in last.items() if role in SIDES]
+    if not all(part in text for part in said or list(last.values())):
         raise RiaError(f"{place}: the model's chat template leaves out what these messages say. {WAY_OUT}")
     return text
 

@@ -81,6 +81,9 @@ def _check_form(quantization: Mapping[str, Any], folder: Path) -> None:
     sparsity = quantization.get("sparsity_config")
     stored = sparsity.get("format") if isinstance(sparsity, dict) else None
     form = quantization.get("format")
+    for key in ("transform_config", "kv_cache_scheme"):
+        if quantization.get(key):
+            raise _not_read(folder, f"config.json has a {key}")
     if not quantization or (
         quantization.get("quant_method") == "compressed-tensors"
         and not quantization.get("config_groups")
@@ -114,6 +117,9 @@ class _Weights:
                 raise _not_read(folder, f"{name}: the weight is quantized")
         self.stored = {name.removesuffix(".bitmask") for name in self.files if name.endswith(".bitmask")}
         parts = {f"{linear}.{part}": linear for linear in self.stored for part in PARTS}
+        for linear in sorted(self.stored):
+            if f"{linear}.weight" in self.files:
+                raise RiaError(f"{folder}: {linear} is there as weight and as bitmask. Get the files of one run.")
         self.names = list(dict.fromkeys(f"{parts[name]}.weight" if name in parts else name for name in self.files))
         for name in filter(LAYER.search, self.files):
             self._check_stack(name)
@@ -121,8 +127,10 @@ class _Weights:
     def shape(self, linear: str) -> tuple[int, ...]:
         """That of a weight as plain numbers."""
         if linear in self.stored:
-            rows, bytes_of_bits = self._open.shape(self.files[f"{linear}.bitmask"], f"{linear}.bitmask")
-            return rows, bytes_of_bits * 8
+            found = self._open.shape(self.files[f"{linear}.bitmask"], f"{linear}.bitmask")
+            if len(found) != 2:
+                raise RiaError(f"{self.folder}: {linear}.bitmask has shape {tuple(found)}. The file is damaged.")
+            return found[0], found[1] * 8
         return self._open.shape(self.files[f"{linear}.weight"], f"{linear}.weight")
 
     def linear(self, name: str) -> SparseLinear | None:
@@ -134,7 +142,8 @@ class _Weights:
         if name in self.stored:
             parts = {part: self._read(f"{name}.{part}") for part in PARTS}
             shape = parts.pop(SHAPE).flatten().tolist()
-            if wrong := FLOAT.check(parts, tuple(shape)):
+            wrong = "its shape has not two numbers" if len(shape) != 2 else FLOAT.check(parts, tuple(shape))
+            if wrong:
                 raise RiaError(f"{self.folder}: {name}: {wrong}. The file is damaged; get it again.")
             return SparseLinear(name, FLOAT, parts, None, parts["compressed"].dtype)
         weight = self._read(f"{name}.weight")

@@ -70,9 +70,7 @@ class ExpertsTrainer:
             if len(rows):
                 X = reads.inputs[index].to(self.experts.device, torch.float32)
                 added = output_of(self.experts.module, expert, X, rows.to(X.device), weights).cpu()
-                lacking = self.lacking[index]
-                lacking[rows] += added * (sign * shares[rows, None])
-                self.lacking[index] = lacking
+                self.lacking.add(index, rows, added * (sign * shares[rows, None]))
 
     def train(self, expert: int, found: Mapping[str, Pruned]) -> dict[str, Pruned]:
         """Train the kept weights of one expert. All ranks do the same.

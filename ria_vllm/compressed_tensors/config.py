@@ -16,6 +16,7 @@ from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.format.weight_scheme import WeightScheme
 
 WHERE = "config.json: quantization_config"
+ALL_PATTERNS = 20_000  # characters of all patterns together: each is matched with each name
 SPARSE_FORMATS = ("sparse-24-bitmask", "dense")
 MARLIN, PACKED, WHOLE, MIXED = "marlin-24", "pack-quantized", "int-quantized", "mixed-precision"
 # Of a group of quantized linears. A checkpoint whose groups differ is of mixed precision.
@@ -154,6 +155,10 @@ class CompressedTensorsConfig:
         tiled = tuple(target for one in groups if isinstance(one.form, Marlin24) for target in one.selection.targets)
         where = f"{WHERE}.sparsity_config"
         pruned = Selection(_entries(sparsity, "targets", where), _entries(sparsity, "ignore", where))
+        targets = (target for one in groups for target in one.selection.targets)
+        patterns = [one for one in (*ignore, *pruned.targets, *pruned.ignore, *targets) if one.startswith("re:")]
+        if sum(map(len, patterns)) > ALL_PATTERNS:
+            raise RiaError(f"{WHERE}: {len(patterns)} patterns of more than {ALL_PATTERNS} characters. Give names.")
         return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups), _kv_cache_scheme(config))
 
     def scheme(self, name: str) -> WeightScheme:

@@ -70,7 +70,13 @@ def files_to_push(reader: Reader) -> dict[str, Path]:
     names |= {PERMUTATIONS_FILE} | ({ROTATIONS_FILE} if reader.rotations else set())
     names |= {PROOFS_FILE} if reader.schema.proofs else set()
     own = [check_place_of(folder / name, folder) for name in sorted(names) if (folder / name).is_file()]
-    return {path.relative_to(folder).as_posix(): path for path in own + companions(folder)}
+    found = {path.relative_to(folder).as_posix(): path for path in own + companions(folder)}
+    snapshot = folder.resolve().parent
+    roots = (folder.resolve(), *([snapshot.parent / "blobs"] if snapshot.name == "snapshots" else []))
+    for path in found.values():  # another cached model may be private
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")
+    return found
 
 
 def upload(files: Mapping[str, Path], repository: str, private: bool, revision: str) -> str:

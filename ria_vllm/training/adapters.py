@@ -28,8 +28,7 @@ def refuse_adapters(model: nn.Module) -> None:
             raise RiaError(
                 f"{name or type(model).__name__}: the model has adapters ({type(module).__name__}), which a "
                 "compressed folder does not hold. Save them by `model.save_pretrained(ADAPTER)` and serve them beside "
-                "the folder: `vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`. If kept weights were trained "
-                "as well, save these from `model.unload()`."
+                "the folder: `vllm serve OUT --enable-lora --lora-modules NAME=ADAPTER`."
             )
 
 
@@ -37,10 +36,11 @@ def has_adapters(model: nn.Module) -> bool:
     return any(map(_of_peft, model.modules()))
 
 
-def beside_adapters(model: nn.Module, changed: Set[int]) -> list[str]:
-    """Names of the parameters among `changed` (their ids) that train, but are in no checkpoint of PEFT.
+def beside_adapters(model: nn.Module, changed: Set[int], pruned: Set[int]) -> list[str]:
+    """Names of the parameters among `changed` (ids) that train, but are in no checkpoint of PEFT, or lose their zeros.
 
-    Those of its layers are, and of what it trains as a whole (`modules_to_save`); with `bias="all"` all biases, too.
+    In it are those of its layers, and of what it trains as a whole (`modules_to_save`); with `bias="all"` all biases,
+    with "lora_only" those of its layers. A copy of a pruned linear (ids of weights: `pruned`) would be trained dense.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -52,13 +52,18 @@ def beside_adapters(model: nn.Module, changed: Set[int]) -> list[str]:
         for parameter in module.parameters()
     }
     configs = [config for module in model.modules() for config in (getattr(module, "peft_config", None) or {}).values()]
-    biases = any(getattr(config, "bias", None) == "all" for config in configs)
+    biases = {getattr(config, "bias", None) for config in configs}
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            of_original = {id(parameter) for parameter in module.original_module.parameters()}
+            if of_original & pruned:
+                saved -= {id(parameter) for parameter in module.parameters()}
     return [
         clean_name(name)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) in changed
         if id(parameter) not in saved or ".base_layer." in name
-        if not (biases and name.endswith("bias"))
+        if not (name.endswith("bias") and ("all" in biases or (".base_layer." in name and "lora_only" in biases)))
     ]
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
@@ -52,8 +53,8 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
     step raise it if a pruned linear was replaced by another module, an optimizer's first step with a weight if that is
-    not zero outside its mask by then, and a step that changes kept weights if the model has adapters of PEFT, whose
-    checkpoints would not hold them.
+    not zero outside its mask by then, and a step if the model has adapters of PEFT and trains what their checkpoints
+    would not hold.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -72,6 +73,7 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     if getattr(base, ATTRIBUTE, None) is not None:
         return
     reader = Reader(origin.folder)
+    companions(origin.folder)  # which `save` copies: its errors should not come after the training
     weights = []
     seen: dict[int, KeptWeight] = {}
     for name, placement in origin.placements.items():
@@ -222,8 +224,7 @@ class KeptWeights:
         trained = [weight for weight, parameter in found if parameter.requires_grad]
         if base is not None and has_adapters(base):
             lost = [weight.name for weight in trained]
-            if not lost and optimizer not in self.checked:
-                lost = beside_adapters(base, _changed_by(optimizer))
+            lost = lost or beside_adapters(base, _changed_by(optimizer), self.by_parameter().keys())
             if lost:
                 raise RiaError(
                     f"{lost[0]}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "

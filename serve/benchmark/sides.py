@@ -42,7 +42,7 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
         name, named, model = text.partition("=")
         if not named or "/" in name or Path(text).exists():  # a path may contain "="
             name, model = Path(text).resolve().name, text
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        if not re.fullmatch(r"[^\W_][^$/]*", name):
             raise RiaError(f"{text}: {name!r} is no name for a side. Name it: NAME={model}")
         if name in sides:
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")

@@ -355,3 +355,16 @@ def test_reached_from_the_package():
     import ria_vllm
 
     assert ria_vllm.training.keep_sparse is keep_sparse
+
+
+def test_a_pruned_linear_is_not_trained_as_a_copy(pruned_llama):
+    """PEFT's `modules_to_save` trains a dense copy, which `save` would have to refuse after the training."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
+    model = load(pruned_llama.folder)
+    keep_sparse(model)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, lora)
+    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
+    loss_of(wrapped).backward()
+    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.*trained beside an adapter"):
+        optimizer.step()

@@ -18,6 +18,7 @@ from ria_vllm.offline.runtime.memory import available
 TOKENS = 8
 # Folds are tried once more with so many: attention may do something else beyond a window, a block or a chunk.
 MANY_TOKENS = 512
+TOO_LARGE = "what this layer looks like is found out on a copy in float64, which does not fit into memory"
 
 
 def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> Topologies:
@@ -36,9 +37,15 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
     found = []
     for index in [kinds.index(kind) for kind in range(max(kinds) + 1)]:
         layer = model.layers[index]
-        _check_memory(layer, f"{model.folder}: {model.layer_prefix(index).removesuffix('.')}")
+        place = f"{model.folder}: {model.layer_prefix(index).removesuffix('.')}"
+        _check_memory(layer, place)
         short, long = ((calls[index], stream) for stream, calls in batches)
-        found.append(describe(text_config(model.config), layer, short, long))
+        try:
+            found.append(describe(text_config(model.config), layer, short, long))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            raise RiaError(f"{place}: {TOO_LARGE}. Compress on a machine with more memory.") from error
     return Topologies.of_kinds(found, kinds)
 
 
@@ -52,6 +59,6 @@ def _check_memory(layer: nn.Module, place: str) -> None:
     needed, free = 8 * weights_of_copy(layer), available(torch.device("cpu"))
     if free is not None and needed > free:
         raise RiaError(
-            f"{place}: what this layer looks like is found out on a copy in float64, which takes {needed / 1e9:.1f} "
-            f"GB, and {free / 1e9:.1f} GB of memory are free. Compress on a machine with more."
+            f"{place}: {TOO_LARGE}. It takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Compress on a "
+            "machine with more."
         )

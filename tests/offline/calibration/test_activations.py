@@ -44,3 +44,17 @@ def test_the_chunks_of_all_ranks_come_from_the_rank_that_holds_them(rank, monkey
         assert torch.equal(value, chunks[number]) if src == rank else value is None
         assert found[number].dtype == torch.float32 and torch.equal(found[number], chunks[number].float())
     assert len(found) == 5
+
+
+def test_rows_are_added_in_place(tmp_path):
+    """In memory and in files, as torch adds."""
+    rows, values = torch.tensor([0, 3, 4]), torch.randn(3, 6)
+    expected = torch.randn(5, 6)
+    kinds = Activations(), Activations(tmp_path / "chunks")
+    for kind in kinds:
+        kind.append(torch.zeros(2, 6))
+        kind.append(expected.clone())
+        kind.add(1, rows, values)
+    expected[rows] += values
+    for kind in kinds:
+        assert torch.equal(kind[1], expected) and not kind[0].any()

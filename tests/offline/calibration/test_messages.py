@@ -94,6 +94,7 @@ BAD_TEMPLATES = {
     "no chat template": None,
     "refuses these messages .only one": "{{ raise_exception('only one') }}",
     "leaves out": "{% for m in messages %}{{ m['role'] }}{% endfor %}",
+    "leaves out ": "{% for m in messages if m['role'] != 'user' %}{{ m['content'] }}{% endfor %}",
 }
 
 
