@@ -219,3 +219,9 @@ def test_a_card_without_the_section_gets_one(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
     assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
+
+
+def test_front_matter_that_does_not_end_is_warned_of(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n")
+    said = []
+    assert read_front_matter(tmp_path, said.append) == {} and "does not end" in said[0]
