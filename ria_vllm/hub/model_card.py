@@ -123,8 +123,9 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
     path = folder / CARD_FILE
     try:
         content = (metadata_load(path) if path.is_file() else None) or {}
-        if not content and path.is_file() and path.read_text(errors="replace").startswith("---"):
-            raise ValueError("it does not end, or is empty")
+        text = "" if content or not path.is_file() else path.read_text(errors="replace")
+        if text.startswith("---") and "\n---" not in text:
+            raise ValueError("it does not end")
     except Exception as error:  # an untrusted file may make a parser raise anything, and the weights are finished
         reason = " ".join((str(error) or type(error).__name__).split())
         warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
