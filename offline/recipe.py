@@ -14,10 +14,10 @@ from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.format import formats
 from ria_vllm.format.weight_format import WeightFormat
-from ria_vllm.offline.mixture import check_fraction, written_of
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
+from ria_vllm.offline.self_written import check_fraction, written_of
 
 if TYPE_CHECKING:  # type checkers know what these have in common
     from dataclasses import dataclass

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.mixture import check_fraction, written_of
 from ria_vllm.offline.publish import published
+from ria_vllm.offline.self_written import check_fraction, written_of
 
 # By the seed itself, the dense model writes the text that `compress` calibrates on.
 TEXT_SEED = 1_000_003

@@ -30,13 +30,13 @@ from ria_vllm.offline.distill.teacher.teacher import Origin, located, read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
 from ria_vllm.offline.distill.train import HeldOut, Training
-from ria_vllm.offline.mixture import spread_among
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.run.work import begun_run, not_shared, work_folder
 from ria_vllm.offline.runtime.ranks import Ranks, joined
+from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
 
 TEXT_KEY = "text"

@@ -10,7 +10,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.mixture import written_of
+from ria_vllm.offline.self_written import written_of
 from ria_vllm.progress import Monitor
 
 # Windows are drawn from more text than is needed, but not from more than so many tokens beyond.

@@ -6,13 +6,13 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.hub import HubText
-from ria_vllm.offline.mixture import spread_among
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.hf import explained, load_dense, text_tokenizer
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import available
+from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
 
 

@@ -6,9 +6,9 @@ from compressing import run_small
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.mixture import spread_among
 from ria_vllm.offline.run import compress as compressing
 from ria_vllm.offline.run import tokens
+from ria_vllm.offline.self_written import spread_among
 
 
 @pytest.fixture
