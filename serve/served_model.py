@@ -1,0 +1,110 @@
+"""One of vLLM's models that serves a checkpoint: what happens when it is built, loaded, reloaded and proved."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from vllm.config import ModelConfig
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import proofs
+from ria_vllm.serve.linear.method import arrival_checks
+from ria_vllm.serve.load.completeness import check_loaded, empty_weights
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.stream import Hooks, Taker, WeightStream
+from ria_vllm.serve.model import layer_matching, reload
+from ria_vllm.serve.model.adapters import rotate_adapters
+from ria_vllm.serve.model.cache_readers import check_rotated_heads
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.proving.layers import Prover
+
+
+class ServedModel:
+    """Prepares a model that was just built, and not loaded yet.
+
+    Args:
+        config: that it was built with.
+        model: complete.
+        built_from: vLLM's configuration of it, if the call that built it has one. A draft may be built with the
+            configuration of its target, but has files of its own.
+
+    Raises:
+        RiaError: the checkpoint cannot be served by this model.
+    """
+
+    def __init__(self, config: RiaConfig, model: torch.nn.Module, built_from: ModelConfig | None):
+        engine = EngineOptions.current()
+        self.config, self.model = config, model
+        self.built_from = built_from or engine.model_config
+        self.embeddings = self.built_from is engine.model_config
+        layer_matching.match_layers(config, model)
+        takers = self._takers()
+        revision = getattr(self.built_from, "revision", None)
+        with config.excused():
+            check_rotated_heads(config.schema, config.where, revision, config.is_pruned)
+        rotate_adapters(config, model, revision)
+        empty_weights(model, self.embeddings)
+        self.prover = Prover(config, model, takers, self.embeddings)
+        self.file_proofs = config.file_proofs() if proofs.wanted() else None
+        model.ria_prove = self.prove_served
+        hooks = Hooks(
+            before_reload=functools.partial(reload.check_reload, config, engine.model_config, lora=engine.lora),
+            check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
+            after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
+            after_reload=self.after_reload, prove=self.prove, arrivals=arrival_checks(model), takers=takers,
+            translation=config.translation, loaded=engine.dummy_weights, embeddings=self.embeddings,
+        )  # fmt: skip
+        if self.file_proofs is not None:
+            hooks = replace(hooks, watch=self.file_proofs.see, forget=self.file_proofs.forget)
+        WeightStream(model, hooks)
+
+    @property
+    def where(self) -> str:
+        """The folder or repository of its first weights."""
+        return self.config.where if self.built_from is None else str(self.built_from.model)
+
+    def _takers(self) -> dict[str, Taker | None]:
+        """See `Hooks`. Modules are imported where they are needed: they import kernels."""
+        found: dict[str, Taker | None] = {}
+        if self.config.rearranged and self.config.stored is not None:
+            from ria_vllm.serve.model import rearranged
+
+            found |= rearranged.takers(self.model, self.config.required)
+        if self.config.experts:
+            from ria_vllm.serve.model import experts_matching
+
+            found |= experts_matching.takers(self.config, self.model)
+        return found
+
+    def _present(self) -> ModelConfig | None:
+        """vLLM's present configuration of this model, which a reload may have changed."""
+        return (EngineOptions.current().model_config if self.embeddings else None) or self.built_from
+
+    def after_reload(self, left_out: Sequence[str]) -> None:
+        if left_out:
+            present = self._present()
+            raise RiaError(
+                f"{self.where if present is None else present.model}: vLLM's layer {left_out[0]} got no weights in "
+                "this reload, while others are new. Reload all files of one model."
+            )
+
+    def prove(self, sent: Mapping[str, torch.Tensor] | None, first: bool) -> None:
+        # At first, the present configuration may be that of the model's target.
+        present = self.built_from if first else self._present()
+        if not proofs.wanted() or present is None or (first and str(present.model) != self.config.where):
+            return
+        schema, where = self.config.schema, str(present.model)
+        if self.file_proofs is not None:
+            if sent is None:
+                self.prover.prove(self.file_proofs.vector, self.file_proofs.take(), where)
+        elif sent is None:
+            schema, stored = reload.proofs_of(self.config, present)
+            self.prover.prove(schema.proof_vector, stored, where)
+        elif schema.proofs is not None:
+            self.prover.prove(schema.proof_vector, sent, where)
+
+    def prove_served(self) -> tuple[str | None, int]:
+        """(the digest of the proofs of the files that are served, how many matrices have been proved)."""
+        schema, stored = reload.proofs_of(self.config, EngineOptions.current().model_config)
+        return schema.proofs and schema.proofs.digest, self.prover.prove(schema.proof_vector, stored, self.where)
