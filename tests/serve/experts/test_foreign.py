@@ -73,7 +73,7 @@ def test_every_form(stored, experts_path, name):
 
 
 # Half of 128 columns are no whole group of Marlin's.
-WHOLE = ["bitmask, int8 by tensor", "int8", "int4 in groups of 32", "pack, int4 in groups of 64", "marlin, int4"]
+WHOLE = ["bitmask, int8 by tensor", "int8", "pack, int4 in groups of 64", "marlin, int4"]
 
 
 def read_by(rank, mixture):
