@@ -373,8 +373,8 @@ def test_no_tensor_is_mapped_from_its_file(pair):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize("compute_dtype", ["bfloat16"])
 def test_the_experts_of_a_layer_are_dequantized_one_by_one(compute_dtype, text, tmp_path):
-    """A layer of 128 experts, of which a third in bfloat16 would already be beyond the limit."""
-    size, times = 512, 32
+    """A layer of 160 experts, of which a third in bfloat16 would already be beyond the limit."""
+    size, times = 512, 40
     shape = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
     small, _ = mxfp4_pair(save_moe(tmp_path / "dense", "gpt_oss", torch.bfloat16, **shape))
     large = shutil.copytree(small, tmp_path / "large")
