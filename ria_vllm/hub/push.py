@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ria_vllm.checkpoint.companions import check_place_of, companions
+from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.errors import RiaError, printable
@@ -69,13 +69,14 @@ def files_to_push(reader: Reader) -> dict[str, Path]:
     names = {path.name for path in reader.files.values()} | {"config.json", REPORT_FILE, CARD_FILE, INDEX_FILE}
     names |= {PERMUTATIONS_FILE} | ({ROTATIONS_FILE} if reader.rotations else set())
     names |= {PROOFS_FILE} if reader.schema.proofs else set()
-    own = [check_place_of(folder / name, folder) for name in sorted(names) if (folder / name).is_file()]
+    own = [folder / name for name in sorted(names) if (folder / name).is_file()]
     found = {path.relative_to(folder).as_posix(): path for path in own + companions(folder)}
     snapshot = folder.resolve().parent
     roots = (folder.resolve(), *([snapshot.parent / "blobs"] if snapshot.name == "snapshots" else []))
     for path in found.values():  # another cached model may be private
         if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise RiaError(f"{path}: a link that leads out of the folder. Copy the file itself there, or remove it.")
+            name = printable(str(path))
+            raise RiaError(f"{name}: a link that leads out of the folder. Copy the file itself there, or remove it.")
     return found
 
 

@@ -19,6 +19,7 @@ from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
 from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.loading import holds_dummies
 
 logger = init_logger("vllm.ria")
 
@@ -171,7 +172,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         scales = frozenset(self.loader.scale_dtypes)
         first = not hasattr(layer, "ria_experts")
         try:
-            dummy = self._check_complete(layer, first)
+            missing = self.loader.missing(self._local_experts(layer))
+            dummy = holds_dummies(missing, "the other experts' tensors", bool(self.loader.loaded), first)
         finally:
             self.forget()
         loaded = self._loaded(layer, stored, dummy, scales)
@@ -223,25 +225,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             for expert in range(self.experts.num_experts)
         ]
         return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
-
-    def _check_complete(self, layer: RoutedExperts, first: bool) -> bool:
-        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
-
-        Returns:
-            Whether the layer holds dummies.
-
-        Raises:
-            RiaError: a tensor is missing.
-        """
-        missing = self.loader.missing(self._local_experts(layer))
-        if missing and not first:
-            raise RiaError(
-                f"{missing} did not come with the other experts' tensors. A reload replaces all weights of each "
-                "layer that it has any of: send all of them together."
-            )
-        if missing and (self.loader.loaded or not EngineOptions.current().dummy_weights):
-            raise RiaError(f"{missing} is in none of the weight files. Get them again.")
-        return missing is not None
 
     def _loaded(
         self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]

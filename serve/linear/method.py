@@ -26,10 +26,9 @@ from ria_vllm.serve.linear.parameters import (
     take_parameters,
     use_loader_of_model,
 )
-from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.load_report import LoadReport
-from ria_vllm.serve.load.loading import LayerLoader, Loader, TensorChecks, unwrapped
+from ria_vllm.serve.load.loading import LayerLoader, Loader, TensorChecks, holds_dummies, unwrapped
 from ria_vllm.serve.load.shards import ShardMap
 
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
@@ -165,7 +164,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         scales = frozenset(self.layer_loader.scale_dtypes)
         first = not hasattr(layer, "ria_packed")
         try:
-            dummy = self._check_complete(first)
+            loader = self.layer_loader
+            dummy = holds_dummies(loader.missing(), "the other tensors of its layer", bool(loader.loaded), first)
         finally:
             self.forget()
         weights = self._weights(loaded, dummy, scales)
@@ -192,25 +192,6 @@ class Sparse24LinearMethod(LinearMethodBase):
                     f"{linear.name}: its permutation has {len(p)} channels, its input {layer.input_size}. Get the "
                     "files again."
                 )
-
-    def _check_complete(self, first: bool) -> bool:
-        """Check that every tensor was loaded, or none because vLLM was asked to start with dummy weights.
-
-        Returns:
-            Whether the layer holds dummies.
-
-        Raises:
-            RiaError: a tensor is missing.
-        """
-        missing = self.layer_loader.missing()
-        if missing and not first:
-            raise RiaError(
-                f"{missing} did not come with the other tensors of its layer. A reload replaces all weights of each "
-                "layer that it has any of: send all of them together."
-            )
-        if missing and (self.layer_loader.loaded or not EngineOptions.current().dummy_weights):
-            raise RiaError(f"{missing} is in none of the weight files. Get them again.")
-        return missing is not None
 
     def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool, scales: Collection[torch.dtype]) -> Weights | None:
         """What a kernel packs; None if the layer is not 2:4.

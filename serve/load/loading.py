@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
+from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.reordered_rows import ReorderedRows
 from ria_vllm.serve.load.shards import ShardId, ShardMap
@@ -150,6 +151,28 @@ class LayerLoader:
         """Forget what was loaded, before the next load."""
         self.loaded.clear()
         self.scale_dtypes.clear()
+
+
+def holds_dummies(missing: str | None, others: str, loaded: bool, first: bool) -> bool:
+    """Whether a layer holds dummies: nothing was loaded, because vLLM was asked to start with dummy weights.
+
+    Args:
+        missing: the name of a tensor that has not been loaded; None: all have.
+        others: those that it belongs with, for the error.
+        loaded: some have.
+        first: the layer has had no weights before.
+
+    Raises:
+        RiaError: a tensor is missing.
+    """
+    if missing and not first:
+        raise RiaError(
+            f"{missing} did not come with {others}. A reload replaces all weights of each layer that it has any of: "
+            "send all of them together."
+        )
+    if missing and (loaded or not EngineOptions.current().dummy_weights):
+        raise RiaError(f"{missing} is in none of the weight files. Get them again.")
+    return missing is not None
 
 
 def unwrapped(loader: Loader) -> Loader:

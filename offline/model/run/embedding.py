@@ -119,11 +119,12 @@ class Embedder:
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
 
-    def _run(self, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+    def _run_with(self, shells: Sequence[nn.Module], tokens: torch.Tensor) -> None:
+        """Run the model, with these in the place of its first layers, until one of them says that it was reached."""
         layers = self.model.layers
         own = list(layers)
-        for index, layer in enumerate(own):
-            layers[index] = _Shell(layer, passed, layer is own[-1], self._place(index))
+        for index, shell in enumerate(shells):
+            layers[index] = shell
         try:
             with explained(self.unusable):
                 self.base(input_ids=tokens.to(self.model.device), use_cache=False)
@@ -132,6 +133,10 @@ class Embedder:
         finally:
             for index, layer in enumerate(own):
                 layers[index] = layer
+
+    def _run(self, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+        own = list(self.model.layers)
+        self._run_with([_Shell(layer, passed, layer is own[-1], self._place(i)) for i, layer in enumerate(own)], tokens)
         if len(passed.calls) != len(own):
             raise self._uncalled()
         for index, (stream, before) in enumerate(zip(passed.streams[1:], passed.returned, strict=True), 1):
@@ -246,14 +251,7 @@ class Embedder:
             RiaError: the model does not run, or does not call layer 0.
         """
         layer, passed = self.model.load_layer(0), _Forward(self._form)
-        self.model.layers[0] = _Shell(layer, passed, True, self._place(0))
-        try:
-            with explained(self.unusable):
-                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
-        except Reached:
-            pass
-        finally:
-            self.model.layers[0] = layer
+        self._run_with([_Shell(layer, passed, True, self._place(0))], tokens)
         if not passed.calls:
             raise self._uncalled()
         call, stream = passed.calls[0], passed.streams[0]

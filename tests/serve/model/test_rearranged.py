@@ -105,6 +105,16 @@ def built(config, model_class):
     return model
 
 
+def check_same(model, dense, stored):
+    """A model of the pruned weights computes what one of the same weights, dense, does."""
+    model.load_weights(tensors(stored))
+    finished(model)
+    dense.load_weights(tensors(stored, dense=True))
+    finished(dense)
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_class", [Fused, ByFullName, Inline])
 @pytest.mark.parametrize("rank", [(0, 1), (1, 2)])
 def test_rows_are_where_the_model_puts_those_of_dense_weights(ranks, model_class, rank):
@@ -112,12 +122,7 @@ def test_rows_are_where_the_model_puts_those_of_dense_weights(ranks, model_class
     stored = stored_model()
     model, dense = built(stored.config(), model_class), model_class(None)
     assert "weight" not in dict(model.model.qkv.named_parameters())
-    model.load_weights(tensors(stored))
-    finished(model)
-    dense.load_weights(tensors(stored, dense=True))
-    finished(dense)
-    x = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+    check_same(model, dense, stored)
 
 
 @pytest.mark.parametrize("rank", [(0, 1), (1, 2)])
@@ -125,12 +130,7 @@ def test_scales_go_with_their_rows(ranks, rank):
     ranks(*rank)
     stored = stored_model()
     model, dense = built(stored_as_int8(stored), Fused), Fused(None)
-    model.load_weights(tensors(stored))
-    finished(model)
-    dense.load_weights(tensors(stored, dense=True))
-    finished(dense)
-    x = torch.randn(5, HIDDEN)
-    torch.testing.assert_close(model.model.qkv(x), dense.model.qkv(x), rtol=0, atol=1e-4)
+    check_same(model, dense, stored)
 
 
 @pytest.mark.parametrize("part", ["bias"])
