@@ -94,15 +94,17 @@ class ServedModel:
         present = self.built_from if first else self._present()
         if not proofs.wanted() or present is None or (first and str(present.model) != self.config.where):
             return
-        schema, where = self.config.schema, str(present.model)
-        if self.file_proofs is not None:
-            if sent is None:
-                self.prover.prove(self.file_proofs.vector, self.file_proofs.take(), where)
-        elif sent is None:
-            schema, stored = reload.proofs_of(self.config, present)
-            self.prover.prove(schema.proof_vector, stored, where)
-        elif schema.proofs is not None:
-            self.prover.prove(schema.proof_vector, sent, where)
+        where, made = str(present.model), None
+        if sent is None and self.file_proofs is not None:
+            found, of_experts = self.file_proofs.take()
+            made = self.file_proofs.vector, of_experts
+        if self.config.compressed_tensors is not None:
+            if made is not None:
+                self.prover.prove(made[0], found, where, made)
+            return
+        schema, stored = (self.config.schema, sent) if sent is not None else reload.proofs_of(self.config, present)
+        if sent is None or schema.proofs is not None:
+            self.prover.prove(schema.proof_vector, stored, where, made)
 
     def prove_served(self) -> tuple[str | None, int]:
         """(the digest of the proofs of the files that are served, how many matrices have been proved)."""

@@ -29,6 +29,7 @@ INTERFACE = (
 _RELOAD = "vllm.model_executor.model_loader.reload"
 
 NAMES = {
+    "vllm._custom_ops": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
     "vllm.lora.utils.get_adapter_absolute_path": "the config.json of an adapter, before vLLM reads its tensors",
     "vllm.lora.worker_manager.WorkerLoRAManager": "adapters of the dense model are rotated as it reads them",
     "vllm.model_executor.layers.attention": "which layers keep scales of an fp8 KV cache",

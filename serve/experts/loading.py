@@ -7,6 +7,7 @@ each of them to the layer that serves it.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class ExpertSizes:
     rank: int
     ranks: int
 
+    @classmethod
+    def of(cls, moe: Any) -> "ExpertSizes":
+        """Those of a layer with vLLM's `moe_config`, before it rounds any up."""
+        return cls(moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size)
+
     @property
     def here(self) -> int:
         """I, intermediate channels of this rank."""
@@ -66,6 +72,7 @@ class ExpertsLoader:
     Attributes:
         loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
         scale_dtypes: those of the `weight_scale`s among them.
+        biases: (kind, expert) -> the whole bias [out] that was loaded last, for proofs.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class ExpertsLoader:
         self.row_orders = row_orders
         self.has_bias = has_bias
         self.loaded: set[tuple[str, str, int]] = set()
+        self.biases: dict[tuple[str, int], torch.Tensor] = {}
         self.scale_dtypes: set[torch.dtype] = set()
 
     @property
@@ -171,6 +179,8 @@ class ExpertsLoader:
         self.loaded.add((part, kind, local_expert))
         if part == "weight_scale":
             self.scale_dtypes.add(tensor.dtype)
+        if part == BIAS:
+            self.biases[kind, expert] = tensor.to("cpu", copy=True)
         sizes = self.sizes
         if part in self.specs and self.specs[part].per_tensor:
             tensor = tensor.reshape(1, 1).expand(sizes.shape(kind)[0], 1)  # one for each row, as the parameter has it

@@ -117,9 +117,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 f"{name}: vLLM's model puts the router's weights on the experts' input, and each token has "
                 f"{moe.experts_per_token} experts. That is served with one expert only."
             )
-        self.sizes = ExpertSizes(
-            moe.num_local_experts, moe.hidden_dim_unpadded, moe.intermediate_size, moe.tp_rank, moe.tp_size
-        )
+        self.sizes = ExpertSizes.of(moe)
         for columns in (self.sizes.hidden, moe.intermediate_size):
             if reason := misfit(scheme.format, columns):
                 raise RiaError(f"{name}: {reason}")

@@ -81,7 +81,7 @@ def experts_by_name(
         plain, claimed = scheme == WeightScheme(dense=True), any(map(claims_24, names.values()))
         if plain:
             _check_plain(names, linears, where)
-        kinds = next((one for one in KINDS if set(one.values()) == {linear for _, linear in linears}), None)
+        kinds = _kinds(linears)
         if kinds is None and not plain:
             has = " and ".join(sorted({linear for _, linear in linears}))
             known = ", or ".join(" and ".join(one.values()) for one in KINDS)
@@ -89,6 +89,26 @@ def experts_by_name(
         if kinds is not None and (claimed or not plain):
             found[layer] = _experts(layer, kinds, linears, claimed, where)
     return found
+
+
+def plain_experts(modules: Iterable[str]) -> dict[str, StoredExperts]:
+    """The layers whose experts are stored one by one in plain floating point, by the name of their experts, as far as
+    the linears have known names.
+
+    Args:
+        modules: the names of linears, and of others with a weight.
+    """
+    found = {}
+    for layer, linears in _layers(f"{name}.weight" for name in modules).items():
+        kinds = _kinds(linears)
+        if kinds is not None and len(linears) == len(kinds) * len({expert for expert, _ in linears}):
+            found[layer] = _experts(layer, kinds, linears, False, layer)
+    return found
+
+
+def _kinds(linears: Linears) -> dict[str, str] | None:
+    """Which linear is the gate, which up and which down; None if they have other names."""
+    return next((one for one in KINDS if set(one.values()) == {linear for _, linear in linears}), None)
 
 
 def _layers(tensors: Iterable[str]) -> dict[str, Linears]:

@@ -1,11 +1,15 @@
-"""Proofs of checkpoints that other programs wrote, made of their tensors on the way from the files to the model.
+"""Proofs of matrices that have none in their checkpoint, made of their tensors on the way from the files to the model.
 
-compressed-tensors writes no proofs, and to multiply all of a large model would take minutes. So a proof has `ROWS` rows
-of each matrix, evenly spread, so that each tensor-parallel rank has some of them; the others are NaN, which proves
-nothing. Routed experts are left out: what proves them is a product of all rows.
+compressed-tensors writes no proofs, and ria-vllm none of the transposed down projections of dense experts. To multiply
+all of a large model would take minutes. So a proof has `ROWS` rows of each matrix, evenly spread, so that each
+tensor-parallel rank has some of them; the others are NaN, which proves nothing.
+
+What comes out of an expert needs all rows of its gate and up. So of these r has a few channels only, others for each
+expert, and what is asked of the down projection is some of its rows.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from math import lcm
 
 import torch
 
@@ -14,7 +18,14 @@ from ria_vllm.format.sparse24 import check_bitmask
 from ria_vllm.format.weight_scheme import WeightScheme, row_scales
 
 ROWS = 128
+CHANNELS = 128
 SEED = 0
+PLAIN = WeightScheme(dense=True)
+
+
+def foreign_vector(size: int, signs_only: bool = False) -> torch.Tensor:
+    """r, float32 [size], for checkpoints that have no seed of their own."""
+    return proofs.vector(size, SEED, signs_only)
 
 
 class FileProofs:
@@ -22,36 +33,39 @@ class FileProofs:
 
     Args:
         scheme_of: how a linear is stored that is quantized or compressed; None for all others.
-        left_out: names of linears of which no proof is made.
-        signs_only: see `ria_vllm.format.proofs.vector`.
+        experts: linears of experts -> (gate, up or down; the number of the expert).
+        vector: r, float32, of so many channels.
+        others: also of what is no expert.
 
     Attributes:
         found: matrix -> its proof, float32 [out, 2].
+        found_of_experts: the same of experts: of the transposed down projection, and of the others, see above.
     """
 
     def __init__(
-        self, scheme_of: Callable[[str], WeightScheme | None], left_out: Collection[str] = (), signs_only: bool = False
+        self,
+        scheme_of: Callable[[str], WeightScheme | None],
+        experts: Mapping[str, tuple[str, int]] | None = None,
+        vector: Callable[[int], torch.Tensor] = foreign_vector,
+        others: bool = True,
     ):
         self.scheme_of = scheme_of
-        self.left_out = left_out
-        self.signs_only = signs_only
-        self.found: dict[str, torch.Tensor] = {}
-        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
-
-    def vector(self, size: int) -> torch.Tensor:
-        """r, float32 [size]."""
-        return proofs.vector(size, SEED, self.signs_only)
+        self.experts = experts or {}
+        self.vector = vector
+        self.others = others
+        self.forget()
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor, as it is in the file. Those that are damaged are left to the layer that loads them."""
         matrix, _, part = name.rpartition(".")
-        if matrix in self.left_out:
+        expert = self.experts.get(matrix)
+        if expert is None and not self.others:
             return
         scheme = self.scheme_of(matrix)
         if scheme is None:
-            if part == "weight" and tensor.dim() == 2 and tensor.is_floating_point():
-                self._keep(matrix, tensor[_rows(len(tensor))], len(tensor))
-            return
+            if part != "weight" or tensor.dim() != 2 or not tensor.is_floating_point():
+                return
+            scheme = PLAIN
         wanted = scheme.tensors(torch.float32)
         if part not in wanted:
             return
@@ -59,41 +73,73 @@ class FileProofs:
         parts[part] = tensor
         if parts.keys() == wanted.keys():
             del self._waiting[matrix]
-            weight = parts["weight" if scheme.dense else "bitmask"]
-            rows = _rows(len(weight))
-            if (sampled := _sampled(parts, scheme, rows)) is not None:
-                self._keep(matrix, sampled, len(weight))
+            self._keep(matrix, parts, scheme, expert)
 
     def forget(self) -> None:
         """A load begins, or has failed."""
-        self.found, self._waiting = {}, {}
+        self.found: dict[str, torch.Tensor] = {}
+        self.found_of_experts: dict[str, torch.Tensor] = {}
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
 
-    def take(self) -> dict[str, torch.Tensor]:
-        """What has been found since the last time."""
-        found = self.found
+    def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """`found` and `found_of_experts` since the last time."""
+        taken = self.found, self.found_of_experts
         self.forget()
-        return found
+        return taken
 
-    def _keep(self, matrix: str, weight: torch.Tensor, count: int) -> None:
-        """Keep the proof of `weight` [rows, in], the sampled ones of `count` rows."""
-        found = torch.full((count, 2), torch.nan, dtype=torch.float32)  # while vLLM loads, the default is another
-        found[_rows(count)] = proofs.proof(weight, self.vector(weight.shape[1]))
-        self.found[matrix] = found
+    def _keep(
+        self, matrix: str, parts: dict[str, torch.Tensor], scheme: WeightScheme, expert: tuple[str, int] | None
+    ) -> None:
+        """Keep the proof of a matrix whose tensors are all here."""
+        part = "weight" if scheme.dense else "bitmask"
+        rows = len(parts[part])
+        columns = parts[part].shape[-1] * (scheme.tensors(torch.float32)[part].part.channels or 1)
+        if expert is None or expert[0] == "down":
+            here, sampled = rows_of(rows), _sampled(parts, scheme, rows_of(rows), slice(0, columns))
+        else:
+            here = channels_of(expert[1], columns, scheme)
+            sampled = _sampled(parts, scheme, torch.arange(rows), here)
+        if sampled is None:
+            return
+        if expert is None:
+            found = torch.full((rows, 2), torch.nan, dtype=torch.float32)  # while vLLM loads, the default is another
+            found[here] = proofs.proof(sampled, self.vector(columns))
+            self.found[matrix] = found
+        elif expert[0] == "down":
+            self.found_of_experts[matrix + proofs.TRANSPOSED] = proofs.proof(sampled.T, self.vector(rows)[here])
+        else:
+            self.found_of_experts[matrix] = proofs.proof(sampled, self.vector(columns)[here])
 
 
-def _rows(count: int) -> torch.Tensor:
+def rows_of(count: int) -> torch.Tensor:
+    """int64: the rows that have a proof, of so many."""
     return torch.arange(0, count, max(1, -(-count // ROWS)))
 
 
-def _sampled(parts: dict[str, torch.Tensor], scheme: WeightScheme, rows: torch.Tensor) -> torch.Tensor | None:
-    """float32 [rows, in]; None if the tensors are not what the scheme says."""
+def channels_of(expert: int, count: int, scheme: WeightScheme) -> slice:
+    """The channels that an expert's gate and up have a proof of, of so many."""
+    width = min(lcm(CHANNELS, scheme.format.column_multiple), count)
+    start = width * (expert % max(1, count // max(1, width)))
+    return slice(start, start + width)
+
+
+def _sampled(
+    parts: dict[str, torch.Tensor], scheme: WeightScheme, rows: torch.Tensor, columns: slice
+) -> torch.Tensor | None:
+    """float32 [rows, columns]; None if the tensors are not what the scheme says."""
     try:
-        whole = [name for name, spec in scheme.tensors(torch.float32).items() if spec.per_tensor]
-        cut = {name: tensor.reshape(1) if name in whole else tensor[rows] for name, tensor in parts.items()}
+        cut = {}
+        for name, spec in scheme.tensors(torch.float32).items():
+            here = (
+                slice(None)
+                if (each := spec.part.channels) is None
+                else slice(columns.start // each, columns.stop // each)
+            )
+            cut[name] = parts[name].reshape(1) if spec.per_tensor else parts[name][:, here][rows]
         if scheme.dense:
             return scheme.dense_weight(cut, [len(rows)], torch.float32)
-        columns = 8 * cut["bitmask"].shape[1]
-        shapes = {name: spec.shape(len(rows), columns) for name, spec in scheme.tensors(torch.float32).items()}
+        width = columns.stop - columns.start
+        shapes = {name: spec.shape(len(rows), width) for name, spec in scheme.tensors(torch.float32).items()}
         if any(tuple(cut[name].shape) != shape for name, shape in shapes.items()) or check_bitmask(cut["bitmask"]):
             return None
         if "weight_scale" in cut:

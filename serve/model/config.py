@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
-from ria_vllm.serve.experts.names import check_stacked, experts_by_name
+from ria_vllm.serve.experts.names import check_stacked, experts_by_name, plain_experts
 from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
-from ria_vllm.serve.load.file_proofs import FileProofs
+from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.model.checkpoint_files import (
@@ -332,12 +333,21 @@ class RiaConfig(QuantizationConfig):
         return WeightScheme.of(self.schema)
 
     def file_proofs(self) -> FileProofs | None:
-        """Makes proofs of the tensors that are loaded, where compressed-tensors wrote them, which has none."""
+        """Makes proofs of the tensors that are loaded and have none in their checkpoint."""
+        kinds = {name: (kind, e) for one in self.dense_experts().values() for name, kind, e in one.linears()}
         if self.compressed_tensors is None:
-            return None
-        ours = {name: self.scheme(name) for name in self.required - self.expert_linears}
+            if self.schema.proofs is None or not kinds:
+                return None
+            return FileProofs({}.get, kinds, self.schema.proof_vector, others=False)
+        ours = {name: self.scheme(name) for name in self.required | self.expert_linears}
         signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
-        return FileProofs(ours.get, self.expert_linears, signs_only)
+        kinds |= {name: (kind, e) for one in self.experts.values() for name, kind, e in one.linears()}
+        return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))
+
+    def dense_experts(self) -> dict[str, StoredExperts]:
+        """Those that vLLM's own layers serve, by their names, as far as they are stored one by one."""
+        found = plain_experts((self.stored or set()) - self.required)
+        return {name: experts for name, experts in found.items() if name not in self.experts}
 
     def is_plain(self, experts: StoredExperts) -> bool:
         """Whether they are stored in plain floating point, so that vLLM can load them, too."""

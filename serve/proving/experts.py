@@ -3,19 +3,34 @@
 An expert is no matrix: between its products is an activation. But the proofs of gate and up, G r and U r, say what
 comes out of it, h, and the proof of the transposed down projection, D^T s, says what D makes of any h:
 s (D h) = (D^T s) h. So the layer's kernel gets r under a few scales, each routed to a single expert, and what comes out
-is multiplied by s.
+is multiplied by s. Biases are those that the layer was given.
+
+Proofs that were made on the way from the files, see `ria_vllm.serve.load.file_proofs`, are of a part of r and s, so the
+rest of both is zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from math import log2
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from ria_vllm.format.layer_schema import numbers_in
 from ria_vllm.format.proofs import TRANSPOSED
+from ria_vllm.format.weight_scheme import WeightScheme
+from ria_vllm.serve.experts.dense import DenseExpertsMethod
+from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of
+from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.kernels.reference_experts import activate
+from ria_vllm.serve.load.file_proofs import PLAIN, channels_of, rows_of
+from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.experts_matching import layers_of
+
+Vector = Callable[[int], torch.Tensor]
 
 # Powers of two, for int8 rounds r under any of them exactly; the activation bends differently for each.
 SCALES = (2.0**-7, 2.0**-9, 2.0**-5, 2.0**-11)
@@ -23,98 +38,161 @@ SCALES = (2.0**-7, 2.0**-9, 2.0**-5, 2.0**-11)
 SURE = 6.0
 
 
-def proved_experts(model: torch.nn.Module) -> Iterator["ProvedExperts"]:
-    """The pruned experts of all layers of a model."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, RoutedExperts) and isinstance(layer.quant_method, Sparse24MoEMethod):
-            yield ProvedExperts(path, layer)
+def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["ProvedExperts"]:
+    """The routed experts of all layers of a model."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RoutedExperts)}
+    dense = {
+        path: experts for experts in config.dense_experts().values() for path in layers_of(model, experts, layers) or ()
+    }
+    for path, layer in layers.items():
+        method = layer.quant_method
+        if isinstance(method, Sparse24MoEMethod):
+            yield ProvedExperts(path, layer, method.experts, method.scheme)
+        else:
+            known = isinstance(method, DenseExpertsMethod)
+            yield ProvedExperts(path, layer, dense.get(path) if known else None, PLAIN)
 
 
 @dataclass(frozen=True)
 class ProvedExperts:
-    """Pruned experts of a layer on this rank; see `ria_vllm.serve.proving.layers.Proved`."""
+    """Experts of a layer on this rank; see `ria_vllm.serve.proving.layers.Proved`.
+
+    Attributes:
+        experts: as the checkpoint stores them; None if that is not known.
+    """
 
     path: str
     layer: RoutedExperts
+    experts: StoredExperts | None
+    scheme: WeightScheme
 
     @property
-    def method(self) -> Sparse24MoEMethod:
-        return self.layer.quant_method
+    def is_stored(self) -> bool:
+        """Whether one of our methods serves them."""
+        return isinstance(self.layer.quant_method, Sparse24MoEMethod)
 
-    @property
+    @cached_property
     def matrices(self) -> list[str]:
         """Those of this rank's experts."""
-        kinds = self.method.experts.patterns
-        return [self.method.experts.linear(kind, expert) for expert in self._experts for kind in kinds]
+        if self.experts is None:
+            return []
+        return [self.experts.linear(kind, expert) for expert in self._here for kind in self.experts.patterns]
 
-    @property
-    def _experts(self) -> list[int]:
-        return [expert for expert, _ in self.method._local_experts(self.layer)]
+    @cached_property
+    def _here(self) -> list[int]:
+        return self.layer.expert_map_manager.get_local_expert_ids()
+
+    @cached_property
+    def _sizes(self) -> ExpertSizes:
+        return ExpertSizes.of(self.layer.moe_config)
 
     def can_be_proved(self, stored: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the proofs tell what comes out: not with biases between the products, which no proof has."""
-        downs = [self.method.experts.linear("down", expert) + TRANSPOSED for expert in self._experts]
-        known = all(name in stored for name in (*self.matrices, *downs))
-        return known and activation_of(self.layer) is not None and not self.method.moe.has_bias and self._can_be_asked
+        """Whether the proofs tell what comes out."""
+        if self.experts is None or self._biases is None or activation_of(self.layer) is None:
+            return False
+        wanted = [name for name in self.matrices if not self._is_down(name)]
+        wanted += [name + TRANSPOSED for name in self.matrices if self._is_down(name)]
+        return all(name in stored for name in wanted) and self._can_be_asked
+
+    def _is_down(self, name: str) -> bool:
+        return numbers_in(self.experts.patterns["down"], name) is not None
+
+    @property
+    def _biases(self) -> Mapping[tuple[str, int], torch.Tensor] | None:
+        """(kind, expert) -> its bias [out]; None if they have biases that nobody has seen."""
+        if not self.layer.moe_config.has_bias:
+            return {}
+        found = self.layer.quant_method.loader.biases if self.is_stored else {}
+        return (
+            found if all((kind, expert) in found for kind in self.experts.patterns for expert in self._here) else None
+        )
 
     @property
     def _can_be_asked(self) -> bool:
         """Whether the kernel takes tokens outside of a step of the engine. vLLM's own may wait for other ranks."""
-        method, moe = self.method, self.method.moe
+        method, moe = self.layer.quant_method, self.layer.moe_config
         alone = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
-        return self.layer.ria_experts is not None or (alone and not method.is_monolithic)
+        ours = self.is_stored and self.layer.ria_experts is not None
+        return ours or (alone and not method.is_monolithic and moe.hidden_dim == moe.hidden_dim_unpadded)
 
-    def problem(self, vector: Callable[[int], torch.Tensor], stored: Mapping[str, torch.Tensor]) -> str | None:
-        """What is wrong with the experts, in a sentence; None if they compute what the proofs say."""
-        method, dtype = self.method, self.method.moe.in_dtype
-        r = vector(method.sizes.hidden)
+    def problem(self, vector: Vector, stored: Mapping[str, torch.Tensor], whole: bool) -> str | None:
+        """What is wrong with the experts, in a sentence; None if they compute what the proofs say.
+
+        Args:
+            vector: r, float32, of so many channels.
+            whole: the proofs are of all channels and rows, as checkpoints have them.
+        """
+        method, dtype = self.layer.quant_method, self.layer.moe_config.in_dtype
         device = next(tensor.device for tensor in self.layer.parameters() if tensor.numel())
-        x = torch.cat([(scale * r)[None] for scale in SCALES]).to(device, dtype)
         ones = torch.ones(len(SCALES), 1, device=device)
         wrong = []
-        for expert in self._experts:
+        for expert in self._here:
+            r, s, scales = self._asked(expert, vector(self._sizes.hidden), whole)
+            x = (scales * r).to(device, dtype)
             ids = torch.full((len(SCALES), 1), expert, dtype=torch.int32, device=device)
-            y = method.apply(self.layer, x.clone(), ones.clone(), ids, None, None).cpu().double()
-            wanted, limit = self._expected(expert, stored, y)
-            if not bool(((y @ r.double() - wanted).abs() <= limit).all()):
+            y = method.apply(self.layer, x, ones.clone(), ids, None, None).cpu().double() * s.abs().bool()
+            wanted, limit = self._expected(expert, stored, y, s, scales.double())
+            if not bool(((y @ s - wanted).abs() <= limit).all()):
                 wrong.append(expert)
         if not wrong:
             return None
-        how = "vLLM's own kernel" if self.layer.ria_experts is None else str(self.layer.ria_experts.choice)
+        ours = self.layer.ria_experts if self.is_stored else None
+        how = "vLLM's own kernel" if ours is None else str(ours.choice)
         return (
-            f"{method.experts.name} ({how}): {len(wrong)} of {len(self._experts)} experts, the first of which is "
+            f"{self.experts.name} ({how}): {len(wrong)} of {len(self._here)} experts, the first of which is "
             f"{wrong[0]}, do not compute what the checkpoint says"
         )
 
+    def _asked(self, expert: int, r: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(r of the input, float32 [H]; s of the output, float64 [H]; scales of r, float32 [scales, 1])."""
+        scales = torch.tensor(SCALES)[:, None]
+        if whole:
+            return r, r.double(), scales
+        here, rows = channels_of(expert, len(r), self.scheme), rows_of(len(r))
+        x, s = torch.zeros_like(r), torch.zeros_like(r)
+        x[here], s[rows] = r[here], r[rows]
+        # Few channels make small products, where an activation that multiplies does not tell gate from up.
+        return x, s.double(), scales * 2.0 ** round(log2(len(r) / (here.stop - here.start)) / 2)
+
     def _expected(
-        self, expert: int, stored: Mapping[str, torch.Tensor], y: torch.Tensor
+        self,
+        expert: int,
+        stored: Mapping[str, torch.Tensor],
+        y: torch.Tensor,
+        s: torch.Tensor,
+        scales: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(s y, how far it may be off), both float64 [scales], of what this rank adds.
 
         Args:
             y: float64 [scales, H], for the rounding of it.
+            s: float64 [H].
+            scales: float64 [scales, 1].
         """
-        method, experts = self.method, self.method.experts
-        here = slice(method.sizes.rank * method.sizes.here, (method.sizes.rank + 1) * method.sizes.here)
-        order = method.orders.rows[expert]
-        mine = torch.arange(method.sizes.intermediate) if order is None else torch.from_numpy(order).long()
-        mine = mine[here]
-        scales = torch.tensor(SCALES, dtype=torch.float64)[:, None]
+        sizes, experts, biases = self._sizes, self.experts, self._biases
+        order = self.layer.quant_method.orders.rows[expert] if self.is_stored else None
+        mine = torch.arange(sizes.intermediate) if order is None else torch.from_numpy(order).long()
+        mine = mine[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
         kinds = [kind for kind in ("gate", "up") if kind in experts.patterns]
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
-        activation, eps = activation_of(self.layer), torch.finfo(method.moe.in_dtype).eps
-        products = [scales * one[:, 0] for one in first]
+        added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
+        activation, eps = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype).eps
+        products = [scales * one[:, 0] + bias for one, bias in zip(first, added)]
         h = activate(activation, torch.cat(products, 1))
         down = stored[experts.linear("down", expert) + TRANSPOSED][mine].double()
 
         # Each number is rounded, and so may be each weight, independently: variances add up.
         variance = (eps * h) ** 2
-        for i, one in enumerate(first):
+        for i, (one, bias) in enumerate(zip(first, added)):
             off = [*products]
-            off[i] = off[i] + eps * scales * (one[:, 0].abs() + one[:, 1])
+            off[i] = off[i] + eps * (scales * (one[:, 0].abs() + one[:, 1]) + bias.abs())
             variance += (activate(activation, torch.cat(off, 1)) - h) ** 2
-        if method.scheme.activations is not None:  # h is rounded by its largest
+        if self.scheme.activations is not None:  # h is rounded by its largest
             variance += (h.abs().amax(1, keepdim=True) / 254) ** 2
         total = ((down[:, 0] * variance.sqrt()) ** 2 + (eps * down[:, 1] * h) ** 2).sum(1)
         total += (127 * eps / 2) ** 2 * (y**2).sum(1)
-        return h @ down[:, 0], SURE * total.sqrt()
+        wanted = h @ down[:, 0]
+        if biases and not sizes.rank:  # the ranks' outputs are added, the bias counts once
+            bias = biases["down", expert].double()
+            wanted, total = wanted + bias @ s, total + ((eps * bias * s) ** 2).sum()
+        return wanted, SURE * total.sqrt()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from vllm.distributed import tensor_model_parallel_all_reduce
@@ -68,7 +69,7 @@ class Proved:
             for name, load in self.loads:
                 load(parameter, stored[name])
         except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if self._is_pruned:
+            if self.is_pruned:
                 raise RiaError(
                     f"{', '.join(self.matrices)}: vLLM's layer {self.path} does not load what it should "
                     f"({type(error).__name__}: {error}). `ria-vllm export` makes a dense folder."
@@ -81,13 +82,13 @@ class Proved:
         return [name for name, _ in self.loads]
 
     @property
-    def _is_pruned(self) -> bool:
+    def is_pruned(self) -> bool:
         return isinstance(self.layer.quant_method, Sparse24LinearMethod)
 
     def input(self, vector: Vector) -> torch.Tensor:
         """r, float32 [columns of this rank], as the layer before would hand it over."""
         r = vector(self.columns)
-        if self._is_pruned and (first := self.layer.quant_method.linears[0]).folded:
+        if self.is_pruned and (first := self.layer.quant_method.linears[0]).folded:
             r = r[torch.from_numpy(first.permutation).long()]
         if isinstance(self.layer, RowParallelLinear):
             here = self.layer.input_size_per_partition
@@ -149,6 +150,50 @@ class Proved:
         return next((tensor.device for tensor in tensors if tensor.numel()), torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class Absorbed(Proved):
+    """What latent attention takes out of kv_b_proj, and multiplies queries and outputs with: each head's keys [P, L],
+    and behind them its values [V, L].
+
+    Attributes:
+        attention: vLLM's MLAAttention. On CPUs with AMX it packs both, and empties kv_b_proj.
+    """
+
+    attention: Any
+
+    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        known = self.is_packed or hasattr(self.attention, "W_UK_T")
+        return super().expected(stored) if known else None
+
+    @property
+    def is_packed(self) -> bool:
+        return getattr(self.attention, "is_amx_bmm_enabled", False)
+
+    @property
+    def kernels(self) -> str:
+        return "absorbed by latent attention"
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self.is_packed else self.attention.W_UK_T.device
+
+    def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        one = self.attention
+        heads, keys, width = one.num_heads, one.qk_nope_head_dim, one.kv_lora_rank
+        x, queries = x.to(self.dtype), torch.eye(keys, dtype=self.dtype, device=x.device).expand(heads, keys, keys)
+        if self.is_packed:
+            from vllm import _custom_ops as ops
+
+            taken = x.new_empty(heads, keys, width)
+            ops.bmm_cpu(taken, queries.contiguous(), one.impl._w_uk_packed, True, one.impl._w_scale)
+        else:
+            taken = torch.bmm(queries, one.W_UK_T)
+        values = x.new_empty(len(x), heads * one.v_head_dim)
+        one._v_up_proj(x.repeat(1, heads), values)
+        y = torch.einsum("nkl,tl->tnk", taken.float(), x.float())
+        return torch.cat([y, values.float().unflatten(1, (heads, -1))], 2).flatten(1)
+
+
 class Prover:
     """Proves the layers of one model.
 
@@ -162,25 +207,40 @@ class Prover:
         self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
     ):
         self.layers = list(_layers(config, model, taken, embeddings))
+        taken_apart = list(absorbed(model, self.layers))
+        emptied = {id(one.layer) for one in taken_apart if one.is_packed}
+        self.layers = [one for one in self.layers if id(one.layer) not in emptied or one.is_pruned] + taken_apart
+        kinds = (LinearBase, VocabParallelEmbedding) if embeddings else LinearBase
+        known = {id(one.layer) for one in self.layers}
+        self.unknown = [
+            path for path, layer in model.named_modules() if isinstance(layer, kinds) and id(layer) not in known
+        ]
         self.experts = []
-        if config.experts:
+        if any(hasattr(layer, "expert_map_manager") for layer in model.modules()):
             from ria_vllm.serve.proving.experts import proved_experts  # imports kernels for them
 
-            self.experts = list(proved_experts(model))
+            self.experts = list(proved_experts(config, model))
 
-    def prove(self, vector: Vector, stored: Mapping[str, torch.Tensor], where: str) -> int:
+    def prove(
+        self,
+        vector: Vector,
+        stored: Mapping[str, torch.Tensor],
+        where: str,
+        made: tuple[Vector, Mapping[str, torch.Tensor]] | None = None,
+    ) -> int:
         """Prove all layers, and say so in the log. Returns the number of matrices.
 
         Args:
             vector: r, float32, of so many channels.
             stored: matrix -> its proof, float32 [out, 2]; NaN in the rows that have none.
             where: the folder or repository, for errors.
+            made: r, and `FileProofs.found_of_experts`.
 
         Raises:
             RiaError: names the layers that compute something else.
         """
-        start, proved = time.perf_counter(), 0
-        problems, unproved, asked = [], [], set()
+        start, proved = time.perf_counter(), set[str]()
+        problems, unproved, asked = [], list(self.unknown), set()
         for layer in self.layers:
             expected = self._expected(layer, stored)
             if expected is None or bool(expected[:, 0].isnan().all()):
@@ -189,15 +249,18 @@ class Prover:
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
             problem = layer.problem(vector, expected, tokens)
-            proved += max(1, len(layer.loads))
+            proved.update(layer.matrices or [layer.path])
             problems += [problem] if problem else []
         for experts in self.experts:
-            if not experts.can_be_proved(stored):
-                unproved += experts.matrices
+            if experts.can_be_proved(stored):
+                problem = experts.problem(vector, stored, whole=True)
+            elif made is not None and experts.can_be_proved(made[1]):
+                problem = experts.problem(*made, whole=False)
+            else:
+                unproved += experts.matrices or [experts.path]
                 continue
-            problem = experts.problem(vector, stored)
             problems += [problem] if problem else []
-            proved += len(experts.matrices)
+            proved.update(experts.matrices)
         if problems:
             more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
             raise RiaError(
@@ -206,8 +269,8 @@ class Prover:
             )
         took, others = time.perf_counter() - start, ", ".join(unproved[:3])
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
-        logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", proved, took, left)
-        return proved
+        logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", len(proved), took, left)
+        return len(proved)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:
@@ -250,15 +313,22 @@ def _layers(
                 yield Proved(path, layer, loads, rows, columns, layer.weight.dtype)
 
 
+def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]:
+    """What latent attention takes out of the layers."""
+    for path, attention in model.named_modules():
+        if hasattr(attention, "kv_b_proj") and hasattr(attention, "impl"):
+            for one in layers:
+                if one.layer is attention.kv_b_proj:
+                    yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention)
+
+
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
     """Whether a dense layer has its matrix as the checkpoint stores it.
 
-    Models may rearrange rows, or scale those of the head; convolutions have no matrix. Latent attention takes kv_b_proj
-    apart, and decodes with parts that no proof covers.
+    Models may rearrange rows, or scale those of the head; convolutions have no matrix.
     """
-    absorbed = getattr(layer, "prefix", "").endswith("kv_b_proj")
     scaled = config.scales_head and isinstance(layer, ParallelLMHead)
-    return layer.weight.dim() == 2 and not (config.rearranged or absorbed or scaled)
+    return layer.weight.dim() == 2 and not (config.rearranged or scaled)
 
 
 def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:

@@ -18,7 +18,8 @@ from ria_vllm.serve.load.folding import fold
 from ria_vllm.serve.model.config import RiaConfig
 
 WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2
-AT = "model.experts.{i}"
+AT = "model.moe.{i}.experts"
+ENDS = {"gate": "w1", "up": "w3", "down": "w2"}
 FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4-g32": INTEGERS[4, 32]}
 
 
@@ -71,13 +72,10 @@ class Model(torch.nn.Module):
         self.block.down = RowParallelLinear(INNER, WIDTH, prefix="block.down", **linear)
         self.block.qk = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.qk", **linear)
         self.block.o = ReplicatedLinear(INNER, WIDTH, prefix="block.o", **linear)
-        self.experts = torch.nn.ModuleList(
-            [
-                FusedMoEFactory(
-                    num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
-                    prefix="experts.0", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
-                )
-            ]
+        self.moe = torch.nn.ModuleList([torch.nn.Module()])
+        self.moe[0].experts = FusedMoEFactory(
+            num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
+            prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
         )  # fmt: skip
         self.scan, self.norm = Scan(), Norm()
         head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
@@ -85,17 +83,16 @@ class Model(torch.nn.Module):
         self.head = head.tie_weights(self.embed) if self.tied else head
 
     def load_weights(self, weights):
-        experts = self.experts[0].routed_experts
+        experts = self.moe[0].experts.routed_experts
 
         def others():
             for name, tensor in weights:
-                if not name.startswith("model.experts.0."):
+                if not name.startswith("model.moe.0.experts."):
                     yield name, tensor
                     continue
-                _, _, _, number, end, _ = name.split(".")
-                parameter = experts.w2_weight if end == "down" else experts.w13_weight
-                shard = {"gate": "w1", "up": "w3", "down": "w2"}[end]
-                parameter.weight_loader(parameter, tensor, name, shard_id=shard, expert_id=int(number))
+                number, end, _ = name.split(".")[4:]
+                parameter = experts.w2_weight if end == "w2" else experts.w13_weight
+                parameter.weight_loader(parameter, tensor, name, shard_id=end, expert_id=int(number))
 
         return AutoWeightsLoader(self).load_weights(others(), mapper=self.hf_to_vllm_mapper)
 
@@ -107,7 +104,7 @@ class Model(torch.nn.Module):
         x = self.norm(x + block.o(torch.tanh(q) * k))
         generator = torch.Generator().manual_seed(2)
         chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
-        experts = self.experts[0].routed_experts
+        experts = self.moe[0].experts.routed_experts
         x = x + experts.quant_method.apply(experts, x.clone(), torch.rand(len(ids), TOP) * 0 + 0.5, chosen, None, None)
         return self.scan(self.norm(x))
 
@@ -135,8 +132,8 @@ class Checkpoint:
         if pruned_experts:
             shared = torch.randperm(WIDTH, generator=rng)
             for e in range(EXPERTS):
-                self.orders |= {f"model.experts.0.{e}.{end}": shared for end in ("gate", "up")}
-                self.orders[f"model.experts.0.{e}.down"] = torch.randperm(INNER, generator=rng)
+                self.orders |= {f"model.moe.0.experts.{e}.{end}": shared for end in ("w1", "w3")}
+                self.orders[f"model.moe.0.experts.{e}.w2"] = torch.randperm(INNER, generator=rng)
 
     def tensors(self, training):
         rng = torch.Generator().manual_seed(training)
@@ -149,7 +146,7 @@ class Checkpoint:
             found[f"model.block.{name}.weight"] = random(WIDTH, INNER)
             found[f"model.block.{name}.bias"] = random(WIDTH)
         for e in range(EXPERTS):
-            found |= {f"model.experts.0.{e}.{end}.weight": random(WIDTH, INNER) for end in PRUNED}
+            found |= {f"model.moe.0.experts.{e}.{end}.weight": random(WIDTH, INNER) for end in ENDS.values()}
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
         if not self.tied:
             found["model.head.weight"] = random(WORDS, WIDTH)
@@ -179,7 +176,7 @@ class Checkpoint:
         return found
 
     def schema(self):
-        up, gate, down = (f"{AT}.{{e}}.{end}" for end in ("up", "gate", "down"))
+        up, gate, down = (f"{AT}.{{e}}.{ENDS[end]}" for end in ("up", "gate", "down"))
         experts = Experts(module=AT, num_experts=EXPERTS, gate=gate, up=up, down=down)
         folds = [
             Fold(consumer=consumer, producers=[Producer(name=name) for name in producers], coupling="elementwise")

@@ -68,7 +68,7 @@ SEQUENCES = {
     ),
     "sent: the embedding, to which the head may be tied": part("model.embed."),
     "sent: the head": part("model.head."),
-    "sent: all experts of a layer": part("model.experts.", pieces=3),
+    "sent: all experts of a layer": part("model.moe.", pieces=3),
     "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
 }
 
@@ -86,7 +86,7 @@ def left_in_the_middle(server, new):
 
 def wrong_in_the_middle(server, new):
     """After some layers."""
-    wrong = next(name for name in new if name.startswith("model.experts.0.2.down"))
+    wrong = next(name for name in new if name.startswith("model.moe.0.experts.2.w2"))
     server.sync(new | {wrong: torch.zeros(3, 3)}, 4)
 
 
@@ -118,7 +118,7 @@ REFUSED = {
     ),
     "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
     "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
-    "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.experts.0.1.")),
+    "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.moe.0.experts.1.")),
     "a trainer that goes away: the next sync begins anew": left_in_the_middle,
     "reload: files without the head, or without the embedding": lambda server, new: server.reload(
         2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}

@@ -108,7 +108,7 @@ def test_what_goes_wrong_on_the_way_is_named(started, monkeypatch, damage, named
         ("model.block.k.weight", r"model\.block\.q, model\.block\.k"),
         ("model.embed.weight", r"model\.embed"),
         ("model.block.down.compressed", r"model\.block\.down"),
-        ("model.experts.0.2.down.compressed", r"model\.experts\.0.* 1 of 4 experts, the first of which is 2"),
+        ("model.moe.0.experts.2.w2.compressed", r"model\.moe\.0\.experts.* 1 of 4 experts, the first of which is 2"),
     ],
 )
 def test_files_with_other_weights_than_were_written_are_named(started, monkeypatch, name, named):
