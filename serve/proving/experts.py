@@ -132,7 +132,7 @@ class ProvedExperts:
             ids = torch.full((len(SCALES), 1), expert, dtype=torch.int32, device=device)
             y = method.apply(self.layer, x, ones.clone(), ids, None, None).cpu().double() * s.abs().bool()
             wanted, limit = self._expected(expert, stored, y, s, scales.double())
-            if not bool(((y @ s - wanted).abs() <= limit).all()):
+            if not bool((((y @ s - wanted).abs() <= limit) | limit.isinf()).all()):
                 wrong.append(expert)
         if not wrong:
             return None
@@ -176,23 +176,28 @@ class ProvedExperts:
         kinds = [kind for kind in ("gate", "up") if kind in experts.patterns]
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
         added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
-        activation, eps = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype).eps
+        activation, unit = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype)
+        eps, sums = unit.eps, torch.finfo(torch.float32).eps * torch.tensor([sizes.hidden, sizes.here]).sqrt()
         products = [scales * one[:, 0] + bias for one, bias in zip(first, added)]
         h = activate(activation, torch.cat(products, 1))
         down = stored[experts.linear("down", expert) + TRANSPOSED][mine].double()
 
-        # Each number is rounded, and so may be each weight, independently: variances add up.
+        # Each number is rounded, and so may be each weight, independently: variances add up. Sums in float32 are off by
+        # a unit, and by the root of the number of terms.
         variance = (eps * h) ** 2
         for i, (one, bias) in enumerate(zip(first, added)):
             off = [*products]
-            off[i] = off[i] + eps * (scales * (one[:, 0].abs() + one[:, 1]) + bias.abs())
+            rounded = eps * (one[:, 0].abs() + one[:, 1]) + sums[0] * one[:, 1]
+            off[i] = off[i] + scales * rounded + eps * bias.abs()
             variance += (activate(activation, torch.cat(off, 1)) - h) ** 2
         if self.scheme.activations is not None:  # h is rounded by its largest
             variance += (h.abs().amax(1, keepdim=True) / 254) ** 2
-        total = ((down[:, 0] * variance.sqrt()) ** 2 + (eps * down[:, 1] * h) ** 2).sum(1)
+        total = ((down[:, 0] * variance.sqrt()) ** 2 + ((eps + sums[1]) * down[:, 1] * h) ** 2).sum(1)
         total += (127 * eps / 2) ** 2 * (y**2).sum(1)
         wanted = h @ down[:, 0]
         if biases and not sizes.rank:  # the ranks' outputs are added, the bias counts once
             bias = biases["down", expert].double()
             wanted, total = wanted + bias @ s, total + ((eps * bias * s) ** 2).sum()
-        return wanted, SURE * total.sqrt()
+        # Nothing is known of what float16 cannot hold: h, or a channel of y, of which the columns of D say how large.
+        too_large = (h.abs() * down[:, 1].clamp(min=1)).sum(1) > unit.max / 4
+        return wanted, (SURE * total.sqrt()).masked_fill(too_large, torch.inf)

@@ -2,6 +2,7 @@
 and whatever they have of another expert, another order or another scale is found."""
 
 import foreign_mixtures
+import mixture_layers
 import pytest
 import torch
 from compressed_tensors_writer import needs_writer
@@ -170,6 +171,21 @@ def test_nothing_that_is_right_is_refused(experts_path, monkeypatch, name, size,
         play_rank(monkeypatch, rank, size)
         with set_current_vllm_config(current):
             assert problem(stored, tp_size=size, **OAI) is None
+
+
+def test_layers_of_many_channels(monkeypatch):
+    """Sums in float32 are off by more than one unit."""
+    monkeypatch.setattr(mixture_layers, "HIDDEN", 2048)
+    monkeypatch.setattr(mixture_layers, "INNER", 1024)
+    assert problem(StoredMixture(bias=True), **OAI) is None
+    assert problem(DenseMixture("none"), whole=False) is None
+
+
+def test_what_float16_cannot_hold_is_not_asked():
+    stored = DenseMixture("none")
+    for name in stored.tensors:
+        stored.tensors[name] = (stored.tensors[name] * 300).half()
+    assert problem(stored, whole=False, params_dtype=torch.float16) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
