@@ -102,22 +102,76 @@ def test_what_goes_wrong_on_the_way_is_named(started, monkeypatch, damage, named
         started()
 
 
-@pytest.mark.parametrize(
-    ("name", "named"),
-    [
-        ("model.block.k.weight", r"model\.block\.q, model\.block\.k"),
-        ("model.embed.weight", r"model\.embed"),
-        ("model.block.down.compressed", r"model\.block\.down"),
-        ("model.moe.0.experts.2.w2.compressed", r"model\.moe\.0\.experts.* 1 of 4 experts, the first of which is 2"),
-    ],
-)
-def test_files_with_other_weights_than_were_written_are_named(started, monkeypatch, name, named):
-    """Any dense or pruned matrix, in a whole row. A reload of them stops the server."""
-    server, files = started(), Server.files
+def changed(name, change):
+    """Of tensors whose names begin so."""
+    return lambda tensors: {key: change(one) if key.startswith(name) else one for key, one in tensors.items()}
+
+
+def swapped(one, other):
+    """Each has the other's tensors."""
+
+    def change(tensors):
+        found = {key.replace(one, other): tensor for key, tensor in tensors.items() if key.startswith(one)}
+        found |= {key.replace(other, one): tensor for key, tensor in tensors.items() if key.startswith(other)}
+        return {key: found.get(key, tensor) for key, tensor in tensors.items()}
+
+    return change
+
+
+def rows(tensor):
+    return tensor.roll(1, 0)
+
+
+def shard(tensor):
+    return tensor.roll(len(tensor) // 2, 0)
+
+
+def columns(tensor):
+    return tensor.roll(8, 1)
+
+
+# What may be wrong with weights, wherever on their way -> what is done to the files, and what the error says.
+BUGS = {
+    "rows in another order": (changed("model.block.up.compressed", rows), r"model\.block\.gate, model\.block\.up"),
+    "rows of another shard": (changed("model.block.q.weight", shard), r"model\.block\.q, model\.block\.k"),
+    "rows of another shard, scales too": (
+        changed("model.block.down.weight_scale", shard), r"model\.block\.down .* 12\d of its 128 rows",
+    ),
+    "columns in another order": (changed("model.block.down.compressed", columns), r"model\.block\.down .* its weights"),
+    "columns of a dense layer": (changed("model.block.o.weight", columns), r"model\.block\.o "),
+    "another mask": (changed("model.block.gate.bitmask", rows), r"model\.block\.gate, model\.block\.up"),
+    "a wrong scale": (changed("model.block.down.weight_scale", lambda one: one * 1.001), r"model\.block\.down "),
+    "gate and up swapped": (swapped("model.block.gate.", "model.block.up."), r"model\.block\.gate, model\.block\.up .*"
+                            "the right ones in another order"),
+    "q and k swapped": (swapped("model.block.q.", "model.block.k."), r"model\.block\.q, model\.block\.k "),
+    "the embedding as the head": (swapped("model.embed.", "model.head."), r"model\.embed"),
+    "one weight of the head": (
+        changed("model.head.weight", lambda one: one.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(0.5))),
+        r"model\.head .* 1 of its 128 rows",
+    ),
+    "one row of the embedding": (
+        changed("model.embed.weight", lambda one: torch.cat([one[:7], one[:1], one[8:]])),
+        r"model\.embed .* 1 of its 128 rows",
+    ),
+    "an expert's rows": (
+        changed("model.moe.0.experts.2.w2.compressed", rows),
+        r"model\.moe\.0\.experts.* 1 of 4 experts, the first of which is 2",
+    ),
+    "two experts swapped": (
+        swapped("model.moe.0.experts.1.", "model.moe.0.experts.3."),
+        r"model\.moe\.0\.experts.* 2 of 4 experts, the first of which is 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_weights_that_are_not_what_was_written_are_named(started, monkeypatch, bug):
+    """Any dense or pruned matrix. A reload of them stops the server."""
+    (damage, named), server, files = BUGS[bug], started("int8"), Server.files
 
     def damaged(self, tensors):
         tensors = dict(tensors)
-        stream = files(self, {key: one.roll(1, 0) if key == name else one for key, one in tensors.items()}.items())
+        stream = files(self, damage(tensors).items())
         Server.read = self.checkpoint, tensors
         return stream
 
