@@ -1,6 +1,7 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`)."""
 
 import functools
+import sys
 
 import torch
 
@@ -47,6 +48,7 @@ def watch_models() -> None:
     from vllm.model_executor.model_loader import utils
 
     from ria_vllm.serve.load.engine import models_being_built
+    from ria_vllm.serve.load.layerwise import watch_sleep
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
 
@@ -56,6 +58,10 @@ def watch_models() -> None:
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
         config, calls = get_current_vllm_config().quant_config, models_being_built()
         if isinstance(config, RiaConfig) and len(calls) == 1:
+            if (
+                workers := sys.modules.get("vllm.v1.worker.gpu_worker")
+            ) is not None:  # else it is no worker that builds
+                watch_sleep(workers.Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 

@@ -110,7 +110,7 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
     order = experts.input_orders[0][0]
     if order is None:
         return PackedExperts(choice, names, None)
-    set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device))
+    set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device, copy=True))
     return PackedExperts(choice, names, "experts_input_permutation")
 
 

@@ -7,9 +7,10 @@ care of
   on CPUs keeps what it has packed;
 - layers that get a part of their tensors: the rest is memory that nobody has written;
 - reloads that fail, or are left by who began them: their tensors would go into the next one;
-- models that such a reload has left with new weights in some layers and old ones in others.
+- models that such a reload has left with new weights in some layers and old ones in others;
+- models that have lost their weights, because the server has slept at level 2.
 
-vLLM has no hooks for this, so `watch_reloads` wraps three of its functions.
+vLLM has no hooks for this, so `watch_reloads` and `watch_sleep` wrap four of its functions.
 """
 
 import functools
@@ -29,7 +30,7 @@ from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.completeness import dense_layers
+from ria_vllm.serve.load.completeness import EMPTY, dense_layers
 
 _ORIGINAL = "ria_original"
 # Seconds that a rank waits for others when it has its new weights.
@@ -82,6 +83,22 @@ def watch_reloads() -> None:
     layerwise.finalize_layerwise_processing = finalize_layerwise_processing
 
 
+def watch_sleep(worker: Any) -> None:
+    """Have the models of a class of vLLM's workers compute nothing after sleep level 2, which drops all weights, until
+    these have come again."""
+    sleep = _original(worker.sleep)
+
+    @functools.wraps(sleep)
+    def watched(self: Any, level: int = 1) -> None:
+        sleep(self, level)
+        for model in (self.get_model(), self.get_draft_model()) if level == 2 else ():
+            if hasattr(model, "ria_reloads"):
+                model.ria_reloads.lose()
+
+    setattr(watched, _ORIGINAL, sleep)
+    worker.sleep = watched
+
+
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
     """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
     named = function.__name__
@@ -106,7 +123,7 @@ class Reloads:
 
     Attributes:
         number: of the last reload, the same on all ranks.
-        stopped: the model refuses to compute, because some of its layers have weights of a reload that failed.
+        stopped: the model refuses to compute, because its weights are those of two models, or gone.
     """
 
     def __init__(
@@ -124,7 +141,7 @@ class Reloads:
         self.before = before
         self.number = 0
         self.stopped: _Stopped | None = None
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     @property
     def is_on(self) -> bool:
@@ -142,8 +159,13 @@ class Reloads:
             if (method := _ours(layer)) is not None:
                 method.forget()
         # vLLM writes these at once, in the model that still serves.
-        at_once = [getattr(layer, name, None) for layer in self.model.modules() for name in SKIP_TENSORS]
-        self._kept = [(tensor.data, tensor.data.clone()) for tensor in at_once if isinstance(tensor, torch.Tensor)]
+        at_once = [
+            (path, getattr(one, name, None)) for path, one in self.model.named_modules() for name in SKIP_TENSORS
+        ]
+        self._kept = [(path, one.data, one.data.clone()) for path, one in at_once if isinstance(one, torch.Tensor)]
+        for _, tensor, _ in self._kept if self.stopped is not None else ():
+            if tensor.is_floating_point():
+                tensor.fill_(EMPTY)  # it has to come, too
         begin(self.model)
 
     def give_up(self) -> None:
@@ -158,10 +180,15 @@ class Reloads:
         try:
             _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
         finally:
-            for tensor, before in self._kept:
+            for _, tensor, before in self._kept:
                 tensor.copy_(before)
             self._kept = []
             self._stop_if_renewed()
+
+    def lose(self) -> None:
+        """All weights are gone."""
+        if self.stopped is None:
+            self.stopped = _Stopped(self.model)
 
     def end(self, end: Callable[[], None]) -> None:
         """End a reload, by vLLM's `end`.
@@ -171,6 +198,8 @@ class Reloads:
                 `after` and `_wait_for_ranks`.
         """
         left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
+        if self.stopped is not None:
+            lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
         tied = tied_layers(self.model)
         for layer in self.model.modules():  # attention is packed elsewhere
             layer.__dict__["ria_renewed"] = (
@@ -182,8 +211,8 @@ class Reloads:
                 layer.quant_method.process_weights_after_loading(layer)
             if self.stopped is not None and lacking:
                 raise RiaError(
-                    f"vLLM's layer {lacking[0]} got no weights in this reload, and the one before has failed, which "
-                    f"left the model with weights of two. {WAY_OUT}"
+                    f"vLLM's layer {lacking[0]} did not get all of its weights in this reload, and those that it has "
+                    f"are of another model, or lost. {WAY_OUT}"
                 )
         except BaseException:
             self.give_up()
@@ -221,8 +250,8 @@ class Reloads:
         """Have the model refuse to compute if some of its layers have new weights, or may have on another rank."""
         alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
         renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
-        if self.stopped is None and (renewed or not alone):
-            self.stopped = _Stopped(self.model)
+        if renewed or not alone:
+            self.lose()
 
 
 WAY_OUT = "Reload or send all weights of one model, or start the server again."
@@ -241,8 +270,8 @@ class _Stopped:
 
     def _refuse(self, *_: Any, **__: Any) -> None:
         raise RiaError(
-            "a reload of weights has failed when some layers had their new ones already, so the answers would be those "
-            f"of no model. {WAY_OUT}"
+            "a reload of weights has failed when some layers had their new ones already, or sleep level 2 has dropped "
+            f"all, so the answers would be those of no model. {WAY_OUT}"
         )
 
     def undo(self) -> None:

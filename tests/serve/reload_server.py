@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.layerwise import holders, watch_reloads
+from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_sleep
 from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)
@@ -48,6 +48,27 @@ def watch(monkeypatch):
     monkeypatch.setattr(Server, "refuses", False)
     plugin.watch_models()
     watch_reloads()
+
+
+class Sleeper:
+    """A worker as vLLM has them on GPUs, where level 2 drops what parameters hold."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def get_model(self):
+        return self.model
+
+    def get_draft_model(self):
+        return None
+
+    def sleep(self, level=1):
+        for parameter in self.model.parameters() if level == 2 else ():
+            if parameter.numel():
+                parameter.data.view(torch.uint8).random_(generator=torch.Generator().manual_seed(9))
+
+
+watch_sleep(Sleeper)
 
 
 @dataclass
@@ -111,6 +132,10 @@ class Server:
         if shuffled:
             random.Random(pieces).shuffle(tensors)
         self.load(*(tensors[piece::pieces] for piece in range(pieces)))
+
+    def sleep(self):
+        Sleeper(self.model).sleep(level=2)
+        assert self.logits() is None
 
     @torch.no_grad()
     def logits(self):

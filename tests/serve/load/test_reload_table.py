@@ -48,6 +48,10 @@ def sync_twice_then_files(server, new):
     server.reload(2)
 
 
+def after_sleep(change):
+    return lambda server, new: (server.sleep(), change(server, new))
+
+
 # What is done with a server of training 1, and what it must have then.
 SEQUENCES = {
     "reload: the same files": (lambda server, new: server.reload(1), lambda old, new: old),
@@ -69,6 +73,8 @@ SEQUENCES = {
     "sent: the embedding, to which the head may be tied": part("model.embed."),
     "sent: the head": part("model.head."),
     "sent: all experts of a layer": part("model.moe.", pieces=3),
+    "sleep level 2, then a reload": whole(after_sleep(lambda server, new: server.reload(2))),
+    "sleep level 2, then sent: all weights in pieces": whole(after_sleep(lambda server, new: server.sync(new, 4))),
     "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
 }
 
@@ -88,6 +94,10 @@ def wrong_in_the_middle(server, new):
     """After some layers."""
     wrong = next(name for name in new if name.startswith("model.moe.0.experts.2.w2"))
     server.sync(new | {wrong: torch.zeros(3, 3)}, 4)
+
+
+def without(*names):
+    return lambda server, new: server.sync({name: one for name, one in new.items() if name not in names})
 
 
 def outside(server, new):
@@ -120,6 +130,12 @@ REFUSED = {
     "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
     "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.moe.0.experts.1.")),
     "a trainer that goes away: the next sync begins anew": left_in_the_middle,
+    "sleep level 2, then sent: all but a dense layer": after_sleep(
+        without("model.block.o.weight", "model.block.o.bias")
+    ),
+    "sleep level 2, then sent: all but the bias of a dense layer": after_sleep(without("model.block.o.bias")),
+    "sleep level 2, then sent: all but a norm": after_sleep(without("model.norm.weight")),
+    "sleep level 2, then a refused sync": after_sleep(wrong_in_the_middle),
     "reload: files without the head, or without the embedding": lambda server, new: server.reload(
         2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
     ),
