@@ -112,7 +112,9 @@ def tokens_of(r: torch.Tensor, count: int) -> torch.Tensor:
     return _signs(count) * r / SCALE
 
 
-def fault(y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype) -> str | None:
+def fault(
+    y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype, before: torch.Tensor | None = None
+) -> str | None:
     """What is wrong with a kernel's products, in words that follow its name; None if they are those of a proof.
 
     Args:
@@ -120,6 +122,7 @@ def fault(y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype
         proof: float32 [out, 2], in the order in which the rows are computed.
         columns: of the whole matrix.
         dtype: of the activations.
+        before: the proof of the weights that were served before.
     """
     products = y.float() * SCALE * _signs(len(y))
     limit = bound(proof, columns, dtype)
@@ -129,6 +132,8 @@ def fault(y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype
     first = products[wrong.any(1)][0]
     if same_rows(first, proof, limit):
         reason = "they are the right ones in another order"
+    elif before is not None and bool(((first - before[:, 0]).abs() <= bound(before, columns, dtype)).all()):
+        reason = "they are those of the weights before this reload"
     elif len(y) > 1 and not bool(wrong[0].any()):
         reason = f"with one token they are right, with {len(y)} they are not"
     else:

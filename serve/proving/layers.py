@@ -122,11 +122,14 @@ class Proved:
             return f"vLLM's {type(self.layer.quant_method).__name__}"
         return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
 
-    def problem(self, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
+    def problem(
+        self, vector: Vector, expected: torch.Tensor, tokens: int, before: torch.Tensor | None = None
+    ) -> str | None:
         """What is wrong with the layer, in a sentence; None if it computes what is `expected`, float32 [rows, 2].
 
         Args:
             tokens: so many rows r, -r, r, ... are multiplied.
+            before: what was expected of the weights before.
         """
         device = self._device
         expected = expected.cpu()
@@ -137,7 +140,8 @@ class Proved:
         y = y if self._looks_up else y[:, known]
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = device.type == "cuda" and self.dtype == torch.float32
-        fault = proofs.fault(y, expected[known], self.columns, torch.float16 if tf32 else self.dtype)
+        before = None if before is None else before[known]
+        fault = proofs.fault(y, expected[known], self.columns, torch.float16 if tf32 else self.dtype, before)
         matrices = ", ".join(self.matrices) or f"vLLM's layer {self.path}"
         return fault and f"{matrices} ({self.kernels}): {fault}"
 
@@ -206,6 +210,7 @@ class Prover:
     def __init__(
         self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
     ):
+        self.before: dict[str, torch.Tensor] = {}  # layer -> its proof when it was proved last
         self.layers = list(_layers(config, model, taken, embeddings))
         taken_apart = list(absorbed(model, self.layers))
         emptied = {id(one.layer) for one in taken_apart if one.is_packed}
@@ -248,7 +253,8 @@ class Prover:
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
-            problem = layer.problem(vector, expected, tokens)
+            problem = layer.problem(vector, expected, tokens, self.before.get(layer.path))
+            self.before[layer.path] = expected
             proved.update(layer.matrices or [layer.path])
             problems += [problem] if problem else []
         for experts in self.experts:

@@ -134,7 +134,6 @@ REFUSED = {
         without("model.block.o.weight", "model.block.o.bias")
     ),
     "sleep level 2, then sent: all but the bias of a dense layer": after_sleep(without("model.block.o.bias")),
-    "sleep level 2, then sent: all but a norm": after_sleep(without("model.norm.weight")),
     "sleep level 2, then a refused sync": after_sleep(wrong_in_the_middle),
     "reload: files without the head, or without the embedding": lambda server, new: server.reload(
         2, **{"model.embed.weight" if server.checkpoint.tied else "model.head.weight": None}
