@@ -41,16 +41,18 @@ SURE = 6.0
 def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["ProvedExperts"]:
     """The routed experts of all layers of a model."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RoutedExperts)}
-    dense = {
-        path: experts for experts in config.dense_experts().values() for path in layers_of(model, experts, layers) or ()
-    }
+    dense: dict[str, list[StoredExperts]] = {}
+    for experts in config.dense_experts().values():
+        paths = layers_of(model, experts, layers) or []
+        if len(paths) == 1:
+            dense.setdefault(paths[0], []).append(experts)
     for path, layer in layers.items():
         method = layer.quant_method
         if isinstance(method, Sparse24MoEMethod):
             yield ProvedExperts(path, layer, method.experts, method.scheme)
         else:
-            known = isinstance(method, DenseExpertsMethod)
-            yield ProvedExperts(path, layer, dense.get(path) if known else None, PLAIN)
+            found = dense.get(path, []) if isinstance(method, DenseExpertsMethod) else []
+            yield ProvedExperts(path, layer, found[0] if len(found) == 1 else None, PLAIN)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class ProvedExperts:
         """Whether the kernel takes tokens outside of a step of the engine. vLLM's own may wait for other ranks."""
         method, moe = self.layer.quant_method, self.layer.moe_config
         alone = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
+        alone &= not moe.moe_parallel_config.enable_eplb  # which moves experts
         ours = self.is_stored and self.layer.ria_experts is not None
         return ours or (alone and not method.is_monolithic and moe.hidden_dim == moe.hidden_dim_unpadded)
 
