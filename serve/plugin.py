@@ -58,10 +58,10 @@ def watch_models() -> None:
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
         config, calls = get_current_vllm_config().quant_config, models_being_built()
         if isinstance(config, RiaConfig) and len(calls) == 1:
-            if (
-                workers := sys.modules.get("vllm.v1.worker.gpu_worker")
-            ) is not None:  # else it is no worker that builds
-                watch_sleep(workers.Worker)
+            if "vllm.v1.worker.gpu_worker" in sys.modules:  # else it is no worker that builds the model
+                from vllm.v1.worker.gpu_worker import Worker
+
+                watch_sleep(Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 
