@@ -115,6 +115,11 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "rotates adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
 )
 @expert(
+    "--prune-rest",
+    is_flag=True,
+    help="Of a model of which some linears are 2:4 already, prune the others, too. Otherwise these stay dense.",
+)
+@expert(
     "--compute-dtype",
     default="auto",
     help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
@@ -131,7 +136,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
-    What MODEL has in MXFP4 or FP8 is dequantized as it is read.
+    What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that are 2:4 already keep their zeros.
     Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
     calibration samples and the permutation searches among N processes.
     """

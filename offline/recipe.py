@@ -14,6 +14,7 @@ from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.format import formats
 from ria_vllm.format.weight_format import WeightFormat
+from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
@@ -46,6 +47,8 @@ class Recipe:
         `fitting` makes of it.
     smooth: SmoothQuant's migration strength, 0 for none of it, or None for the default: see `migration_strength`.
     rotate: "heads", "none", or None for the default: see `rotates_heads`.
+    prune_rest: of a model of which some linears are 2:4 already, the others are pruned, and do not stay dense.
+    only_keeps: all that is pruned is 2:4 already; see `keeping`.
 
     Raises:
         pydantic.ValidationError: a value that an option cannot have.
@@ -69,6 +72,8 @@ class Recipe:
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     rotate: Literal["none", "heads"] | None = None
     compute_dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    prune_rest: bool = False
+    only_keeps: bool = False
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
@@ -112,6 +117,25 @@ class Recipe:
     @property
     def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
+
+    def keeping(self) -> "Recipe":
+        """For a model of which all that is pruned is 2:4 already: nothing is searched or trained, weights are only
+        rounded. Without integers nothing depends on calibration tokens, so no text is read."""
+        reads = self.weights != "float"
+        return replace(
+            self,
+            only_keeps=True,
+            permute="none",
+            rotate="none",
+            reconstruct="admm" if reads and self.trains else self.reconstruct if reads else "none",
+            calibration=self.calibration if reads else "self",
+            self_written=self.self_written if reads else 0.0,
+        )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the result depends on calibration tokens."""
+        return not self.only_keeps or self.weights != "float"
 
     @property
     def samples_written(self) -> int:
@@ -226,7 +250,10 @@ class Recipe:
         """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
         chosen = {"smooth": self.migration_strength, "rotate": "heads" if self.rotates_heads else "none"}
-        plain = {"pattern": PATTERN, "ignore": list(self.ignore), "calibration": Path(self.calibration).name}
+        plain: dict[str, Any] = {"pattern": PATTERN, "ignore": list(self.ignore)}
+        plain["calibration"] = Path(self.calibration).name if self.reads_text else "none"
+        if self.only_keeps:
+            plain["method"] = ANOTHER_PROGRAM
         return asdict(self) | chosen | plain | {"source": published(source), "versions": versions}
 
 

@@ -85,7 +85,7 @@ class ExpertsPass:
         numbers = range(experts.layout.num_experts)
         kept = self.ranks.broadcast([store.has(index, path, expert) for expert in numbers])
         trainer = None
-        if self.recipe.trains_experts and not all(kept):
+        if self.recipe.trains_experts and not experts.kept and not all(kept):
             trainer = ExpertsTrainer(experts, self._lacking(index, path), self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
             if not kept[expert]:

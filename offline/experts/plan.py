@@ -17,9 +17,12 @@ ROUTER = "chooses experts"
 
 
 def plan_experts(
-    model: StreamedModel, index: int, topology: Topology, recipe: Recipe
+    model: StreamedModel, index: int, topology: Topology, recipe: Recipe, reasons: Mapping[str, str]
 ) -> tuple[frozenset[str], dict[str, str]]:
     """What happens to the experts of layer `index`: those of a module are all pruned, or all stay dense.
+
+    Args:
+        reasons: path of experts that stay dense -> why.
 
     Returns:
         (paths of the experts that are pruned; written name of what stays dense -> why). Experts that stay dense count
@@ -30,7 +33,7 @@ def plan_experts(
     pruned = set()
     for path, files in model.experts[index].items():
         dense |= dict.fromkeys(_routers(model, index, path), ROUTER)
-        reason = _reason(model, files, recipe)
+        reason = _reason(model, files, recipe) or reasons.get(path)
         if path not in reached:
             reason = "no tokens reached them in the run of a layer by which the others are described"
         if reason is None:
@@ -45,8 +48,13 @@ def widths_of_experts(model: StreamedModel, index: int, recipe: Recipe) -> dict[
 
     Those of the others are as wide.
     """
-    able = [files for files in model.experts[index].values() if _reason(model, files, recipe) is None]
+    able = experts_to_prune(model, index, recipe).values()
     return {files.linear(0, kind): files.layout.shape(kind)[1] for files in able for kind in files.layout.kinds}
+
+
+def experts_to_prune(model: StreamedModel, index: int, recipe: Recipe) -> dict[str, ExpertFiles]:
+    """Path -> files, of the experts of layer `index` that may be pruned."""
+    return {path: files for path, files in model.experts[index].items() if _reason(model, files, recipe) is None}
 
 
 def experts_left_dense(dense: Mapping[str, str]) -> list[str]:

@@ -35,6 +35,7 @@ class RoutedExperts:
     tokens: that they read.
     device: of the computations, whose dtype is `compute_dtype`; `dtype` is the checkpoint's.
     place: a linear's written name -> what an error about it begins with.
+    kept: they are 2:4 already, and keep their masks.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class RoutedExperts:
     compute_dtype: torch.dtype
     dtype: torch.dtype
     place: Callable[[str], str]
+    kept: bool = False
 
     @property
     def layout(self) -> ExpertsLayout:
@@ -105,8 +107,8 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
     pruned = {kind: found[name].weight.to(experts.device) for kind, name in zip(layout.first, first, strict=True)}
     found |= _solved(experts, [down], weights, _reads_of_down(experts, expert, dense, pruned))
     trim()
-    counts = {"tokens": experts.tokens.counts[expert]}
-    if missing := experts.tokens.missing(expert):
+    counts = {"tokens": experts.tokens.counts[expert]} if recipe.reads_text else {}
+    if recipe.reads_text and (missing := experts.tokens.missing(expert)):
         counts["borrowed"] = missing
     return {name: replace(linear, record=linear.record | counts) for name, linear in found.items()}
 
@@ -125,9 +127,11 @@ def _solved(
         orders: of the input's channels; None: they are searched.
     """
     recipe, ranks, statistics = experts.recipe, experts.ranks, dict.fromkeys(names, read)
-    if orders is None:
+    if experts.kept:
+        orders = dict.fromkeys(names)
+    elif orders is None:
         orders = find_orders([Group(tuple(names))], weights, statistics, recipe, ranks)
-    linears = {name: ToPrune(weights[name], read, orders[name]) for name in names}
+    linears = {name: ToPrune(weights[name], read, orders[name], experts.kept) for name in names}
     return solve(linears, recipe, ranks, experts.dtype, experts.place)
 
 

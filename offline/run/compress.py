@@ -25,8 +25,9 @@ from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.offline.run.plan import Plan, make_plan, widths
+from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
 from ria_vllm.offline.run.tokens import calibration_tokens
 from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
@@ -77,14 +78,15 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
             dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
             with monitor.phase("reading the headers"):
                 streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
-            if streamed.tensors.scheme is not None:
-                count, method = len(streamed.tensors.quantized), streamed.tensors.scheme.method
+            if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
+                method = streamed.tensors.scheme.method
                 monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
             recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
-            recipe = _fitting(recipe, streamed, monitor)
+            kept = find_kept(streamed, recipe, monitor)
+            recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
             run = fingerprint(recipe, source)
             with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
-                return _Run(source, streamed, recipe, settings, writer, ranks, monitor).compress()
+                return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
 
 
 def _compute_dtype(
@@ -128,6 +130,7 @@ class _Run:
     source: Source
     model: StreamedModel
     recipe: Recipe
+    kept: Kept
     settings: Settings
     writer: CheckpointWriter
     ranks: Ranks
@@ -144,7 +147,7 @@ class _Run:
         store.forget_dense()
         layers = LayerPass(store, tokens, cache, self.monitor, self._kept_topologies())
         self._keep(layers.topologies)
-        plan = make_plan(self.model, layers.topologies, self.recipe)
+        plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         if copied := self.model.copied():
@@ -261,6 +264,8 @@ class _Run:
         count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
         recipe = self._dumped_recipe(topologies, count, rotated)
         found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense)}
+        if kept := sum("kept" in record for record in linears.values()):
+            found["kept"] = {"linears": kept, "pruned": len(linears) - kept}
         if self.recipe.migration_strength:
             found["smoothed"] = {"linears": count, "left": len(linears) - count}
             self.monitor.say(

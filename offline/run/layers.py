@@ -1,8 +1,8 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,15 @@ from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage of a sublayer: its number, its groups with only what is pruned, and what of them keeps its mask."""
+
+    number: int
+    groups: Sequence[Group]
+    kept: Collection[str]
 
 
 class LayerPass:
@@ -73,7 +82,8 @@ class LayerPass:
         recipe, topology = self.recipe, self.topologies.of(index)
         strength, rotates = recipe.migration_strength, recipe.rotates_heads
         smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
-        rotator = Rotator(self.model, index, topology, plan.pruned[index], recipe, changed) if rotates else None
+        free = plan.pruned[index] - plan.kept.names.get(index, frozenset())
+        rotator = Rotator(self.model, index, topology, free, recipe, changed) if rotates else None
         with self.experts.removed_after_layer():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
@@ -135,7 +145,7 @@ class LayerPass:
         round what was trained."""
         if rotator is not None:
             rotator.rotate(sublayer_pass)
-        recipe = self.recipe.before_rounding
+        recipe, kept = self.recipe.before_rounding, plan.kept.names.get(index, frozenset())
         pruned: dict[str, Pruned] = {}
         stages = [plan.groups(index, stage) for stage in sublayer_pass.stages]
         undone = nullcontext if rotator is None else rotator.undone
@@ -146,7 +156,7 @@ class LayerPass:
             sublayer_pass.advance(self.streams.dense)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found = self._solve_stage(index, sublayer_pass, number, groups, dense, scale)
+            found = self._solve_stage(index, sublayer_pass, _Stage(number, groups, kept), dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
                     sublayer_pass.advance(self.streams.dense)
@@ -164,7 +174,9 @@ class LayerPass:
                     self.experts.use_pruned(index, group.experts)
             pruned |= found
         if recipe.trains and pruned:
-            pruned = train_sublayer(sublayer_pass, pruned, recipe, self._share(index, sublayer_pass))
+            free = {name: linear for name, linear in pruned.items() if name not in kept}
+            if free:
+                pruned |= train_sublayer(sublayer_pass, free, recipe, self._share(index, sublayer_pass))
             if self.recipe.weights != "float":
                 scales = {} if smoother is None else smoother.scales
                 pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
@@ -183,8 +195,7 @@ class LayerPass:
         self,
         index: int,
         sublayer_pass: SublayerPass,
-        number: int,
-        groups: Sequence[Group],
+        stage: _Stage,
         dense: Mapping[str, Reads],
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None,
     ) -> dict[str, Pruned]:
@@ -197,8 +208,8 @@ class LayerPass:
         Returns:
             Linear -> result. Pruned experts go to the store.
         """
-        plain = [group for group in groups if group.linears]
-        found = sublayer_pass.statistics(number, plain, self.recipe.needs_gram) if plain else []
+        plain = [group for group in stage.groups if group.linears]
+        found = sublayer_pass.statistics(stage.number, plain, self.recipe.needs_gram) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}
@@ -207,13 +218,16 @@ class LayerPass:
             scale(plain, statistics, weights)
         shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
-            alone = [group for group in plain if not (group.experts and shared)]
-            orders = find_orders(alone, weights, statistics, self.recipe, self.ranks)
+            # Masks that are kept are 2:4 in the model's own order, and who reads the same should gather no other one.
+            fixed = [group for group in stage.groups if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
+            alone = [group for group in plain if not (group.experts and shared) and group not in fixed]
+            orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
-        for group in (group for group in groups if group.experts):
+        for group in (group for group in stage.groups if group.experts):
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
+            experts = replace(experts, kept=group.experts in stage.kept)
             order = None
-            if shared:
+            if shared and group not in fixed:
                 beside = {name: weights[name] for name in group.linears}
                 with self.monitor.phase("permutations"):
                     order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})
@@ -221,7 +235,9 @@ class LayerPass:
             mixtures.append((experts, order))
         with self.monitor.phase("masks and weights"):
             trim()
-            linears = {name: ToPrune(weights[name], statistics[name], orders[name]) for name in names}
+            linears = {
+                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept) for name in names
+            }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
             solved = solve(linears, recipe, self.ranks, dtype, sublayer_pass.place, recipe.damping)
         del found, statistics, linears

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -16,10 +16,29 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
 
+NOT_24 = "it is not 2:4, as others of the model are (--prune-rest prunes it)"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The linears that are 2:4 already: layer index -> names relative to the layer, paths of routed experts among them.
+
+    left: the others that may be pruned; empty if none is 2:4 already.
+    """
+
+    names: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    left: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    def reasons(self, index: int, recipe: Recipe) -> dict[str, str]:
+        """Why those that are left in a layer stay dense, unless they are pruned."""
+        return {} if recipe.prune_rest else dict.fromkeys(sorted(self.left.get(index, ())), NOT_24)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What happens to each linear.
 
+    kept: what keeps the mask that it has.
     pruned: layer index -> names of linears, relative to the layer.
     dense: written name -> why.
     warnings: for the user.
@@ -33,6 +52,7 @@ class Plan:
     warnings: tuple[str, ...]
     experts: Mapping[int, frozenset[str]]
     blocks: Mapping[int, Mapping[str, int]]
+    kept: Kept
 
     @property
     def last(self) -> int:
@@ -54,7 +74,7 @@ class Plan:
         return [group for group in left if group.linears or group.experts]
 
 
-def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe) -> Plan:
+def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept: Kept) -> Plan:
     """Decide for every linear of the model.
 
     Raises:
@@ -69,8 +89,10 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe) -> P
     left_dense: dict[str, str] = {}
     for index, layer in enumerate(model.layers):
         linears, topology = _linears(layer), topologies.of(index)
-        reasons = _reasons(model, index, topology, recipe)
-        misfits.update(f"{name}: {why}" for name, why in reasons.items() if "in-features" in why)
+        not_24 = kept.reasons(index, recipe)
+        reasons = {name: why for name, why in not_24.items() if name in linears}
+        reasons |= _reasons(model, index, topology, recipe)
+        misfits.update(f"{name}: {why}" for name, why in reasons.items() if why == NOT_24 or "in-features" in why)
         for name, (partner, how) in _partners(topology, linears, reasons).items():
             one, other = (model.written_linear(index, either) for either in (name, partner))
             fuses = "fuses it" if how == "served" else "may fuse it"
@@ -78,7 +100,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe) -> P
             reasons[name] = f"{how} as one with {partner}"
         pruned[index] = frozenset(linears) - frozenset(reasons)
         blocks[index] = _blocks(topology, linears, pruned[index])
-        mixtures[index], left = plan_experts(model, index, topology, recipe)
+        mixtures[index], left = plan_experts(model, index, topology, recipe, not_24)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
     if not any(pruned.values()) and not any(mixtures.values()):
@@ -89,7 +111,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe) -> P
     warnings += [*experts_left_dense(left_dense), *_unknown_tensors(model)]
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
-    return Plan(pruned, outside | dense, tuple(warnings), mixtures, blocks)
+    return Plan(pruned, outside | dense, tuple(warnings), mixtures, blocks, kept)
 
 
 def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recipe) -> dict[str, str]:
@@ -128,13 +150,21 @@ def _blocks(topology: Topology, linears: Mapping[str, nn.Linear], pruned: Contai
 def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:
     """Written name -> in-features, of all linears that may be pruned. Experiments keep some dense."""
     found = {}
-    for index, layer in enumerate(model.layers):
-        dense = served_dense(layer)
-        for name, module in _linears(layer).items():
-            if name not in dense and not _reason(model, index, name, module, recipe):
-                found[model.written_linear(index, name)] = module.in_features
+    for index in range(len(model.layers)):
+        able = linears_to_prune(model, index, recipe)
+        found |= {model.written_linear(index, name): module.in_features for name, module in able.items()}
         found |= widths_of_experts(model, index, recipe)
     return found
+
+
+def linears_to_prune(model: StreamedModel, index: int, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linears of layer `index` that may be pruned."""
+    linears, dense = _linears(model.layers[index]), served_dense(model.layers[index])
+    return {
+        name: module
+        for name, module in linears.items()
+        if name not in dense and not _reason(model, index, name, module, recipe)
+    }
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:

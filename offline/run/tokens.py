@@ -15,6 +15,8 @@ from ria_vllm.offline.runtime.memory import available
 from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
 
+UNREAD = 8  # tokens of a sample on which nothing depends
+
 
 def calibration_tokens(
     source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
@@ -28,6 +30,10 @@ def calibration_tokens(
     Raises:
         RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
     """
+    if not recipe.reads_text:  # layers are run all the same, but any tokens will do
+        vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
+        count = (recipe.samples, min(recipe.seq_len, UNREAD))
+        return torch.randint(vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, recipe.samples, monitor)
     written = recipe.samples_written

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import permutation
+from ria_vllm.format import permutation, plain24, sparse24
 from ria_vllm.format.formats import IntFormat
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
@@ -67,11 +67,15 @@ def find_orders(
 
 @dataclass(frozen=True)
 class ToPrune:
-    """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it."""
+    """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it.
+
+    kept: it is 2:4 already in the model's own order, and keeps its mask and its zeros.
+    """
 
     weight: torch.Tensor
     statistics: Statistics
     order: torch.Tensor | None
+    kept: bool = False
 
 
 def solve(
@@ -100,9 +104,12 @@ def solve(
     owners = dict(zip(linears, ranks.partition_by_cost(costs), strict=True))
     solved: dict[str, Pruned] = {}
     own = {name: one for name, one in linears.items() if owners[name] == ranks.rank}
-    solvers = _Solvers((one.statistics.gram for one in own.values()), damping)
+    solvers = _Solvers((one.statistics.gram for one in own.values() if not one.kept), damping)
     for name, one in own.items():
-        solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
+        if one.kept:
+            solved[name] = _keep(one.weight, one.statistics, dtype, recipe)
+        else:
+            solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
     return {name: ranks.broadcast(solved.get(name), owner) for name, owner in owners.items()}
@@ -231,6 +238,27 @@ def _prune(
         record["error_before"] = output_error(weight, weight * start, statistics.gram, statistics.drift)
         record["error_after"] = output_error(weight, W.to(weight.device), statistics.gram, statistics.drift)
     return Pruned(W, packed(mask), p, record, scales)
+
+
+def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe) -> Pruned:
+    """A linear that is 2:4 already: only rounded, if it becomes integers. Its zeros stay, even where a group has more
+    than two and some have to be stored."""
+    bitmask = plain24.bitmask_of(weight)
+    assert bitmask is not None
+    W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram
+    if gram is not None and isinstance(weight_format, IntFormat):
+        cross_term = statistics.drift and statistics.drift.cross_term(weight)
+        start = weight.to(torch.float32, copy=True)  # whose memory the result takes
+        W, scales = round_on_mask(
+            weight, start, weight != 0, gram, weight_format, cross_term, divided_by=statistics.scales
+        )
+    W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
+    record: dict[str, Any] = {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
+    record |= {"shape": list(weight.shape), "permuted": False}
+    if gram is not None:
+        record["error_before"] = output_error(weight, weight, gram, statistics.drift)
+        record["error_after"] = output_error(weight, W.to(weight.device), gram, statistics.drift)
+    return Pruned(W, packed(sparse24.mask_from_bitmask(bitmask)), None, record, scales)
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:

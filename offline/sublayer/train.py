@@ -175,7 +175,10 @@ def _rounded(
     assert isinstance(weight_format, IntFormat)
     exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
     start = exact.to(torch.float32, copy=True)  # whose memory the result takes
-    W, scale = round_on_mask(exact, start, linear.mask.to(device), gram, weight_format, p=p, divided_by=divided_by)
+    mask = linear.mask.to(device)
+    if "kept" in linear.record:  # zeros stay, see `solve`
+        mask &= exact != 0
+    W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})

@@ -1,5 +1,7 @@
 """From a plain weight with its zeros to the two kept values of each group of four, if it is 2:4."""
 
+from collections.abc import Iterator
+
 import torch
 
 # Elements at a time: the positions that are gathered have eight bytes each.
@@ -34,20 +36,32 @@ def compress(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     Returns:
         compressed [out, in/2] and bitmask uint8 [out, in/8]; None if some group of four has three non-zeros or more.
     """
+    bitmask = bitmask_of(dense)
+    if bitmask is None:
+        return None
     rows, columns = dense.shape
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dense.itemsize]  # torch gathers these, but not fp8
-    compressed = dense.new_empty(rows, columns // 2)
-    bitmask = dense.new_empty(rows, columns // 8, dtype=torch.uint8)
-    kept, positions = _BITMASK.to(dense.device), _COLUMNS.to(dense.device)
-    step = max(1, _BLOCK // max(1, columns))
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
-        bitmask[block] = kept[_bits((dense[block] != 0).contiguous()).int()]
-        if not bool(bitmask[block].all()):
-            return None
+    compressed, positions = dense.new_empty(rows, columns // 2), _COLUMNS.to(dense.device)
+    for block in _blocks(dense):
         values = dense[block].contiguous().view(whole).unflatten(1, (-1, 8))
         compressed[block] = values.gather(-1, positions[bitmask[block].int()]).flatten(1).view(dense.dtype)
     return compressed, bitmask
+
+
+def bitmask_of(dense: torch.Tensor) -> torch.Tensor | None:
+    """The bitmask that `compress` returns; None if the matrix is not 2:4."""
+    bitmask = dense.new_empty(len(dense), dense.shape[1] // 8, dtype=torch.uint8)
+    kept = _BITMASK.to(dense.device)
+    for block in _blocks(dense):
+        bitmask[block] = kept[_bits((dense[block] != 0).contiguous()).int()]
+        if not bool(bitmask[block].all()):
+            return None
+    return bitmask
+
+
+def _blocks(dense: torch.Tensor) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(1, dense.shape[1]))
+    return (slice(first, first + step) for first in range(0, len(dense), step))
 
 
 def _bits(flags: torch.Tensor) -> torch.Tensor:

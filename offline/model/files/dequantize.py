@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.files.compressed_tensors import CompressedTensors, StoredLinear
+from ria_vllm.offline.model.files.tensors import Header
 
 # What four bits mean in e2m1: a sign, two bits of exponent and one of mantissa.
 _MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -30,16 +33,7 @@ OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale")
 # No model of transformers has such parameters. vLLM looks for all of them.
 OF_KV_CACHE = re.compile(r"(?:.*\.)?(?:[qkv]_scale|kv_scale|[kv]_cache\.scale)")
 
-READABLE = "mxfp4 and fp8 (with a scale for each tensor or block)"
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file's header says of a tensor. dtype: in its words, such as "BF16"."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
+READABLE = "mxfp4, fp8 (with a scale for each tensor or block) and 2:4 ones of compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,10 @@ class Quantized:
     values: str
     scales: str
     shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.values, self.scales
 
 
 @dataclass(frozen=True)
@@ -187,7 +185,7 @@ class Fp8:
         return plain
 
 
-Scheme = Mxfp4 | Fp8
+Scheme = Mxfp4 | Fp8 | CompressedTensors
 
 
 def scheme_of(words: Any, where: str | Path) -> Scheme | None:
@@ -210,6 +208,8 @@ def scheme_of(words: Any, where: str | Path) -> Scheme | None:
         return Mxfp4()
     if method == "fp8":
         return Fp8(_block(words.get("weight_block_size"), where))
+    if isinstance(words, dict) and is_24_checkpoint(words):
+        return CompressedTensors(CompressedTensorsConfig.parse(words))
     raise RiaError(
         f"{where}: its weights are quantized ({method}), says config.json; of such models, only {READABLE} are read. "
         "Give the original, unquantized model."
@@ -227,7 +227,10 @@ def method_of(words: Any) -> str | None:
     return None if scheme is None else scheme.method
 
 
-def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[str, Quantized], set[str]]:
+Dequantized = Quantized | StoredLinear
+
+
+def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[str, Dequantized], set[str]]:
     """The weights of a model that are quantized in its files.
 
     Args:
@@ -240,8 +243,8 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
         RiaError: values or scales are missing, or have another shape or dtype than they should; or another tensor has
             a dtype as in a quantized model.
     """
-    found = scheme.find(headers)
-    parts = {part for one in found.values() for part in (one.values, one.scales)}
+    found: dict[str, Dequantized] = {**scheme.find(headers)}
+    parts = {part for one in found.values() for part in one.parts}
     unused = scheme.unused(headers, found) | {name for name in headers if OF_KV_CACHE.fullmatch(name)} - parts
     known = unused | parts
     for name, header in headers.items():

@@ -9,8 +9,9 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.open_files import OpenFiles
-from ria_vllm.offline.model.files.dequantize import Header, Quantized, Scheme, find_quantized, scheme_of
-from ria_vllm.offline.model.files.tensors import MOST_BYTES, each_in_its_file, opened, reading
+from ria_vllm.offline.model.files.compressed_tensors import CompressedTensors, StoredLinear
+from ria_vllm.offline.model.files.dequantize import Dequantized, Fp8, Mxfp4, Scheme, find_quantized, scheme_of
+from ria_vllm.offline.model.files.tensors import MOST_BYTES, Header, each_in_its_file, opened, reading
 from ria_vllm.offline.model.files.which_weights import find_tensors
 
 
@@ -34,7 +35,7 @@ class SourceTensors:
     def __init__(self, folder: Path, dtype: torch.dtype | None):
         files = find_tensors(folder)
         self.scheme: Scheme | None = scheme_of(read_json(folder / "config.json").get("quantization_config"), folder)
-        self.quantized: dict[str, Quantized] = {}
+        self.quantized: dict[str, Dequantized] = {}
         self._where, self._open = files, OpenFiles(MOST_BYTES)
         self.files = files
         if self.scheme is not None:
@@ -44,13 +45,15 @@ class SourceTensors:
                 for part in [file.get_slice(name)]
             }
             self.quantized, unused = find_quantized(self.scheme, headers)
-            unused = unused.union(*((one.values, one.scales) for one in self.quantized.values()))
+            unused = unused.union(*(one.parts for one in self.quantized.values()))
             plain = {name: path for name, path in files.items() if name not in unused}
             self.files = plain | {name: files[one.values] for name, one in self.quantized.items()}
         self.dtype = self._largest() if dtype is None else dtype
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+    def read(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """One tensor or, of a stack, its part with this index, on the CPU. It is not mapped from its file.
+
+        Of one that is not quantized, `index` may also be some rows.
 
         Raises:
             RiaError: the file cannot be read, or a scale is no number.
@@ -58,12 +61,15 @@ class SourceTensors:
         found = self.quantized.get(name)
         if found is None:
             return self._read(name, index)
+        if isinstance(found, StoredLinear):
+            assert isinstance(self.scheme, CompressedTensors)
+            return self.scheme.dequantized(found, self._read, self.dtype)
         if index is None and len(found.shape) == 3:
             stack = torch.empty(found.shape, dtype=self.dtype)
             for number in range(len(stack)):
                 stack[number] = self.read(name, number)
             return stack
-        assert self.scheme is not None
+        assert isinstance(self.scheme, Mxfp4 | Fp8)
         scales = self._read(found.scales, index)
         if self.scheme.is_damaged(scales):
             raise RiaError(
@@ -83,7 +89,7 @@ class SourceTensors:
         for name, file in each_in_its_file({name: self.files[name] for name in names if name not in self.quantized}):
             yield name, tuple(file.get_slice(name).get_shape())
 
-    def _read(self, name: str, index: int | None) -> torch.Tensor:
+    def _read(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         with reading(self._where[name]):
             return self._open.read(self._where[name], name, index)
 

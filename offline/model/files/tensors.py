@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ FINITE_AT_ONCE = 1 << 22
 
 # What was read of a file counts as memory of the process while the file stays open: this is a few experts' weights.
 MOST_BYTES = 1 << 25
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file's header says of a tensor. dtype: in its words, such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
 
 
 def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) -> None:

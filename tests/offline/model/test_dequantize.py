@@ -7,7 +7,8 @@ import torch
 from quantized_sources import E2M1, from_mxfp4, grid_of, to_fp8, to_mxfp4
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.files.dequantize import Fp8, Header, Mxfp4, find_quantized, method_of, scheme_of
+from ria_vllm.offline.model.files.dequantize import Fp8, Mxfp4, find_quantized, method_of, scheme_of
+from ria_vllm.offline.model.files.tensors import Header
 
 DTYPES = [torch.bfloat16, torch.float32]
 

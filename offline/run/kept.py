@@ -1,0 +1,78 @@
+"""Finds out which linears of a model are 2:4 already, as recovered models are."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from ria_vllm.format import plain24
+from ria_vllm.offline.experts.plan import experts_to_prune
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.plan import Kept, linears_to_prune
+from ria_vllm.progress import Monitor
+
+LEAST_SHARE = 1 / 4
+FIRST_ROWS = 64  # are read first: they tell that a linear is dense
+
+
+def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
+    """Look at the weights of all linears that may be pruned.
+
+    A linear fits 2:4 if no group of four consecutive input channels, in the model's own order, has more than two values
+    other than zero in any row. That proves something only if at least LEAST_SHARE of what the pattern can keep is not
+    zero: a linear of zeros, or nearly so, fits any pattern. If some linear proves that the model was pruned, all that
+    fit are kept; else it is a dense model. The experts of a module fit if all of their linears do.
+    """
+    fitting: dict[int, frozenset[str]] = {}
+    left: dict[int, frozenset[str]] = {}
+    proved, total = False, len(model.layers)
+    for index in monitor.steps(range(total), "looking for zeros", total):
+        weights = {name: _linear(model, index, name) for name in linears_to_prune(model, index, recipe)}
+        weights |= {path: _experts(model, index, path) for path in experts_to_prune(model, index, recipe)}
+        shares = {name: _share(parts) for name, parts in weights.items()}
+        fitting[index] = frozenset(name for name, share in shares.items() if share is not None)
+        left[index] = frozenset(shares) - fitting[index]
+        proved |= any(share is not None and share >= LEAST_SHARE for share in shares.values())
+    return Kept(fitting, left) if proved else Kept()
+
+
+def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
+    """The recipe for a model with these linears, and what the user is told about them."""
+    count, left = (sum(map(len, of.values())) for of in (kept.names, kept.left))
+    if not count:
+        if recipe.prune_rest:
+            monitor.warn("--prune-rest: no linear is 2:4 already, so all are pruned as usual.")
+        return replace(recipe, prune_rest=False)
+    monitor.say(f"{count} of {count + left} linears are 2:4 already: their zeros stay, nothing is searched or trained")
+    if left and recipe.prune_rest:
+        monitor.say(f"{left} are not, and are pruned (--prune-rest)")
+        return recipe
+    adapted = recipe.keeping()
+    if not adapted.reads_text:
+        monitor.say("no calibration text is read: nothing depends on it")
+    return adapted
+
+
+def _share(weights: Iterable[torch.Tensor]) -> float | None:
+    """The values that are not zero, in those that 2:4 can keep; None if some matrix does not fit."""
+    values = size = 0
+    for weight in weights:
+        if plain24.bitmask_of(weight) is None:
+            return None
+        values += int(weight.count_nonzero())
+        size += weight.numel()
+    return values / (0.5 * size)
+
+
+def _linear(model: StreamedModel, index: int, name: str) -> Iterator[torch.Tensor]:
+    stored = model.names.files[f"{model.written_linear(index, name)}.weight"]
+    if stored not in model.tensors.quantized:
+        yield model.tensors.read(stored, slice(FIRST_ROWS))
+    yield model.tensors.read(stored)
+
+
+def _experts(model: StreamedModel, index: int, path: str) -> Iterator[torch.Tensor]:
+    weights = model.from_files(index, path)
+    for expert in range(model.experts[index][path].layout.num_experts):
+        yield from weights(expert).values()
