@@ -15,7 +15,6 @@ from ria_vllm.offline.model.topology import Group, Topologies, Topology, linears
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
-
 NOT_24 = "it is not 2:4, as others of the model are (--prune-rest prunes it)"
 
 
@@ -149,7 +148,7 @@ def _blocks(topology: Topology, linears: Mapping[str, nn.Linear], pruned: Contai
 
 def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:
     """Written name -> in-features, of all linears that may be pruned. Experiments keep some dense."""
-    found = {}
+    found: dict[str, int] = {}
     for index in range(len(model.layers)):
         able = linears_to_prune(model, index, recipe)
         found |= {model.written_linear(index, name): module.in_features for name, module in able.items()}

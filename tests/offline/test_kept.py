@@ -23,7 +23,8 @@ from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.plan import NOT_24
 
 LLAMA_31 = {
-    "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
     "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -153,7 +154,8 @@ def stored(recovered, tmp_path_factory):
         mine = {name.partition("/")[2]: one for name, one in written.items() if name.startswith(f"{number}/")}
         meant = {f"{name[:-7]}.weight": mine.pop(f"{name[:-7]}.exact") for name in source if is_linear(name)}
         others = {name: one for name, one in source.items() if not is_linear(name)}
-        save_file(others | {name: one for name, one in mine.items() if not name.endswith(".dense")}, folder / "model.safetensors")
+        mine = {name: one for name, one in mine.items() if not name.endswith(".dense")}
+        save_file(others | mine, folder / "model.safetensors")
         group = {"targets": ["Linear"], "weights": weights and weights | {"symmetric": True}, "format": form}
         words = {
             "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "version": "0.12.2",

@@ -30,8 +30,10 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """Linears in sparse-24-bitmask or with their zeros, also in fp8 or int8, in marlin-24 or in pack-quantized. Those of
-    such a model that are not 2:4 are read, too."""
+    """Linears in sparse-24-bitmask or with their zeros, also in fp8 or int8, in marlin-24 or in pack-quantized.
+
+    Those of such a model that are not 2:4 are read, too.
+    """
 
     config: CompressedTensorsConfig
     method: str = "compressed-tensors"
