@@ -17,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.errors import RiaError
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.format.sparse24 import mask_from_bitmask
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.plan import NOT_24
 
+UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 TOKENS = torch.randint(2, 258, (2, 48), generator=torch.Generator().manual_seed(3))
 
 
@@ -154,6 +157,39 @@ def test_forms_of_compressed_tensors(kind, stored, text, tmp_path):
     assert config["quantization_config"]["quant_method"] == "ria"
 
 
+DAMAGE = {
+    "": (lambda t: t.pop("bitmask"), "compressed, weight_scale are in the files; by .*, it should be"),
+    "short": (lambda t: t.update(compressed=t["compressed"][:, 4:]), r"compressed is torch.float8_e4m3fn .*, expected"),
+    "mask": (lambda t: t["bitmask"].fill_(255), "a group of four without exactly two kept values"),
+    "nan": (lambda t: t["weight_scale"].fill_(torch.nan), "a weight_scale is not a finite number"),
+    "zero": (lambda t: t.update(weight_zero_point=torch.ones(1)), "asymmetric weights are not served"),
+}  # fmt: skip
+
+
+@needs_writer
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_files_of_compressed_tensors(how, stored, tmp_path):
+    folder = shutil.copytree(stored["fp8, a scale, bitmask"][0], tmp_path / "in")
+    change, message = DAMAGE[how]
+
+    def damage(tensors):
+        mine = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{UP}.")}
+        parts = {name.removeprefix(f"{UP}."): one for name, one in mine.items()}
+        change(parts)
+        tensors |= {f"{UP}.{part}": one.contiguous() for part, one in parts.items()}
+
+    edit_weights(folder, damage)
+    with pytest.raises(RiaError, match=f"{UP}.*{message}"):
+        SourceTensors(folder, torch.bfloat16).read(f"{UP}.weight")
+
+
+def test_config_of_compressed_tensors_that_is_not_read(recovered, tmp_path):
+    folder = shutil.copytree(recovered, tmp_path / "in")
+    edit_config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "marlin-24", "ignore": 1})
+    with pytest.raises(RiaError, match="in/config.json: quantization_config.ignore is 1"):
+        SourceTensors(folder, torch.bfloat16)
+
+
 def spoil(recovered: Path, folder: Path) -> Path:
     """Layer 0's up_proj has a third value in one group."""
     shutil.copytree(recovered, folder)
@@ -163,9 +199,6 @@ def spoil(recovered: Path, folder: Path) -> Path:
     tensors[name][-1, -4:] = torch.tensor([1.0, 0.0, 2.0, 3.0])
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
-
-
-UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 
 
 def test_linears_that_are_not_24_stay_dense(recovered, text, tmp_path):
@@ -180,7 +213,7 @@ def test_linears_that_are_not_24_stay_dense(recovered, text, tmp_path):
     assert f"mlp.up_proj: {NOT_24}; left dense in 1 layers." in warnings
 
 
-@pytest.mark.parametrize("scheme", ["BF16", "W4A16"])
+@pytest.mark.parametrize("scheme", ["BF16", "W8A8"])
 def test_prune_rest(scheme, recovered, text, tmp_path):
     source = spoil(recovered, tmp_path / "in")
     options = {"reconstruct": "short", "prune_rest": True, "samples": 8} | SCHEMES[scheme]

@@ -209,7 +209,10 @@ def scheme_of(words: Any, where: str | Path) -> Scheme | None:
     if method == "fp8":
         return Fp8(_block(words.get("weight_block_size"), where))
     if isinstance(words, dict) and is_24_checkpoint(words):
-        return CompressedTensors(CompressedTensorsConfig.parse(words))
+        try:
+            return CompressedTensors(CompressedTensorsConfig.parse(words))
+        except RiaError as error:
+            raise RiaError(f"{where}/{error}") from None
     raise RiaError(
         f"{where}: its weights are quantized ({method}), says config.json; of such models, only {READABLE} are read. "
         "Give the original, unquantized model."
