@@ -193,6 +193,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
         ("pruned linears", f"{len(linears)}"),
         ("sparsity", f"{plain(recipe['pattern'])}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
     ]
+    if kept := sum("kept" in entry for entry in linears.values()):
+        rows.append(("2:4 already", f"{kept} of them, which kept their zeros"))
     if recipe.get("rotate") == "heads":
         fit = rotations and not recipe.get("smooth")
         rotated = "fit only in vLLM with ria-vllm, which rotates them, too" if fit else "do not fit"

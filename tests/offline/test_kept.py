@@ -72,7 +72,8 @@ def test_nothing_is_read_where_weights_are_copied(recovered, tmp_path):
     """Neither a text, which is not there, nor the whole model, to write one."""
     report, _ = run_small(recovered, tmp_path / "out", tmp_path / "no.txt", reconstruct="block")
     assert report["recipe"]["calibration"] == "none" and report["recipe"]["method"] == "another program's"
-    assert "pruned by another program" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pruned by another program" in card and "| 2:4 already | 14 of them, which kept their zeros |" in card
 
 
 def inputs_of(folder: Path, text: Path, name: str) -> torch.Tensor:
