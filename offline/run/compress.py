@@ -325,8 +325,12 @@ class _Run:
 def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
     for name, record in records.items():
         text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
+        if "kept" in record:
+            text = f"{name}: 2:4 already"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
+        if "rounding_error" in record:
+            text += f", rounding error {record['rounding_error']:.4f}"
         monitor.say(text)
 
 

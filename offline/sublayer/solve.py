@@ -255,9 +255,8 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
     W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
     record: dict[str, Any] = {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
     record |= {"shape": list(weight.shape), "permuted": False}
-    if gram is not None:
-        record["error_before"] = output_error(weight, weight, gram, statistics.drift)
-        record["error_after"] = output_error(weight, W.to(weight.device), gram, statistics.drift)
+    if scales is not None and gram is not None:
+        record["rounding_error"] = output_error(weight, W.to(weight.device), gram)
     return Pruned(W, packed(sparse24.mask_from_bitmask(bitmask)), None, record, scales)
 
 
