@@ -3,6 +3,7 @@
 from collections import Counter
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
@@ -14,7 +15,7 @@ def planned(model: StreamedModel) -> list[str]:
 
 
 def check_written_once(model: StreamedModel, pruned: set[str], written: list[str], weight_format: WeightFormat) -> None:
-    """Check that each tensor of the source is written exactly once, under its own name, unchanged or compressed.
+    """Check that each tensor of the source is written exactly once, under its own name, in one form.
 
     A tensor that stacks experts is there if each of its linears is. Tensors left out on purpose (`names.LEFT_OUT`) are
     exempt.
@@ -34,7 +35,7 @@ def check_written_once(model: StreamedModel, pruned: set[str], written: list[str
         if mine is None:
             continue
         linear = mine.removesuffix(".weight")
-        there = counts[mine] + (counts[f"{linear}.{first}"] if linear in pruned else 0)
+        there = counts[mine] + counts[f"{linear}.{INTEGERS}"] + (counts[f"{linear}.{first}"] if linear in pruned else 0)
         if pruned & set(stacks.get(mine, ())):
             times = [counts[f"{one}.{first}"] for one in stacks[mine]]
             there += max(times) if 1 <= min(times) else 0

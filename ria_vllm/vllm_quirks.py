@@ -36,11 +36,28 @@ DENSE_ONLY = {
 # `ria_vllm.serve.model.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
 REARRANGED = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
 
+READS_EMBEDDING = ("gemma3n", "gemma3n_text", "diffusion_gemma")
+
 
 def rearranged(hf_config: Any) -> bool:
     """Whether vLLM's model of this config, or of the text decoder in it, changes the order of rows; of None, False."""
+    return _is_one_of(hf_config, REARRANGED)
+
+
+def reads_embedding(hf_config: Any) -> bool:
+    """Whether vLLM's model of this config reads the weight of its embedding or head itself, not through the layer."""
+    return _is_one_of(hf_config, READS_EMBEDDING)
+
+
+def _is_one_of(hf_config: Any, types: tuple[str, ...]) -> bool:
     configs = (hf_config, getattr(hf_config, "text_config", None))
-    return any(getattr(config, "model_type", None) in REARRANGED for config in configs)
+    return any(getattr(config, "model_type", None) in types for config in configs)
+
+
+def changes_head(hf_config: Any) -> bool:
+    """Whether vLLM's model of this config scales the rows of its head as it loads them: BailingMoe's does."""
+    text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
+    return bool(getattr(text_config, "norm_head", False))
 
 
 def fused_sets(linears: Iterable[str], families: bool = False) -> list[set[str]]:

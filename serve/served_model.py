@@ -17,6 +17,7 @@ from ria_vllm.serve.model import layer_matching, reload
 from ria_vllm.serve.model.adapters import rotate_adapters
 from ria_vllm.serve.model.cache_readers import check_rotated_heads
 from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.int8_heads import match_heads
 from ria_vllm.serve.proving.layers import Prover
 
 
@@ -39,7 +40,8 @@ class ServedModel:
         self.built_from = built_from or engine.model_config
         self.embeddings = self.built_from is engine.model_config
         layer_matching.match_layers(config, model)
-        takers = self._takers()
+        heads, widened = match_heads(config, model, self.embeddings)
+        takers = self._takers() | heads
         revision = getattr(self.built_from, "revision", None)
         with config.excused():
             check_rotated_heads(config.schema, config.where, revision, config.is_pruned)
@@ -53,7 +55,7 @@ class ServedModel:
             check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
             after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
             after_reload=self.after_reload, prove=self.prove, arrivals=arrival_checks(model), takers=takers,
-            translation=config.translation, loaded=engine.dummy_weights, embeddings=self.embeddings,
+            translation=config.translation or widened, loaded=engine.dummy_weights, embeddings=self.embeddings,
         )  # fmt: skip
         if self.file_proofs is not None:
             hooks = replace(hooks, watch=self.file_proofs.see, forget=self.file_proofs.forget)

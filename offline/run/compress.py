@@ -25,6 +25,7 @@ from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
 from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
@@ -292,10 +293,11 @@ class _Run:
     ) -> None:
         """Join the layers and everything outside them into the finished folder."""
         source, model, recipe, writer = self.source, self.model, self.recipe, self.writer
-        keys = []
+        keys, in_int8 = [], heads_in_int8(model, recipe)
         for number, name in enumerate(model.names_outside_layers()):
             keys.append(f"outside-{number:05d}")
-            writer.write(keys[-1], {name: model.read(name)})
+            tensor = model.read(name)
+            writer.write(keys[-1], head_tensors(name, tensor) if name in in_int8 else {name: tensor})
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]

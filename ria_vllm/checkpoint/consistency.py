@@ -8,6 +8,7 @@ import torch
 from ria_vllm.checkpoint.weight_files import file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
+from ria_vllm.format.int8_rows import INTEGERS, TENSORS
 from ria_vllm.format.layer_schema import Producer
 from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE, RiaSchema
 
@@ -16,18 +17,19 @@ def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: s
     """Check that no weight is stored both with and without a prefix that loaders add and strip: either could be loaded.
 
     Args:
-        stored: all tensors' names; those of a pruned linear stand for its weight.
+        stored: all tensors' names; those of a linear that is pruned, or in int8, stand for its weight.
         prefix: with its dot, as "model.".
 
     Raises:
         RiaError: two names become one without the prefix.
     """
     stored = list(stored)
-    pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
+    pruned = {name.rpartition(".")[0] for name in stored if name.endswith((".compressed", f".{INTEGERS}"))}
+    parts = {*schema.tensor_names, *TENSORS}
     found: dict[str, str] = {}
     for name in stored:
         layer, _, part = name.rpartition(".")
-        weight = f"{layer}.weight" if layer in pruned and part in schema.tensor_names else name
+        weight = f"{layer}.weight" if layer in pruned and part in parts else name
         other = found.setdefault(weight.removeprefix(prefix), weight)
         if other != weight:
             raise RiaError(

@@ -7,6 +7,7 @@ import torch
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.stacks import layers_of_experts
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.progress import Monitor
@@ -34,7 +35,7 @@ class LinearEntry:
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes of the weights. `dense_bytes`: the same tensors without pruning."""
+    """Bytes of the weights. `dense_bytes`: of the dense model, with the head in its own dtype, too."""
 
     linears: int
     linear_bytes: int
@@ -88,7 +89,7 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
         RiaError: a linear is damaged.
     """
     monitor = monitor or Monitor(shown=False)
-    reported = report_linears(reader.report())
+    reported, schema = report_linears(reader.report()), reader.schema
     sparse = set(reader.sparse_names)
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
     permuted = set(reader.permuted_names)
@@ -123,6 +124,11 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
         )
     dense = reader.dense_names
     other = sum(reader.tensor(name).nbytes for name in monitor.steps(dense, "reading other tensors", len(dense)))
+    itemsize = getattr(torch, schema.weights.dtype).itemsize if schema.weights else 0
+    saved = sum(
+        parts[INTEGERS].numel() * itemsize - sum(tensor.nbytes for tensor in parts.values())
+        for parts in map(reader.int8, reader.int8_names)
+    )
     linear_bytes = sum(e.bytes for e in entries)
     linear_dense = sum(e.dense_bytes for e in entries)
     totals = Totals(
@@ -131,12 +137,11 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
         linear_dense_bytes=linear_dense,
         other_bytes=other,
         bytes=linear_bytes + other,
-        dense_bytes=linear_dense + other,
-        ratio=(linear_bytes + other) / (linear_dense + other),
+        dense_bytes=linear_dense + other + saved,
+        ratio=(linear_bytes + other) / (linear_dense + other + saved),
         linear_ratio=linear_bytes / linear_dense,
         sparsity=zeros / sum(e.shape[0] * e.shape[1] for e in entries),
     )
-    schema = reader.schema
     values = Values(
         scheme=schema.scheme,
         format=", ".join(sorted({e.dtype for e in entries})),

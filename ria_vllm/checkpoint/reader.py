@@ -24,7 +24,7 @@ from ria_vllm.checkpoint.weight_files import (
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.open_files import MOST_BYTES, OpenFiles
-from ria_vllm.format import proofs
+from ria_vllm.format import int8_rows, proofs
 from ria_vllm.format.proofs import TRANSPOSED
 from ria_vllm.format.schema import (
     PERMUTATION_SUFFIX,
@@ -86,6 +86,13 @@ class Reader:
         self.files = weight_files(self.folder)
         self._check_strays()
         self.sparse_names = [n.removesuffix(".compressed") for n in self.files if n.endswith(".compressed")]
+        self.int8_names = [n.removesuffix(".integers") for n in self.files if n.endswith(".integers")]
+        for name in self.int8_names:
+            if self.schema.weights is None or f"{name}.weight" in self.files or name in self.sparse_names:
+                raise RiaError(
+                    f"{self.folder}: {name} is stored in int8, which config.json does not say of this model's weights, "
+                    "or in another way besides. Get all files of one run."
+                )
         for name in self.files:
             layer, _, part = name.rpartition(".")
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
@@ -141,12 +148,25 @@ class Reader:
 
     @property
     def dense_names(self) -> list[str]:
-        """Tensors stored as they are (embeddings, norms, biases, linears left dense)."""
+        """Tensors of what is not pruned (embeddings, norms, biases, linears left dense), as they are stored."""
         own = {f"{name}.{part}" for name in self.sparse_names for part in self.schema.tensor_names}
         return [name for name in self.files if name not in own]
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._open.tensor(self.files[name], name)
+
+    def int8(self, name: str) -> dict[str, torch.Tensor]:
+        """Load and check the tensors of a matrix that is stored in int8, see `ria_vllm.format.int8_rows`."""
+        names = {part: f"{name}.{part}" for part in int8_rows.TENSORS if f"{name}.{part}" in self.files}
+        parts = {part: self.tensor(tensor) for part, tensor in names.items()}
+        if reason := int8_rows.problem(parts):
+            raise RiaError(f"{self.files[names[int8_rows.INTEGERS]]}: {name}.{reason}. Get the weight files again.")
+        return parts
+
+    def int8_dense(self, name: str) -> torch.Tensor:
+        """The same as a matrix [out, in], in the dense model's dtype."""
+        assert self.schema.weights is not None
+        return int8_rows.decode(self.int8(name), getattr(torch, self.schema.weights.dtype))
 
     def linear(self, name: str) -> SparseLinear:
         """Load and check one pruned linear."""
@@ -163,13 +183,15 @@ class Reader:
         Raises:
             RiaError: an expert is missing, or a tensor is there twice.
         """
-        sparse = set(self.sparse_names)
+        sparse, int8 = set(self.sparse_names), set(self.int8_names)
         stacks = stacked_tensors(self.schema, sparse, self.folder)
         in_stack = {name: tensor for tensor, placement in stacks.items() for name in placement.names}
         found: dict[str, Callable[[], torch.Tensor]] = {}
         for name in sorted(self.files, key=lambda name: (self.files[name], name)):
             linear, _, part = name.rpartition(".")
-            if linear not in sparse or part not in self.schema.tensor_names:
+            if linear in int8 and part in int8_rows.TENSORS:
+                found[f"{linear}.weight"] = partial(self.int8_dense, linear)
+            elif linear not in sparse or part not in self.schema.tensor_names:
                 if name in stacks or name.removesuffix(".weight") in sparse:
                     raise RiaError(f"{self.folder}: {name} is stored dense and pruned. Get the weight files again.")
                 found[name] = partial(self.tensor, name)
@@ -186,7 +208,7 @@ class Reader:
         Raises:
             RiaError: an expert is missing, or a tensor is there twice.
         """
-        return self.dense_tensors().keys() - set(self.dense_names)
+        return self.dense_tensors().keys() - set(self.dense_names) - {f"{name}.weight" for name in self.int8_names}
 
     def proved(self, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
         """(matrix, its proof) of all matrices, one in memory at a time, and of large plain ones only a part.
@@ -197,6 +219,8 @@ class Reader:
         for name in self.sparse_names:
             for matrix, weight in self._proved(name, self._exact(self.linear(name))):
                 yield matrix, proofs.proof(weight, schema.proof_vector(weight.shape[1]))
+        for name in self.int8_names:
+            yield name, self._int8_proof(name, schema)
         for name in self.dense_names:
             module, _, part = name.rpartition(".")
             shape = self._open.shape(self.files[name], name)
@@ -233,10 +257,16 @@ class Reader:
             return
         for matrix, values in self._proved(name, weight):
             found = proofs.proof(values, self.schema.proof_vector(values.shape[1]))
-            if matrix not in stored:
-                yield f"{matrix}: no proof of it in {PROOFS_FILE}"
-            elif not proofs.agree(found, stored.pop(matrix)):
-                yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
+            yield from _differs(matrix, found, stored)
+
+    def _int8_proof(self, name: str, schema: RiaSchema) -> torch.Tensor:
+        """The proof of a matrix in int8, of which only a part is widened at a time."""
+        parts = self.int8(name)
+        count, columns = parts[int8_rows.INTEGERS].shape
+        r, rows = schema.proof_vector(columns), max(1, BLOCK // max(1, columns))
+        blocks = ({part: tensor[at : at + rows] for part, tensor in parts.items()} for at in range(0, count, rows))
+        found = [proofs.proof(int8_rows.decode(block, torch.float32), r) for block in blocks]
+        return torch.cat([torch.empty(0, 2, dtype=torch.float32), *found])
 
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""
@@ -274,6 +304,12 @@ class Reader:
         yield from problems_of_experts(self.schema, shapes, sparse)
         yield from problems_of_rotations(self.schema, self.rotations, shapes)
         yield from problems_of_folds(self.schema, permutations, shapes, sparse)
+        for name in self.int8_names:
+            try:
+                if self.schema.proofs is not None:
+                    yield from _differs(name, self._int8_proof(name, self.schema), stored)
+            except RiaError as error:
+                yield str(error)
         dense = self.dense_names
         for name in monitor.steps(dense, "checking other tensors", len(dense)):
             tensor = self.tensor(name)
@@ -281,7 +317,19 @@ class Reader:
                 yield f"{self.files[name]}: {name}: {reason}"
             elif name.endswith(".weight") and tensor.dim() == 2:
                 yield from self._disproved(name.removesuffix(".weight"), tensor, stored)
-        here = sparse | {name.removesuffix(".weight") for name in dense}
+        here = sparse | {name.removesuffix(".weight") for name in dense} | set(self.int8_names)
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:
                 yield f"{name}: missing, though {PROOFS_FILE} has its proof"
+
+
+def _differs(matrix: str, found: torch.Tensor, stored: dict[str, torch.Tensor]) -> Iterator[str]:
+    """What is wrong with a matrix by its proof, which is taken from `stored`, in a sentence.
+
+    Args:
+        found: float32 [out, 2], of what the folder has.
+    """
+    if matrix not in stored:
+        yield f"{matrix}: no proof of it in {PROOFS_FILE}"
+    elif not proofs.agree(found, stored.pop(matrix)):
+        yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"

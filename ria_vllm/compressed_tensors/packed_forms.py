@@ -12,6 +12,7 @@ import torch
 
 from ria_vllm.compressed_tensors import marlin24
 from ria_vllm.errors import RiaError
+from ria_vllm.format import int8_rows
 from ria_vllm.format.formats import IntFormat
 from ria_vllm.format.weight_format import WeightFormat
 
@@ -67,7 +68,26 @@ class PackQuantized:
         return {"weight": stored if self.format.num_bits == 4 else (stored ^ 128).view(torch.int8)}
 
 
-PackedForm = Marlin24 | PackQuantized
+class Int8Rows:
+    """`ria_vllm.format.int8_rows`, which becomes a plain weight where no layer takes it as it is.
+
+    Args:
+        dtype: of the weight.
+    """
+
+    takes, gives = int8_rows.TENSORS, ("weight",)
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Marlin24.unpack`."""
+        if reason := int8_rows.problem(tensors):
+            raise ValueError(reason)
+        return {"weight": int8_rows.decode(tensors, self.dtype)}
+
+
+PackedForm = Marlin24 | PackQuantized | Int8Rows
 
 
 @dataclass
@@ -175,7 +195,7 @@ class Translation:
             yield f"{linear}.{given}", values
 
 
-_PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes))
+_PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes, *Int8Rows.takes))
 
 
 def _absent(linear: str, part: str) -> RiaError:

@@ -26,11 +26,11 @@ from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import checked_linear
 from ria_vllm.checkpoint.weight_files import tensor_names
 from ria_vllm.errors import RiaError
-from ria_vllm.format import proofs
+from ria_vllm.format import int8_rows, proofs
 from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, QUANT_METHOD, RiaSchema
 from ria_vllm.hf.dtypes import kept_dtypes
 from ria_vllm.hf.experts import ExpertsConverter, expert_converters
-from ria_vllm.hf.inputs import round_inputs
+from ria_vllm.hf.inputs import round_heads, round_inputs
 from ria_vllm.hf.proofs import disproved
 from ria_vllm.hf.unread import refuse_unread_weights
 
@@ -60,6 +60,8 @@ class Loading:
         self.files: dict[str, Path] = {}  # tensor -> where it is
         self.rounded: dict[str, torch.dtype] = {}  # see `ria_vllm.hf.proofs`
         self.pruned: set[str] = set()
+        self.int8: set[str] = set()  # matrices that are stored in int8
+        self.int8_weights: list[str] = []  # the parameters of the model that they became
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.conversions: list[Any] = []  # transformers' own
@@ -97,6 +99,7 @@ class Loading:
             raise RiaError(f"{self.where}: {twice} is in two weight files. Get all files of one run.")
         check_prefix(stored, self.schema, f"{model.base_model_prefix}.", self.where)
         self.pruned = {name.removesuffix(".compressed") for name in stored if name.endswith(".compressed")}
+        self.int8 = {name.removesuffix(".integers") for name in stored if name.endswith(".integers")}
         for name in sorted(set(self.permutations) - self.pruned):
             raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, files, self.where)
@@ -115,7 +118,10 @@ class Loading:
         """
         if self.errors:
             raise self.errors[0]
-        left = next((name for name in sorted(self.pruned - self.claimed) if not self._is_beyond(model, name)), None)
+        left = next(
+            (name for name in sorted((self.pruned | self.int8) - self.claimed) if not self._is_beyond(model, name)),
+            None,
+        )
         if left is not None:
             raise RiaError(
                 f"{self.where}: {left} is stored compressed, but transformers found no place for it in a "
@@ -132,6 +138,7 @@ class Loading:
         setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where, self.schema.input_dtype)
+            round_heads(model, self.int8_weights, self.schema.input_dtype)
 
     def prove(self, model: torch.nn.Module, used: list[Any]) -> None:
         """Check that the model, loaded and complete, holds the matrices that the checkpoint was written with.
@@ -147,7 +154,8 @@ class Loading:
         theirs = [entry for entry in used if isinstance(entry, WeightConverter) and not isinstance(entry, OURS)]
         made = {name for entry in theirs for name in _made(entry, self.shapes)}
         for name in disproved(model, self.placements, self.rounded, made, self.schema, self.proofs):
-            file = self.files.get(f"{name}.compressed") or self.files.get(f"{name}.weight") or self.where
+            parts = ("compressed", int8_rows.INTEGERS, "weight")
+            file = next((self.files[f"{name}.{part}"] for part in parts if f"{name}.{part}" in self.files), self.where)
             raise RiaError(
                 f"{file}: {name}: what was loaded is not the matrix that the checkpoint was written with "
                 f"({PROOFS_FILE}). Run `ria-vllm verify`: if it finds a problem, get the files again. If not, "
@@ -191,6 +199,16 @@ class Loading:
         self.rounded[name] = torch.float32 if exact else dtype
         return replace(linear, dtype=dtype).dense()
 
+    def int8_matrix(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A matrix that is stored in int8, from the tensors that the checkpoint calls `sources`."""
+        name, *others = sorted({source.rpartition(".")[0] for source in sources})
+        reason = f"transformers takes it for one matrix with {others[0]}" if others else int8_rows.problem(tensors)
+        if reason:
+            raise RiaError(f"{self.where}: {name}.{reason}. Get the weight files again.")
+        self.claimed.add(name)
+        stored = self.schema.weights and getattr(torch, self.schema.weights.dtype)
+        return int8_rows.decode(tensors, self.dtype or stored or torch.float32)
+
 
 class RiaQuantizer(HfQuantizer):
     requires_calibration = True
@@ -231,7 +249,7 @@ class RiaQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         loading = self.loading
-        parts = [PART.format(part) for part in loading.schema.tensor_names]
+        parts = [PART.format(part) for part in (*loading.schema.tensor_names, int8_rows.INTEGERS)]
         experts = expert_converters(loading.schema, loading.linear, loading.errors.append, loading.placements)
         return [*experts, LinearConverter(parts, ".weight", operations=[Decompress(loading)])]
 
@@ -262,10 +280,14 @@ class Decompress(ConversionOps):
     def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, torch.Tensor]:
         tensors = {
             part: _single(input_dict, part)
-            for part in self.loading.schema.tensor_names
+            for part in (*self.loading.schema.tensor_names, int8_rows.INTEGERS)
             if PART.format(part) in input_dict
         }
         try:
+            if int8_rows.INTEGERS in tensors:
+                dense = self.loading.int8_matrix(self.sources, tensors)
+                self.loading.int8_weights.append(full_layer_name)
+                return {full_layer_name: dense}
             dense = self.loading.linear(self.sources, tensors)
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)

@@ -8,7 +8,9 @@ import torch
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear, not_finite
 from ria_vllm.errors import RiaError
-from ria_vllm.format import sparse24
+from ria_vllm.format import int8_rows, sparse24
+from ria_vllm.format.formats import INT8
+from ria_vllm.format.weight_format import WeightFormat
 
 
 class Encoder:
@@ -79,6 +81,19 @@ class Encoder:
         self._check(name, found, before.shape)
         return found
 
+    def int8(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of a head or embedding that the folder has in int8; the folder's own if nobody trained it.
+
+        Raises:
+            RiaError: see `other`.
+        """
+        before, rounded = self.reader.int8(name), self.reader.int8_dense(name)
+        self._check(name, weight, rounded.shape)
+        if not (_rounds_to(rounded, weight) or _rounds_to(int8_rows.decode(before, torch.float32), weight)):
+            scales = _closer_scales(INT8, weight, torch.float32, before[int8_rows.SCALE])
+            before = int8_rows.encode(weight, scales)
+        return {f"{name}.{part}": tensor for part, tensor in before.items()}
+
     def _untouched(self, before: SparseLinear, kept: torch.Tensor) -> bool:
         """Whether kept values are those of the folder, but for rounding."""
         exact, rounded = (before.format.values(before.parts, dtype) for dtype in (torch.float32, before.dtype))
@@ -88,11 +103,7 @@ class Encoder:
         self.changed += 1
         rounded, scales = before.format.quantize(stored, before.dtype)
         if scales is not None:
-            # Scales that calibration has chosen may round better than those of the largest magnitudes.
-            old = before.parts["weight_scale"]
-            closer = _errors(before.format.quantize(stored, before.dtype, old)[0], stored, old)
-            scales = scales.to(old.dtype).clamp_min(torch.finfo(old.dtype).tiny)  # float16 has fewer exponents
-            scales = torch.where(closer <= _errors(rounded, stored, old), old, scales)
+            scales = _closer_scales(before.format, stored, before.dtype, before.parts["weight_scale"])
             rounded, scales = before.format.quantize(stored, before.dtype, scales)
         self._check(before.name, rounded, before.shape)
         parts = before.format.encode(rounded, mask, scales)
@@ -127,6 +138,17 @@ def _rounds_to(exact: torch.Tensor, tensor: torch.Tensor) -> bool:
         return torch.equal(exact.to(tensor.dtype), tensor)
     roundings = (exact.to(dtype).to(tensor.dtype) for dtype in (tensor.dtype, torch.bfloat16, torch.float16))
     return any(torch.equal(rounded, tensor) for rounded in roundings)
+
+
+def _closer_scales(
+    weight_format: WeightFormat, weight: torch.Tensor, dtype: torch.dtype, old: torch.Tensor
+) -> torch.Tensor:
+    """The old scales where they round better than those of the largest magnitudes, which calibration had not chosen."""
+    rounded, scales = weight_format.quantize(weight, dtype)
+    assert scales is not None
+    closer = _errors(weight_format.quantize(weight, dtype, old)[0], weight, old)
+    scales = scales.to(old.dtype).clamp_min(torch.finfo(old.dtype).tiny)  # float16 has fewer exponents
+    return torch.where(closer <= _errors(rounded, weight, old), old, scales)
 
 
 def _errors(rounded: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,8 @@ def _write_others(
 ) -> list[str]:
     """Write what is not pruned, under its names in the files; returns what the model does not have."""
     reader = encoder.reader
-    names = set(reader.dense_names)
+    in_int8 = {f"{name}.weight": name for name in reader.int8_names}
+    names = {*reader.dense_names, *in_int8}
     _check_tied(base, others, reader)
     stored = _as_in_files(base, others, origin)
     # Files may also have the model's own names where transformers would write older ones.
@@ -204,8 +205,14 @@ def _write_others(
                 f"{reader.folder}: the model's {name} has no place in this folder, so it would be lost. Train the "
                 f"class that config.json names ({known})."
             )
-    kept = []
+    kept, encoded = [], set[str]()
+    for weight in sorted(in_int8.keys() & stored.keys()):
+        tensors = encoder.int8(in_int8[weight], stored[weight])
+        units.add(tensors)
+        encoded |= tensors.keys()
     for name in reader.dense_names:
+        if name in encoded:
+            continue
         if name in stored:
             units.add({name: encoder.other(name, stored[name])})
         else:

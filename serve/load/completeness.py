@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.int8_rows import SCALE
 
 # Exact in every dtype that weights have, and small: some models leave rows of a fused weight out, and never use them.
 EMPTY = 3 * 2.0**-16
@@ -31,16 +32,22 @@ def dense_layers(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tu
         if isinstance(layer, LinearBase):
             dense = isinstance(layer.quant_method, UnquantizedLinearMethod)
         elif isinstance(layer, VocabParallelEmbedding):
-            dense = embeddings and isinstance(layer.quant_method, UnquantizedEmbeddingMethod)
+            dense = embeddings and (isinstance(layer.quant_method, UnquantizedEmbeddingMethod) or is_in_int8(layer))
         else:
             continue
         if dense:
             yield path, layer
 
 
+def is_in_int8(layer: torch.nn.Module) -> bool:
+    """Whether an embedding or head has an `Int8EmbeddingMethod`, which is not known here."""
+    return getattr(layer.quant_method, "keeps_int8", False)
+
+
 def dense_tensors(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-    """(what it is, tensor) of the weights of `dense_layers`, and of the biases of all linear layers."""
-    found = [(path, layer, "weight") for path, layer in dense_layers(model, embeddings)]
+    """(what it is, tensor) of the weights of `dense_layers`, or of their scales if they are in int8, and of the biases
+    of all linear layers."""
+    found = [(path, layer, SCALE if is_in_int8(layer) else "weight") for path, layer in dense_layers(model, embeddings)]
     found += [(path, layer, "bias") for path, layer in model.named_modules() if isinstance(layer, LinearBase)]
     for path, layer, name in found:
         tensor = getattr(layer, name, None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config_or_none
 
+from ria_vllm import vllm_quirks
 from ria_vllm.errors import RiaError
 
 # These formats hold weights that a kernel has packed already.
@@ -33,6 +34,8 @@ class EngineOptions:
         weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
         drafted_layers: numbers of the decoder layers whose part of the cache a draft reads; None: no draft does, or the
             draft itself is being built.
+        needs_plain_head: why vLLM may read, or replace, the weight of the head or the embedding by itself; None: it
+            does not.
     """
 
     load_format: str | None = None
@@ -41,6 +44,7 @@ class EngineOptions:
     shares_cache: bool = False
     weight_offload: str | None = None
     drafted_layers: frozenset[int] | None = None
+    needs_plain_head: str | None = None
 
     @classmethod
     def current(cls) -> "EngineOptions":
@@ -53,7 +57,7 @@ class EngineOptions:
         drafted = _drafted_layers(config)
         return cls(
             str(config.load_config.load_format), lora, config.model_config, leaves or drafted is not None,
-            _weight_offload(config), drafted,
+            _weight_offload(config), drafted, _needs_plain_head(config),
         )  # fmt: skip
 
     @property
@@ -129,6 +133,22 @@ def _drafted_layers(config: VllmConfig) -> frozenset[int] | None:
     counts = {len(types), getattr(text, "num_hidden_layers", len(types))}
     last = ({kind: number for number, kind in enumerate(types[: count - shared])} for count in counts)
     return frozenset(number for layers in last for number in layers.values())
+
+
+def _needs_plain_head(config: VllmConfig) -> str | None:
+    """See `EngineOptions.needs_plain_head`."""
+    model, speculative = config.model_config, config.speculative_config
+    if config.lora_config is not None:
+        return "adapters may change it"
+    if speculative is not None and speculative.draft_model_config is not speculative.target_model_config:
+        return "a draft may share it"
+    if model is None or model.runner_type != "generate":
+        return "a pooling model may take it apart"
+    if model.head_dtype != model.dtype:
+        return "the head has a dtype of its own (head_dtype)"
+    if vllm_quirks.reads_embedding(model.hf_config):
+        return "vLLM's model reads its weight directly"
+    return None
 
 
 def _weight_offload(config: VllmConfig) -> str | None:

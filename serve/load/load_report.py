@@ -62,6 +62,10 @@ class LoadReport:
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
         self._finish()
 
+    def shape_graph(self, graph: str) -> None:
+        """Note something about a layer that is not pruned and shapes the traced graph, before anything is loaded."""
+        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
+
     def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat) -> None:
         """Leave out a layer that turned out not to be 2:4 on this rank, perhaps on no other.
 

@@ -24,6 +24,7 @@ from ria_vllm.checkpoint.weight_files import (
     weights_among,
 )
 from ria_vllm.errors import RiaError
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
 
 # Types of errors, of several HTTP libraries, that say that no server has answered.
@@ -258,7 +259,7 @@ def _check_complete(files: Sequence[str], model: str) -> None:
 
 def stored_modules(names: list[str]) -> dict[str, bool]:
     """Module with a weight -> whether it is stored compressed. `names`: of tensors."""
-    found = {name.removesuffix(".weight"): False for name in names if name.endswith(".weight")}
+    found = {name.rpartition(".")[0]: False for name in names if name.endswith((".weight", f".{INTEGERS}"))}
     return found | {name.removesuffix(".compressed"): True for name in names if name.endswith(".compressed")}
 
 

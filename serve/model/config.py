@@ -17,6 +17,7 @@ from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_ch
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_stacked, experts_by_name, plain_experts
@@ -50,6 +51,7 @@ class RiaConfig(QuantizationConfig):
         compressed_tensors: the configuration of a checkpoint that compressed-tensors wrote; None for one of ours.
         where: folder or repository.
         stored: linears and other modules with a weight, pruned or not; None if no weight file could tell.
+        int8: heads and embeddings that are stored in int8.
         dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
         pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
@@ -79,6 +81,7 @@ class RiaConfig(QuantizationConfig):
         self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
+        self.int8: set[str] = set()
         self.dense_tensors: set[str] | None = None
         self.names: dict[str, str] = {}
         self.weightless = False
@@ -134,7 +137,7 @@ class RiaConfig(QuantizationConfig):
         self.rearranged = vllm_quirks.rearranged(hf_config)
         text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
         self.one_head = getattr(text_config, "num_attention_heads", None) == 1
-        self.scales_head = bool(getattr(text_config, "norm_head", False))  # BailingMoe
+        self.scales_head = vllm_quirks.changes_head(hf_config)
         try:
             headers = WeightHeaders(self.where, revision)
         except OutOfReach as error:
@@ -155,6 +158,7 @@ class RiaConfig(QuantizationConfig):
         stored = stored_modules(tensors)
         self.stored = set(stored)
         self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        self.int8 = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{INTEGERS}")}
         self.dense_tensors = dense_tensors(tensors)
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
         if self.compressed_tensors is None:

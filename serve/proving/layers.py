@@ -21,7 +21,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
-from ria_vllm.serve.load.completeness import dense_layers
+from ria_vllm.serve.load.completeness import dense_layers, is_in_int8
 from ria_vllm.serve.load.model_paths import destinations
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 from ria_vllm.serve.load.stream import Taker
@@ -45,6 +45,7 @@ class Proved:
         rows: of the layer on this rank.
         columns: of the whole input.
         dtype: of its activations.
+        looks_up: rows are looked up, instead of multiplied. An embedding in int8 that may be a head is there twice.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Proved:
     rows: int
     columns: int
     dtype: torch.dtype
+    looks_up: bool = False
 
     def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """float32 [rows, 2], the proof of the layer's rows in the order in which it computes them, NaN for those that
@@ -102,17 +104,13 @@ class Proved:
             rows: which an embedding looks up; a layer that multiplies has them all.
         """
         layer = self.layer
-        if self._looks_up:
+        if self.looks_up:
             y = x @ layer.quant_method.embedding(layer, rows.to(x.device)).float().T
         else:
             y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
             y = tensor_model_parallel_all_reduce(y)
         return y
-
-    @property
-    def _looks_up(self) -> bool:
-        return isinstance(self.layer, VocabParallelEmbedding) and not isinstance(self.layer, ParallelLMHead)
 
     @property
     def kernels(self) -> str:
@@ -134,10 +132,10 @@ class Proved:
         device = self._device
         expected = expected.cpu()
         known = (~expected[:, 0].isnan()).nonzero().flatten()
-        if self._looks_up:
+        if self.looks_up:
             known = known[:: max(1, -(-len(known) // LOOKED_UP))]
         y = self.products(proofs.tokens_of(self.input(vector), tokens).to(device), known).cpu()
-        y = y if self._looks_up else y[:, known]
+        y = y if self.looks_up else y[:, known]
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = device.type == "cuda" and self.dtype == torch.float32
         before = None if before is None else before[known]
@@ -149,7 +147,7 @@ class Proved:
     def _device(self) -> torch.device:
         """Of what the kernel multiplies with; offloading may move other parameters."""
         packed = getattr(self.layer, "ria_packed", None)
-        names = ["weight"] if packed is None else packed.parameters
+        names = [name for name, _ in self.layer.named_parameters()] if packed is None else packed.parameters
         tensors = [getattr(self.layer, name) for name in names]
         return next((tensor.device for tensor in tensors if tensor.numel()), torch.device("cpu"))
 
@@ -281,7 +279,7 @@ class Prover:
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:
             return layer.expected(stored)
-        weight = layer.layer.weight
+        weight = getattr(layer.layer, "weight", None)
         others = (one for one in self.layers if one.loads and getattr(one.layer, "weight", None) is weight)
         source = next(others, None)
         return None if source is None else source.expected(stored)
@@ -311,12 +309,17 @@ def _layers(
                 for name, shard in shards
             )
             yield Proved(path, layer, loads, sum(method.output_sizes), layer.input_size, method.dtype)
+        elif path in dense and is_in_int8(layer):
+            loads = tuple((name, partial(_send, layer.weight_loader, shard)) for name, shard in tables.get(path, []))
+            for looks_up in [True] * method.looks_up + [False] * method.multiplies:
+                yield Proved(path, layer, loads, method.rows, method.columns, method.dtype, looks_up)
         elif path in dense and _keeps_weight(config, layer):
             rows, columns = layer.weight.shape[0], getattr(layer, "input_size", layer.weight.shape[1])
             matrices = _linears(model, path, layer) if isinstance(layer, LinearBase) else tables.get(path, [])
             loads = tuple((name, partial(_send, layer.weight.weight_loader, shard)) for name, shard in matrices)
             if loads or isinstance(layer, ParallelLMHead):
-                yield Proved(path, layer, loads, rows, columns, layer.weight.dtype)
+                looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+                yield Proved(path, layer, loads, rows, columns, layer.weight.dtype, looks_up)
 
 
 def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]:

@@ -58,10 +58,13 @@ ALONE = {
     "int8-g64, an order for each linear": ("qwen2", {"weights": "int8-g64", "scope": "linear", "folds": False}, {}),
     "compiled, an order for each linear": ("llama-gqa", {"scope": "linear"}, {"enforce_eager": False}),
 }
+HEAD = {"rounded": True, "head": True}
 ROUNDED = {
-    "int8": ("llama-gqa", {"weights": "int8", "rounded": True}, {}),
-    "int4-g64 compiled": ("qwen2", {"weights": "int4-g64", "rounded": True}, {"enforce_eager": False}),
-}
+    "int8": ("llama-gqa", HEAD | {"weights": "int8", "vocab_size": 293}, {}),
+    "int4-g64 compiled, tied head": (
+        "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
+    ),
+}  # fmt: skip
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),

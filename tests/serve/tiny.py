@@ -167,7 +167,8 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
-    dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, **settings: object,
+    dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, head: bool = False,
+    **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -178,6 +179,7 @@ def write(
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
         weights: name of the weight format.
         rounded: config.json says that inputs are rounded to int8; then the model's pruned linears round them.
+        head: the head is stored in int8, or the embedding that is tied to it, and rounds its input.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -211,7 +213,15 @@ def write(
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
             module, _, part = name.rpartition(".")
-            units[f"{disk.get(module, module)}.{part}" if module else name] = tensor.to(dtype)
+            stem = disk.get(module, module)
+            if head and name == ("model.embed_tokens.weight" if tied(model) else "lm_head.weight"):
+                scales = tensor.to(dtype).float().abs().amax(1, keepdim=True) / 127
+                integers = (tensor.to(dtype).float() / scales).round()
+                units |= {f"{stem}.integers": integers.to(torch.int8), f"{stem}.weight_scale": scales}
+                tensor.copy_((integers * scales).to(dtype))
+                model.lm_head.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
+                continue
+            units[f"{stem}.{part}" if module else name] = tensor.to(dtype)
             tensor.copy_(tensor.to(dtype))
     ignore = [disk.get(n, n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
     schema = RiaSchema(

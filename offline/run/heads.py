@@ -1,0 +1,47 @@
+"""Which heads are stored in int8, with the embeddings that they are tied to."""
+
+import torch
+from torch import nn
+
+from ria_vllm.format import int8_rows
+from ria_vllm.format.formats import INT8
+from ria_vllm.offline.model.run.architecture import output_heads
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.pruning.rounding import nearest_scales
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.vllm_quirks import changes_head
+
+# Rows for which scales are searched at a time.
+ROWS = 4096
+
+
+def heads_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
+    """The written names of the weights that are stored in int8: of heads whose inputs may be rounded as those of pruned
+    linears, because the scheme rounds these."""
+    if recipe.activations == "none" or changes_head(model.config):
+        return frozenset()
+    tied, direct = model.model.all_tied_weights_keys, model.names.direct
+    heads = {id(head) for head in output_heads(model.model, model.decoder_path) if isinstance(head, nn.Linear)}
+    found = set()
+    for path, module in model.model.named_modules():
+        if id(module) not in heads or module.in_features % 32:
+            continue
+        names = {f"{path}.weight", tied.get(f"{path}.weight", f"{path}.weight")}
+        written = {direct[name] for name in names if name in direct}
+        # Two copies of one tensor: vLLM would have a head of its own for the second.
+        ignored = any(recipe.ignores(name.removesuffix(".weight")) for name in {*names, *written})
+        if len(written) == 1 and not ignored and all(name.endswith(".weight") for name in written):
+            found |= written
+    return frozenset(found)
+
+
+def head_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is stored of a head or embedding with the written name `name`: in int8, unless a value is not finite.
+
+    Args:
+        weight: [out, in]. Each row gets the scale by which rounding costs least.
+    """
+    if not bool(weight.isfinite().all()):
+        return {name: weight}
+    scales = torch.cat([nearest_scales(rows, INT8) for rows in weight.split(ROWS)])
+    return {f"{name.removesuffix('weight')}{part}": t for part, t in int8_rows.encode(weight, scales).items()}

@@ -1,0 +1,122 @@
+"""Int8EmbeddingMethod: one of vLLM's embeddings or heads, stored in int8 (`ria_vllm.format.int8_rows`)."""
+
+import os
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.nn.functional import embedding
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.utils import set_weight_attrs
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format import int8_rows
+from ria_vllm.format.formats import INT8
+from ria_vllm.format.int8_rows import INTEGERS, SCALE
+from ria_vllm.format.weight_scheme import Weights
+from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.registry import KERNEL_VARIABLE, choose
+from ria_vllm.serve.linear.packing import RowGroup, pack_linear
+from ria_vllm.serve.linear.parameters import PackedTensors
+
+
+class Int8EmbeddingMethod(QuantizeMethodBase):
+    """Multiplies with kernels for 2:4 weights, see `int8_rows.doubled`, and widens only the rows that are looked up.
+
+    Args:
+        name: of the matrix in the checkpoint.
+        looks_up: the layer is an embedding, and not only a head.
+
+    Attributes:
+        multiplies: the layer is a head, or may be tied to one.
+    """
+
+    keeps_int8 = True  # for those who look for weights, and cannot import this
+
+    def __init__(self, name: str, looks_up: bool):
+        self.name = name
+        self.looks_up = looks_up
+        self.multiplies = not looks_up or get_pp_group().is_last_rank
+        self.packed = PackedTensors()
+
+    def create_weights(
+        self,
+        layer: VocabParallelEmbedding,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        self.dtype, self.rows, self.columns = params_dtype, sum(output_partition_sizes), input_size_per_partition
+        shapes = {INTEGERS: (self.columns, torch.int8), SCALE: (1, torch.float32)}
+        for part, (width, dtype) in shapes.items():
+            parameter = Parameter(torch.zeros(self.rows, width, dtype=dtype), requires_grad=False)
+            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0} | extra_weight_attrs)
+            layer.register_parameter(part, parameter)
+
+    def take(self, layer: VocabParallelEmbedding, part: str, tensor: torch.Tensor) -> None:
+        """Load a tensor of the checkpoint, `int8_rows.TENSORS` say which.
+
+        Raises:
+            RiaError: it is not what the layer is made of.
+        """
+        reason = int8_rows.fault(part, tensor, self.columns)
+        if reason is None and len(tensor) != layer.org_vocab_size:
+            reason = f"{len(tensor)} rows, but the model has {layer.org_vocab_size}"
+        if reason is not None:
+            raise RiaError(f"{self.name}.{part}: {reason}. Get all files of one model.")
+        parameter = getattr(layer, part)
+        parameter.weight_loader(parameter, tensor)
+
+    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
+        parts = {part: getattr(layer, part, None) for part in int8_rows.TENSORS}
+        if any(tensor is None for tensor in parts.values()):
+            return  # packed already
+        if self.multiplies:
+            integers = parts[INTEGERS].data
+            bitmask = integers.new_full((self.rows, self.columns // 4), int8_rows.BITMASK, dtype=torch.uint8)
+            stored = {"compressed": integers, "bitmask": bitmask, "weight_scale": parts[SCALE].data}
+            packed = pack_linear(layer, Weights(INT8, stored), [RowGroup(0, self.rows, None)], self.dtype, torch.int8)
+            self.packed.check(self.name, layer, packed.parameters)
+            layer.ria_packed = packed
+        if not self.looks_up:
+            for part in int8_rows.TENSORS:
+                delattr(layer, part)
+
+    def apply(self, layer: VocabParallelEmbedding, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., columns] -> [..., rows of this rank]."""
+        return layer.ria_packed.apply(layer, int8_rows.doubled(x), bias)
+
+    def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
+        """The rows of this rank with these numbers, in the dtype of the activations."""
+        rows = {part: embedding(input_, getattr(layer, part)) for part in int8_rows.TENSORS}
+        return int8_rows.decode(rows, self.dtype)
+
+
+class TiedHeadMethod(QuantizeMethodBase):
+    """The method of a head that multiplies with an embedding's weights.
+
+    Attributes:
+        source: the embedding, which has an `Int8EmbeddingMethod`.
+    """
+
+    def __init__(self, source: VocabParallelEmbedding):
+        self.source = source
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """There are none."""
+
+    def apply(self, layer: VocabParallelEmbedding, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.source.quant_method.apply(self.source, x, bias)
+
+
+def no_kernel(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> str | None:
+    """Why no fast kernel multiplies with a matrix in int8 [rows, columns] and rounds its input, or None."""
+    choice = choose(LinearLayerConfig(device, dtype, INT8, rows, 2 * columns, torch.int8))
+    slow = choice.kernel.is_fallback and os.environ.get(KERNEL_VARIABLE) != choice.kernel.name
+    rounds = choice.widened_from is None and choice.config.input_dtype == torch.int8
+    return None if rounds and not slow else f"no fast kernel for {device.type} rounds its inputs"

@@ -1,0 +1,82 @@
+"""Which layers serve the heads and embeddings that a checkpoint stores in int8, and which of these are widened."""
+
+from functools import partial
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from ria_vllm.compressed_tensors.packed_forms import Int8Rows, Translation
+from ria_vllm.format.int8_rows import TENSORS
+from ria_vllm.format.weight_format import name_of
+from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod, TiedHeadMethod, no_kernel
+from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.model_paths import destinations
+from ria_vllm.serve.load.stream import Taker
+from ria_vllm.serve.model.config import RiaConfig
+
+logger = init_logger("vllm.ria")
+
+
+def match_heads(
+    config: RiaConfig, model: torch.nn.Module, embeddings: bool
+) -> tuple[dict[str, Taker | None], Translation | None]:
+    """Give each layer that serves a matrix in int8 the method for that, before anything is loaded.
+
+    Args:
+        embeddings: the model has embeddings and a head of its own. A draft may have its target's.
+
+    Returns:
+        Names of tensors -> who takes them in place of the model, which has no place for them. And the translation of
+        those that no layer takes into plain weights, for the model; None: there are none.
+    """
+    takers: dict[str, Taker | None] = {}
+    widened: dict[str, Int8Rows] = {}
+    dtype = torch.get_default_dtype()
+    reason = EngineOptions.current().needs_plain_head or (None if embeddings else "this model is a draft")
+    for name in sorted(config.int8):
+        layer = _layer(model, name)
+        why = reason or _misfit(config, layer)
+        if why is None:
+            _serve(model, layer, name)
+            config.report.shape_graph(f"{name} int8")
+            takers |= {f"{name}.{part}": partial(layer.quant_method.take, layer) for part in TENSORS}
+            continue
+        widened[name] = Int8Rows(dtype)
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
+    return takers, Translation(widened.get, lambda _: None) if widened else None
+
+
+def _layer(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """The only layer that the model loads the matrix into, or None."""
+    places = destinations(model, name) or ()
+    return model.get_submodule(places[0][0]) if len(places) == 1 else None
+
+
+def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
+    """Why a layer cannot serve a matrix in int8, or None."""
+    if type(getattr(layer, "quant_method", None)) is not UnquantizedEmbeddingMethod or config.scales_head:
+        return "this rank has no layer that takes it as it is stored"
+    rows, columns = layer.weight.shape
+    return no_kernel(layer.weight.device, layer.params_dtype, rows, columns)
+
+
+def _serve(model: torch.nn.Module, layer: VocabParallelEmbedding, name: str) -> None:
+    """Replace vLLM's method of a layer, and that of a head that has its weight."""
+    weight = layer.weight
+    heads = [one for one in model.modules() if isinstance(one, ParallelLMHead) and one.weight is weight]
+    method = Int8EmbeddingMethod(name, looks_up=not isinstance(layer, ParallelLMHead))
+    for one in {layer, *heads}:
+        del one.weight
+        one.quant_method = method if one is layer else TiedHeadMethod(layer)
+        one.use_fused_embedding = False
+    rows, columns = weight.shape
+    method.create_weights(
+        layer, columns, [rows], columns, layer.num_embeddings_padded, weight.dtype, weight_loader=weight.weight_loader
+    )
