@@ -7,11 +7,10 @@ from ria_vllm.format import int8_rows
 from ria_vllm.format.formats import INT8
 from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.pruning.rounding import nearest_scales
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import changes_head
 
-# Rows for which scales are searched at a time.
+# Rows that are rounded at a time, in float32.
 ROWS = 4096
 
 
@@ -39,9 +38,10 @@ def head_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """What is stored of a head or embedding with the written name `name`: in int8, unless a value is not finite.
 
     Args:
-        weight: [out, in]. Each row gets the scale by which rounding costs least.
+        weight: [out, in]. The scale of a row fits its largest magnitude: with 127 steps, clipping it gains nothing.
     """
     if not bool(weight.isfinite().all()):
         return {name: weight}
-    scales = torch.cat([nearest_scales(rows, INT8) for rows in weight.split(ROWS)])
-    return {f"{name.removesuffix('weight')}{part}": t for part, t in int8_rows.encode(weight, scales).items()}
+    blocks = [int8_rows.encode(rows, INT8.scales_of(rows)) for rows in weight.split(ROWS)]
+    module = name.removesuffix(".weight")
+    return {f"{module}.{part}": torch.cat([block[part] for block in blocks]) for part in int8_rows.TENSORS}

@@ -142,11 +142,11 @@ def _needs_plain_head(config: VllmConfig) -> str | None:
         return "adapters may change it"
     if speculative is not None and speculative.draft_model_config is not speculative.target_model_config:
         return "a draft may share it"
-    if model is None or model.runner_type != "generate":
+    if model is not None and model.runner_type != "generate":
         return "a pooling model may take it apart"
-    if model.head_dtype != model.dtype:
+    if model is not None and model.head_dtype != model.dtype:
         return "the head has a dtype of its own (head_dtype)"
-    if vllm_quirks.reads_embedding(model.hf_config):
+    if model is not None and vllm_quirks.reads_embedding(model.hf_config):
         return "vLLM's model reads its weight directly"
     return None
 

@@ -66,6 +66,11 @@ class LoadReport:
         """Note something about a layer that is not pruned and shapes the traced graph, before anything is loaded."""
         self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
 
+    def say_widened(self, name: str, dtype: torch.dtype, why: str) -> None:
+        """Say that a matrix in int8 is served in the dtype of the activations."""
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
+
     def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat) -> None:
         """Leave out a layer that turned out not to be 2:4 on this rank, perhaps on no other.
 

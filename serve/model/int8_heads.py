@@ -3,8 +3,6 @@
 from functools import partial
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -13,14 +11,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ria_vllm.compressed_tensors.packed_forms import Int8Rows, Translation
 from ria_vllm.format.int8_rows import TENSORS
-from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod, TiedHeadMethod, no_kernel
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.model_paths import destinations
 from ria_vllm.serve.load.stream import Taker
 from ria_vllm.serve.model.config import RiaConfig
-
-logger = init_logger("vllm.ria")
 
 
 def match_heads(
@@ -48,8 +43,7 @@ def match_heads(
             takers |= {f"{name}.{part}": partial(layer.quant_method.take, layer) for part in TENSORS}
             continue
         widened[name] = Int8Rows(dtype)
-        if get_tensor_model_parallel_rank() == 0:
-            logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
+        config.report.say_widened(name, dtype, why)
     return takers, Translation(widened.get, lambda _: None) if widened else None
 
 

@@ -77,7 +77,9 @@ def stored(tensors, name, bits):
 def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
     (_, bits, size), exact, rounded = WAYS[way], Reader(exact), Reader(pruned(way))
     assert list(rounded.problems()) == []
-    assert rounded.dense_names == exact.dense_names
+    heads = ["lm_head"] if "activations" in WAYS[way][0] else []
+    assert rounded.int8_names == heads
+    assert {n for n in rounded.dense_names if not n.startswith("lm_head.")} == {*exact.dense_names} - {"lm_head.weight"}
     largest, tensors = 2 ** (bits - 1) - 1, load_file(rounded.folder / "model.safetensors")
     for name in exact.sparse_names:
         want, linear = exact.linear(name), rounded.linear(name)
@@ -95,6 +97,35 @@ def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
         # Every reader's answer, from the bytes.
         decoded = linear.stored()
         assert torch.equal(decoded.double()[decoded != 0], (integers * step).float().double()[integers != 0]), name
+
+
+def test_the_head_is_rounded_row_by_row(pruned, exact):
+    tensors, weight = load_file(pruned("int4, 32") / "model.safetensors"), Reader(exact).tensor("lm_head.weight")
+    integers, scales = tensors["lm_head.integers"].double(), tensors["lm_head.weight_scale"].double()
+    assert integers.shape == weight.shape and (integers.abs().amax(1) == 127).all()
+    torch.testing.assert_close(scales, weight.double().abs().amax(1, keepdim=True) / 127, rtol=1e-6, atol=0)
+    assert ((integers * scales - weight).abs() / scales).max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"activations": "int8"}, ["model.embed_tokens"]),
+        ({}, []),
+        ({"activations": "int8", "ignore": ("lm_head",)}, []),
+        ({"activations": "int8", "ignore": ("embed_tokens",)}, []),
+    ],
+    ids=str,
+)
+def test_a_tied_head_is_stored_once(options, names, tiny, text, tmp_path):
+    out = run(tiny("gemma2"), tmp_path / "out", text, weights="int8", smooth=0.0, reconstruct="none", **options)
+    reader = Reader(out)
+    assert reader.int8_names == names and list(reader.problems()) == []
+    assert sorted(n.rpartition(".")[2] for n in reader.files if "embed" in n or "head" in n) == (
+        ["integers", "weight_scale"] if names else ["weight"]
+    )
+    dense = load_file(tiny("gemma2") / "model.safetensors")
+    assert take_inventory(reader).totals.dense_bytes == sum(tensor.nbytes for tensor in dense.values())
 
 
 @each_way
@@ -202,6 +233,28 @@ DAMAGE = [
     (lambda t: t[MASK][3, :1].fill_(255), "row 3, columns 0 to 7: a group of four without"),
     (lambda t: t.update({f"{NAME}.shape": torch.tensor([[192], [64]])}), "expected 192 x 64"),
 ]
+
+
+HEAD = "lm_head.integers"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop(HEAD), "lm_head"),
+        (lambda t: t.pop("lm_head.weight_scale"), "lm_head.weight_scale is missing"),
+        (lambda t: t["lm_head.weight_scale"][3].zero_(), "not a positive finite number"),
+        (lambda t: t.update({"lm_head.weight_scale": t["lm_head.weight_scale"][1:].clone()}), "one number for each"),
+        (lambda t: t.update({HEAD: t[HEAD].short()}), "torch.int16"),
+        (lambda t: t[HEAD][-1, -1:].bitwise_xor_(1), "lm_head: its weights are not those"),
+    ],
+)
+def test_a_damaged_head_is_found(change, words, pruned, tmp_path):
+    shutil.copytree(pruned("int4, 32"), tmp_path / "out")
+    rewrite(tmp_path / "out" / "model.safetensors", change)
+    assert any(words in problem for problem in Reader(tmp_path / "out").problems())
+    with pytest.raises((RiaError, ValueError), match="lm_head"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("change, words", DAMAGE)

@@ -1,6 +1,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,7 +43,10 @@ def ranks(engine, monkeypatch):
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.mamba import mamba_mixer2
 
+    from ria_vllm.serve.linear import int8_rows
     from ria_vllm.serve.load import load_report
+
+    monkeypatch.setattr(int8_rows, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
 
     def become(rank, size):
         for module in (linear, parameter, load_report, mamba_mixer2):

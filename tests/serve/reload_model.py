@@ -135,6 +135,11 @@ class Checkpoint:
                 self.orders |= {f"model.moe.0.experts.{e}.{end}": shared for end in ("w1", "w3")}
                 self.orders[f"model.moe.0.experts.{e}.w2"] = torch.randperm(INNER, generator=rng)
 
+    @property
+    def head(self):
+        """The matrix that the head has. Where pruned linears have integers, it has them, too."""
+        return "model.embed" if self.tied else "model.head"
+
     def tensors(self, training):
         rng = torch.Generator().manual_seed(training)
 
@@ -150,6 +155,11 @@ class Checkpoint:
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
         if not self.tied:
             found["model.head.weight"] = random(WORDS, WIDTH)
+        if self.weight_format != FLOAT:
+            weight = found.pop(f"{self.head}.weight")
+            scales = weight.abs().amax(1, keepdim=True) / 127
+            integers = (weight / scales).round().to(torch.int8)
+            found |= {f"{self.head}.integers": integers, f"{self.head}.weight_scale": scales}
         for linear in self.orders:
             weight = found.pop(f"{linear}.weight")
             mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
@@ -168,6 +178,8 @@ class Checkpoint:
                 stored = self.weight_format.decode(parts, torch.float32)
                 tensor = torch.empty_like(stored)
                 tensor[:, self.orders[module]] = stored
+            elif part == "integers":
+                tensor = tensor * tensors[f"{module}.weight_scale"]
             elif part != "weight" or tensor.dim() != 2:
                 continue
             found[module] = proofs.proof(tensor, schema.proof_vector(tensor.shape[1]))

@@ -21,7 +21,8 @@ from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)
 BEGIN = "initialize_layerwise_reload"
-HERE = SimpleNamespace(model="the folder", revision=None, dtype=torch.float32, quantization="ria",
+HERE = SimpleNamespace(model="the folder", revision=None, dtype=torch.float32, quantization="ria", hf_config=None,
+                       runner_type="generate", head_dtype=torch.float32,
                        word_embeddings_untied_by_checkpoint=False)  # fmt: skip
 
 

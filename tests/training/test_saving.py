@@ -143,7 +143,8 @@ def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
 )
 def test_what_nobody_trained_keeps_its_bytes(weights, loaded, then, tmp_path):
     """Also where the model has rounded it: FSDP2 widens what was loaded in bfloat16."""
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=torch.float32, weights=weights)
+    quantized = weights != "float"
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "out", dtype=torch.float32, weights=weights, head=quantized)
     model = load(tmp_path / "out", getattr(torch, loaded)).to(getattr(torch, then or loaded))
     saved = save(model, tmp_path / "new", like=tmp_path / "out")
     assert (saved.changed, saved.relative_change, saved.rounding) == (0, 0, 0)
@@ -153,14 +154,15 @@ def test_what_nobody_trained_keeps_its_bytes(weights, loaded, then, tmp_path):
     exact = before.tensor("model.norm.weight")
     assert exact.dtype == torch.float32 and not torch.equal(exact.bfloat16().float(), exact)
     with torch.no_grad():
-        for name in ("model.norm", UP):
+        for name in ("model.norm", UP, "lm_head"):
             model.get_submodule(name).weight.mul_(1.5)
     saved = save(model, tmp_path / "trained", like=tmp_path / "out")
     after = Reader(tmp_path / "trained")
     changed = {name for name in before.files if not torch.equal(before.tensor(name), after.tensor(name))}
     assert saved.changed == 1 and {name.removeprefix(f"{UP}.") for name in changed} <= {
-        "model.norm.weight", "compressed", "weight_scale"
+        "model.norm.weight", "compressed", "weight_scale", "lm_head.weight_scale", "lm_head.integers"
     }  # fmt: skip
+    assert any(name.startswith("lm_head.") for name in changed)  # the same integers by scales that are half larger
     assert len(changed) > 1 and "model.norm.weight" in changed
 
 
