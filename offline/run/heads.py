@@ -15,15 +15,14 @@ ROWS = 4096
 
 
 def heads_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
-    """The written names of the weights that are stored in int8: of heads whose inputs may be rounded as those of pruned
-    linears, because the scheme rounds these."""
+    """The written names of the weights that are stored in int8: those of heads, where the scheme rounds inputs."""
     if recipe.activations == "none" or changes_head(model.config):
         return frozenset()
     tied, direct = model.model.all_tied_weights_keys, model.names.direct
     heads = {id(head) for head in output_heads(model.model, model.decoder_path) if isinstance(head, nn.Linear)}
     found = set()
     for path, module in model.model.named_modules():
-        if id(module) not in heads or module.in_features % 32:
+        if id(module) not in heads or module.in_features % int8_rows.COLUMNS_MULTIPLE:
             continue
         names = {f"{path}.weight", tied.get(f"{path}.weight", f"{path}.weight")}
         written = {direct[name] for name in names if name in direct}

@@ -1,7 +1,7 @@
 """Dense matrices in int8: a head, and the embedding that is tied to it, where pruned linears round their inputs.
 
 NAME.integers, int8 [out, in], and NAME.weight_scale, float32 [out, 1], stand in the place of NAME.weight: a weight is
-its integer times the scale of its row. A head rounds its input as pruned linears do; a lookup rounds nothing.
+its integer times the scale of its row. Inputs are not rounded, or to two int8 numbers, which loses next to nothing.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,8 @@ from ria_vllm.format.formats import INT8
 
 INTEGERS, SCALE = "integers", "weight_scale"
 TENSORS = (INTEGERS, SCALE)
-# The bitmask of a row as `doubled` has it: of each two groups, the first keeps its first two columns, the other the
-# last two.
-BITMASK = 0b11000011
+COLUMNS_MULTIPLE = 64
+"""Of the columns: what kernels take."""
 
 
 def encode(weight: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -46,13 +45,3 @@ def problem(parts: Mapping[str, torch.Tensor]) -> str | None:
         if reason := fault(part, parts[part]):
             return f"{part}: {reason}"
     return None if len(parts[INTEGERS]) == len(parts[SCALE]) else f"{SCALE} has not one number for each row"
-
-
-def doubled(x: torch.Tensor) -> torch.Tensor:
-    """[..., 2 * in] from [..., in], each four channels twice: what the 2:4 matrix with the same integers reads.
-
-    So kernels for 2:4 weights multiply with a dense matrix: its row of n integers is a 2:4 row of 2n columns, of which
-    it keeps n.
-    """
-    groups = x.unflatten(-1, (-1, 1, 4))
-    return groups.expand(*groups.shape[:-2], 2, 4).flatten(-3)

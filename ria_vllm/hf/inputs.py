@@ -63,18 +63,6 @@ def round_inputs(model: nn.Module, weights: Iterable[str], where: object, dtype:
         mixer.register_forward_hook(partial(_check_calls, children, f"{where}: {path}"))
 
 
-def round_heads(model: nn.Module, weights: Iterable[str], dtype: torch.dtype) -> None:
-    """Let the heads with these weights do the same. An embedding that is tied to one rounds nothing.
-
-    Args:
-        weights: names of parameters of the model, whose weights are tied already.
-    """
-    parameters = {id(model.get_parameter(name)) for name in weights}
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in parameters:
-            module.register_forward_pre_hook(partial(_round_first, dtype), with_kwargs=True)
-
-
 def _form(module: Any) -> ExpertsLayout | None:
     """The form of experts whose inputs can be rounded; None for any other module."""
     form = layout_of(module)

@@ -30,7 +30,7 @@ from ria_vllm.format import int8_rows, proofs
 from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, QUANT_METHOD, RiaSchema
 from ria_vllm.hf.dtypes import kept_dtypes
 from ria_vllm.hf.experts import ExpertsConverter, expert_converters
-from ria_vllm.hf.inputs import round_heads, round_inputs
+from ria_vllm.hf.inputs import round_inputs
 from ria_vllm.hf.proofs import disproved
 from ria_vllm.hf.unread import refuse_unread_weights
 
@@ -61,7 +61,6 @@ class Loading:
         self.rounded: dict[str, torch.dtype] = {}  # see `ria_vllm.hf.proofs`
         self.pruned: set[str] = set()
         self.int8: set[str] = set()  # matrices that are stored in int8
-        self.int8_weights: list[str] = []  # the parameters of the model that they became
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.conversions: list[Any] = []  # transformers' own
@@ -138,7 +137,6 @@ class Loading:
         setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
             round_inputs(model, list(self.placements), self.where, self.schema.input_dtype)
-            round_heads(model, self.int8_weights, self.schema.input_dtype)
 
     def prove(self, model: torch.nn.Module, used: list[Any]) -> None:
         """Check that the model, loaded and complete, holds the matrices that the checkpoint was written with.
@@ -285,9 +283,7 @@ class Decompress(ConversionOps):
         }
         try:
             if int8_rows.INTEGERS in tensors:
-                dense = self.loading.int8_matrix(self.sources, tensors)
-                self.loading.int8_weights.append(full_layer_name)
-                return {full_layer_name: dense}
+                return {full_layer_name: self.loading.int8_matrix(self.sources, tensors)}
             dense = self.loading.linear(self.sources, tensors)
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)

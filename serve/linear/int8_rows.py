@@ -1,6 +1,5 @@
 """Int8EmbeddingMethod: one of vLLM's embeddings or heads, stored in int8 (`ria_vllm.format.int8_rows`)."""
 
-import os
 from typing import Any
 
 import torch
@@ -13,17 +12,12 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import int8_rows
-from ria_vllm.format.formats import INT8
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
-from ria_vllm.format.weight_scheme import Weights
-from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.registry import KERNEL_VARIABLE, choose
-from ria_vllm.serve.linear.packing import RowGroup, pack_linear
-from ria_vllm.serve.linear.parameters import PackedTensors
+from ria_vllm.serve.kernels.cpu.backend import LOADED, multiply_int8_rows
 
 
 class Int8EmbeddingMethod(QuantizeMethodBase):
-    """Multiplies with kernels for 2:4 weights, see `int8_rows.doubled`, and widens only the rows that are looked up.
+    """Multiplies with the rows as they are stored, and widens only those that are looked up.
 
     Args:
         name: of the matrix in the checkpoint.
@@ -39,7 +33,6 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         self.name = name
         self.looks_up = looks_up
         self.multiplies = not looks_up or get_pp_group().is_last_rank
-        self.packed = PackedTensors()
 
     def create_weights(
         self,
@@ -72,24 +65,9 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         parameter = getattr(layer, part)
         parameter.weight_loader(parameter, tensor)
 
-    def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
-        parts = {part: getattr(layer, part, None) for part in int8_rows.TENSORS}
-        if any(tensor is None for tensor in parts.values()):
-            return  # packed already
-        if self.multiplies:
-            integers = parts[INTEGERS].data
-            bitmask = integers.new_full((self.rows, self.columns // 4), int8_rows.BITMASK, dtype=torch.uint8)
-            stored = {"compressed": integers, "bitmask": bitmask, "weight_scale": parts[SCALE].data}
-            packed = pack_linear(layer, Weights(INT8, stored), [RowGroup(0, self.rows, None)], self.dtype, torch.int8)
-            self.packed.check(self.name, layer, packed.parameters)
-            layer.ria_packed = packed
-        if not self.looks_up:
-            for part in int8_rows.TENSORS:
-                delattr(layer, part)
-
     def apply(self, layer: VocabParallelEmbedding, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., columns] -> [..., rows of this rank]."""
-        return layer.ria_packed.apply(layer, int8_rows.doubled(x), bias)
+        return multiply_int8_rows(x, layer.integers, layer.weight_scale, bias)
 
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows of this rank with these numbers, in the dtype of the activations."""
@@ -114,9 +92,10 @@ class TiedHeadMethod(QuantizeMethodBase):
         return self.source.quant_method.apply(self.source, x, bias)
 
 
-def no_kernel(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> str | None:
-    """Why no fast kernel multiplies with a matrix in int8 [rows, columns] and rounds its input, or None."""
-    choice = choose(LinearLayerConfig(device, dtype, INT8, rows, 2 * columns, torch.int8))
-    slow = choice.kernel.is_fallback and os.environ.get(KERNEL_VARIABLE) != choice.kernel.name
-    rounds = choice.widened_from is None and choice.config.input_dtype == torch.int8
-    return None if rounds and not slow else f"no fast kernel for {device.type} rounds its inputs"
+def misfit(layer: VocabParallelEmbedding) -> str | None:
+    """Why no kernel multiplies with a matrix in int8 in the place of a layer's plain weight, or None."""
+    device, columns = layer.weight.device.type, layer.weight.shape[1]
+    if device != "cpu" or not LOADED:
+        return f"no kernel for {device} multiplies with it"
+    multiple = int8_rows.COLUMNS_MULTIPLE
+    return f"{columns} columns are not a multiple of {multiple}" if columns % multiple else None

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from ria_vllm.compressed_tensors.packed_forms import Int8Rows, Translation
 from ria_vllm.format.int8_rows import TENSORS
-from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod, TiedHeadMethod, no_kernel
+from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod, TiedHeadMethod, misfit
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.model_paths import destinations
 from ria_vllm.serve.load.stream import Taker
@@ -57,8 +57,7 @@ def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
     """Why a layer cannot serve a matrix in int8, or None."""
     if type(getattr(layer, "quant_method", None)) is not UnquantizedEmbeddingMethod or config.scales_head:
         return "this rank has no layer that takes it as it is stored"
-    rows, columns = layer.weight.shape
-    return no_kernel(layer.weight.device, layer.params_dtype, rows, columns)
+    return misfit(layer)
 
 
 def _serve(model: torch.nn.Module, layer: VocabParallelEmbedding, name: str) -> None:

@@ -96,10 +96,10 @@ def test_rounded_inputs(runs, name):
     """A difference in the last place may round a channel to the next integer, which moves it by a 127th of the largest.
 
     That happens to few tokens, whose logprobs move by up to 0.06. If only one side rounded, all would, by 0.04 on
-    average.
+    average. A head in int8 rounds its input to 15 bits.
     """
     off = differences(*runs.get(ROUNDED, name, RIA_VLLM_BACKEND="reference"))
-    assert off.median() < 1e-5 and off.mean() < 5e-3
+    assert off.median() < 1e-4 and off.mean() < 5e-3
 
 
 @pytest.mark.parametrize("name", SPREAD)

@@ -179,7 +179,7 @@ def write(
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
         weights: name of the weight format.
         rounded: config.json says that inputs are rounded to int8; then the model's pruned linears round them.
-        head: the head is stored in int8, or the embedding that is tied to it, and rounds its input.
+        head: the head is stored in int8, or the embedding that is tied to it.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -219,7 +219,6 @@ def write(
                 integers = (tensor.to(dtype).float() / scales).round()
                 units |= {f"{stem}.integers": integers.to(torch.int8), f"{stem}.weight_scale": scales}
                 tensor.copy_((integers * scales).to(dtype))
-                model.lm_head.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
                 continue
             units[f"{stem}.{part}" if module else name] = tensor.to(dtype)
             tensor.copy_(tensor.to(dtype))

@@ -15,7 +15,7 @@ from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.checkpoint.weight_files import unindexed_files
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
-from ria_vllm.hf.inputs import round_heads, round_inputs
+from ria_vllm.hf.inputs import round_inputs
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline.model.files.dequantize import method_of
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
@@ -244,9 +244,6 @@ def _load(
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader is not None and reader.schema.input_dtype is not None:
                 round_inputs(model, _pruned_parameters(model, reader), name, reader.schema.input_dtype)
-                names = Names(model, reader.dense_tensors(), reader.folder)
-                heads = [names.inside[f"{head}.weight"] for head in reader.int8_names]
-                round_heads(model, heads, reader.schema.input_dtype)
     if output_head(model) is None:
         raise RiaError(
             f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "

@@ -46,10 +46,30 @@ if LOADED:
     def _fake_linear(x, packed, out_features, input_permutation, bias):
         return x.new_empty(*x.shape[:-1], out_features)
 
+    @torch.library.register_fake("ria::int8_rows_linear.cpu")
+    def _fake_int8_rows(x, integers, scales, bias):
+        return x.new_empty(*x.shape[:-1], integers.shape[0])
+
     @torch.library.register_fake("ria::sparse24_pack.cpu")
     def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False):
         weight_format, dtype = stored_format(compressed, scales, group_size)
         return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
+
+
+def multiply_int8_rows(
+    x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [..., in] times the matrix of `ria_vllm.format.int8_rows`, [..., out] in x's dtype.
+
+    Inputs are rounded to two int8 numbers with a scale each, the second of which holds what the first one leaves: they
+    are off by at most a 64,000th of a token's largest.
+
+    Args:
+        integers: int8 [out, in], contiguous; in is a multiple of 64.
+        scales: float32 [out, 1].
+        bias: [out], of x's dtype.
+    """
+    return torch.ops.ria.int8_rows_linear.cpu(x, integers, scales, bias)
 
 
 def stored_format(

@@ -47,6 +47,15 @@ struct Avx512VnniTraits {
     return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
   }
   static Accumulators subtract(Accumulators a, Accumulators b) { return _mm512_sub_epi32(a, b); }
+  using Dense = __m512i;
+  using DenseSums = __m512i;
+  static constexpr int64_t kDenseBytes = 64, kDenseRows = 4;
+  static Dense load_dense(const void* p) { return _mm512_loadu_si512(p); }
+  static Dense offset() { return _mm512_set1_epi8(static_cast<char>(kOffset)); }
+  static Dense load_digits(const void* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), offset()); }
+  static DenseSums dense_zero() { return _mm512_setzero_si512(); }
+  static DenseSums dense_dot(DenseSums sums, Dense x, Dense w) { return _mm512_dpbusd_epi32(sums, x, w); }
+  static int32_t total(DenseSums sums) { return _mm512_reduce_add_epi32(sums); }
   static __m512 scaled(Accumulators acc, __m512 scales, __m512 sums) {
     return _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(acc), scales));
   }

@@ -37,6 +37,7 @@
 #include <utility>
 
 #include "epilogue.h"
+#include "gemm_dense.h"
 #include "prefetch_output.h"
 #include "quantize_tokens.h"
 
@@ -360,7 +361,8 @@ constexpr Int8Kernels::ByScales int8_kernels_by_scales() {
 
 template <class VecTraits>
 constexpr Int8Kernels int8_kernels() {
-  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>(), quantize_token<VecTraits, 0>};
+  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>(), quantize_token<VecTraits, 0>,
+          multiply_dense<VecTraits>};
 }
 
 }  // namespace

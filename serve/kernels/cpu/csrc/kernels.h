@@ -68,6 +68,22 @@ struct Kernels {
   const Kernel& fastest(int64_t tokens) const { return tokens < min_tokens ? by_rows : by_tokens; }
 };
 
+constexpr int64_t kGroupDigits = 16;
+
+// y[tokens, rows] = x @ W^T + bias, where W is dense (gemm_dense.h).
+struct DenseArgs {
+  const int8_t* weights;  // [rows, columns]
+  const float* scales;    // [rows]
+  int64_t rows, columns, tokens;
+  const int8_t* digits;       // [2 * tokens, columns], the two numbers of each channel
+  const float* digit_scales;  // [2 * tokens]
+  // Not null: the digits of each eight tokens, [columns / 4][kGroupDigits][4], and zeros after the last one.
+  const int8_t* grouped_digits;
+  const void* bias;  // [rows] or null
+  Dtype act_dtype;   // of bias and y
+  void* y;
+};
+
 // For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
 struct Int8Kernels {
   struct ByScales {
@@ -76,6 +92,8 @@ struct Int8Kernels {
   ByScales int8, int4;  // weights
   // Rounds the channels of a token, a multiple of 64, to int8 and returns its scale.
   float (*quantize)(Dtype dtype, const uint8_t* x, int64_t columns, uint8_t* to);
+  void (*multiply_dense)(const DenseArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles of kTileRows rows
+  int64_t min_grouped_tokens = INT64_MAX;                                // from this many on, it wants `grouped_digits`
 
   const Kernels& kernels_for(const Layout& layout) const {
     const ByScales& kernels = layout.dtype == Dtype::int8 ? int8 : int4;
@@ -154,6 +172,9 @@ uint8_t* quantized_scratch(int64_t bytes);
 
 // y for any number of tokens. `args` points at the first token; its `tokens` and `panel` are set here.
 void linear(GemmArgs args, int64_t tokens, const InstructionSet&);
+
+// The same for a dense weight. x, with `x_stride` elements between tokens, is rounded here; the digits are set here.
+void dense_linear(DenseArgs args, const void* x, int64_t x_stride, const InstructionSet&);
 
 // y[tokens, hidden] = the sum over k of weights[., k] * down(activation(gate_up(x))) of the expert ids[., k].
 struct ExpertsArgs {

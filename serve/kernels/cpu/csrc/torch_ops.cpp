@@ -61,6 +61,40 @@ void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = packed.release();
 }
 
+void int8_rows_op(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x(stack[0]);
+  const Tensor weights(stack[1]), scales(stack[2]), bias = take_optional(stack[3]);
+  const int64_t dim = x.dim();
+  require(dim >= 1 && weights.dim() == 2, "x needs at least one dimension, the weight two");
+  const int64_t rows = weights.sizes()[0], columns = weights.sizes()[1];
+  std::vector<int64_t> shape(x.sizes(), x.sizes() + dim);
+  require(weights.is(aoti_torch_dtype_int8(), {rows, columns}) && scales.is(aoti_torch_dtype_float32(), {rows, 1}),
+          "the weight must be contiguous int8 [out, in], its scales float32 [out, 1]");
+  require(columns > 0 && columns % 64 == 0 && columns <= kMaxInt8Columns && shape.back() == columns,
+          "x's last dimension must be the weight's, a multiple of 64");
+  const Dtype act_dtype = float_dtype(x, Dtype::int8);
+  require(act_dtype != Dtype::int8, "x must be bfloat16, float16 or float32");
+  require(!bias.get() || bias.is(x.dtype(), {rows}), "bias must be contiguous, [out_features], of x's dtype");
+  int64_t tokens = 1;
+  for (int64_t d = 0; d < dim - 1; ++d) tokens *= shape[d];
+  x = with_token_stride(std::move(x));
+  shape.back() = rows;
+  Tensor y = empty(shape, x.dtype());
+  if (tokens > 0 && rows > 0) {
+    DenseArgs args{};
+    args.weights = weights.data<const int8_t>();
+    args.scales = scales.data<const float>();
+    args.rows = rows;
+    args.columns = columns;
+    args.tokens = tokens;
+    args.bias = bias.get() ? bias.data<const void>() : nullptr;
+    args.act_dtype = act_dtype;
+    args.y = y.data<void>();
+    dense_linear(args, x.data<const void>(), *token_stride(x), instruction_set());
+  }
+  stack[0] = y.release();
+}
+
 struct Registration {
   Registration() {
     TorchLibraryHandle schemas, cpu;
@@ -72,7 +106,11 @@ struct Registration {
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "
                                  "Tensor? input_permutation, Tensor? bias) -> Tensor"));
+    check(aoti_torch_library_def(schemas,
+                                 "int8_rows_linear.cpu(Tensor x, Tensor integers, Tensor scales, Tensor? bias) "
+                                 "-> Tensor"));
     check(aoti_torch_library_init_impl("ria", "CPU", __FILE__, __LINE__, &cpu));
+    check(aoti_torch_library_impl(cpu, "int8_rows_linear.cpu", int8_rows_op));
     check(aoti_torch_library_impl(cpu, "sparse24_pack.cpu", pack_op));
     check(aoti_torch_library_impl(cpu, "sparse24_linear.cpu", linear_op));
   }

@@ -40,6 +40,17 @@ struct PortableInt8Traits {
     return positions;
   }
   static Activations broadcast(const uint8_t* p) { return p; }
+  using Dense = const int8_t*;
+  using DenseSums = int32_t;
+  static constexpr int64_t kDenseBytes = 64, kDenseRows = 2;
+  static Dense load_dense(const void* p) { return static_cast<const int8_t*>(p); }
+  static Dense load_digits(const void* p) { return load_dense(p); }
+  static DenseSums dense_zero() { return 0; }
+  static DenseSums dense_dot(DenseSums sums, Dense x, Dense w) {
+    for (int64_t i = 0; i < kDenseBytes; ++i) sums += x[i] * w[i];
+    return sums;
+  }
+  static int32_t total(DenseSums sums) { return sums; }
   static Accumulators load_sums(const int32_t* p) {
     Accumulators sums;
     std::memcpy(&sums, p, sizeof sums);

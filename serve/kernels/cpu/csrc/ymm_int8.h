@@ -57,6 +57,19 @@ struct YmmInt8Traits {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
   }
+  using Dense = __m256i;
+  using DenseSums = __m256i;
+  static constexpr int64_t kDenseBytes = 32, kDenseRows = 2;
+  static Dense load_dense(const void* p) { return load(p); }
+  static Dense offset() { return _mm256_set1_epi8(static_cast<char>(kOffset)); }
+  static Dense load_digits(const void* p) { return _mm256_xor_si256(load(p), offset()); }
+  static DenseSums dense_zero() { return _mm256_setzero_si256(); }
+  static DenseSums dense_dot(DenseSums sums, Dense x, Dense w) { return dot(sums, x, w); }
+  static int32_t total(DenseSums sums) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+  }
   static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
     return {dot(sums.low, _mm256_shuffle_epi8(x, p.low), w.low),
             dot(sums.high, _mm256_shuffle_epi8(x, p.high), w.high)};
