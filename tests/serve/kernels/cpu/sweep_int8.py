@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import GROUP_SIZES, IntFormat
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, multiply_int8_rows
 
 FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
 
@@ -174,8 +174,31 @@ def same_bits(format, rows: int) -> None:
         torch.set_num_threads(threads)
 
 
+def dense_rows(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """A dense matrix in int8 and inputs of 15 bits: near the product in float64, with the same bits in any batch."""
+    weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+    scales, bias = torch.rand(rows, 1) + 0.01, torch.randn(rows).to(dtype)
+    x = torch.randn(41, columns).to(dtype)
+    x[3] = 0
+    largest = x.double().abs().amax(1, keepdim=True)
+    W = weight.double() * scales.double()
+    want = x.double() @ W.T + bias.double()
+    found = multiply_int8_rows(x, weight, scales, bias)
+    # Each channel is off by up to half a step of the second number; a sum of random ones is far from the worst case.
+    off = 4 * largest / (2 * 127 * 254) * W.norm(dim=1) + torch.finfo(dtype).eps * want.abs() + 1e-9
+    name = f"{rows} x {columns}, {dtype}"
+    assert bool(((found.double() - want).abs() <= off).all()) and torch.equal(found[3], bias), name
+    for first, last in [(0, 1), (3, 5), (7, 10), (1, 9), (20, 41)]:
+        assert torch.equal(multiply_int8_rows(x[first:last], weight, scales, bias), found[first:last]), name
+    x[5, 1] = float("nan")
+    assert multiply_int8_rows(x, weight, scales, None)[5].isnan().all(), name
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
+    for dtype in sparse24.VALUE_DTYPES:
+        for rows, columns in ((1, 64), (32, 128), (49, 576), (96, 2048)):
+            dense_rows(rows, columns, dtype)
     sweep()
     for format in FORMATS:
         for dtype in sparse24.VALUE_DTYPES:
