@@ -35,7 +35,7 @@ def match_heads(
     dtype = torch.get_default_dtype()
     reason = EngineOptions.current().needs_plain_head or (None if embeddings else "this model is a draft")
     for name in sorted(config.int8):
-        layer = _layer(model, name)
+        layer = None if reason else _layer(model, name)
         why = reason or _misfit(config, layer)
         if why is None:
             _serve(model, layer, name)
