@@ -7,7 +7,7 @@ learned by sending the proofs through the loaders that its weights came through.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -161,7 +161,7 @@ class Absorbed(Proved):
         attention: vLLM's MLAAttention. On CPUs with AMX it packs both, and empties kv_b_proj.
     """
 
-    attention: Any
+    attention: Any = field(kw_only=True)
 
     def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         known = self.is_packed or hasattr(self.attention, "W_UK_T")
@@ -328,7 +328,7 @@ def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]
         if hasattr(attention, "kv_b_proj") and hasattr(attention, "impl"):
             for one in layers:
                 if one.layer is attention.kv_b_proj:
-                    yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention)
+                    yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention=attention)
 
 
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
