@@ -153,12 +153,17 @@ def lines(topologies: Topologies) -> Iterator[str]:
                 f" without {one.module}/{one.returns}{' but the stream' if one.passes_stream else ''}"
                 for one in part.stand_ins
             )
-            yield f"{part.name}{ends}{without}{' +' if part.additive else ''}"
+            yield f"{part.name}{ends}{without}{_joins(part)}"
             for stage in part.stages:
                 yield "  " + " | ".join(_group(group) for group in stage)
         for fold in topology.folds:
             heads = f" {fold.num_heads}/{fold.num_kv_heads}" if fold.coupling == "heads" else ""
             yield f"  {fold.consumer} <- {', '.join(map(_producer, fold.producers))}{heads}"
+
+
+def _joins(part: Any) -> str:
+    factor = "" if part.factor == 1 else f" {part.factor} *"
+    return f" +{factor}{'' if part.norm is None else ' ' + part.norm}" if part.factor else ""
 
 
 def _group(group: Any) -> str:

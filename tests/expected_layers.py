@@ -10,7 +10,9 @@ mlp without self_attn/2 +
   self_attn.o_proj <- self_attn.v_proj 4/2
   mlp.down_proj <- mlp.gate_proj, mlp.up_proj
 """
-GEMMA_2 = LLAMA.replace("post_attention_layernorm +", "pre_feedforward_layernorm").replace("/2 +", "/2")
+GEMMA_2 = LLAMA.replace("post_attention_layernorm +", "pre_feedforward_layernorm + post_attention_layernorm").replace(
+    "/2 +", "/2 + post_feedforward_layernorm"
+)
 PHI_3 = """
 attention until post_attention_layernorm +
   self_attn.qkv_proj
@@ -35,7 +37,10 @@ mlp without self_attn/2 +
 TABLE = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), LLAMA)
 TABLE |= {"gemma2": GEMMA_2, "gemma3_text": GEMMA_2, "phi3": PHI_3, "opt": OPT}
 
-AFTER_NORM = LLAMA.replace("post_attention_layernorm +", "mlp").replace("/2 +", "/2")  # norms before the stream only
+# Norms before the stream only.
+AFTER_NORM = LLAMA.replace("post_attention_layernorm +", "mlp + post_attention_layernorm").replace(
+    "/2 +", "/2 + post_feedforward_layernorm"
+)
 GLM = """
 attention until post_attention_layernorm +
   self_attn.q_proj self_attn.k_proj self_attn.v_proj
@@ -95,7 +100,9 @@ OTHERS |= {
     "apertus": NO_GATE.replace("until post_attention_layernorm", "until feedforward_layernorm"),
     "cohere2": PARALLEL,
     "glm": GLM,
-    "glm4": GLM.replace(" +", ""),
+    "glm4": GLM.replace("layernorm +", "layernorm + post_self_attn_layernorm").replace(
+        "/2 +", "/2 + post_mlp_layernorm"
+    ),
     "starcoder2": NO_GATE.replace("up_proj", "c_fc").replace("down_proj", "c_proj"),
     "gemma4_text": GEMMA_2 + GEMMA_2.replace("x16", "x32"),
     "phi": """
@@ -227,7 +234,7 @@ mlp without self_attn/2"""
     + LATENT.splitlines()[-2]
     + "\n"
     + SHARED_FOLDS.replace("shared_expert", "shared_experts"),
-    "minicpm3": LATENT.replace(" +", ""),
+    "minicpm3": LATENT.replace(" +", " + 0.989949493661 *"),
     "granitemoehybrid": "".join(
         f"""
 attention until post_attention_layernorm +

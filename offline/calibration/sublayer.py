@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experiments.split import replaced
+from ria_vllm.offline.model.experiments.split import gains_of, replaced
 from ria_vllm.offline.model.run.embedding import Reached, first_tensor
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Sublayer
+
+# A norm's gain, in units of the median, with which a linear makes up for half of what the stream lacks.
+LEAST_GAIN = 0.3
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,19 @@ class SublayerRunner:
     def linear(self, name: str) -> nn.Linear:
         """The linear with this name relative to the layer."""
         return self.layer.get_submodule(name)
+
+    def missing_output(self, missing: torch.Tensor) -> torch.Tensor:
+        """What the output of the last linear lacks, if the stream after the sublayer lacks `missing` [tokens, hidden].
+
+        Where a norm lies between, it is what the output lacks when each token is divided by its RMS. Channels that
+        hardly reach the stream would have to change a lot for it; they make up for less.
+        """
+        missing = missing / self.sublayer.factor
+        if self.sublayer.norm is None:
+            return missing
+        norm = self.layer.get_submodule(self.sublayer.norm)
+        gains = gains_of(norm, missing.shape[-1], self.dtype, self.device)
+        return missing * (gains / (gains.square() + (LEAST_GAIN * gains.abs().median()).square()))
 
     def run(self, stream: torch.Tensor, call: LayerCall, left: Left | None = None) -> torch.Tensor:
         """The residual stream after the sublayer, from the one before it.

@@ -10,6 +10,7 @@ from ria_vllm.offline.calibration.activations import Activations, AllChunks, Str
 from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
+from ria_vllm.offline.model.experiments.split import rms_factors
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -23,6 +24,7 @@ class SublayerPass:
     arguments: what the layer reads besides them.
     streams: those before the sublayer; `advance` replaces one by the stream after it.
     place: a linear's name relative to the layer -> what an error about it begins with.
+    gains: of the norms that read the stream, in the layer as it was loaded: [hidden] float32 each.
     """
 
     runner: SublayerRunner
@@ -31,6 +33,7 @@ class SublayerPass:
     ranks: Ranks
     monitor: Monitor
     place: Callable[[str], str]
+    gains: Sequence[torch.Tensor] = ()
 
     @property
     def stages(self) -> tuple[tuple[Group, ...], ...]:
@@ -54,14 +57,14 @@ class SublayerPass:
             RiaError: NaN or infinite activations, or a linear that the layer does not use.
         """
         dense = self.streams.dense if with_drift else None
-        first, adds = number == 0, self.runner.sublayer.additive and number == len(self.stages) - 1
+        first, joins = number == 0, self.runner.sublayer.factor != 0 and number == len(self.stages) - 1
         linears = [group.linears[0] for group in groups]
         sums = {
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
         for index in self._chunks(self.streams.pruned):
-            self._add_chunk(index, sums, alone, dense, first, adds and dense is not None)
+            self._add_chunk(index, sums, alone, dense, first, joins)
         return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
 
     def advance(self, stream: Activations) -> None:
@@ -105,7 +108,7 @@ class SublayerPass:
         alone: frozenset[str],
         dense: Activations | None,
         first: bool,
-        adds: bool,
+        joins: bool,
     ) -> None:
         """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.)
 
@@ -115,8 +118,9 @@ class SublayerPass:
             alone: the linears that are the only one of their group.
             dense: the dense stream, before the sublayer if this is its first stage, else after it; None: no drift.
             first: whether this is the first stage.
-            adds: whether the drift is that of the stream to which the only linear adds.
+            joins: whether the only linear's output joins the stream: the drift is then that of the stream.
         """
+        adds = joins and dense is not None
         after, inputs = self.runner.watch(*self._read(self.streams.pruned, index), list(sums), to_the_end=adds)
         self._check_used(sums, inputs)
         goal, of_dense = None, {}
@@ -127,9 +131,11 @@ class SublayerPass:
         with self.monitor.phase("statistics"):
             for name, total in sums.items():
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
+                if joins and self.runner.sublayer.norm is not None:
+                    X *= rms_factors(linear(X.to(linear.weight.dtype)).float())  # as the norm does with the output
                 total.add(X)
                 if adds:
-                    total.add_output_drift(X, _tokens(goal) - _tokens(after))
+                    total.add_output_drift(X, self.runner.missing_output(_tokens(goal) - _tokens(after)))
                 # Where one linear alone reads a wide input, the drift of its output is the smaller one to keep.
                 elif name in of_dense and name in alone and linear.out_features < linear.in_features:
                     total.add_output_drift(X, (_tokens(of_dense.pop(name)) - X) @ linear.weight.float().T)

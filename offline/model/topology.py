@@ -116,14 +116,17 @@ class Sublayer:
     stages: groups whose statistics are gathered together; a later stage sees what the earlier ones pruned.
     ends_before: the submodule whose input is the stream after this sublayer; None: the layer's output is.
     stand_ins: for modules that come before this sublayer in the layer, when this sublayer is run by itself.
-    additive: the stream after the sublayer is the one before it plus the output of the last stage's only linear.
+    factor: the stream after the sublayer is the one before it plus `factor` times the output of the last stage's only
+        linear; 0: it is something else.
+    norm: the RMS norm through which this output goes first; None: there is none.
     """
 
     name: str
     stages: tuple[tuple[Group, ...], ...]
     ends_before: str | None = None
     stand_ins: tuple[StandIn, ...] = ()
-    additive: bool = False
+    factor: float = 0.0
+    norm: str | None = None
 
     @property
     def linears(self) -> list[str]:
@@ -139,6 +142,7 @@ class Topology:
     together: sets of linears, besides those in `vllm_quirks.FUSED`, of which all are pruned or none.
     migrations: where the scales of inputs can be moved to.
     rotations: the consumers of folds whose heads can be rotated.
+    norms: the RMS norms that read the residual stream.
     """
 
     sublayers: tuple[Sublayer, ...]
@@ -147,6 +151,7 @@ class Topology:
     together: tuple[frozenset[str], ...] = ()
     migrations: tuple[Migration, ...] = ()
     rotations: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[str]:

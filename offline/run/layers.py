@@ -17,6 +17,7 @@ from ria_vllm.offline.experts.layer import ExpertsPass
 from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.model.experiments.split import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
@@ -120,7 +121,10 @@ class LayerPass:
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
         layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
-        place = partial(self._place, index)
+        place, topology = partial(self._place, index), self.topologies.of(index)
+        hidden, device = self.streams.pruned[0].shape[-1], self.model.device
+        norms = [layer.get_submodule(name) for name in topology.norms]
+        gains = [gains_of(norm, hidden, self.model.dtype, device) for norm in norms]
         return [
             SublayerPass(
                 SublayerRunner(layer, sublayer, self.model.dtype),
@@ -129,8 +133,9 @@ class LayerPass:
                 self.ranks,
                 self.monitor,
                 place,
+                gains,
             )
-            for sublayer in self.topologies.of(index).sublayers
+            for sublayer in topology.sublayers
         ]
 
     def _prune_sublayer(

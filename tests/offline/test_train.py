@@ -57,6 +57,24 @@ def rounding(monkeypatch):
     return seen
 
 
+def test_errors_count_as_the_norms_that_read_the_stream_see_them():
+    """4 of 64 channels hold nearly all of the stream, as in Gemma 3, and norms read them with small gains."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.ones(64).index_fill(0, torch.tensor([3, 9, 10, 40]), 500.0)
+    targets = [torch.randn(2, 30, 64, generator=draw) * sizes for _ in range(3)]
+    norms = [torch.nn.RMSNorm(64, eps=0.0) for _ in range(2)]
+    for norm, power in zip(norms, (1.0, 0.5), strict=True):
+        norm.weight.data = (torch.rand(64, generator=draw) + 0.5) / sizes**power
+    scales = train.channel_scales(targets, [norm.weight.data for norm in norms])
+    error = torch.randn(64, generator=draw)
+    tokens = torch.cat(targets).flatten(0, 1)
+    tokens /= tokens.norm(dim=-1, keepdim=True)
+    seen = [((norm.weight * error).norm() / (norm.weight * tokens).norm()) ** 2 for norm in norms]
+    expected = sum(seen).item()
+    torch.testing.assert_close((scales * error).square().sum().item(), expected, rtol=1e-5, atol=0)
+    assert torch.equal(train.channel_scales(targets, []), torch.ones(64))
+
+
 IN_ORDER = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 

@@ -25,7 +25,7 @@ from ria_vllm.offline.model.experiments.experiment import Batch, Experiment, See
 from ria_vllm.offline.model.experiments.folds import confirmed, find_folds
 from ria_vllm.offline.model.experiments.migrations import find_migrations
 from ria_vllm.offline.model.experiments.rotations import find_rotations
-from ria_vllm.offline.model.experiments.split import find_cut, is_sum
+from ria_vllm.offline.model.experiments.split import find_cut, how_it_adds, is_rms_norm
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.vllm_quirks import served_dense
 
@@ -57,7 +57,17 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
     migrations = find_migrations(experiment, with_many_tokens, seen, groups, folds)
     rotations = find_rotations(experiment, with_many_tokens, folds)
-    return Topology(sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations)
+    return Topology(
+        sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations,
+        _norms_of_stream(experiment, seen, sublayers),
+    )  # fmt: skip
+
+
+def _norms_of_stream(experiment: Experiment, seen: Sequence[Seen], sublayers: Sequence[Sublayer]) -> tuple[str, ...]:
+    """The RMS norms that read the residual stream, at the layer's start or at its cut."""
+    cuts = {sublayer.ends_before for sublayer in sublayers}
+    readers = [call for call in seen if call.name in cuts or _alike(call.read, experiment.stream)]
+    return tuple(dict.fromkeys(call.name for call in readers if is_rms_norm(experiment.layer, call)))
 
 
 def _all_dense(layer: nn.Module, dense: dict[str, str], pruned: Sequence[str]) -> dict[str, str]:
@@ -148,15 +158,15 @@ def _sublayers(
     cut = find_cut(experiment, seen, [name for group in groups for name in _members(group)])
     if cut is None:
         stages = _stages(groups, depends, range(len(groups)))
-        return (Sublayer("layer", stages, additive=is_sum(experiment, seen, stages, None, None)),)
+        return (Sublayer("layer", stages, **how_it_adds(experiment, seen, stages, None, None)),)
     is_first = [_members(group)[0] in cut.before for group in groups]
     first, second = (
         _stages(groups, depends, [number for number, early in enumerate(is_first) if early == part])
         for part in (True, False)
     )
     return (
-        Sublayer("attention", first, cut.ends_before, additive=is_sum(experiment, seen, first, None, cut)),
-        Sublayer("mlp", second, stand_ins=cut.stand_ins, additive=is_sum(experiment, seen, second, cut, None)),
+        Sublayer("attention", first, cut.ends_before, **how_it_adds(experiment, seen, first, None, cut)),
+        Sublayer("mlp", second, stand_ins=cut.stand_ins, **how_it_adds(experiment, seen, second, cut, None)),
     )
 
 

@@ -99,7 +99,7 @@ class Experiment:
         everything: Left = {}
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
-        with torch.no_grad(), _all_in_float64():
+        with torch.no_grad(), all_in_float64():
             try:
                 return call(self.layer, stream.clone(), everything)
             finally:
@@ -218,7 +218,7 @@ def _is_lower(value: Any) -> bool:
 
 
 @contextmanager
-def _all_in_float64() -> Iterator[None]:
+def all_in_float64() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, equal
+from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, all_in_float64, equal
 from ria_vllm.offline.model.run.embedding import Reached
 from ria_vllm.offline.model.run.layer_call import Left
 from ria_vllm.offline.model.topology import Group, StandIn
@@ -62,10 +63,10 @@ def find_cut(experiment: Experiment, seen: Sequence[Seen], linears: Sequence[str
     return None
 
 
-def is_sum(
+def how_it_adds(
     experiment: Experiment, seen: Sequence[Seen], stages: Sequence[Sequence[Group]], begin: Cut | None, end: Cut | None
-) -> bool:
-    """Whether the stream after a part is the one before it plus the output of the last stage's only linear.
+) -> dict[str, Any]:
+    """`Sublayer.factor` and `Sublayer.norm` of a part, as keywords: how the output of its last linear joins the stream.
 
     Args:
         stages: of the part.
@@ -73,13 +74,47 @@ def is_sum(
     """
     last = stages[-1] if stages else ()
     if len(last) != 1 or len(last[0].linears) != 1 or last[0].experts:
-        return False
+        return {}
     before = experiment.stream if begin is None else begin.stream
     after = experiment.output if end is None else end.stream
-    added = [call.returned for call in seen if call.name == last[0].linears[0]]
-    if len(added) != 1 or added[0] is None or added[0].numel() != before.numel():
+    outputs = [call.returned for call in seen if call.name == last[0].linears[0]]
+    if len(outputs) != 1 or outputs[0] is None or outputs[0].numel() != before.numel():
+        return {}
+    output = outputs[0].reshape(before.shape)
+    after_it = (call for call in seen if call.read.numel() == output.numel())
+    after_it = (call for call in after_it if equal(call.read.reshape(output.shape), output))
+    norms = {call.name: call.returned for call in after_it if is_rms_norm(experiment.layer, call)}
+    for norm, added in {None: output, **norms}.items():
+        added = added.reshape(before.shape)
+        factor = float(((after - before) * added).sum() / added.square().sum())
+        factor = round(factor, 12)  # 1 is 1
+        if factor and equal(before + factor * added, after):
+            return {"factor": factor, "norm": norm}
+    return {}
+
+
+def rms_factors(X: torch.Tensor) -> torch.Tensor:
+    """What an RMS norm multiplies each token of X [..., width] by: 1 / RMS, [..., 1]."""
+    return X.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def is_rms_norm(layer: nn.Module, call: Seen) -> bool:
+    """Whether this is the call of an RMS norm with gains. Its epsilon, which changes little, is left out."""
+    module = layer.get_submodule(call.name)
+    if isinstance(module, nn.Linear) or not [*module.parameters(recurse=False)] or call.returned is None:
         return False
-    return equal(before + added[0].view_as(before), after)
+    if call.returned.shape != call.read.shape or not call.read.is_floating_point():
+        return False
+    with all_in_float64(), torch.no_grad():
+        gains = module(torch.ones(1, call.read.shape[-1], dtype=call.read.dtype))[0]
+    expected = gains * call.read * rms_factors(call.read)
+    return bool((call.returned - expected).abs().max() <= 1e-3 * expected.abs().max())
+
+
+def gains_of(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What an RMS norm that computes in `dtype` multiplies each channel by: [width] float32."""
+    with torch.no_grad():
+        return norm(torch.ones(1, width, dtype=dtype, device=device))[0].float()
 
 
 @contextmanager

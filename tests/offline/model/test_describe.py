@@ -39,7 +39,7 @@ def check_sublayers(model, topologies):
         for sublayer in topologies.of(index).sublayers:
             before = result
             runner = SublayerRunner(layer, sublayer, torch.float32)
-            last = sublayer.stages[-1][0].linears[0] if sublayer.additive else None
+            last = sublayer.norm or sublayer.stages[-1][0].linears[0] if sublayer.factor else None
             added = []
             hook = last and layer.get_submodule(last).register_forward_hook(lambda _, __, out, a=added: a.append(out))
             result = runner.run(before, call)
@@ -47,7 +47,9 @@ def check_sublayers(model, topologies):
                 hook.remove()
                 if not added:  # the pass stops before the linear of the next part
                     raise AssertionError(f"{last} did not run")
-                torch.testing.assert_close(before + added[-1].view_as(before), result, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    before + sublayer.factor * added[-1].view_as(before), result, rtol=1e-4, atol=1e-4
+                )
         torch.testing.assert_close(result, call(layer, stream), rtol=1e-4, atol=1e-4)
 
 
