@@ -69,6 +69,7 @@ def ways(problem: dict[str, Any], f: IntFormat) -> dict[str, float]:
         "nearest, scales by error": lambda: f.quantize(V, torch.float32, searched)[0],
         "a sweep like GPTQ's, scales by error": lambda: sweep(target, damped, mask, wide, f),
         "coordinate descent, 1 pass": lambda: descent(1),
+        "coordinate descent, 3 passes": lambda: descent(3),
         "coordinate descent, 6 passes": lambda: descent(6),
     }
     exact = lost(V)

@@ -25,7 +25,7 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 ENTRIES_AT_ONCE, ENTRIES_AT_ONCE_ON_GPUS, LEAST_ROWS = 1 << 20, 1 << 24, 256
 # Columns of a block if scales are per row. The gradient of the others is updated once for each block.
 BLOCK = 64
-PASSES = 6
+PASSES = 3
 # Scales are searched for from the one that fits the largest magnitude down to this part of it, in so many steps.
 SMALLEST, STEPS = 0.4, 25
 
