@@ -57,6 +57,7 @@ def train_block(
     place: str = "",
     grids: Mapping[str, Grid] | None = None,
     relative: bool = True,
+    channels: torch.Tensor | None = None,
     agreed: Callable[[float], float] = float,
 ) -> tuple[float, float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
@@ -85,6 +86,8 @@ def train_block(
         place: what an error begins with.
         grids: of the parameters that are rounded.
         relative: False: the caller has scaled outputs and targets instead.
+        channels: [hidden] float32, what the square of each channel counts in a token's error and in its norm; None: all
+            count alike.
         agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
             all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
 
@@ -104,9 +107,12 @@ def train_block(
     count = min(COMPARED, len(inputs))
     compared = [i * len(inputs) // count for i in range(count)]
 
+    def error_of(i: int) -> torch.Tensor:
+        return _error(forward, inputs[i], targets[i], dtype, relative, channels)
+
     def mean_loss() -> float:
         with torch.no_grad():
-            return sum(_error(forward, inputs[i], targets[i], dtype, relative).item() for i in compared) / count
+            return sum(error_of(i).item() for i in compared) / count
 
     try:
         before = mean_loss()
@@ -115,7 +121,7 @@ def train_block(
             for i in torch.randperm(len(inputs), generator=order).tolist():
                 for weight in trained:
                     weight.set_lr(lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-                loss = _error(forward, inputs[i], targets[i], dtype, relative)
+                loss = error_of(i)
                 loss.backward()
                 step += 1
                 total += loss.item()
@@ -197,11 +203,19 @@ class _Trained:
 
 
 def _error(
-    forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, dtype: torch.dtype, relative: bool
+    forward: Callable,
+    inputs: torch.Tensor | tuple,
+    targets: torch.Tensor,
+    dtype: torch.dtype,
+    relative: bool,
+    channels: torch.Tensor | None,
 ) -> torch.Tensor:
+    def size(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.square().sum(-1) if channels is None else tensor.square() @ channels
+
     stream, *others = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.autocast(stream.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = forward(stream.float(), *others)
     targets = targets.float()
-    errors = (outputs.float() - targets).square().sum(-1)
-    return (errors / targets.square().sum(-1).clamp(min=1e-12) if relative else errors).mean()
+    errors = size(outputs.float() - targets)
+    return (errors / size(targets).clamp(min=1e-12) if relative else errors).mean()

@@ -52,7 +52,7 @@ def train_sublayer(
     targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
     chunks = recipe.schedule.chunks(streams.total, share)
     goals = _Some(targets, chunks)
-    scales = channel_scales(goals, sublayer_pass.gains)
+    channels = channel_weights(goals, sublayer_pass.gains)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
     before = {name: linear.weight[linear.mask] for name, linear in pruned.items()}  # to go back: half of a copy
@@ -62,15 +62,16 @@ def train_sublayer(
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses: tuple[float, float] | None = train_block(
-                lambda stream, call: runner.run(stream, call) * scales,
+                runner.run,
                 weights,
                 _Masks(pruned, runner.device),
                 _Some(sublayer_pass.inputs_and_calls(), chunks),
-                _Scaled(goals, scales),
+                goals,
                 passes=recipe.schedule.passes(len(chunks), share),
                 lr=LR * recipe.schedule.rate(share),
                 seed=recipe.seed,
                 dtype=recipe.matmul_dtype,
+                channels=channels,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
                 agreed=ranks.broadcast,
             )
@@ -91,8 +92,8 @@ def train_sublayer(
     return trained
 
 
-def channel_scales(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What the channels of the residual stream are multiplied by before errors are measured: [hidden] float32.
+def channel_weights(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """What squared errors in the channels of the residual stream count: [hidden] float32; None: all the same.
 
     Errors count as the norms that read the stream see them. A few channels can be hundreds of times larger than the
     others (4 of 640 hold 97% of Gemma 3's stream). Norms have small gains for these, so an error relative to the stream
@@ -100,17 +101,16 @@ def channel_scales(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tensor
 
     Args:
         targets: chunks of the dense stream [..., hidden]; each token counts the same.
-        gains: of the norms, [hidden] each; each norm counts the same. If there are none, all scales are 1.
+        gains: of the norms, [hidden] each; each norm counts the same. None: the stream is measured as it is.
     """
-    energy = torch.zeros(targets[0].shape[-1], dtype=torch.float64, device=targets[0].device)
     if not gains:
-        return torch.ones_like(energy, dtype=torch.float32)
+        return None
+    energy = torch.zeros(targets[0].shape[-1], dtype=torch.float64, device=targets[0].device)
     for target in targets:
         energy += functional.normalize(target.float().flatten(0, -2), dim=-1).square().sum(0)
-    total = torch.zeros_like(energy)
-    for square in (gain.double().square() for gain in gains):
-        total += square / (square * energy).sum().clamp(min=1e-12)
-    return total.sqrt().float()
+    squares = [gain.double().square() for gain in gains]
+    total = sum(square / (square * energy).sum().clamp(min=1e-12) for square in squares)
+    return (total / total.mean()).float()
 
 
 def after_training(
@@ -207,20 +207,6 @@ def _rounded(
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
-
-
-@dataclass(frozen=True)
-class _Scaled(Sequence[torch.Tensor]):
-    """Tensors [..., channels], multiplied by the channels' scales when they are asked for."""
-
-    items: Sequence[torch.Tensor]
-    scales: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
-        return self.items[index].float() * self.scales
 
 
 T = TypeVar("T")

@@ -65,14 +65,15 @@ def test_errors_count_as_the_norms_that_read_the_stream_see_them():
     norms = [torch.nn.RMSNorm(64, eps=0.0) for _ in range(2)]
     for norm, power in zip(norms, (1.0, 0.5), strict=True):
         norm.weight.data = (torch.rand(64, generator=draw) + 0.5) / sizes**power
-    scales = train.channel_scales(targets, [norm.weight.data for norm in norms])
-    error = torch.randn(64, generator=draw)
+    weights = train.channel_weights(targets, [norm.weight.data for norm in norms])
+    error, other = torch.randn(2, 64, generator=draw)
     tokens = torch.cat(targets).flatten(0, 1)
     tokens /= tokens.norm(dim=-1, keepdim=True)
-    seen = [((norm.weight * error).norm() / (norm.weight * tokens).norm()) ** 2 for norm in norms]
-    expected = sum(seen).item()
-    torch.testing.assert_close((scales * error).square().sum().item(), expected, rtol=1e-5, atol=0)
-    assert torch.equal(train.channel_scales(targets, []), torch.ones(64))
+    seen = [[((norm.weight * e).norm() / (norm.weight * tokens).norm()) ** 2 for e in (error, other)] for norm in norms]
+    one, two = map(sum, zip(*seen, strict=True))
+    found = ((error.square() * weights).sum() / (other.square() * weights).sum()).item()
+    torch.testing.assert_close(found, (one / two).item(), rtol=1e-4, atol=0)
+    assert train.channel_weights(targets, []) is None
 
 
 IN_ORDER = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
