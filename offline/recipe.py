@@ -125,6 +125,7 @@ class Recipe:
         return replace(
             self,
             only_keeps=True,
+            method="ria",
             permute="none",
             rotate="none",
             reconstruct="admm" if reads and self.trains else self.reconstruct if reads else "none",
@@ -192,7 +193,9 @@ class Recipe:
     @property
     def chunk_tokens(self) -> int:
         """How many tokens are in one forward pass of a layer, and in one step of training, unless one sample has more.
-        On the same tokens, twice as many steps make `block` better, but not a short training: docs/lab/quality.md."""
+        On the same tokens, twice as many steps make `block` better, but not a short training: docs/lab/quality.md. Where any tokens will do, a sample is enough."""
+        if not self.reads_text:
+            return 1
         return 1024 if self.reconstruct == "block" else 2048
 
     @property

@@ -36,7 +36,7 @@ DENSE_ONLY = {
 # `ria_vllm.serve.model.rearranged`. GPT-NeoX's does so before vLLM 0.32; later versions run the model of transformers.
 REARRANGED = ("bloom", "falcon", "gpt_neox", "llama4", "llama4_text")
 
-READS_EMBEDDING = ("gemma3n", "gemma3n_text", "diffusion_gemma")
+READS_EMBEDDING = ("gemma3n", "gemma3n_text", "diffusion_gemma", "cohere", "cohere2")
 
 
 def rearranged(hf_config: Any) -> bool:

@@ -13,6 +13,8 @@ mlp without self_attn/2 +
 GEMMA_2 = LLAMA.replace("post_attention_layernorm +", "pre_feedforward_layernorm + post_attention_layernorm").replace(
     "/2 +", "/2 + post_feedforward_layernorm"
 )
+# Each layer multiplies its output by a number of its own.
+GEMMA_4 = GEMMA_2.replace(" + post_feedforward_layernorm", "")
 PHI_3 = """
 attention until post_attention_layernorm +
   self_attn.qkv_proj
@@ -104,7 +106,7 @@ OTHERS |= {
         "/2 +", "/2 + post_mlp_layernorm"
     ),
     "starcoder2": NO_GATE.replace("up_proj", "c_fc").replace("down_proj", "c_proj"),
-    "gemma4_text": GEMMA_2 + GEMMA_2.replace("x16", "x32"),
+    "gemma4_text": GEMMA_4 + GEMMA_4.replace("x16", "x32"),
     "phi": """
 layer
   self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1

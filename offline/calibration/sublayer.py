@@ -49,7 +49,7 @@ class SublayerRunner:
             return missing
         norm = self.layer.get_submodule(self.sublayer.norm)
         gains = gains_of(norm, missing.shape[-1], self.dtype, self.device)
-        return missing * (gains / (gains.square() + (LEAST_GAIN * gains.abs().median()).square()))
+        return missing * (gains / (gains.square() + (LEAST_GAIN * gains.abs().median()).square()).clamp(min=1e-12))
 
     def run(self, stream: torch.Tensor, call: LayerCall, left: Left | None = None) -> torch.Tensor:
         """The residual stream after the sublayer, from the one before it.

@@ -132,7 +132,7 @@ class SublayerPass:
             for name, total in sums.items():
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
                 if joins and self.runner.sublayer.norm is not None:
-                    X *= rms_factors(linear(X.to(linear.weight.dtype)).float())  # as the norm does with the output
+                    X = X * rms_factors(linear(X.to(linear.weight.dtype)).float())  # as the norm does with the output
                 total.add(X)
                 if adds:
                     total.add_output_drift(X, self.runner.missing_output(_tokens(goal) - _tokens(after)))

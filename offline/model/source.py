@@ -16,6 +16,7 @@ from ria_vllm.checkpoint.inputs import Inputs, Stamps
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, unindexed_files
 from ria_vllm.checkpoint.writer import disk_errors
+from ria_vllm.compressed_tensors.config import quantization_places
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.offline.model.files.dequantize import scheme_of
@@ -101,6 +102,12 @@ def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
     if is_compressed(folder):
         raise RiaError(f"{name}: already compressed by ria-vllm. Give the original model.")
     digest = sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+    for place, key in quantization_places(raw)[1:]:
+        if place.get(key):
+            raise RiaError(
+                f"{name}: config.json says in {'' if place is raw else 'text_config.'}{key} how weights are quantized, "
+                f"where compress does not look. Give the original model, or call it quantization_config at the top."
+            )
     scheme_of(raw.pop("quantization_config", None), name)
     if not unindexed_files(folder) and not (folder / INDEX_FILE).is_file():
         found = sorted(path.name for path in folder.glob("*.gguf"))

@@ -14,6 +14,7 @@ INTEGERS, SCALE = "integers", "weight_scale"
 TENSORS = (INTEGERS, SCALE)
 COLUMNS_MULTIPLE = 64
 """Of the columns: what kernels take."""
+ROWS_AT_ONCE = 4096
 
 
 def encode(weight: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -24,7 +25,12 @@ def encode(weight: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor
 
 def decode(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """[out, in], each product rounded once."""
-    return (parts[INTEGERS].float() * parts[SCALE]).to(dtype)
+    integers, scales = parts[INTEGERS], parts[SCALE]
+    found = torch.empty(integers.shape, dtype=dtype, device=integers.device)
+    for start in range(0, len(found), ROWS_AT_ONCE):  # so that float32 temporaries stay small
+        rows = slice(start, start + ROWS_AT_ONCE)
+        found[rows] = integers[rows].float() * scales[rows]
+    return found
 
 
 def fault(part: str, tensor: torch.Tensor, columns: int | None = None) -> str | None:

@@ -90,10 +90,12 @@ def watch_sleep(worker: Any) -> None:
 
     @functools.wraps(sleep)
     def watched(self: Any, level: int = 1) -> None:
+        reloads = getattr(self.get_model(), "ria_reloads", None) if level == 2 else None
+        if reloads is not None and getattr(self.model_config, "sleep_preserve_parameter_names", None):
+            raise RiaError("sleep_preserve_parameter_names: not for a model that ria-vllm serves. Leave it out.")
         sleep(self, level)
-        for model in (self.get_model(), self.get_draft_model()) if level == 2 else ():
-            if hasattr(model, "ria_reloads"):
-                model.ria_reloads.lose()
+        if reloads is not None:
+            reloads.lose()
 
     setattr(watched, _ORIGINAL, sleep)
     worker.sleep = watched

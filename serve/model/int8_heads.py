@@ -35,6 +35,9 @@ def match_heads(
     dtype = torch.get_default_dtype()
     reason = EngineOptions.current().needs_plain_head or (None if embeddings else "this model is a draft")
     for name in sorted(config.int8):
+        if destinations(model, name) is None:  # another rank of the pipeline has it
+            takers |= {f"{name}.{part}": None for part in TENSORS}
+            continue
         layer = None if reason else _layer(model, name)
         why = reason or _misfit(config, layer)
         if why is None:
@@ -57,13 +60,17 @@ def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
     """Why a layer cannot serve a matrix in int8, or None."""
     if type(getattr(layer, "quant_method", None)) is not UnquantizedEmbeddingMethod or config.scales_head:
         return "this rank has no layer that takes it as it is stored"
+    if type(layer).forward not in (VocabParallelEmbedding.forward, ParallelLMHead.forward):
+        return "the model does more with it than to look it up"
     return misfit(layer)
 
 
 def _serve(model: torch.nn.Module, layer: VocabParallelEmbedding, name: str) -> None:
     """Replace vLLM's method of a layer, and that of a head that has its weight."""
     weight = layer.weight
-    heads = [one for one in model.modules() if isinstance(one, ParallelLMHead) and one.weight is weight]
+    heads = [
+        one for one in model.modules() if isinstance(one, ParallelLMHead) and getattr(one, "weight", None) is weight
+    ]
     method = Int8EmbeddingMethod(name, looks_up=not isinstance(layer, ParallelLMHead))
     for one in {layer, *heads}:
         del one.weight

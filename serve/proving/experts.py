@@ -127,7 +127,8 @@ class ProvedExperts:
         """
         method, dtype = self.layer.quant_method, self.layer.moe_config.in_dtype
         device = next(tensor.device for tensor in self.layer.parameters() if tensor.numel())
-        ones = torch.ones(len(SCALES), 1, device=device)
+        # Kernels read float32, whatever the default is while a model is loaded.
+        ones = torch.ones(len(SCALES), 1, dtype=torch.float32, device=device)
         wrong = []
         for expert in self._here:
             r, s, scales = self._asked(expert, vector(self._sizes.hidden), whole)
@@ -180,7 +181,12 @@ class ProvedExperts:
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
         added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
         activation, unit = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype)
-        eps, sums = unit.eps, torch.finfo(torch.float32).eps * torch.tensor([sizes.hidden, sizes.here]).sqrt()
+        # GPUs may multiply float32 with the mantissa of TF32, which is that of float16.
+        tf32 = unit.dtype == "float32" and next(self.layer.parameters()).device.type == "cuda"
+        eps, sums = (
+            torch.finfo(torch.float16).eps if tf32 else unit.eps,
+            torch.finfo(torch.float32).eps * torch.tensor([sizes.hidden, sizes.here]).sqrt(),
+        )
         products = [scales * one[:, 0] + bias for one, bias in zip(first, added)]
         h = activate(activation, torch.cat(products, 1))
         down = stored[experts.linear("down", expert) + TRANSPOSED][mine].double()

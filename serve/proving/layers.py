@@ -181,7 +181,8 @@ class Absorbed(Proved):
 
     def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         one = self.attention
-        heads, keys, width = one.num_heads, one.qk_nope_head_dim, one.kv_lora_rank
+        sizes = (one.num_heads, one.qk_nope_head_dim, one.kv_lora_rank)
+        heads, keys, width = sizes if self.is_packed else one.W_UK_T.shape
         x, queries = x.to(self.dtype), torch.eye(keys, dtype=self.dtype, device=x.device).expand(heads, keys, keys)
         if self.is_packed:
             from vllm import _custom_ops as ops
@@ -216,7 +217,9 @@ class Prover:
         kinds = (LinearBase, VocabParallelEmbedding) if embeddings else LinearBase
         known = {id(one.layer) for one in self.layers}
         self.unknown = [
-            path for path, layer in model.named_modules() if isinstance(layer, kinds) and id(layer) not in known
+            path
+            for path, layer in model.named_modules()
+            if isinstance(layer, kinds) and id(layer) not in known and id(_source(layer)) not in known
         ]
         self.experts = []
         if any(hasattr(layer, "expert_map_manager") for layer in model.modules()):
@@ -280,6 +283,8 @@ class Prover:
         if layer.loads:
             return layer.expected(stored)
         weight = getattr(layer.layer, "weight", None)
+        if weight is None:
+            return None
         others = (one for one in self.layers if one.loads and getattr(one.layer, "weight", None) is weight)
         source = next(others, None)
         return None if source is None else source.expected(stored)
@@ -329,6 +334,11 @@ def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]
             for one in layers:
                 if one.layer is attention.kv_b_proj:
                     yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention=attention)
+
+
+def _source(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The embedding whose int8 a tied head multiplies with, or None. What the embedding multiplies is proved."""
+    return getattr(layer.quant_method, "source", None)
 
 
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:

@@ -55,13 +55,10 @@ class Sleeper:
     """A worker as vLLM has them on GPUs, where level 2 drops what parameters hold."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.model_config = model, SimpleNamespace(sleep_preserve_parameter_names=None)
 
     def get_model(self):
         return self.model
-
-    def get_draft_model(self):
-        return None
 
     def sleep(self, level=1):
         for parameter in self.model.parameters() if level == 2 else ():

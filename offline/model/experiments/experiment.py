@@ -262,7 +262,9 @@ def _random_copy(layer: nn.Module, draw: torch.Generator) -> nn.Module:
                 module._parameters[name] = known[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                own = _random(buffer, draw, False) if buffer.is_meta else _converted(buffer)
+                # A number may be another one in each layer, as Gemma 4's layer_scalar is.
+                is_random = buffer.is_meta or (buffer.numel() == 1 and buffer.is_floating_point())
+                own = _random(buffer, draw, False) if is_random else _converted(buffer)
                 module._buffers[name] = own
     return made
 

@@ -88,9 +88,15 @@ def how_it_adds(
         added = added.reshape(before.shape)
         factor = float(((after - before) * added).sum() / added.square().sum())
         factor = round(factor, 12)  # 1 is 1
+        if factor != 1 and _has_scalars(experiment.layer):
+            continue  # one of which it may be: each layer has its own
         if factor and equal(before + factor * added, after):
             return {"factor": factor, "norm": norm}
     return {}
+
+
+def _has_scalars(layer: nn.Module) -> bool:
+    return any(one.numel() == 1 and one.is_floating_point() for one in (*layer.parameters(), *layer.buffers()))
 
 
 def rms_factors(X: torch.Tensor) -> torch.Tensor:
@@ -105,8 +111,11 @@ def is_rms_norm(layer: nn.Module, call: Seen) -> bool:
         return False
     if call.returned.shape != call.read.shape or not call.read.is_floating_point():
         return False
-    with all_in_float64(), torch.no_grad():
-        gains = module(torch.ones(1, call.read.shape[-1], dtype=call.read.dtype))[0]
+    try:
+        with all_in_float64(), torch.no_grad():
+            gains = module(torch.ones(1, call.read.shape[-1], dtype=call.read.dtype))[0]
+    except Exception:  # of a module that is something else
+        return False
     expected = gains * call.read * rms_factors(call.read)
     return bool((call.returned - expected).abs().max() <= 1e-3 * expected.abs().max())
 

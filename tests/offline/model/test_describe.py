@@ -53,6 +53,31 @@ def check_sublayers(model, topologies):
         torch.testing.assert_close(result, call(layer, stream), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "norms"),
+    [
+        ("llama", ("input_layernorm", "post_attention_layernorm")),
+        ("gemma3_text", ("input_layernorm", "pre_feedforward_layernorm")),
+        ("olmo2", ()),  # what reads the stream are linears
+        ("opt", ()),  # LayerNorms
+    ],
+)
+def test_norms_that_read_the_stream(model_type, norms):
+    assert described(small(model_type)).of(0).norms == norms
+
+
+def test_a_number_that_each_layer_has_for_itself_is_no_factor(monkeypatch):
+    def init(self, *arguments, **options):
+        real(self, *arguments, **options)
+        self.gate = torch.nn.Parameter(torch.tensor(1.0))
+
+    real, forward = LlamaMLP.__init__, LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "__init__", init)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: self.gate * forward(self, x))
+    attention, mlp = described(small("llama")).of(0).sublayers
+    assert (attention.factor, mlp.factor) == (1, 0)
+
+
 @pytest.mark.parametrize("model_type", [*TABLE, *OTHERS])
 def test_the_sublayers_in_turn_are_the_layer(model_type):
     """With the model's own weights, in float32, on other tokens than those of the experiment."""

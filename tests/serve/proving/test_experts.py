@@ -10,6 +10,7 @@ from foreign_mixtures import BITMASK, SPARSE
 from mixture_layers import INNER, LAYER, Model, StoredMixture, attached, play_rank
 from packed_checkpoints import Packed, arguments
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.format import proofs
 from ria_vllm.format.formats import FORMATS
@@ -195,7 +196,8 @@ def test_dense_experts(monkeypatch, size, dtype):
     stored.tensors = {name: tensor.to(dtype) for name, tensor in stored.tensors.items()}
     for rank in range(size):
         play_rank(monkeypatch, rank, size)
-        assert problem(stored, whole=False, tp_size=size, params_dtype=dtype) is None
+        with set_default_torch_dtype(dtype):  # as vLLM loads a model
+            assert problem(stored, whole=False, tp_size=size, params_dtype=dtype) is None
 
 
 CASES = {
