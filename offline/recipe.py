@@ -193,7 +193,8 @@ class Recipe:
     @property
     def chunk_tokens(self) -> int:
         """How many tokens are in one forward pass of a layer, and in one step of training, unless one sample has more.
-        On the same tokens, twice as many steps make `block` better, but not a short training: docs/lab/quality.md. Where any tokens will do, a sample is enough."""
+        On the same tokens, twice as many steps make `block` better, but not a short training: docs/lab/quality.md.
+        Where any tokens will do, a sample is enough."""
         if not self.reads_text:
             return 1
         return 1024 if self.reconstruct == "block" else 2048

@@ -44,9 +44,8 @@ def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
         if recipe.prune_rest:
             monitor.warn("--prune-rest: no linear is 2:4 already, so all are pruned as usual.")
         return replace(recipe, prune_rest=False)
-    monitor.say(
-        f"{count} of {count + left} linears are 2:4 already: their zeros stay, nothing of them is searched or trained"
-    )
+    found = f"{count} of {count + left} linears"
+    monitor.say(f"{found} are 2:4 already: their zeros stay, nothing of them is searched or trained")
     if left and recipe.prune_rest:
         monitor.say(f"{left} are not, and are pruned (--prune-rest)")
         return recipe

@@ -183,10 +183,8 @@ class ProvedExperts:
         activation, unit = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype)
         # GPUs may multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = unit.dtype == "float32" and next(self.layer.parameters()).device.type == "cuda"
-        eps, sums = (
-            torch.finfo(torch.float16).eps if tf32 else unit.eps,
-            torch.finfo(torch.float32).eps * torch.tensor([sizes.hidden, sizes.here]).sqrt(),
-        )
+        eps = torch.finfo(torch.float16).eps if tf32 else unit.eps
+        sums = torch.finfo(torch.float32).eps * torch.tensor([sizes.hidden, sizes.here]).sqrt()
         products = [scales * one[:, 0] + bias for one, bias in zip(first, added)]
         h = activate(activation, torch.cat(products, 1))
         down = stored[experts.linear("down", expert) + TRANSPOSED][mine].double()
