@@ -296,8 +296,9 @@ class _Run:
         keys, in_int8 = [], heads_in_int8(model, recipe)
         for number, name in enumerate(model.names_outside_layers()):
             keys.append(f"outside-{number:05d}")
-            tensor = model.read(name)
-            writer.write(keys[-1], head_tensors(name, tensor) if name in in_int8 else {name: tensor})
+            # No variable has the tensor, which would keep it: embeddings are large.
+            is_head = name in in_int8
+            writer.write(keys[-1], head_tensors(name, model.read(name)) if is_head else {name: model.read(name)})
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         written = [name for key in keys for name in writer.names(key)]
