@@ -71,8 +71,9 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows of this rank with these numbers, in the dtype of the activations."""
-        rows = {part: embedding(input_, getattr(layer, part)) for part in int8_rows.TENSORS}
-        return int8_rows.decode(rows, self.dtype)
+        integers, scales = (embedding(input_, getattr(layer, part)) for part in int8_rows.TENSORS)
+        # As `int8_rows.decode`, whose loop a compiled graph would unroll for one number of tokens.
+        return (integers.float() * scales).to(self.dtype)
 
 
 class TiedHeadMethod(QuantizeMethodBase):
