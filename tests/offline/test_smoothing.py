@@ -52,7 +52,7 @@ def check(folder, found, dense, name, scales):
     """The kept weights are the dense ones times the scales, but for their rounding to int8."""
     have, want = found[f"{LAYER}{name}.weight"].double(), dense[f"{LAYER}{name}.weight"].double() * scales
     migrated = scales.log2().abs() > 0.9
-    assert migrated.double().mean() > 0.05
+    assert migrated.sum() > 2
     step = Reader(folder).linear(f"{LAYER}{name}").parts["weight_scale"].double()
     kept = (have != 0) & migrated
     assert ((have - want).abs() / step)[kept].median() < 0.4

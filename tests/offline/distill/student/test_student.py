@@ -81,7 +81,7 @@ def test_weights_become_those_of_a_plain_loop(family, text_loss, save_memory, pr
         assert torch.equal(parameter == 0, weight == 0)
         # AdamW's steps do not depend on a gradient's size: where it is all but 0, rounding decides.
         far = ~torch.isclose(parameter, weight, rtol=1e-3, atol=2e-5)
-        assert far.sum() <= far.numel() / 10_000 and (parameter - weight).abs().max() < 1e-3, name
+        assert far.sum() <= max(1, far.numel() / 10_000) and (parameter - weight).abs().max() < 1e-3, name
         assert (parameter - before[name]).abs().max() > 1e-3
 
 
