@@ -118,8 +118,7 @@ class Loading:
         if self.errors:
             raise self.errors[0]
         left = next(
-            (name for name in sorted((self.pruned | self.int8) - self.claimed) if not self._is_beyond(model, name)),
-            None,
+            (name for name in sorted(self._wanted(model) - self.claimed) if not self._is_beyond(model, name)), None
         )
         if left is not None:
             raise RiaError(
@@ -172,6 +171,13 @@ class Loading:
             *(entry for entry in used if not isinstance(entry, OURS)),
             *(entry for entry in unused if _makes_only(entry, experts, self.shapes)),
         ]
+
+    def _wanted(self, model: torch.nn.Module) -> set[str]:
+        """What the model should have used: all that is pruned, and a head in int8 if it has one."""
+        paths, prefix = {path for path, _ in model.named_modules()}, f"{model.base_model_prefix}."
+        has_head = model.get_output_embeddings() is not None
+        heads = {name for name in self.int8 if has_head or {name, prefix + name, name.removeprefix(prefix)} & paths}
+        return set(self.pruned) | heads
 
     def _is_beyond(self, model: torch.nn.Module, name: str) -> bool:
         """Whether a pruned linear belongs to a layer that the model was built without (`num_hidden_layers`)."""

@@ -186,7 +186,9 @@ def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
     tiny.write(tiny.FAMILIES["llama-gqa"], copy, seed=1)
     current = VllmConfig()
     with set_current_vllm_config(current):
-        current.model_config = SimpleNamespace(model=str(copy), revision=None)
+        current.model_config = SimpleNamespace(
+            model=str(copy), revision=None, runner_type="generate", head_dtype=None, dtype=None
+        )
         with pytest.raises(RiaError, match="other channel orders"):
             check_reload(config, built_from, from_files=True)
 

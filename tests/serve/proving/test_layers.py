@@ -38,9 +38,10 @@ def started(monkeypatch, caplog):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_a_server_proves_all_of_its_matrices(started, caplog, weight_format, tied):
-    """A tied head has the embedding's proof."""
+    """A tied head has the embedding's proof. In int8 both are one layer."""
     started(weight_format, tied)
-    assert f"{ALL} matrices compute what the checkpoint says" in caplog.text
+    count = ALL - (tied and weight_format != "float")
+    assert f"{count} matrices compute what the checkpoint says" in caplog.text
     assert "without a proof" not in caplog.text
 
 
@@ -144,9 +145,9 @@ BUGS = {
     "gate and up swapped": (swapped("model.block.gate.", "model.block.up."), r"model\.block\.gate, model\.block\.up .*"
                             "the right ones in another order"),
     "q and k swapped": (swapped("model.block.q.", "model.block.k."), r"model\.block\.q, model\.block\.k "),
-    "the embedding as the head": (swapped("model.embed.", "model.head."), r"model\.embed"),
+    "rows of the head in another order": (changed("model.head.", rows), r"model\.head"),
     "one weight of the head": (
-        changed("model.head.weight", lambda one: one.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(0.5))),
+        changed("model.head.integers", lambda one: one.index_put((torch.tensor(3), torch.tensor(5)), ~one[3, 5])),
         r"model\.head .* 1 of its 128 rows",
     ),
     "one row of the embedding": (
