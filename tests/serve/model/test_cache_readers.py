@@ -110,7 +110,7 @@ def start(watched):
     def start(folder, built=None):
         watched.quant_config = config_of(folder)
         watched.model_config = SimpleNamespace(
-            model=str(folder), revision=None, runner_type="generate", head_dtype=None, dtype=None
+            model=str(folder), revision=None, runner_type="generate", head_dtype=None, dtype=None, hf_config=None
         )
         utils.initialize_model(watched, model_class=Collecting, model_config=built or watched.model_config)
         return watched.quant_config

@@ -187,7 +187,7 @@ def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
     current = VllmConfig()
     with set_current_vllm_config(current):
         current.model_config = SimpleNamespace(
-            model=str(copy), revision=None, runner_type="generate", head_dtype=None, dtype=None
+            model=str(copy), revision=None, runner_type="generate", head_dtype=None, dtype=None, hf_config=None
         )
         with pytest.raises(RiaError, match="other channel orders"):
             check_reload(config, built_from, from_files=True)
