@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experiments.split import gains_of, replaced
+from ria_vllm.offline.model.experiments.norms import gains_of
+from ria_vllm.offline.model.experiments.split import replaced
 from ria_vllm.offline.model.run.embedding import Reached, first_tensor
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Sublayer
@@ -47,8 +48,7 @@ class SublayerRunner:
         missing = missing / self.sublayer.factor
         if self.sublayer.norm is None:
             return missing
-        norm = self.layer.get_submodule(self.sublayer.norm)
-        gains = gains_of(norm, missing.shape[-1], self.dtype, self.device)
+        gains = gains_of(self.layer.get_submodule(self.sublayer.norm), self.dtype).float()
         return missing * (gains / (gains.square() + (LEAST_GAIN * gains.abs().median()).square()).clamp(min=1e-12))
 
     def run(self, stream: torch.Tensor, call: LayerCall, left: Left | None = None) -> torch.Tensor:

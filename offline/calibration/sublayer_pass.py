@@ -10,7 +10,7 @@ from ria_vllm.offline.calibration.activations import Activations, AllChunks, Str
 from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
-from ria_vllm.offline.model.experiments.split import rms_factors
+from ria_vllm.offline.model.experiments.norms import rms_factors
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.runtime.ranks import Ranks

@@ -17,7 +17,7 @@ from ria_vllm.offline.experts.layer import ExpertsPass
 from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
-from ria_vllm.offline.model.experiments.split import gains_of
+from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
@@ -122,9 +122,7 @@ class LayerPass:
         """Load a layer; a pass for each of its sublayers, in order."""
         layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
         place, topology = partial(self._place, index), self.topologies.of(index)
-        hidden, device = self.streams.pruned[0].shape[-1], self.model.device
-        norms = [layer.get_submodule(name) for name in topology.norms]
-        gains = [gains_of(norm, hidden, self.model.dtype, device) for norm in norms]
+        gains = [gains_of(layer.get_submodule(name), self.model.dtype).float() for name in topology.norms]
         return [
             SublayerPass(
                 SublayerRunner(layer, sublayer, self.model.dtype),

@@ -24,8 +24,9 @@ from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experiments.experiment import Batch, Experiment, Seen
 from ria_vllm.offline.model.experiments.folds import confirmed, find_folds
 from ria_vllm.offline.model.experiments.migrations import find_migrations
+from ria_vllm.offline.model.experiments.norms import is_rms_norm
 from ria_vllm.offline.model.experiments.rotations import find_rotations
-from ria_vllm.offline.model.experiments.split import find_cut, how_it_adds, is_rms_norm
+from ria_vllm.offline.model.experiments.split import find_cut, how_it_adds
 from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
 from ria_vllm.vllm_quirks import served_dense
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, all_in_float64, equal
+from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, equal
+from ria_vllm.offline.model.experiments.norms import is_rms_norm
 from ria_vllm.offline.model.run.embedding import Reached
 from ria_vllm.offline.model.run.layer_call import Left
 from ria_vllm.offline.model.topology import Group, StandIn
@@ -97,33 +98,6 @@ def how_it_adds(
 
 def _has_scalars(layer: nn.Module) -> bool:
     return any(one.numel() == 1 and one.is_floating_point() for one in (*layer.parameters(), *layer.buffers()))
-
-
-def rms_factors(X: torch.Tensor) -> torch.Tensor:
-    """What an RMS norm multiplies each token of X [..., width] by: 1 / RMS, [..., 1]."""
-    return X.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
-
-
-def is_rms_norm(layer: nn.Module, call: Seen) -> bool:
-    """Whether this is the call of an RMS norm with gains. Its epsilon, which changes little, is left out."""
-    module = layer.get_submodule(call.name)
-    if isinstance(module, nn.Linear) or not [*module.parameters(recurse=False)] or call.returned is None:
-        return False
-    if call.returned.shape != call.read.shape or not call.read.is_floating_point():
-        return False
-    try:
-        with all_in_float64(), torch.no_grad():
-            gains = module(torch.ones(1, call.read.shape[-1], dtype=call.read.dtype))[0]
-    except Exception:  # of a module that is something else
-        return False
-    expected = gains * call.read * rms_factors(call.read)
-    return bool((call.returned - expected).abs().max() <= 1e-3 * expected.abs().max())
-
-
-def gains_of(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What an RMS norm that computes in `dtype` multiplies each channel by: [width] float32."""
-    with torch.no_grad():
-        return norm(torch.ones(1, width, dtype=dtype, device=device))[0].float()
 
 
 @contextmanager
