@@ -4,14 +4,10 @@ import torch
 from torch import nn
 
 from ria_vllm.format import int8_rows
-from ria_vllm.format.formats import INT8
 from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import changes_head
-
-# Rows that are rounded at a time, in float32.
-ROWS = 4096
 
 
 def heads_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
@@ -41,6 +37,5 @@ def head_tensors(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     if not bool(weight.isfinite().all()):
         return {name: weight}
-    blocks = [int8_rows.encode(rows, INT8.scales_of(rows)) for rows in weight.split(ROWS)]
     module = name.removesuffix(".weight")
-    return {f"{module}.{part}": torch.cat([block[part] for block in blocks]) for part in int8_rows.TENSORS}
+    return {f"{module}.{part}": tensor for part, tensor in int8_rows.encode(weight).items()}

@@ -4,7 +4,7 @@ NAME.integers, int8 [out, in], and NAME.weight_scale, float32 [out, 1], stand in
 its integer times the scale of its row. Inputs are not rounded, or to two int8 numbers, which loses next to nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -17,9 +17,17 @@ COLUMNS_MULTIPLE = 64
 ROWS_AT_ONCE = 4096
 
 
-def encode(weight: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The stored tensors of a matrix [out, in], of any floating dtype, rounded by `scales`, float32 [out, 1]."""
-    integers = (weight.float() / scales).round().clamp(INT8.smallest, INT8.largest).to(torch.int8)
+def encode(weight: torch.Tensor, scales: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """The stored tensors of a matrix [out, in], of any floating dtype.
+
+    Args:
+        scales: float32 [out, 1]; None: those that fit the rows' largest magnitudes.
+    """
+    if scales is None:
+        scales = torch.cat([INT8.scales_of(weight[rows]) for rows in _blocks(weight)])
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _blocks(weight):
+        integers[rows] = (weight[rows].float() / scales[rows]).round().clamp(INT8.smallest, INT8.largest)
     return {INTEGERS: integers, SCALE: scales}
 
 
@@ -27,10 +35,20 @@ def decode(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tenso
     """[out, in], each product rounded once."""
     integers, scales = parts[INTEGERS], parts[SCALE]
     found = torch.empty(integers.shape, dtype=dtype, device=integers.device)
-    for start in range(0, len(found), ROWS_AT_ONCE):  # so that float32 temporaries stay small
-        rows = slice(start, start + ROWS_AT_ONCE)
-        found[rows] = integers[rows].float() * scales[rows]
+    for rows in _blocks(integers):
+        found[rows] = widened(integers[rows], scales[rows], dtype)
     return found
+
+
+def widened(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Some rows [..., in] of a matrix, with their scales [..., 1]. Nothing in this depends on how many there are, so a
+    traced graph may have it."""
+    return (integers.float() * scales).to(dtype)
+
+
+def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
+    """All rows, so many at a time that float32 temporaries stay small."""
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(matrix), ROWS_AT_ONCE))
 
 
 def fault(part: str, tensor: torch.Tensor, columns: int | None = None) -> str | None:

@@ -34,21 +34,13 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         self.looks_up = looks_up
         self.multiplies = not looks_up or get_pp_group().is_last_rank
 
-    def create_weights(
-        self,
-        layer: VocabParallelEmbedding,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        self.dtype, self.rows, self.columns = params_dtype, sum(output_partition_sizes), input_size_per_partition
+    def create_weights(self, layer: VocabParallelEmbedding, weight: Parameter) -> None:
+        """Register what stands in the place of `weight` [rows of this rank, columns], which vLLM gave the layer."""
+        (self.rows, self.columns), self.dtype = weight.shape, weight.dtype
         shapes = {INTEGERS: (self.columns, torch.int8), SCALE: (1, torch.float32)}
         for part, (width, dtype) in shapes.items():
             parameter = Parameter(torch.zeros(self.rows, width, dtype=dtype), requires_grad=False)
-            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0} | extra_weight_attrs)
+            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": weight.weight_loader})
             layer.register_parameter(part, parameter)
 
     def take(self, layer: VocabParallelEmbedding, part: str, tensor: torch.Tensor) -> None:
@@ -72,8 +64,7 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
     def embedding(self, layer: VocabParallelEmbedding, input_: torch.Tensor) -> torch.Tensor:
         """The rows of this rank with these numbers, in the dtype of the activations."""
         integers, scales = (embedding(input_, getattr(layer, part)) for part in int8_rows.TENSORS)
-        # As `int8_rows.decode`, whose loop a compiled graph would unroll for one number of tokens.
-        return (integers.float() * scales).to(self.dtype)
+        return int8_rows.widened(integers, scales, self.dtype)
 
 
 class TiedHeadMethod(QuantizeMethodBase):

@@ -35,10 +35,11 @@ def match_heads(
     dtype = torch.get_default_dtype()
     reason = EngineOptions.current().needs_plain_head or (None if embeddings else "this model is a draft")
     for name in sorted(config.int8):
-        if destinations(model, name) is None:  # another rank of the pipeline has it
+        places = destinations(model, name)
+        if places is None:  # another rank of the pipeline has it
             takers |= {f"{name}.{part}": None for part in TENSORS}
             continue
-        layer = None if reason else _layer(model, name)
+        layer = model.get_submodule(places[0][0]) if len(places) == 1 and not reason else None
         why = reason or _misfit(config, layer)
         if why is None:
             _serve(model, layer, name)
@@ -48,12 +49,6 @@ def match_heads(
         widened[name] = Int8Rows(dtype)
         config.report.say_widened(name, dtype, why)
     return takers, Translation(widened.get, lambda _: None) if widened else None
-
-
-def _layer(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """The only layer that the model loads the matrix into, or None."""
-    places = destinations(model, name) or ()
-    return model.get_submodule(places[0][0]) if len(places) == 1 else None
 
 
 def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
@@ -76,7 +71,4 @@ def _serve(model: torch.nn.Module, layer: VocabParallelEmbedding, name: str) -> 
         del one.weight
         one.quant_method = method if one is layer else TiedHeadMethod(layer)
         one.use_fused_embedding = False
-    rows, columns = weight.shape
-    method.create_weights(
-        layer, columns, [rows], columns, layer.num_embeddings_padded, weight.dtype, weight_loader=weight.weight_loader
-    )
+    method.create_weights(layer, weight)
