@@ -36,12 +36,12 @@ def traced(work: Callable[[], Any]) -> tuple[int, int]:
     return peak, now
 
 
-def alive() -> int:
-    """Bytes of all tensors that Python knows of, those that are mapped from files, too."""
+def alive() -> dict[int, torch.UntypedStorage]:
+    """Memory of all tensors that Python knows of, those that are mapped from files, too: address -> storage."""
     gc.collect()
     found = {}
     for one in gc.get_objects():
         if issubclass(type(one), torch.Tensor) and one.layout == torch.strided:
             storage = one.untyped_storage()
-            found[storage._cdata] = storage.nbytes()
-    return sum(found.values())
+            found[storage._cdata] = storage
+    return found
