@@ -17,7 +17,8 @@ from ria_vllm.hub.model_card import (
 
 RECIPE = {
     "method": "ria", "permute": "lsa", "pattern": "2:4", "calibration": "/home/me/private/text.txt", "samples": 128,
-    "ignore": ["a|b"], "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
+    "seq_len": 512, "ignore": ["a|b"],
+    "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
 }  # fmt: skip
 REPORT = {
     "recipe": RECIPE,
@@ -28,6 +29,7 @@ REPORT = {
         "layers.1.o_proj": {"retained_after": float("nan")},
     },
     "dense": {"lm_head": "not in a decoder layer"},
+    "held_out": {"tokens": 8176, "perplexity": 25.504, "perplexity_dense": 18.25, "kl": 0.3},
 }
 BASE = """---
 license: other
@@ -83,7 +85,8 @@ def test_what_it_says(tmp_path):
     assert '\nuv pip install --torch-backend cpu ".[cpu]"\n' in text and '`".[cpu]"`' not in text
     assert "\nuv pip install --no-deps ./packaging/vllm-metadata\n" in text
     assert "ria-vllm[" not in text  # no index has a package of this name
-    assert "/home" not in text and "private" not in text and "Not measured" in text
+    assert "/home" not in text and "private" not in text
+    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in text
 
 
 def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
@@ -206,7 +209,7 @@ def test_perplexities_are_noted_one_row_a_text(tmp_path):
     after = (tmp_path / "README.md").read_text()
     rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
     assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
-    assert "Not measured" not in after and after.count("## Perplexity") == 1
+    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in after and after.count("## Perplexity") == 1
     head, tail = "## Perplexity", "## Options"
     assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
