@@ -1,7 +1,6 @@
 """The model card: what it says, and that the base model's own card can neither break it nor inject anything."""
 
 import json
-import shutil
 
 import pytest
 import yaml
@@ -89,20 +88,6 @@ def test_what_it_says(tmp_path):
     assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in text
 
 
-def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
-    runs = [
-        {"note": "SFT|x", "dtype": "float32", "settings": ["a", "b"], "none": None},
-        {"note": "DPO", "settings": []},
-    ]
-    card = pruned_card(tmp_path, REPORT | {"recipe": RECIPE | {"training": runs}}, 0.5, print)
-    rows = [line for line in card.splitlines() if line.startswith("| training")]
-    assert rows == [
-        r"| training, 1 | `note SFT\|x, dtype float32, settings a, b` |",
-        "| training, 2 | `note DPO` |",
-    ]
-    assert "| versions | `ria-vllm 0.1.0, torch 2.13` |" in card
-
-
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
     cached = tmp_path / "models--org--Base-1B" / "snapshots" / "0123abcd"
     cached.mkdir(parents=True)
@@ -126,7 +111,6 @@ def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tm
     ("text", "says"),
     [
         ("---\nlicense: [mit\n---\n", "flow sequence"),
-        ("---\n- mit\n---\n", "should be a dict"),
         ("---\n" + "[" * 5000 + "\n---\n", "recursion"),
         ("---\nlicense: !!python/object/apply:os.system [touch hacked]\n---\n", "could not determine a constructor"),
         (b"---\nlicense: \xff\n---\n", "decode"),
@@ -191,15 +175,6 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     assert "| retained score, mean | 0.6250 |" in text and "worst | 0.5000, `model.layers.0.mlp.up_proj` |" in text
 
 
-def test_exporting_a_folder_with_a_broken_card_warns(pruned_llama, tmp_path):
-    shutil.copytree(pruned_llama.folder, tmp_path / "in")
-    (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
-    (tmp_path / "in" / "ria_report.json").write_text("{")
-    done = CliRunner().invoke(export, [str(tmp_path / "in"), "-o", str(tmp_path / "dense")], catch_exceptions=False)
-    assert done.stderr.count("warning: ") == 2 and "README.md" in done.stderr and "ria_report.json" in done.stderr
-    assert (tmp_path / "dense" / "config.json").is_file()
-
-
 def test_perplexities_are_noted_one_row_a_text(tmp_path):
     (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
     before = (tmp_path / "README.md").read_text()
@@ -213,18 +188,3 @@ def test_perplexities_are_noted_one_row_a_text(tmp_path):
     head, tail = "## Perplexity", "## Options"
     assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_a_card_without_the_section_gets_one(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n")
-    for value in (3.0, float("inf")):
-        note_perplexity(tmp_path, "a.txt", (10, 5), (value, None))
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
-    assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
-
-
-def test_front_matter_that_does_not_end_is_warned_of(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n")
-    said = []
-    assert read_front_matter(tmp_path, said.append) == {} and "does not end" in said[0]
