@@ -47,7 +47,8 @@ class Hooks:
         after_load: do the files lack weights? Called after the first load from them.
         after_reload: called with the paths of the layers that a reload from files has left out.
         prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
-            first argument are the proofs that came with them; the second is whether this was the first load.
+            first argument are the proofs that came with them, perhaps none; the second is whether this was the first
+            load.
         watch: called with each tensor that comes from a file, and its name.
         forget: what was watched before belongs to no load any more: one begins, or has failed.
         arrivals: linears -> called with the last part of the name of each of their tensors.
@@ -89,7 +90,9 @@ class WeightStream:
         self.packed = self.from_files = False
         self._load = model.load_weights
         self._process = getattr(model, "process_weights_after_loading", _nothing)
-        self.reloads = Reloads(model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget)
+        self.reloads = Reloads(
+            model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget, hooks.loaded
+        )
 
         @functools.wraps(self._load)
         def load_weights(weights: Weights, *args: object, **kwargs: object) -> object:
@@ -171,11 +174,11 @@ class WeightStream:
         self._prove(first=False)
 
     def _prove(self, first: bool) -> None:
-        """Prove what has come from files, or with proofs."""
+        """Prove what has come."""
         from_files, self.from_files = self.from_files, False
         sent = dict(self.proofs)
         self.proofs.clear()
-        if from_files or sent:
+        if from_files or sent or not first:  # else these are dummies
             self.hooks.prove(None if from_files else sent, first)
 
 

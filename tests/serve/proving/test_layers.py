@@ -199,13 +199,17 @@ def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, cap
     proved = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
     caplog.clear()
     server.sync(tensors)
-    assert "matrices compute" not in caplog.text
+    assert "0 matrices compute" in caplog.text and f"without a proof: {ALL}, the first of which are " in caplog.text
+    caplog.clear()
+    server.sync({name: one for name, one in tensors.items() if name.startswith("model.block.o.")})
+    assert "without a proof: 1, the first of which are model.block.o)" in caplog.text
+    caplog.clear()
     server.sync(tensors | proved, 3, shuffled=True)
-    assert f"{ALL} matrices compute" in caplog.text
+    assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
     caplog.clear()
     down = {name: one for name, one in (tensors | proved).items() if name.startswith("model.block.down.")}
     server.sync(down)
-    assert "1 matrices compute" in caplog.text
+    assert "1 matrices compute" in caplog.text and "without a proof" not in caplog.text
     with pytest.raises(RiaError, match=r"model\.block\.down"):
         server.sync(down | {"model.block.down.proof": down["model.block.down.proof"].roll(1, 0)})
     assert server.logits() is None
