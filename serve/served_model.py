@@ -9,7 +9,7 @@ from vllm.config import ModelConfig
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
-from ria_vllm.serve.linear.method import arrival_checks
+from ria_vllm.serve.linear.method import stored_forms
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import foreign_vector
@@ -55,7 +55,7 @@ class ServedModel:
             before_reload=functools.partial(reload.check_reload, config, engine.model_config, lora=engine.lora),
             check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
             after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
-            after_reload=self.after_reload, prove=self.prove, arrivals=arrival_checks(model), takers=takers,
+            after_reload=self.after_reload, prove=self.prove, forms=stored_forms(model), takers=takers,
             translation=config.translation or widened, loaded=engine.dummy_weights, embeddings=self.embeddings,
         )  # fmt: skip
         if self.file_proofs is not None:

@@ -299,14 +299,10 @@ def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -
     if _ours(layer) is not None:
         return
     numbers: dict[str, int] = defaultdict(int)
-    seen: set[tuple[str, str]] = set()
     for name, arguments in info.loaded_weights:
-        others = {key: value for key, value in arguments.arguments.items() if not isinstance(value, torch.Tensor)}
-        if (piece := (name, repr(others))) not in seen:
-            seen.add(piece)
-            parameter = layer._parameters.get(name)
-            loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
-            numbers[name] += get_numel_loaded(loader, arguments)[0]
+        parameter = layer._parameters.get(name)
+        loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
+        numbers[name] += get_numel_loaded(loader, arguments)[0]
     for name, parameter in layer._parameters.items():
         if parameter is None or name in SKIP_TENSORS:
             continue  # what did not come keeps its old values

@@ -6,7 +6,7 @@ shows when it is proved, see `ria_vllm.serve.proving.layers`.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from ria_vllm.serve.load.layerwise import Reloads
 
 # Scales of the key-value cache, which are stored beside a linear and belong to attention.
 CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
+
+# By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
+WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
 
 # Where vLLM reads files.
 LOADERS = Path(model_loader.__file__).parent
@@ -51,7 +54,7 @@ class Hooks:
             load.
         watch: called with each tensor that comes from a file, and its name.
         forget: what was watched before belongs to no load any more: one begins, or has failed.
-        arrivals: linears -> called with the last part of the name of each of their tensors.
+        forms: linears of our layers -> how the names of the tensors that store their weights end.
         takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
             nobody here needs them.
         translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
@@ -66,7 +69,7 @@ class Hooks:
     prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
     watch: Callable[[str, torch.Tensor], None] = _nothing
     forget: Callable[[], None] = _nothing
-    arrivals: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
+    forms: Mapping[str, Collection[str]] = field(default_factory=dict)
     takers: Mapping[str, Taker | None] = field(default_factory=dict)
     translation: Translation | None = None
     loaded: bool = False
@@ -78,6 +81,7 @@ class WeightStream:
 
     Attributes:
         proofs: matrix -> its proof, which somebody has sent beside the weights.
+        seen: the names of the tensors that have come in this load or reload.
         loaded: the model has weights.
         packed: they are packed.
         from_files: those that have come last are of all files, and not proved yet.
@@ -86,6 +90,7 @@ class WeightStream:
     def __init__(self, model: torch.nn.Module, hooks: Hooks):
         self.hooks = hooks
         self.proofs: dict[str, torch.Tensor] = {}
+        self.seen: set[str] = set()
         self.loaded = hooks.loaded
         self.packed = self.from_files = False
         self._load = model.load_weights
@@ -112,6 +117,7 @@ class WeightStream:
 
     def _forget(self) -> None:
         self.proofs.clear()
+        self.seen.clear()
         self.hooks.forget()
 
     def _load_checked(self, weights: Weights, *args: object, **kwargs: object) -> object:
@@ -129,12 +135,13 @@ class WeightStream:
         elif all_files:
             weights = checked(weights, hooks.check_files)
         self.loaded = True
-        if lazy:
-            weights = once(weights)
+        weights = self._once(weights, lazy)
         if hooks.translation is not None:
             elsewhere = {name for name, taker in hooks.takers.items() if taker is None}
             weights = hooks.translation.translate(weights, lazy, elsewhere)
         result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
+        if not self.reloads.is_on:
+            self.seen.clear()
         if first and all_files:
             hooks.check_files()
         if first and lazy:
@@ -142,9 +149,26 @@ class WeightStream:
         self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
         return result
 
+    def _once(self, weights: Weights, lazy: bool) -> Weights:
+        """The same weights, each of which comes once.
+
+        Raises:
+            RiaError: there is a second tensor of the same name, which would replace the first, or be dropped by vLLM.
+        """
+        for name, tensor in weights:
+            if name in self.seen and lazy:
+                raise RiaError(
+                    f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
+                    "model, or get all files of one run."
+                )
+            if name in self.seen:
+                raise RiaError(f"{name} was sent twice in one reload, and only one would count. Send it once.")
+            self.seen.add(name)
+            yield name, tensor
+
     def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:
         """The same weights, but proofs, and those that somebody takes in place of the model."""
-        takers, arrivals = self.hooks.takers, self.hooks.arrivals
+        takers, forms = self.hooks.takers, self.hooks.forms
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if name.endswith(PROOF_SUFFIX):
@@ -156,8 +180,12 @@ class WeightStream:
                 if take is not None:
                     take(part, tensor)
                 continue
-            if module in arrivals:
-                arrivals[module](part)
+            if module in forms and part in WEIGHT_PARTS and part not in forms[module]:
+                # Some of vLLM's models drop what they have no place for, and the layer would keep its old weights.
+                raise RiaError(
+                    f"{name}: this server has the linear stored as {', '.join(forms[module])}. Send these tensors, as "
+                    "the folder that it serves has them, or start a server of the new weights."
+                )
             yield name, tensor
 
     def _when_packed(self) -> None:
@@ -195,20 +223,3 @@ def checked(weights: Weights, check: Callable[[], None]) -> Weights:
             check()
             done = True
         yield one
-
-
-def once(weights: Weights) -> Weights:
-    """The same weights, each of which comes from one file.
-
-    Raises:
-        RiaError: vLLM has read a second tensor of the same name, which would replace the first.
-    """
-    seen: set[str] = set()
-    for name, tensor in weights:
-        if name in seen:
-            raise RiaError(
-                f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
-                "model, or get all files of one run."
-            )
-        seen.add(name)
-        yield name, tensor

@@ -122,9 +122,8 @@ REFUSED = {
     "sent: the bias of a dense layer without its weight": sent("model.block.o.bias"),
     "sent: one of the biases of a fused layer": sent("model.block.q.bias"),
     "sent: one of the dense linears of a fused layer": sent("model.block.q.weight"),
-    "sent: one of the dense linears of a fused layer, twice": lambda server, new: server.load(
-        [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
-        + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
+    "sent: one tensor twice": lambda server, new: server.load(
+        list(new.items()), [("model.block.o.weight", torch.zeros(128, 128))]
     ),
     "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
     "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
