@@ -123,7 +123,7 @@ REFUSED = {
     "sent: one of the biases of a fused layer": sent("model.block.q.bias"),
     "sent: one of the dense linears of a fused layer": sent("model.block.q.weight"),
     "sent: one tensor twice": lambda server, new: server.load(
-        list(new.items()), [("model.block.o.weight", torch.zeros(128, 128))]
+        list(new.items()), [("model.norm.weight", torch.zeros(128))]
     ),
     "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
     "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
