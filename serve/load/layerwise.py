@@ -364,14 +364,11 @@ def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
     vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
     """
     dense = {path for path, _ in dense_layers(model, embeddings)}
-    left = [path for path in without_weights(model) if path in dense]
-    return left + [path for path, layer in model.named_modules() if _lacks_scales(layer)]
-
-
-def _lacks_scales(layer: torch.nn.Module) -> bool:
-    """Whether a layer of attention gets none of the scales of its KV cache in a reload, see `KVCacheScales`."""
-    info = layerwise.get_layerwise_info(layer)
-    return getattr(layer, "ria_needs_scales", False) and info.kernel_tensors is not None and info.load_numel <= 0
+    return [
+        path
+        for path in without_weights(model)
+        if path in dense or getattr(model.get_submodule(path), "ria_needs_scales", False)  # see `KVCacheScales`
+    ]
 
 
 def _loaded(model: torch.nn.Module) -> set[int]:

@@ -139,7 +139,7 @@ CHECKPOINTS = [
     ("float", "pruned", "untied", "weights"),
     ("float", "pruned", "tied", "dummies"),
     ("float", "dense", "tied", "weights"),
-    ("float", "dense", "untied", "dummies"),
+    ("int4", "dense", "untied", "dummies"),
     ("float", "served dense", "untied", "weights"),
     ("int8", "pruned", "tied", "weights"),
     ("int4-g32", "served dense", "untied", "weights"),
