@@ -351,10 +351,11 @@ def _source(layer: torch.nn.Module) -> torch.nn.Module | None:
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
     """Whether a dense layer has its matrix as the checkpoint stores it.
 
-    Models may rearrange rows, or scale those of the head; convolutions have no matrix.
+    Models may rearrange rows of linears, or scale those of the head; convolutions have no matrix.
     """
     scaled = config.scales_head and isinstance(layer, ParallelLMHead)
-    return layer.weight.dim() == 2 and not (config.rearranged or scaled)
+    rearranged = config.rearranged and isinstance(layer, LinearBase)
+    return layer.weight.dim() == 2 and not (rearranged or scaled)
 
 
 def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:

@@ -36,8 +36,9 @@ def hybrid(out, seed):
     toy = TOYS["granitemoehybrid"]
     dense, rng = build("granitemoehybrid", toy, out / "dense"), torch.Generator().manual_seed(seed)
     weights = load_file(dense / "model.safetensors")
-    changed = {name: one * (1 + torch.rand(one.shape, generator=rng) / 2).to(one.dtype) for name, one in weights.items()}
-    save_file(changed, dense / "model.safetensors", metadata={"format": "pt"})
+    for one in weights.values():
+        one *= (1 + torch.rand(one.shape, generator=rng) / 2).to(one.dtype)
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
     recipe = Recipe(calibration=str(calibration(out)), samples=4, seq_len=32, reconstruct="none", permute="none")
     compress(str(dense), out / "pruned", recipe, Settings(), Monitor(shown=False))
     return out / "pruned"

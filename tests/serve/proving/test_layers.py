@@ -54,6 +54,20 @@ def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
         started()
 
 
+def test_where_a_model_rearranges_rows_its_dense_linears_are_counted(started, caplog, monkeypatch):
+    config = Checkpoint.config
+
+    def rearranged(self):
+        found = config(self)
+        found.rearranged = True
+        return found
+
+    monkeypatch.setattr(Checkpoint, "config", rearranged)
+    started()
+    assert f"{ALL - 3} matrices compute" in caplog.text
+    assert "without a proof: 2, the first of which are block.qk, block.o" in caplog.text
+
+
 def wrong_kernel(monkeypatch):
     """It loses a row."""
     pack = packing.choose_and_pack
