@@ -314,7 +314,7 @@ def everything() -> None:
     if earlier:
         part, date = "" if len(runs) == len(earlier) else ", in part", found["date"].replace("T", " at ")
         print(f"(measured before{part}, last on {date}; again after `rm -r {shown(folder)}`)")
-    print(f"\nLess is lost with --effort best, and then `ria-vllm distill`; or, on CPUs, with --pattern 8:16.")
+    print("\nLess is lost with --effort best, and then `ria-vllm distill`; or, on CPUs, with --pattern 8:16.")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
 
 
