@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from compressing import WarningRecorder, edit_config, run_small, weight_digests
-from distilling import run
+from distilling import run, stop_at
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint.reader import Reader
@@ -216,6 +216,19 @@ def test_what_is_printed_while_it_trains(steps, pruned, text, tmp_path):
     phases = ["reading the text", "digests of files", "loading the teacher", "asking about held-out text"]
     phases += ["loading the pruned model", "measuring", "training"]
     assert [name for name in monitor.seconds if name in phases] == phases
+
+
+def test_a_resumed_run_counts_its_own_tokens_per_second(steps, pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 5)
+        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
+    monitor = WarningRecorder()
+    run(dense, folder, tmp_path / "out", text, Settings(resume=True), monitor)
+    lines = [line for line in monitor.said if "step" in line]
+    assert lines[0] == "resuming after step 5 of 8"
+    rates = [128 / 0.6, 2 * 128 / 1.3, 3 * 128 / 2.1]
+    assert [line.rpartition(", ")[2] for line in lines[1:]] == [f"{rate:.0f} tokens/s" for rate in rates]
 
 
 def test_it_stops_when_it_gets_no_better_and_keeps_the_best(pruned, text, tmp_path, monkeypatch):
