@@ -311,6 +311,14 @@ def test_shapes_that_config_json_contradicts(damage, tensor):
         AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
+def test_a_tensor_in_two_files(damage):
+    """transformers would take the last one."""
+    other = next(path for path in damage.folder.glob("model-*") if path != damage.file_of("model.norm.weight"))
+    rewrite(other, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(128)}))
+    with pytest.raises(RiaError, match="model.norm.weight is in two weight files"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
+
+
 def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_llama):
     """transformers would give the model random ones."""
     config = AutoConfig.from_pretrained(pruned_llama.folder)

@@ -66,12 +66,3 @@ def test_experts_that_config_json_does_not_have(name):
     assert problem == f"model.{name} is none of the 3 experts that model.layers.1.mlp.experts has by config.json"
     with pytest.raises(RiaError, match=f"folder: model.{name} is none of the 3 experts"):
         stacked_tensors(schema(), sparse, "folder")
-
-
-def test_experts_of_different_shapes():
-    shapes = dict.fromkeys(names(1), (5, 4)) | {"model.layers.1.mlp.experts.2.up_proj": (6, 4)}
-    (problem,) = problems_of_experts(schema(), shapes, names(1))
-    assert "experts.2.up_proj: its shape (6, 4) differs from that of model.layers.1.mlp.experts.0.up_proj" in problem
-    found = stacked_tensors(schema(), names(1), "folder")["model.layers.1.mlp.experts.gate_up_proj"]
-    with pytest.raises(RiaError, match="folder: .*experts.0.gate_proj and others: the linears of expert 2"):
-        found.join(lambda name: torch.zeros(shapes[name]), "folder: ")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import INT8, INTEGERS
+from ria_vllm.format.formats import INTEGERS
 from ria_vllm.format.weight_scheme import WeightScheme, row_scales
 
 
@@ -46,10 +46,3 @@ def test_dummies_of_plain_integers_are_2_of_4(bits, size):
     assert scheme.weights(dict(loaded), (8,), torch.bfloat16) is None
     weights = scheme.weights(dict(loaded), (8,), torch.bfloat16, dummy=True)
     assert sparse24.check_bitmask(weights.parts["bitmask"]) is None
-
-
-def test_what_messages_say():
-    plain = WeightScheme(INT8, dense=True, strategy="tensor", activations=torch.int8)
-    assert str(plain) == "int8 weights with their zeros (a scale per tensor) and int8 inputs"
-    assert str(WeightScheme(INTEGERS[4, 32])) == "int4-g32 weights (a scale per group) and unrounded inputs"
-    assert str(WeightScheme()) == "float weights"

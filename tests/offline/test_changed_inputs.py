@@ -14,7 +14,7 @@ import pytest
 import torch
 from changing import Moments, replace_by, touch, truncate, watched
 from click.testing import CliRunner
-from compressing import digests, edit_config, edit_weights, interrupted_after_a_layer
+from compressing import digests, edit_config, edit_weights
 from distilling import run as distilled
 from mutations import other_run
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.evaluation import evaluate as measuring
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
@@ -75,11 +74,11 @@ def model_of(folder: Path) -> Any:
 
 # What runs, its inputs, and in how many cases.
 RUNS: dict[str, tuple[Callable[[Path, Path], Any], list[str], int]] = {
-    "compress": (run_compress, ["dense", "text.txt"], 16),
-    "distill": (run_distill, ["folder", "dense", "text.txt", "held_out.txt"], 8),
-    "export": (run_export, ["folder"], 24),
-    "eval": (run_eval, ["folder", "dense", "text.txt"], 16),
-    "save": (run_save, ["folder"], 24),
+    "compress": (run_compress, ["dense", "text.txt"], 8),
+    "distill": (run_distill, ["folder", "dense", "text.txt", "held_out.txt"], 4),
+    "export": (run_export, ["folder"], 12),
+    "eval": (run_eval, ["folder", "dense", "text.txt"], 8),
+    "save": (run_save, ["folder"], 12),
 }
 
 
@@ -190,18 +189,9 @@ def test_a_dense_model_that_is_saved_again_is_noticed_after_the_next_layer(place
     assert run_compress(place, out, Settings(resume=True)) == whole
 
 
-def test_a_run_is_not_resumed_with_another_tokenizer(place, tmp_path):
-    """The calibration tokens in the work folder are of the one before."""
-    with interrupted_after_a_layer():
-        run_compress(place, tmp_path / "out")
-    touch(place / "dense" / "tokenizer.json")
-    with pytest.raises(RiaError, match="another state of the model"):
-        run_compress(place, tmp_path / "out", Settings(resume=True))
-
-
 @pytest.mark.parametrize(
     "file",
-    ["folder/permutations.safetensors", "dense/model.safetensors", "dense/tokenizer.json", "text.txt", "held_out.txt"],
+    ["folder/permutations.safetensors", "dense/tokenizer.json", "held_out.txt"],
 )
 def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, tmp_path, monkeypatch):
     step, numbers = Training._step, []
@@ -216,13 +206,6 @@ def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, 
     with pytest.raises(RiaError, match=f"^{place / file}: has changed .*The text and the steps so far are kept"):
         run_distill(place, tmp_path / "out", settings=DistillSettings(save_every=0))
     assert numbers == [0] and not (tmp_path / "out").exists()
-
-
-def test_no_figures_of_a_text_that_has_changed(place, monkeypatch):
-    measured = measuring.perplexity
-    monkeypatch.setattr(measuring, "perplexity", lambda *a: (touch(place / "text.txt"), measured(*a))[1])
-    with pytest.raises(RiaError, match="text.txt: has changed"):
-        run_eval(place, place)
 
 
 def test_a_model_on_the_hub_is_one_commit_whatever_is_pushed_meanwhile(place, world, monkeypatch):

@@ -1,8 +1,6 @@
 """The command itself: defaults, messages, exit codes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -83,14 +81,6 @@ def test_overwrite_replaces(tiny, text, tmp_path):
     assert not (out / "old").exists() and list(Reader(out).problems()) == []
 
 
-def test_one_line_and_status_2_for_bad_input(tmp_path):
-    arguments = ["-m", "ria_vllm", "compress", str(tmp_path), "-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[-1].startswith("ria-vllm: ") and "Traceback" not in done.stderr
-
-
 def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     result = invoke(
         tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast"
@@ -98,8 +88,3 @@ def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     assert result.exit_code == 0, result.output
     schema = Reader(tmp_path / "out").schema
     assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32
-
-
-def test_most_options_are_for_experts():
-    few, all_of_them = (invoke(option).output for option in ("--help", "--help-all"))
-    assert "--scheme" in few and "--reconstruct" not in few and "--reconstruct" in all_of_them

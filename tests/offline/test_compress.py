@@ -47,15 +47,8 @@ def test_every_family_becomes_a_sound_checkpoint(family, tiny, text, tmp_path):
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in original.items())
     consumers = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
     assert sum(".experts." not in name for name in consumers) == CONSUMERS.get(family, 4)
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "qwen3-moe"])
-def test_shared_orders_are_shared(family, tiny, text, tmp_path):
-    run(tiny(family), tmp_path / "out", text, reconstruct="none")
-    reader = Reader(tmp_path / "out")
-    folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
-    orders: dict[str, set[tuple[int, ...]]] = {}
-    for name in set(reader.sparse_names) - folded:
+    orders: dict[str, set[tuple[int, ...]]] = {}  # of the linears that share an input
+    for name in set(reader.sparse_names) - consumers if family != "qwen3-moe" else ():
         parent = name.rpartition(".")[0] if "proj" in name else name
         orders.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
     assert all(len(found) == 1 for found in orders.values())
@@ -95,7 +88,7 @@ def test_the_recipe_keeps_what_experiments_found_and_only_programs_see_it(tiny, 
     assert shown.exit_code == 0 and "topology" not in shown.output + card and "| seed |" in card
 
 
-@pytest.mark.parametrize("family", ["gpt-neox", "qwen3.5", "olmo2", "cohere2", "gemma4", "gemma4-e2b", "gemma3n"])
+@pytest.mark.parametrize("family", ["gpt-neox", "qwen3.5", "olmo2", "gemma4", "gemma3n"])
 def test_what_a_folded_checkpoint_computes(family, tiny, text, tmp_path):
     """Consumers with their stored columns, producers with the rows that these need: the logits of the dense export."""
     source = tiny(family)
@@ -160,8 +153,10 @@ def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tm
         Reader(out)
 
 
-@pytest.mark.parametrize("method", ["ria", "ri", "wanda", "magnitude", "sparsegpt"])
-@pytest.mark.parametrize("reconstruct", ["none", "admm"])
+@pytest.mark.parametrize(
+    ("method", "reconstruct"),
+    [("ria", "none"), ("ri", "admm"), ("wanda", "none"), ("magnitude", "admm"), ("sparsegpt", "admm")],
+)
 def test_methods_and_reconstructions_combine(method, reconstruct, tiny, text, tmp_path):
     report = run(tiny("llama"), tmp_path / "out", text, method=method, reconstruct=reconstruct)
     assert list(Reader(tmp_path / "out").problems()) == []
@@ -173,7 +168,7 @@ def test_methods_and_reconstructions_combine(method, reconstruct, tiny, text, tm
             assert record["error_after"] < record["error_before"]
 
 
-@pytest.mark.parametrize("changes", [{"samples": 4}, {"reconstruct": "none"}])
+@pytest.mark.parametrize("changes", [{"samples": 4}])
 def test_files_of_two_runs_without_permutations(tiny, text, tmp_path, changes):
     """No order tells them apart. Each reader refuses the folder, and names the file."""
     settings = Settings(max_shard_size=100_000)
@@ -192,7 +187,7 @@ def test_files_of_two_runs_without_permutations(tiny, text, tmp_path, changes):
             read(tmp_path / "out")
 
 
-@pytest.mark.parametrize("cache", ["cpu", "disk"])
+@pytest.mark.parametrize("cache", ["disk"])
 def test_same_bytes_again(cache, tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "one", text)
     run(tiny("llama"), tmp_path / "two", text, Settings(activation_cache=cache))

@@ -13,7 +13,6 @@ from hub_texts import NEW, OLD, install
 from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.model import source
 from ria_vllm.offline.run.compress import Settings
@@ -101,8 +100,3 @@ def test_files_may_be_divided_in_any_way(tmp_path):
     index = {"weight_map": {"b": "x.safetensors", "a": "y.safetensors", "c": "y.safetensors"}}
     (two / "model.safetensors.index.json").write_text(json.dumps(index))
     assert digests.of_weights(one) == digests.of_weights(two) == of_weights(one / "model.safetensors")
-
-
-def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(RiaError, match=r"gone.txt: cannot be read \(No such file"):
-        digests.sha256(tmp_path / "gone.txt")

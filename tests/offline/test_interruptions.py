@@ -11,7 +11,6 @@ from pathlib import Path
 import preloaded
 import pytest
 from compressing import digests, edit_config, interrupted_after_a_layer
-from gguf_files import write_gguf
 from transformers.utils import logging
 
 from ria_vllm.checkpoint.reader import Reader
@@ -19,7 +18,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run import streaming
 from ria_vllm.offline.pruning import block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.run.compress import Settings, _Run, compress
+from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
 
 
@@ -64,14 +63,12 @@ WAYS = [
     {},
     {"reconstruct": "block", "weights": "int8", "group_size": 32},
     {"weights": "int4", "activations": "int8", "smooth": 0.5},
-    {"weights": "int8", "activations": "int8"},
-    {"reconstruct": "block", "weights": "int8", "activations": "int8"},
 ]
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("gemma3", WAYS[0]), ("phi3", WAYS[1]), ("gpt-neox", WAYS[2]), ("gemma3", WAYS[3]), ("phi3", WAYS[4])],
+    [("gemma3", WAYS[0]), ("phi3", WAYS[1]), ("gpt-neox", WAYS[2])],
     ids=str,
 )
 def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, options, tiny, text, tmp_path):
@@ -83,16 +80,9 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("gemma4-e2b", {"reconstruct": "block"}),
-        ("gemma4-e2b", {"weights": "int4", "activations": "int8", "smooth": 0.5}),
-    ],
-    ids=str,
-)
-def test_what_layers_read_of_earlier_ones_is_there_again(family, options, tiny, text, tmp_path):
+def test_what_layers_read_of_earlier_ones_is_there_again(tiny, text, tmp_path):
     """Stopped where the keys and values of the first layer are left, and resumed with them on disk."""
+    family, options = "gemma4-e2b", WAYS[2]
     run(tiny(family), tmp_path / "whole", text, samples=4, **options)
     with interrupted_after_a_layer():
         run(tiny(family), tmp_path / "out", text, samples=4, **options)
@@ -174,27 +164,6 @@ def test_resume_refuses_another_configuration(changes, make_model, text, tmp_pat
     run(model, tmp_path / "out", text, Settings(resume=True))
 
 
-def test_a_gguf_file_is_resumed_and_has_the_same_configuration_each_time(tiny, text, tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", tiny("llama"))
-    run(path, tmp_path / "whole", text)
-    with interrupted_after_a_layer():
-        run(path, tmp_path / "out", text)
-    run(path, tmp_path / "out", text, Settings(resume=True))
-    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
-
-
-def test_resume_distinguishes_sources_of_the_same_name(make_model, text, tmp_path):
-    """Their folders have the same name, and their files the same names, sizes and times."""
-    for place in ("here", "there"):
-        make_model(tmp_path / place / "model", "llama")
-        os.utime(tmp_path / place / "model" / "model.safetensors", ns=(1, 1))
-    with interrupted_after_a_layer():
-        run(tmp_path / "here" / "model", tmp_path / "out", text)
-    with pytest.raises(RiaError, match="another source"):
-        run(tmp_path / "there" / "model", tmp_path / "out", text, Settings(resume=True))
-    run(tmp_path / "here" / "model", tmp_path / "out", text, Settings(resume=True))
-
-
 def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, text, tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", "llama")
     run(model, tmp_path / "whole", text)
@@ -232,26 +201,15 @@ def test_a_disk_too_full_for_activations_is_named_and_finished_work_is_kept(tiny
     assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
 
 
-def test_a_result_is_kept_if_its_folder_appears_meanwhile(tiny, text, tmp_path, monkeypatch):
-    run(tiny("llama"), tmp_path / "whole", text)
-    report = _Run._report
-
-    def taken(*arguments):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine").write_text("mine")
-        return report(*arguments)
-
-    monkeypatch.setattr(_Run, "_report", taken)
-    with pytest.raises(RiaError, match="out.partial/final"):
-        run(tiny("llama"), tmp_path / "out", text)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
-    assert digests(tmp_path / "whole") == digests(tmp_path / "out.partial" / "final")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("--permute-scope", "linear"), ("--reconstruct", "block"),
-                                     ("--scheme", "W8A8")], ids=" ".join)  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "gemma4-e2b"])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", ("--permute-scope", "linear")), ("llama", ("--scheme", "W8A8")),
+        ("gemma4-e2b", ("--reconstruct", "block")),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_two_processes_write_what_one_writes(family, options, make_model, text, tmp_path):
     """With three chunks or more, so that sums and shares could differ."""
     model = make_model(tmp_path / "in", family)
@@ -273,7 +231,7 @@ def trained_otherwise(*arguments: object) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", ()), ("llama", ("--scheme", "W8A16")), ("qwen3-moe", ("--reconstruct", "block"))],
+    [("llama", ("--scheme", "W8A16")), ("qwen3-moe", ("--reconstruct", "block"))],
     ids=str,
 )
 def test_all_processes_go_on_from_what_the_first_one_has_trained(family, options, make_model, text, tmp_path):

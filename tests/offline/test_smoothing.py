@@ -22,9 +22,8 @@ def gain_of(tensors: dict[str, torch.Tensor], name: str, offset: int) -> torch.T
     return tensors[f"{LAYER}{name}.weight"].double() + offset
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family, offset, norm", [
-    ("llama", 0, "post_attention_layernorm"), ("gemma3", 1, "pre_feedforward_layernorm"),
+@pytest.mark.parametrize("family, offset, norm, dtype", [
+    ("llama", 0, "post_attention_layernorm", torch.float32), ("gemma3", 1, "pre_feedforward_layernorm", torch.bfloat16),
 ])  # fmt: skip
 def test_what_norms_and_producers_lose_columns_gain(family, offset, norm, dtype, make_model, text, tmp_path):
     model = make_model(tmp_path / "model", family, dtype=dtype)
@@ -105,7 +104,7 @@ def test_outliers_cost_less(model, text, tmp_path):
     assert errors[0.5] < errors[0.0] / 3, errors
 
 
-@pytest.mark.parametrize("reconstruct", ["admm", "block"])
+@pytest.mark.parametrize("reconstruct", ["block"])
 def test_producers_that_stay_dense_absorb_scales(reconstruct, model, text, tmp_path):
     """Also when the run is resumed."""
     options = INT8 | {"ignore": (r"\.0\..*[qkv]_proj", r"\.1\..*(gate|up)_proj"), "reconstruct": reconstruct}
@@ -167,7 +166,7 @@ def test_without_it_every_other_tensor_is_the_sources(model, text, tmp_path):
     assert "smoothed" not in report and not any("smoothed" in record for record in report["linears"].values())
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt-neox", "opt", "llama-mqa", "deepseek-v3", "qwen3.5"])
+@pytest.mark.parametrize("family", ["phi3", "opt", "deepseek-v3", "qwen3.5"])
 def test_the_function_of_the_pruned_model_is_the_same(family, tiny, text, tmp_path, monkeypatch):
     """With weights that are not rounded, which `compress` does not offer, and the orders and masks of before."""
     logits = []

@@ -1,10 +1,7 @@
 """The work folder of a run: one owner at a time, and all processes of the owner."""
 
 import gc
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import preloaded
@@ -18,16 +15,6 @@ from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import layer_key
 
 RUN = {"exponent": 1}
-OWNERS = Path(__file__).parents[1] / "owners.py"
-
-
-@pytest.mark.slow
-def test_processes_that_start_stop_and_die_at_random_moments(tmp_path):
-    """One owner at a time, and nothing of one run in the result of another. See owners.py."""
-    found = subprocess.run([sys.executable, str(OWNERS), str(tmp_path), "0", "1000"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-20_000:] + found.stderr[-5_000:]
-    ends = json.loads(found.stdout)
-    assert all(ends[end] >= 50 for end in ("finished", "killed", "stopped", "busy", "exists", "other run")), ends
 
 
 def another_has(folder: Path) -> bool:

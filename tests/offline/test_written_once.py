@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.run import compress
 from ria_vllm.offline.run.layers import LayerPass
 
 EXTRA = (
@@ -62,14 +61,6 @@ def test_a_tensor_that_would_be_lost_is_an_error(forgotten, tiny, text, tmp_path
     with pytest.raises(RiaError, match=f"{forgotten} would be missing in the output"):
         run_small(tiny("llama"), tmp_path / "out", text)
     assert not list(tmp_path.glob("out*"))
-
-
-def test_a_broken_tokenizer_configuration_shows_before_any_layer(tiny, text, tmp_path, monkeypatch):
-    source = shutil.copytree(tiny("llama"), tmp_path / "in")
-    monkeypatch.setattr(compress._Run, "_tokens", lambda *_: pytest.fail("work had begun"))
-    (source / "tokenizer_config.json").write_text("{")
-    with pytest.raises(RiaError, match="tokenizer_config.json: not readable as JSON"):
-        run_small(source, tmp_path / "out", text)
 
 
 def test_a_tensor_that_would_be_written_twice_is_an_error(tiny, text, tmp_path, monkeypatch):

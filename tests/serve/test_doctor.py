@@ -48,10 +48,6 @@ def test_forced_kernel():
     assert "none: RIA_VLLM_BACKEND=nonsense" in run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
 
 
-def test_plugin_switched_off():
-    assert "VLLM_PLUGINS leaves it out" in run_doctor("--device", "cpu", env={"VLLM_PLUGINS": "other"})
-
-
 def test_what_vllm_compiles_a_model_with(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))

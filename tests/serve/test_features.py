@@ -32,10 +32,8 @@ def runs(tmp_path_factory):
     jobs = {
         "prefix caching": {"engine": {"block_size": 32}, "first": "generate", "prompt_logprobs": False},
         "chunked prefill": {"engine": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
-        "weight reload": {"first": "reload"},
         "speculative decoding with a pruned draft": {"engine": {"speculative_config": draft}, "prompt_logprobs": False},
         # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
-        "lora, base": {"engine": lora, "prompt_logprobs": False},
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
         "lora, adapter on int4-g64": {
             "model": str(folder / "int4"),
@@ -56,7 +54,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    ["chunked prefill", "weight reload", "speculative decoding with a pruned draft", "lora, base", "prefix caching"],
+    ["chunked prefill", "speculative decoding with a pruned draft", "prefix caching"],
 )
 def test_same_logprobs(runs, name):
     if name.startswith("speculative") and vllm.__version__.startswith("0.30."):

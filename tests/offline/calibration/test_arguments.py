@@ -38,14 +38,6 @@ def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
     assert same(found[ENTRY], pair(7)) and torch.equal(found[OTHER], torch.zeros(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
-def test_what_is_left_keeps_its_dtype_unless_it_is_a_float(dtype):
-    left, wide = LeftBehind(None, torch.bfloat16), torch.arange(1000, 1008)
-    left.put(0, {ENTRY: (wide.to(dtype), wide.double())})
-    one, two = left.of(0, [ENTRY])[ENTRY]
-    assert one.dtype == dtype and torch.equal(one, wide.to(dtype)) and two.dtype == torch.bfloat16
-
-
 def arguments(streams: int = 3) -> tuple[AllArguments, LayerCall]:
     """Layer 0 leaves ENTRY, which layer 1 reads; both have an input that is made from the text."""
     call = LayerCall((torch.zeros(1, 4),), {"kept": {}}, False, "here", frozenset([0]), {"kept": 0})

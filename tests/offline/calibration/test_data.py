@@ -102,8 +102,6 @@ def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch)
         ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but --samples is 20"),
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
         ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
-        ("text.jsonl", "not json", "line 1"),
-        ("text.jsonl", '{"text": "x"}\n{"text": ["y"]}', "line 2: the field 'text' must be a string, not list"),
         ("text.parquet", "not parquet", "damaged parquet"),
     ],
 )
@@ -134,10 +132,8 @@ def test_json_lines_in_every_spelling(content, texts, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"text": "b"', b'{"text": ', b'{"text": "b"} {}', b"null", b"3", b'"text"', b'["text"]', b"[]", b"{}",
-        b'{"text": ' + b"9" * 5000 + b"}", b'{"other": ' + b"9" * 5000 + b', "text": "b"}',
+        b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"other": ' + b"9" * 5000 + b', "text": "b"}',
         b'{"text": ' + b"[" * 100_000, b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'{"text": 3}',
-        b'{"text": {"text": "b"}}', b'{"meta": {"text": "b"}}',
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(line, tmp_path):

@@ -7,7 +7,6 @@ from compressing import WarningRecorder
 from hub_texts import NEW, OLD, install
 from transformers import AutoTokenizer
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.data import documents, from_text, opened
 from ria_vllm.progress import Monitor
@@ -30,26 +29,6 @@ def test_what_is_streamed_is_not_downloaded(name, asked, tiny, monkeypatch):
     assert (text.name, text.revision, found.asked, monitor.warnings) == (name, OLD, asked, [])
     assert from_text(text, tokenizer, samples=20, seq_len=50, seed=0).shape == (20, 50)
     assert len(TEXTS) < found.read < 200  # 8 times as many tokens as are asked for
-
-
-@pytest.mark.parametrize("commit", ["auto", "a" * 64, None])
-def test_a_cache_that_does_not_name_the_commit(commit, monkeypatch):
-    found = install(monkeypatch, **{OLD: TEXTS})
-    found.commits[commit], found.now = TEXTS, commit
-    monitor = WarningRecorder()
-    text = opened("c4", monitor)
-    assert text.revision is None and list(documents(text)) == [f"{one}\n\n" for one in TEXTS]
-    (warning,) = monitor.warnings
-    assert "--calibration c4: " in warning and "which commit of allenai/c4" in warning
-
-
-def test_an_unreachable_data_set(monkeypatch):
-    def unreachable(*_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(install(monkeypatch, **{OLD: TEXTS}), "load_dataset_builder", unreachable)
-    with pytest.raises(RiaError, match="c4: allenai/c4 cannot be downloaded .no route"):
-        opened("c4", Monitor(shown=False))
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])

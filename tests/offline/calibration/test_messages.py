@@ -40,12 +40,6 @@ def test_tools_in_a_row_are_given_to_the_template(tokenizer, tmp_path):
         rendered([QUESTION], tokenizer, "x", "search")
 
 
-def test_calls_of_tools_are_the_templates_business(tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] or m['tool_calls'][0]['name'] }};{% endfor %}"
-    messages = [QUESTION, {"role": "assistant", "tool_calls": [{"name": "search"}], "content": None}]
-    assert rendered(messages, tokenizer, "x") == "Why?;search;"
-
-
 def test_rows_with_a_text_that_is_null_are_read_as_messages(tokenizer, tmp_path):
     tokenizer.chat_template = STRINGS
     rows = [

@@ -69,8 +69,7 @@ def test_divided_statistics_are_those_of_divided_inputs(kind):
 @pytest.mark.parametrize(
     ("dtype", "advice"), [(torch.bfloat16, "Give --compute-dtype float32"), (torch.float32, "Check that")]
 )
-@pytest.mark.parametrize("with_gram", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("with_gram", "value"), [(False, float("nan")), (True, float("inf"))])
 def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advice):
     X = torch.ones(6, 8)
     X[3, 5] = value
@@ -80,8 +79,7 @@ def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advi
         total.finish(Ranks(), "model: a.b", dtype)
 
 
-@pytest.mark.parametrize("kind", ["input", "output"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("kind", "value"), [("input", float("nan")), ("output", float("inf"))])
 def test_a_dense_model_that_alone_is_not_finite_is_named(value, kind):
     """No reconstruction has a smaller error than NaN, so weights would silently stay as they are."""
     X, dense = torch.ones(6, 8), torch.ones(6, 8)

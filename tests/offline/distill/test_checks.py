@@ -1,6 +1,5 @@
 """What is refused or warned of before the first step, and what the model card says of the steps."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.checks import check_texts
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import recovery_section
-from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.run.compress import Settings
 
 
@@ -75,25 +73,6 @@ def test_a_pruned_model_teaches_its_quantized_version(pruned, text, tmp_path):
     (_, teacher), (_, folder) = pruned(), pruned(weights="int4-g32")
     found = run(teacher, folder, tmp_path / "out", text, tokens=128)["recipe"]["distill"]
     assert [one["teacher_weights_digest"] for one in found] == [Reader(teacher).schema.weights_digest]
-
-
-def test_a_damaged_report_stops_the_run_before_it_trains(pruned, text, tmp_path, monkeypatch):
-    dense, whole = pruned()
-    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
-    (folder / "ria_report.json").write_text("{")
-    monkeypatch.setattr(Training, "run", lambda _: pytest.fail("trained"))
-    with pytest.raises(RiaError, match=r"ria_report.json: not readable as JSON"):
-        run(dense, folder, tmp_path / "out", text, tokens=128)
-
-
-def test_a_report_with_another_recipe_does_not_lose_a_run(pruned, text, tmp_path):
-    """It is informative only: the recipe is that of config.json."""
-    dense, whole = pruned()
-    folder = Path(shutil.copytree(whole, tmp_path / "folder"))
-    (folder / "ria_report.json").write_text(json.dumps({"recipe": ["x"], "linears": 3}))
-    report = run(dense, folder, tmp_path / "out", text, tokens=128)
-    wanted = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
-    assert report["recipe"] == wanted and wanted["permute"] == "lsa" and len(wanted["distill"]) == 1
 
 
 def test_the_card_says_which_step_was_kept_also_if_it_is_the_start():

@@ -95,18 +95,3 @@ def test_a_divided_run_that_was_killed_is_resumed(pruned, text, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*torchrun, "-m", "ria_vllm", *again], check=True, capture_output=True, env=environment)
     assert digests(tmp_path / "whole") == digests(out)
-
-
-@pytest.mark.slow
-def test_accelerate_launch_gives_what_torchrun_gives(pruned, text, tmp_path):
-    """By its launcher for several GPUs, here without any."""
-    dense, folder = pruned()
-    by_torchrun, by_accelerate = (
-        command(dense, folder, tmp_path / name, text, "--tokens", "512") for name in ("one", "two")
-    )
-    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *by_torchrun, ranks=2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, "-m", "ria_vllm", *by_accelerate], check=True, capture_output=True, env=environment)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert Reader(tmp_path / "two").schema.recipe["distill"][0]["processes"] == 2

@@ -65,12 +65,6 @@ def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, tex
     assert recipe.windows_written == written and len(drawn(recipe, tokenizer)) == 20 - written
 
 
-def test_what_is_asked_of_a_text_beside_the_teachers_is_named(tiny, text):
-    recipe = Distillation(tokens=640_000, seq_len=32, text=str(text), self_written=0.5)
-    with pytest.raises(RiaError, match="--tokens and --self-written ask for 10000"):
-        drawn(recipe, load_tokenizer(str(tiny("llama"))))
-
-
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_training_windows_are_not_those_of_the_calibration(share, tiny, text):
     """Though both draw with the same seed, by default. What the dense model wrote beside them is not of the text."""
@@ -95,14 +89,6 @@ def test_held_out_windows_follow_each_other_from_the_start(tiny, text):
     windows = held_out_windows(str(text), tokenizer, 200, 64)
     assert windows.shape == (3, 64)
     assert windows.flatten().tolist() == tokenizer(text.read_text()).input_ids[:192]
-
-
-def test_too_short_a_held_out_text_is_refused(tiny, tmp_path):
-    tokenizer, path = load_tokenizer(str(tiny("llama"))), tmp_path / "short.txt"
-    path.write_text("a" * 63)
-    with pytest.raises(RiaError, match=r"short\.txt: 63 tokens"):
-        held_out_windows(str(path), tokenizer, 8192, 1024)
-    assert held_out_windows(str(path), tokenizer, 200, 32).shape == (1, 32)  # by --eval-tokens, or a model's context
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "texts.PARQUET"])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from ria_vllm.hub.model_card import note_perplexity
-from ria_vllm.offline.evaluation.recovery import average, cells, compare, comparison, note_tasks, recovery
+from ria_vllm.offline.evaluation.recovery import average, cells, compare, note_tasks, recovery
 from ria_vllm.offline.evaluation.tasks import TaskScores
 
 PRUNED = {
@@ -29,14 +29,6 @@ def test_score_over_score_in_percent():
     assert found.pop(("words", "perplexity")) is None  # lower is better
     expected = {("words", "acc"): 75, ("endings", "acc"): 100, ("endings", "acc_norm"): 90}
     assert found == pytest.approx(expected | {("sums", "exact_match,strict"): 50})
-
-
-def test_rows_have_errors_and_both_scores():
-    row = compare(PRUNED, DENSE)[0]
-    assert (row.metric, row.score, row.error, row.dense, row.dense_error) == ("perplexity", 30, 2, 10, 1)
-    row = compare(PRUNED, DENSE)[-1]
-    assert (row.error, row.dense_error, row.examples, row.shots) == (0.01, 0.01, 20, 5)
-    assert all(row.dense is row.dense_error is row.recovery is None for row in compare(PRUNED, None))
 
 
 @pytest.mark.parametrize("dense", [0.0, -1.0, math.nan, math.inf])
@@ -84,13 +76,3 @@ def test_the_card_has_the_scores_of_the_last_run(tmp_path):
         "| sums | exact_match,strict | 20, 5-shot | 0.1000 ± 0.0100 | 0.2000 ± 0.0100 | 50.0% |",
         "| mean of 3 tasks | acc, acc_norm, exact_match,strict |  | 0.2833 | 0.3667 | 77.3% |",
     ]
-
-
-def test_the_json_names_what_was_averaged():
-    found = comparison(compare(PRUNED, DENSE), average(PRUNED, DENSE), DENSE, "big")
-    assert found["baseline"]["model"] == "big" and found["baseline"]["tasks"]["endings"] == {
-        "acc": 0.4,
-        "acc_norm": 0.5,
-    }
-    assert found["recovery"]["words"] == pytest.approx({"acc": 75})
-    assert found["average"]["recovery"] == pytest.approx(100 * 0.85 / 1.1)

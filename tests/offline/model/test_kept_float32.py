@@ -91,16 +91,6 @@ def test_what_is_written_has_the_dtypes_of_the_files(deepseek, text, tmp_path):
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
 
 
-def test_a_transformers_that_does_not_say_what_it_keeps(deepseek, tiny, monkeypatch):
-    """A model that asks for nothing in float32 does not need it to."""
-    monkeypatch.delattr(PreTrainedModel, "_get_dtype_plan")
-    config = AutoConfig.from_pretrained(deepseek)
-    with pytest.raises(RiaError, match="does not say which tensors .* float32. Give --compute-dtype float32"):
-        StreamedModel(deepseek, config, CPU, BF16)
-    StreamedModel(deepseek, config, CPU, FP32)
-    StreamedModel(tiny("llama"), AutoConfig.from_pretrained(tiny("llama")), CPU, BF16)
-
-
 def test_a_model_that_may_run_in_float32_only(deepseek, text, tmp_path):
     """As DeepSeek-V4, whose norms transformers keeps in float32, in front of linears in bfloat16."""
     source = edited(deepseek, tmp_path / "in", lambda tensors: None, head_dim=64)  # runs in no dtype

@@ -8,9 +8,7 @@ import torch
 from compressing import (
     check_complete,
     check_export,
-    digests,
     edited,
-    interrupted_after_a_layer,
     run_small,
     under_language_model,
 )
@@ -21,7 +19,6 @@ from transformers.core_model_loading import WeightRenaming
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run import names
-from ria_vllm.offline.run.compress import Settings
 
 
 def test_nemotron_h(tiny, text, tmp_path):
@@ -123,14 +120,6 @@ def test_a_renaming_that_would_not_find_a_compressed_linear(patterns, left, tiny
             stored = name.replace("mlp.down_proj", down)
             weight = reader.dense(stored) if stored in reader.sparse_names else reader.tensor(f"{stored}.weight")
             assert torch.equal(module.weight, weight)
-
-
-def test_a_renamed_model_is_resumed(renamed, text, tmp_path):
-    run_small(renamed, tmp_path / "whole", text, reconstruct="admm")
-    with interrupted_after_a_layer():
-        run_small(renamed, tmp_path / "out", text, reconstruct="admm")
-    run_small(renamed, tmp_path / "out", text, Settings(resume=True), reconstruct="admm")
-    assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
 @pytest.mark.parametrize("place", ["files", "renamed"])

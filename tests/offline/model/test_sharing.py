@@ -193,14 +193,6 @@ def test_layers_that_are_alike_may_differ_in_what_they_read(reads):
         calls.learn()
 
 
-def test_a_model_that_does_not_run_on_other_numbers_is_refused():
-    def strict(first, stream, beside):
-        assert beside is None or bool((beside == 1).all()), "only ones"
-
-    with pytest.raises(RiaError, match=r"toy: Chain does not run on what its layers return with other num.*only ones"):
-        ChainCalls(strict, returned=torch.ones_like).learn()
-
-
 @pytest.mark.parametrize("changes", [{}, {"indexer_types": ["full", "shared", "full"]}])
 def test_layers_of_glm_5_may_read_the_choice_of_tokens_of_another(changes):
     """All get it, and those that choose on their own do not read it."""
@@ -280,13 +272,3 @@ def test_integers_that_layers_leave_stay_integers():
     _, (_, second) = with_what_is_left(layers, torch.randn(1, 5, 8), calls)
     (found,) = second[0]["it"]
     assert found.dtype == torch.int64 and found.shape == (5, 1) and not found.any()
-
-
-def test_something_else_than_tensors_is_refused():
-    layers = [
-        Writer(lambda kept: [(kept["it"].pop(),)] if len(kept) else [], lambda stream: {stream}),
-        Writer(READS["an item"]),
-    ]
-    calls = [LayerCall(({},), {}, False, "toy: layers.0", mappings={0: 0})] * 2
-    with pytest.raises(RiaError, match="toy: layers.0: leaves a set for later layers"):
-        find_sharing([layers[0], layers[0]], calls, torch.zeros(1, 5, 8))

@@ -1,7 +1,5 @@
 """What topologies say of layers, and which layers are of one kind."""
 
-import json
-
 import pytest
 import torch
 from decoders import layers_of, small
@@ -46,20 +44,6 @@ def test_kinds_with_the_same_topology_become_one():
     same, other = Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)
     topologies = Topologies.of_kinds([same, other, Topology(SUBLAYERS, (FOLD,))], (0, 1, 2, 1, 0))
     assert topologies == Topologies((same, other), (0, 1, 0, 1, 0))
-
-
-def test_what_was_kept_makes_the_same_report():
-    """The work folder has it with sorted keys."""
-    topologies = Topologies((Topology(SUBLAYERS, (FOLD,), {"z.proj": "tiny", "a.proj": "tiny"}),), (0, 0))
-    kept = json.loads(json.dumps(topologies.kept(), sort_keys=True))
-    assert json.dumps(Topologies.restored(kept).dump()) == json.dumps(topologies.dump())
-
-
-def test_the_dump_says_which_layers_are_of_a_kind():
-    first, second = Topologies((Topology(SUBLAYERS, (FOLD,)), Topology(SUBLAYERS)), (0, 1, 0)).dump()
-    assert (first["layers"], second["layers"]) == ([0, 2], [1])
-    assert first["folds"][0]["consumer"] == "mlp.down" and second["folds"] == []
-    assert first["sublayers"][0]["stages"][0][0]["linears"] == ("mlp.up",)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +107,3 @@ def test_overlapping_sets_are_one():
     for name in names[:4]:
         assert topology.fused_with(name, names) == names[:4]
     assert topology.fused_with("c.q_proj", names) == ["c.q_proj"]
-
-
-def test_fused_linears_of_one_layer_only():
-    names = [f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"]
-    topology = Topology((Sublayer("layer", ()),))
-    assert topology.fused_with("layers.1.self_attn.k_proj", names) == [f"layers.1.self_attn.{x}_proj" for x in "qkv"]
-    assert topology.fused_with("layers.1.self_attn.o_proj", names) == ["layers.1.self_attn.o_proj"]

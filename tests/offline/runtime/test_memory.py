@@ -110,14 +110,10 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
     ("shape", "reconstruct", "pruned", "compute_dtype"),
     [
         (LLAMA, "admm", "1|20", "bfloat16"),
-        (WIDE, "block", "1", "bfloat16"),
         (WIDE, "block, int8", "1", "bfloat16"),
-        (QWEN, "short", "1", "bfloat16"),
-        (LLAMA, "admm", "1", "float32"),
-        (WIDE, "block", "1", "float32"),
         (QWEN, "short", "1", "float32"),
     ],
-    ids=["admm", "block", "block, int8", "wide MLP", "admm, float32", "block, float32", "wide MLP, float32"],
+    ids=["admm", "block, int8", "wide MLP, float32"],
 )
 def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape, reconstruct, pruned, compute_dtype):
     reconstruct, _, weights = reconstruct.partition(", ")

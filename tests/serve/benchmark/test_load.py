@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.load import REPORTED, Workload, read_result
+from ria_vllm.serve.benchmark.load import REPORTED, read_result
 
 GOOD = {"completed": 8, "failed": 0, "errors": [""] * 8, "total_output_tokens": 128} | dict.fromkeys(REPORTED, 1.5)
 
@@ -40,10 +40,3 @@ def test_a_bad_result_has_no_figures(tmp_path, changes, words):
 def test_no_result(tmp_path):
     with pytest.raises(RiaError, match="nowhere.json"):
         read_result(tmp_path / "nowhere.json", 8, 128)
-
-
-def test_workloads(tmp_path):
-    random = Workload(input_len=32, output_len=16, requests_per_user=4).dataset_arguments()
-    assert random == ["--dataset-name", "random", "--random-input-len", "32", "--random-output-len", "16"]
-    sharegpt = Workload(32, 16, 4, tmp_path / "x.json").dataset_arguments()
-    assert sharegpt[:4] == ["--dataset-name", "sharegpt", "--dataset-path", str(tmp_path / "x.json")]

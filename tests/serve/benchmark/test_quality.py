@@ -92,26 +92,10 @@ def test_requests_hold_one_window_each(text):
     assert all(a["prompt_logprobs"] == quality.TOP and a["max_tokens"] == 1 for a in asked)
 
 
-def test_other_tokens(text):
-    with pytest.raises(RiaError, match="other: splits .*text.txt"):
-        measure(quality_of(text), dense=StandIn(), other=StandIn(shift=1))
-
-
-def test_a_short_text(text):
-    with pytest.raises(RiaError, match="text.txt: 31 tokens .* 32"):
-        measure(quality_of(text, max_tokens=31), dense=StandIn())
-
-
 def test_a_window_that_does_not_fit(text):
     measure(quality_of(text, seq_len=63), dense=StandIn())
     with pytest.raises(RiaError, match="dense: a window of 64"):
         measure(quality_of(text, seq_len=64), dense=StandIn())
-
-
-def test_a_text_that_cannot_be_read(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(RiaError, match="binary"):
-        quality_of(tmp_path / "binary")
 
 
 def spoil(answer, change):

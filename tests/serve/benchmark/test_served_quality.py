@@ -1,7 +1,4 @@
-"""Four ways to serve a tiny model, two of them written by compressed-tensors, against transformers in float32.
-
-Three where vLLM cannot multiply W4A16: on x86 without AVX-512.
-"""
+"""Three ways to serve a tiny model, one of them written by compressed-tensors, against transformers in float32."""
 
 import json
 import math
@@ -17,33 +14,29 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import cpu_dense
 from ria_vllm.serve.benchmark.command import bench
 
 TEXT = Path(__file__).parents[3] / "demo" / "a-case-of-identity.txt"
 SEQ_LEN, TOKENS = 128, 512
-WAYS = ("dense", "W8A8", "W4A16", "2of4")  # in the order of quality
+WAYS = ("dense", "W8A8", "2of4")  # in the order of quality
 # Relative tolerances of perplexities and absolute ones of divergences. The servers compute in bfloat16, and W8A8 also
 # rounds activations to int8, which transformers' model does not. Where its sums saturate, that costs 0.03.
-TOLERANCE = {"dense": (0.01, 0), "W8A8": (0.02, 0.01), "W4A16": (0.01, 0.01), "2of4": (0.01, 0.02)}
+TOLERANCE = {"dense": (0.01, 0), "W8A8": (0.02, 0.01), "2of4": (0.01, 0.02)}
 
 
 @pytest.fixture(scope="module")
 def served(pruned_llama, tmp_path_factory):
-    """The results of a bench of all ways that vLLM has, and each one's model in float32."""
+    """The results of a bench of all ways, and each one's model in float32."""
     folder = tmp_path_factory.mktemp("ways")
-    ways = [way for way in WAYS if way != "W4A16" or not cpu_dense.w4a16_missing()]
     models = {
         "dense": AutoModelForCausalLM.from_pretrained(pruned_llama.source, dtype=torch.float32),
-        "W8A8": quantized_checkpoints.write(pruned_llama.source, folder / "W8A8", "W8A8"),
+        "W8A8": quantized_checkpoints.write(pruned_llama.source, folder / "W8A8"),
         "2of4": AutoModelForCausalLM.from_pretrained(pruned_llama.source, dtype=torch.float32),
     }
-    if "W4A16" in ways:
-        models["W4A16"] = quantized_checkpoints.write(pruned_llama.source, folder / "W4A16", "W4A16", group_size=64)
     models["2of4"].load_state_dict({name: tensor.float() for name, tensor in pruned_llama.dense.items()}, strict=False)
     arguments = [
         f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}",
-        *(part for way in ways if way.startswith("W") for part in ("--baseline", folder / way)), "-o", folder / "out",
+        "--baseline", folder / "W8A8", "-o", folder / "out",
         "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1",
         "--text", TEXT, "--seq-len", SEQ_LEN, "--max-tokens", TOKENS,
         "--serve-args", "--max-model-len 256 --enforce-eager",
@@ -56,12 +49,7 @@ def served(pruned_llama, tmp_path_factory):
         found = CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
     assert found.exit_code == 0, found.output
     content = json.loads((folder / "out" / "bench.json").read_text())
-    return SimpleNamespace(content=content, ways=ways, models=models, folder=folder / "out", source=pruned_llama.source)
-
-
-def skip_unless_served(served, way: str) -> None:
-    if way not in served.ways:
-        pytest.skip(cpu_dense.w4a16_missing())
+    return SimpleNamespace(content=content, models=models, folder=folder / "out", source=pruned_llama.source)
 
 
 @torch.inference_mode()
@@ -72,7 +60,6 @@ def logprobs_of(model, windows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_perplexity_and_divergence_are_those_of_transformers(served, way):
-    skip_unless_served(served, way)
     tokens = AutoTokenizer.from_pretrained(served.source)(TEXT.read_text())["input_ids"][:TOKENS]
     windows = torch.tensor(tokens).view(-1, SEQ_LEN)
     dense, own = (logprobs_of(served.models[name], windows) for name in ("dense", way))
@@ -90,17 +77,17 @@ def test_perplexity_and_divergence_are_those_of_transformers(served, way):
 def test_each_way_has_its_speed_memory_and_place_in_the_order_of_quality(served):
     points = {point["side"]: point for point in served.content["points"]}
     speeds = {}
-    for way in served.ways:
+    for way in WAYS:
         figures = points[way]["figures"]
         assert figures["output_throughput"] == pytest.approx(8 * figures["request_throughput"], rel=1e-3)
         assert 0 < figures["p50_tpot_ms"] <= figures["p99_tpot_ms"] and figures["memory_bytes"] > 1e8
         speeds[way] = figures["output_throughput"]
-    kl = [served.content["quality"][way]["kl"] for way in served.ways]
+    kl = [served.content["quality"][way]["kl"] for way in WAYS]
     assert kl[0] == 0 and all(better < worse for better, worse in pairwise(kl))
-    ratios = {way: points[way]["ratio"][0] for way in served.ways if way != "dense"}
+    ratios = {way: points[way]["ratio"][0] for way in WAYS if way != "dense"}
     assert ratios == pytest.approx({way: speeds[way] / speeds["dense"] for way in ratios})
     sizes = {side["name"]: side["bytes"] for side in served.content["sides"]}
-    assert set(sizes) == set(served.ways) and sizes.pop("dense") > max(sizes.values())
+    assert set(sizes) == set(WAYS) and sizes.pop("dense") > max(sizes.values())
     assert {"bench.md", "bench.png"} <= {path.name for path in served.folder.iterdir()}
     commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(served.source) in command or str(served.folder) in command]
@@ -114,10 +101,6 @@ def test_the_key_of_the_servers_is_in_no_result_or_log(served):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("way", "kernel"), [("W8A8", "CPUInt8ScaledMMLinearKernel"), ("W4A16", "CPUWNA16LinearKernel")]
-)
-def test_vllm_serves_the_quantized_ways_quantized(served, way, kernel):
+def test_vllm_serves_the_quantized_way_quantized(served):
     """Not widened to bfloat16: its log names the kernel."""
-    skip_unless_served(served, way)
-    assert kernel in (served.folder / "logs" / f"{way}-1-server.log").read_text()
+    assert "CPUInt8ScaledMMLinearKernel" in (served.folder / "logs" / "W8A8-1-server.log").read_text()

@@ -3,7 +3,7 @@
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.sides import sides_of, weight_bytes
+from ria_vllm.serve.benchmark.sides import sides_of
 
 
 def names(*models) -> list[tuple[str, str]]:
@@ -33,9 +33,3 @@ def test_arguments_of_one_side():
     assert second.arguments == ("--dtype", "float32", "--tokenizer", "a b") and not first.arguments + third.arguments
     with pytest.raises(RiaError, match="w4a16: no such side. There are bf16, w8a8"):
         sides_of(["bf16", "w8a8"], [("w4a16", "")])
-
-
-def test_weight_bytes(pruned_llama, tmp_path):
-    files = [path for path in pruned_llama.folder.iterdir() if path.name.startswith("model")]
-    assert weight_bytes(str(pruned_llama.folder)) == sum(p.stat().st_size for p in files if p.suffix == ".safetensors")
-    assert weight_bytes(str(tmp_path)) is None and weight_bytes("nobody/nothing") is None

@@ -3,7 +3,6 @@
 import pickle
 
 import pytest
-import torch
 from mixture_layers import Model
 
 from ria_vllm.errors import RiaError
@@ -68,12 +67,6 @@ def test_how_they_are_stored(form, sparse, weights, parts, of):
     assert (scheme.format.name, scheme.dense) == of
 
 
-def test_experts_of_several_layers():
-    other = "model.layers.12.mlp.experts"
-    found = read([*tensors(["weight"]), *tensors(["weight"], count=11, layer=other)]).experts
-    assert {name: one.num_experts for name, one in found.items()} == {LAYER: 4, other: 11}
-
-
 @pytest.mark.parametrize(
     ("names", "settings"),
     [
@@ -135,13 +128,3 @@ def test_experts_that_are_not_stored_alike(names, settings):
 def test_what_is_refused(names, settings, message):
     with pytest.raises(RiaError, match=message):
         read(names, **settings)
-
-
-@pytest.mark.parametrize("number", ["01", "²", "9" * 5000])
-def test_odd_numbers_of_experts(ranks, number):
-    """They belong to no layer, and vLLM's would not find them either."""
-    name = f"{LAYER}.{number}.up_proj"
-    config = read([f"{name}.{part}" for part in BITMASK], sparse="sparse-24-bitmask")
-    assert config.experts == {}
-    with pytest.raises(RiaError, match="would not be served"):
-        match_layers(config, torch.nn.Module())

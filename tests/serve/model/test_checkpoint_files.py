@@ -149,9 +149,8 @@ def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypat
             read()
 
 
-@pytest.mark.parametrize("left", ["an index"])
-def test_a_folder_without_weights_is_for_dummy_weights_only(copy, left):
-    for shard in split(copy, index=left == "an index"):
+def test_a_folder_without_weights_is_for_dummy_weights_only(copy):
+    for shard in split(copy, index=True):
         shard.unlink()
     config = config_of(copy)
     with pytest.raises(RiaError, match="no weights here .*object store has to be served from a local copy"):
@@ -243,11 +242,10 @@ def answer(status):
     return kind(f"{status} Client Error.\n\nAccess to model who/what is restricted.", response=response)
 
 
-@pytest.mark.parametrize("status", [403])
 @pytest.mark.parametrize("step", ["index", "list"])
-def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, status, step):
+def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, step):
     """The cache may have files of an older state of the repository."""
-    hub.cached, hub.refusal = {SINGLE_FILE, PERMUTATIONS_FILE, "config.json"}, answer(status)
+    hub.cached, hub.refusal = {SINGLE_FILE, PERMUTATIONS_FILE, "config.json"}, answer(403)
     if step == "list":
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(hub.path("config.json")))
         monkeypatch.setattr(checkpoint_files, "read_index", lambda *_: {"lm_head.weight": SINGLE_FILE})
@@ -256,13 +254,12 @@ def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, stat
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
 
 
-@pytest.mark.parametrize("status", [503])
-def test_a_hub_that_is_down_or_too_busy_is_not_needed_for_what_is_cached(hub, status):
+def test_a_hub_that_is_down_or_too_busy_is_not_needed_for_what_is_cached(hub):
     """The hub's own library takes cached files then, too."""
     hub.cached = {path.name for path in hub.folder.iterdir()}
     expected = hub.config().permutations
     error = LocalEntryNotFoundError("An error happened while trying to locate the file.")
-    error.__cause__, hub.refusal = answer(status), error
+    error.__cause__, hub.refusal = answer(503), error
     config = hub.config()
     assert config.unread is None and config.permutations.keys() == expected.keys()
     hub.cached = set()
@@ -295,8 +292,7 @@ def first_load(config):
     check_first_load(config, SimpleNamespace(model="who/what", revision="v2"))
 
 
-@pytest.mark.parametrize("cached", [False])
-def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
+def test_a_push_between_the_configuration_and_the_first_load(hub):
     """vLLM downloads the weights of the new state, which may by now be in the cache."""
     config = hub.config()
     first_load(config)
@@ -304,16 +300,9 @@ def test_a_push_between_the_configuration_and_the_first_load(hub, cached):
     first_load(config)
     torch.manual_seed(3)
     tiny.write(tiny.FAMILIES["llama-gqa"], hub.folder, seed=1)
-    hub.cached = {path.name for path in hub.folder.iterdir()} if cached else set()
+    hub.cached = set()
     with pytest.raises(RiaError, match="who/what: its weights are stored in other channel orders"):
         first_load(config)
-
-
-def test_modelscope_is_for_local_folders(copy, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
-    config_of(copy)
-    with pytest.raises(RiaError, match="user/model: download it from ModelScope first"):
-        locate("user/model", PERMUTATIONS_FILE, None)
 
 
 def test_an_object_store(copy):

@@ -4,7 +4,6 @@ import copy
 import json
 import time
 
-import pytest
 import torch
 from compressed_tensors.utils import is_match, match_targets
 from hypothesis import example, given, settings
@@ -62,28 +61,6 @@ def test_a_valid_config():
 
 
 GROUP = ("config_groups", "group_0")
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (("ignore",), "lm_head", r"quantization_config\.ignore is 'lm_head', expected a list"),
-        (("ignore",), [r"re:(a+)\1b"], r"quantization_config\.ignore: the pattern .* is not read"),
-        (("sparsity_config", "targets"), {"Linear": 1}, r"sparsity_config\.targets is"),
-        ((*GROUP, "targets"), ["re:*"], r"config_groups\.group_0\.targets: the pattern '\*' is not read"),
-        ((*GROUP, "weights", "num_bits"), [8], r"group_0: .*are not served"),
-        ((*GROUP, "weights", "actorder"), "Dynamic", r"group_0\.weights\.actorder: 'Dynamic' is not served"),
-        ((*GROUP, "format"), "pack-quantized", r"group_0\.format: 'pack-quantized' is not served"),
-        (("kv_cache_scheme", "num_bits"), 4, r"kv_cache_scheme\.num_bits: 4 is not served.*Remove kv_cache_scheme"),
-        (("kv_cache_scheme", "strategy"), "attn_head", r"kv_cache_scheme\.strategy: 'attn_head' is not served"),
-        (("transform_config",), {"config_groups": {"R1": {}}}, r"transform_config: rotated weights are not served")
-    ],
-)  # fmt: skip
-def test_the_wrong_key_is_named(path, value, message):
-    config = changed(path, value)
-    assert is_24_checkpoint(config)
-    with pytest.raises(RiaError, match=message):
-        RiaConfig.from_config(config)
 
 
 ENTRIES = ["Linear", "Module", "Conv2d", "lm_head", "re:.*lm_head", "re:.*mlp.*", "re:model.layers.0", NAMES[1]]

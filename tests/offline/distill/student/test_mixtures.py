@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import preloaded
 import pytest
 import torch
 import torch.nn.functional as F
-from compressing import digests, run_small, weight_digests
+from compressing import digests, run_small
 from moe import save_moe
 from safetensors.torch import load_file, save_file
 from sparse_llama import masks
@@ -110,8 +109,7 @@ def plain(folder: Path, dense: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     return {name: linear_in(weights, name) for name in kept}, reached
 
 
-@pytest.mark.parametrize("save_memory", [False, True])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("kind", "save_memory"), [("mixtral", False), ("gpt_oss", True)])
 def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
     """Where no token reaches an expert, torch gets no gradient, and so leaves it and its moments alone."""
     dense, folder = mixture(kind)
@@ -146,7 +144,7 @@ def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
     assert all(torch.equal(after[name], before[name]) for name in after.keys() - stacks - linears)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["gpt_oss"])
 def test_as_many_bytes_for_each_kept_weight_as_elsewhere(kind, mixture):
     """Beside a number of 8 bytes for each linear of an expert."""
     _, folder = mixture(kind)
@@ -165,7 +163,6 @@ def run(dense: Path, folder: Path, out: Path, text: Path, settings: Settings = S
     ("kind", "options"),
     [
         ("mixtral", {}),
-        ("gpt_oss", {}),
         ("qwen3_moe", {"weights": "int8", "activations": "int8"}),
         ("gpt_oss", {"weights": "int4", "group_size": 32}),
     ],
@@ -216,21 +213,6 @@ def test_stopped_and_resumed_it_writes_the_same_bytes(mixture, students, text, t
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0), **options)
     run(dense, folder, tmp_path / "out", text, Settings(resume=True), **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def command(dense: Path, folder: Path, out: Path, text: Path) -> list[str]:
-    fixed = ["--tokens", "64", "--seq-len", "8", "--batch", "4", "--micro-batch", "2", "--calibration", str(text)]
-    return ["distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed]
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(mixture, text, tmp_path):
-    dense, folder = mixture("qwen3_moe", weights="int8")
-    for name, ranks in (("one", 1), ("two", 2)):
-        arguments = command(dense, folder, tmp_path / name, text)
-        preloaded.run(tmp_path / "log", preloaded.ria_vllm, *arguments, ranks=ranks)
-    assert weight_digests(tmp_path / "one") == weight_digests(tmp_path / "two")
-    assert weight_digests(tmp_path / "one") != weight_digests(folder)
 
 
 def test_experts_are_not_divided_among_processes(mixture):

@@ -33,8 +33,7 @@ def gradients(steps: int) -> list[torch.Tensor]:
     return list(torch.randn(steps, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("block", [1 << 20, 3 * COLUMNS])
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("block", "decay"), [(1 << 20, 0.0), (3 * COLUMNS, 0.1)])
 def test_the_steps_are_those_of_torchs_adamw_on_a_masked_weight(block, decay, monkeypatch):
     monkeypatch.setattr(layouts, "BLOCK", block)
     pace = Pace()

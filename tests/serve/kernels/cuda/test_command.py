@@ -6,15 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from ria_vllm import progress
-from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import build
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 from ria_vllm.serve.kernels.cuda.command import build_kernels
-
-
-def test_without_a_gpu_it_asks_for_an_architecture(no_gpu):
-    result = CliRunner().invoke(build_kernels, [])
-    assert isinstance(result.exception, RiaError) and "--arch" in str(result.exception)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +34,3 @@ def test_it_compiles_the_requested_tiles(monkeypatch, tmp_path, option, tiles):
     assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
     assert "... compiling sm_90a (0:00)" in result.stderr and "compiling" not in result.stdout
     assert calls == [("90a", tmp_path, tiles, 3)]
-
-
-@pytest.mark.parametrize("jobs", ["many", "-2"])
-def test_a_wrong_number_of_compilers_is_named(no_gpu, tmp_path, jobs):
-    no_gpu.setattr(build, "find_nvcc", lambda: "nvcc")
-    no_gpu.setattr(build, "find_headers", lambda: tmp_path)
-    no_gpu.setenv("RIA_VLLM_CUDA_JOBS", jobs)
-    result = CliRunner().invoke(build_kernels, ["--arch", "80", "--output", str(tmp_path)])
-    assert isinstance(result.exception, RiaError) and f"RIA_VLLM_CUDA_JOBS={jobs}" in str(result.exception)

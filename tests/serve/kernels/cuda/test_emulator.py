@@ -1,9 +1,10 @@
-"""The emulator itself: it must compute what PTX says, and report what would go wrong on a GPU."""
+"""The emulator itself: what is between threads is what PTX says, and what would go wrong on a GPU is reported.
 
-import math
+That it calculates, the products of test_emulated_kernels.py show, which are those of float64.
+"""
+
 import random
 import struct
-from fractions import Fraction
 
 import pytest
 import torch
@@ -67,96 +68,6 @@ def signed(value, bits):
     return value - 2**bits if value >> bits - 1 else value
 
 
-def prmt(a, b, selector):
-    """The bytes that the selector's digits choose."""
-    data = struct.pack("<II", a, b)
-    picked = [(data[s & 7], s >> 3) for s in (selector >> 4 * i & 15 for i in range(4))]
-    return int.from_bytes(bytes((0xFF if byte & 0x80 else 0) if sign else byte for byte, sign in picked), "little")
-
-
-# v has 64 bits; a is its lower half, b its upper half.
-OPERATIONS = {
-    "add.s32 %r2, %r0, %r1": lambda a, b: a + b & M32,
-    "sub.s32 %r2, %r0, %r1": lambda a, b: a - b & M32,
-    "mul.lo.s32 %r2, %r0, %r1": lambda a, b: a * b & M32,
-    "mul.hi.u32 %r2, %r0, %r1": lambda a, b: a * b >> 32,
-    "mul.hi.s32 %r2, %r0, %r1": lambda a, b: signed(a, 32) * signed(b, 32) >> 32 & M32,
-    "mad.lo.s32 %r2, %r0, %r1, %r0": lambda a, b: a * b + a & M32,
-    "min.s32 %r2, %r0, %r1": lambda a, b: min(signed(a, 32), signed(b, 32)) & M32,
-    "max.u32 %r2, %r0, %r1": lambda a, b: max(a, b),
-    "shr.s32 %r2, %r0, 5": lambda a, b: signed(a, 32) >> 5 & M32,
-    "shr.u32 %r2, %r0, 5": lambda a, b: a >> 5,
-    "shl.b32 %r2, %r0, %r1": lambda a, b: a << b & M32 if b < 32 else 0,
-    "shl.b32 %r2, %r0, 32": lambda a, b: 0,
-    "shr.u32 %r2, %r0, 32": lambda a, b: 0,
-    "shr.s32 %r2, %r0, 40": lambda a, b: M32 if a >> 31 else 0,
-    "div.s32 %r2, %r0, -1": lambda a, b: -a & M32,
-    "div.s32 %r2, %r0, 7": lambda a, b: int(Fraction(signed(a, 32), 7)) & M32,
-    "rem.s32 %r2, %r0, -1": lambda a, b: 0,
-    "abs.s32 %r2, %r0": lambda a, b: abs(signed(a, 32)) & M32,
-    "lop3.b32 %r2, %r0, %r1, 12345, 0x6a": lambda a, b: ((a & b) ^ 12345) & M32,
-    "prmt.b32 %r2, %r0, %r1, 0x9c15": lambda a, b: prmt(a, b, 0x9C15),
-    "bfe.u32 %r2, %r0, 7, 9": lambda a, b: a >> 7 & 511,
-    "bfe.s32 %r2, %r0, 7, 9": lambda a, b: signed(a >> 7, 9) & M32,
-    "bfe.u32 %r2, %r0, 28, 9": lambda a, b: a >> 28,
-    "bfe.s32 %r2, %r0, 28, 9": lambda a, b: signed(a, 32) >> 28 & M32,
-    "bfe.s32 %r2, %r0, 40, 3": lambda a, b: M32 if a >> 31 else 0,
-    "bfe.s32 %r2, %r0, 7, 0": lambda a, b: 0,
-    "bfi.b32 %r2, %r0, %r1, 4, 12": lambda a, b: b & ~(0xFFF << 4) | (a & 0xFFF) << 4,
-    "bfi.b32 %r2, %r0, %r1, 28, 12": lambda a, b: b & ~(0xF << 28) | (a & 0xF) << 28,
-    "bfi.b32 %r2, %r0, %r1, 40, 4": lambda a, b: b,
-    "shf.l.wrap.b32 %r2, %r0, %r1, 8": lambda a, b: (b << 32 | a) << 8 >> 32 & M32,
-    "shf.r.clamp.b32 %r2, %r0, %r1, 40": lambda a, b: b,
-    "popc.b32 %r2, %r0": lambda a, b: a.bit_count(),
-    "clz.b32 %r2, %r0": lambda a, b: 32 - a.bit_length(),
-    "neg.s32 %r2, %r0": lambda a, b: -a & M32,
-    "not.b32 %r2, %r0": lambda a, b: ~a & M32,
-    "setp.lt.s32 %p0, %r0, %r1; selp.b32 %r2, 1, 2, %p0": lambda a, b: 1 if signed(a, 32) < signed(b, 32) else 2,
-    "setp.lt.u32 %p0, %r0, %r1; setp.gt.or.s32 %p1|%p2, %r0, 0, %p0; selp.b32 %r2, 1, 2, %p2": lambda a, b: (
-        1 if signed(a, 32) <= 0 or a < b else 2
-    ),
-    "cvt.u16.u32 %h0, %r0; cvt.s32.s16 %r2, %h0": lambda a, b: signed(a, 16) & M32,
-    "cvt.s8.s32 %h0, %r0; cvt.s32.s16 %r2, %h0": lambda a, b: signed(a, 8) & M32,
-    "mov.b32 {%h0, %h1}, %r0; mov.b32 %r2, {%h1, %h0}": lambda a, b: a >> 16 | (a & 0xFFFF) << 16,
-}
-OPERATIONS_64 = {
-    "mul.wide.s32 %d2, %r0, %r1": lambda v, a, b: signed(a, 32) * signed(b, 32) & M64,
-    "mad.wide.u32 %d2, %r0, %r1, %d0": lambda v, a, b: a * b + v & M64,
-    "mul.hi.u64 %d2, %d0, %d0": lambda v, a, b: v * v >> 64,
-    "shr.s64 %d2, %d0, 9": lambda v, a, b: signed(v, 64) >> 9 & M64,
-    "shr.s64 %d2, %d0, 64": lambda v, a, b: M64 if v >> 63 else 0,
-    "shl.b64 %d2, %d0, 64": lambda v, a, b: 0,
-    "div.s64 %d2, %d0, -1": lambda v, a, b: -v & M64,
-    "bfi.b64 %d2, %d0, %d0, 60, 40": lambda v, a, b: v & ~(0xF << 60) | (v & 0xF) << 60,
-    "rem.u64 %d2, %d0, 1000003": lambda v, a, b: v % 1000003,
-    "cvt.s64.s32 %d2, %r0": lambda v, a, b: signed(a, 32) & M64,
-    "mov.b64 %d2, {%r1, %r0}": lambda v, a, b: a << 32 | b,
-}
-
-
-def numbers():
-    """64-bit numbers: the ends of their range, and random ones."""
-    generator = random.Random(0)
-    edges = [0, 1, M32, M64, 1 << 31, 1 << 63, (5 << 32) + 3, (3 << 32) + 5]
-    return edges + [generator.getrandbits(64) for _ in range(56)]
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_integer_instructions(emulator, operation):
-    values = numbers()
-    load = "ld.global.v2.u32 {%r0, %r1}, [%a];"
-    results = run(emulator, f"{load} {operation}; cvt.u64.u32 %d1, %r2; st.global.u64 [%b], %d1;", values)
-    assert results == [OPERATIONS[operation](value & M32, value >> 32) for value in values]
-
-
-@pytest.mark.parametrize("operation", OPERATIONS_64)
-def test_wide_integer_instructions(emulator, operation):
-    values = numbers()
-    load = "ld.global.u64 %d0, [%a]; mov.b64 {%r0, %r1}, %d0;"
-    results = run(emulator, f"{load} {operation}; st.global.u64 [%b], %d2;", values)
-    assert results == [OPERATIONS_64[operation](value, value & M32, value >> 32) for value in values]
-
-
 def bits_of(value: float) -> int:
     """The bits of a float32."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
@@ -165,115 +76,6 @@ def bits_of(value: float) -> int:
 def float_of(bits: int) -> float:
     """The float32 of the lowest 32 bits."""
     return struct.unpack("<f", struct.pack("<I", bits & M32))[0]
-
-
-def nearest(exact: Fraction) -> float:
-    """The float32 nearest to a number; in a tie, the one whose last bit is 0."""
-    if not exact:
-        return 0.0
-    guess = bits_of(float(exact))
-    return float_of(
-        min((guess - 1, guess, guess + 1), key=lambda bits: (abs(Fraction(float_of(bits)) - exact), bits & 1))
-    )
-
-
-def pairs(values) -> list[int]:
-    """All pairs of float32s, packed into 64 bits."""
-    return [bits_of(b) << 32 | bits_of(a) for a in values for b in values]
-
-
-def floats() -> list[float]:
-    """Floats of many magnitudes whose products stay within the range of a float32."""
-    generator = random.Random(1)
-    return [generator.choice((-1, 1)) * float_of(generator.randrange(100 << 23, 150 << 23)) for _ in range(20)]
-
-
-LOAD_FLOATS = "ld.global.v2.f32 {%f0, %f1}, [%a];"
-STORE_FLOAT = "mov.b32 %r2, %f2; cvt.u64.u32 %d1, %r2; st.global.u64 [%b], %d1;"
-FLOAT_OPERATIONS = {
-    "add.f32 %f2, %f0, %f1": lambda a, b: a + b,
-    "sub.rn.f32 %f2, %f0, %f1": lambda a, b: a - b,
-    "mul.f32 %f2, %f0, %f1": lambda a, b: a * b,
-    "div.rn.f32 %f2, %f0, %f1": lambda a, b: a / b,
-    "fma.rn.f32 %f2, %f0, %f1, %f0": lambda a, b: a * b + a,
-    "min.f32 %f2, %f0, %f1": min,
-    "max.f32 %f2, %f0, %f1": max,
-    "neg.f32 %f2, %f0": lambda a, b: -a,
-    "abs.f32 %f2, %f0": lambda a, b: abs(a),
-}
-
-
-@pytest.mark.parametrize("operation", FLOAT_OPERATIONS)
-def test_float_instructions_round_once(emulator, operation):
-    values = pairs(floats())
-    results = run(emulator, f"{LOAD_FLOATS} {operation}; {STORE_FLOAT}", values)
-    for value, result in zip(values, results, strict=True):
-        operands = Fraction(float_of(value)), Fraction(float_of(value >> 32))
-        assert result == bits_of(nearest(FLOAT_OPERATIONS[operation](*operands)))
-
-
-SPECIAL_FLOATS = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.5, -2.5]
-SPECIAL_RESULTS = {
-    "add.f32 %f2, %f0, %f1": lambda a, b: a + b,
-    "mul.f32 %f2, %f0, %f1": lambda a, b: a * b,
-    "min.f32 %f2, %f0, %f1": lambda a, b: min(numbers_of(a, b), key=lambda x: (x, math.copysign(1, x))),
-    "max.f32 %f2, %f0, %f1": lambda a, b: max(numbers_of(a, b), key=lambda x: (x, math.copysign(1, x))),
-    "neg.f32 %f2, %f0": lambda a, b: -a,
-    "abs.f32 %f2, %f0": lambda a, b: abs(a),
-}
-
-
-def numbers_of(*values):
-    """The values that are not NaN, or NaN if all are."""
-    return [value for value in values if not math.isnan(value)] or [math.nan]
-
-
-@pytest.mark.parametrize("operation", SPECIAL_RESULTS)
-def test_float_instructions_on_nan_infinity_and_zeros(emulator, operation):
-    values = pairs(SPECIAL_FLOATS)
-    results = run(emulator, f"{LOAD_FLOATS} {operation}; {STORE_FLOAT}", values)
-    for value, result in zip(values, results, strict=True):
-        expected = SPECIAL_RESULTS[operation](float_of(value), float_of(value >> 32))
-        assert math.isnan(float_of(result)) if math.isnan(expected) else result == bits_of(expected)
-
-
-@pytest.mark.parametrize(
-    "name, to_whole", [("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)]
-)
-@pytest.mark.parametrize("kind, bits", [("s", 32), ("u", 64)])
-def test_floats_become_integers(emulator, name, to_whole, kind, bits):
-    """They are rounded, and saturate at the ends of the range."""
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if kind == "s" else (0, 2**bits - 1)
-    halves = [sign * half / 2 for sign in (-1, 1) for half in range(12)]
-    x = halves + floats() + SPECIAL_FLOATS + [3e9, -3e9, 5e9, 1e19, -1e19, 3e38]
-    register = "%d1" if bits == 64 else "%r2"
-    widen = "" if bits == 64 else "cvt.u64.u32 %d1, %r2;"
-    convert = f"ld.global.f32 %f0, [%a]; cvt.{name}.{kind}{bits}.f32 {register}, %f0; {widen} st.global.u64 [%b], %d1;"
-    for value, result in zip(x, run(emulator, convert, [bits_of(value) for value in x]), strict=True):
-        if math.isnan(value):
-            expected = 1 << 63 if bits == 64 else 0
-        elif math.isinf(value):
-            expected = high if value > 0 else low
-        else:
-            expected = min(max(to_whole(float_of(bits_of(value))), low), high)
-        assert result == expected & 2**bits - 1, value
-
-
-@pytest.mark.parametrize("name, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_floats_are_rounded_as_torch_does(emulator, name, dtype):
-    """Ties, which go to even, are among them."""
-    x = torch.randn(64, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-8, 8).repeat(4)
-    ties = 1 + torch.arange(-8, 9) * (torch.finfo(dtype).eps / 4)
-    largest = torch.tensor([torch.finfo(dtype).max, torch.finfo(torch.float32).max, 65519.996, 65520.0])
-    x = torch.cat([x, ties, -ties, ties * torch.finfo(dtype).tiny / 8, largest, torch.tensor(SPECIAL_FLOATS)])
-    values = [int(bits) & M32 for bits in x.view(torch.int32)]
-    convert = f"ld.global.f32 %f0, [%a]; cvt.rn.{name}x2.f32 %r0, %f0, 0f3F800000;"
-    results = run(emulator, f"{convert} cvt.u64.u32 %d0, %r0; st.global.u64 [%b], %d0;", values)
-    assert [r & 0xFFFF for r in results] == [int(torch.ones(1, dtype=dtype).view(torch.int16))] * len(x)
-    upper = torch.tensor([signed(r >> 16, 16) for r in results], dtype=torch.int16).view(dtype)
-    number = ~x.isnan()
-    assert torch.equal(~upper.isnan(), number)
-    assert torch.equal(upper[number].view(torch.int16), x.to(dtype)[number].view(torch.int16))
 
 
 def test_shuffles_votes_and_elections(emulator):

@@ -7,7 +7,6 @@ from packed_layers import pack
 from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8, sparse24
 from ria_vllm.format.formats import FP8
-from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 CUDA = torch.device("cuda", 0)
@@ -107,10 +106,3 @@ def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
     for tokens in (3, 5):
         x = torch.randn(tokens, 192).bfloat16()
         assert torch.equal(traced(x), layer(x))
-
-
-@pytest.mark.parametrize("family", [80])
-def test_no_other_gpu_keeps_fp8(hopper, family):
-    hopper.family, hopper.tile_names = family, ["128x32"]
-    reason = CutlassKernel.can_implement(LinearLayerConfig(CUDA, torch.bfloat16, FP8, 4096, 4096))
-    assert reason == "pretend.so: no tile for a 4096 x 4096 layer of torch.float8_e4m3fn and 1 tokens"

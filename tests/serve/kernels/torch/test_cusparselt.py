@@ -29,21 +29,6 @@ def test_what_it_serves(monkeypatch, capability, dtype, sizes, reason):
     assert found is None if reason is None else reason in found
 
 
-def test_a_torch_without_the_library_is_named(monkeypatch):
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert "without cuSPARSELt" in CusparseltKernel.is_supported(GPU)
-
-
-@pytest.mark.parametrize("leading", [(2, 5)])
-def test_shapes_for_the_compiler(leading):
-    x = torch.empty(*leading, 128, dtype=torch.bfloat16, device="meta")
-    packed = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
-    order = torch.empty(128, dtype=torch.int32, device="meta")
-    config = LinearLayerConfig(x.device, x.dtype, FLOAT, 64, 128)
-    y = CusparseltKernel.apply(config, x, (packed,), order, None)
-    assert y.shape == (*leading, 64) and y.dtype == x.dtype
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("leading", [(2, 8), (1, 17), (0,)])
 def test_tokens_are_padded_to_what_the_library_takes(monkeypatch, leading, bias):
