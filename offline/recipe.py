@@ -57,7 +57,6 @@ class Recipe:
 
     method: Literal["ria", "ri", "wanda", "magnitude", "sparsegpt"] = "ria"
     exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
-    pattern: Pattern = TWO_OF_FOUR
     permute: Literal["lsa", "heuristic", "none"] = "lsa"
     permute_scope: Literal["shared", "linear"] = "shared"
     calibration: str = "self"
@@ -75,6 +74,7 @@ class Recipe:
     compute_dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     prune_rest: bool = False
     only_keeps: bool = False
+    pattern: Pattern = TWO_OF_FOUR
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
