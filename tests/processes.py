@@ -15,7 +15,6 @@ LONGEST = (
     "tests/serve/kernels/cuda/test_emulated_kernels.py",
     "tests/offline/runtime/test_memory.py",
     "tests/serve/test_vllm.py",
-    "tests/serve/benchmark/test_command.py",
     "tests/serve/benchmark/test_served_quality.py",
     "tests/offline/test_interruptions.py",
     "tests/demo/test_run.py",

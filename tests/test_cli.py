@@ -5,9 +5,7 @@ import sys
 
 import pytest
 
-from ria_vllm import __version__
 from ria_vllm.cli import COMMANDS, group, main
-from ria_vllm.errors import RiaError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,24 +21,10 @@ def test_help_lists_every_command_and_loads_no_torch():
     assert all(f"  {name} " in found for name in COMMANDS) and found.endswith("False\n")
 
 
-def test_version():
-    assert __version__ in run("--version").stdout
-
-
-def test_unknown_command():
-    found = run("prune")
-    assert found.returncode == 2 and "No such command 'prune'" in found.stderr
-
-
 def test_a_bad_folder_is_one_line_and_status_2(tmp_path):
     found = run("inspect", str(tmp_path / "nowhere"))
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("ria-vllm: ") and "nowhere" in found.stderr and len(found.stderr.splitlines()) == 1
-
-
-def test_errors_keep_their_type_inside_python():
-    with pytest.raises(RiaError):
-        group(["inspect", "/nowhere"], standalone_mode=False)
 
 
 def test_main_exits_with_2(monkeypatch, capsys):

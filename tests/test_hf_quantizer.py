@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from damage import bind, rewrite
-from safetensors.torch import load_file, save_file
+from damage import rewrite
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -105,11 +105,10 @@ def linears_of(model) -> list[str]:
     return [name for name, module in modules if isinstance(module, torch.nn.Linear) and ".layers." in name]
 
 
-@each_format
-def test_modules_that_transformers_renames(tmp_path, format):
+def test_modules_that_transformers_renames(tmp_path):
     """Nemotron-H is `backbone` on disk and `model` in transformers."""
     model = tiny_model("nemotron_h", layers_block_type=["attention", "mlp"])
-    store(model, tmp_path / "out", linears_of(model), [("model.", "backbone.")], format)
+    store(model, tmp_path / "out", linears_of(model), [("model.", "backbone.")])
     assert "backbone.layers.1.mixer.up_proj" in Reader(tmp_path / "out").permutations
     for auto in (AutoModelForCausalLM, AutoModel):
         assert torch.equal(hidden(auto.from_pretrained(tmp_path / "out")), hidden(model))
@@ -141,19 +140,24 @@ def test_saved_under_the_names_of_the_files(tmp_path):
     assert torch.equal(saved["h.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight)
 
 
-@each_format
-def test_the_body_alone_is_stored(tmp_path, format):
+def test_the_body_alone_is_stored(tmp_path):
     """Here transformers adds the prefix that it strips elsewhere."""
     model = tiny_model("llama")
     body = model.model
-    store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)], format=format)
+    store(body, tmp_path / "out", [name.removeprefix("model.") for name in linears_of(model)])
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(hidden(loaded), hidden(body))
 
 
-@pytest.mark.parametrize("format", [INT8, INTEGERS[4, None], INTEGERS[4, 32]], ids=lambda format: format.name)
-@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("format", "auto", "dtype"),
+    [
+        (INT8, AutoModelForCausalLM, torch.float16),
+        (INTEGERS[4, None], AutoModel, torch.bfloat16),
+        (INTEGERS[4, 32], AutoModelForCausalLM, torch.float32),
+        (INTEGERS[4, 32], AutoModel, torch.float16),
+    ],
+)
 def test_scales_are_read_as_they_are_stored(tmp_path, format, auto, dtype):
     """Whatever the dtype of the model. These are so small that float16 would round them."""
     model = tiny_model("llama", initializer_range=1e-4).bfloat16()
@@ -171,14 +175,6 @@ def test_fewer_layers_than_are_stored(pruned_llama):
         loaded = auto.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
         weight = loaded.base_model.layers[0].mlp.down_proj.weight
         assert torch.equal(weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
-
-
-def test_fewer_layers_than_are_stored_under_other_names(tmp_path):
-    model = tiny_model("llama")
-    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
-    options = {"key_mapping": {r"^h\.": "model.layers."}, "num_hidden_layers": 1}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **options)
-    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(
@@ -213,17 +209,10 @@ def test_linears_that_transformers_merges(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_names_that_nothing_maps(tmp_path):
-    model = tiny_model("llama")
-    store(model, tmp_path / "out", linears_of(model), [("model.layers", "h")])
-    with pytest.raises(RiaError, match="h.0.mlp.down_proj is stored compressed, but .* no place .*ria-vllm export"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
 Q = "model.layers.1.self_attn.q_proj"
 
 
-@pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])
+@pytest.mark.parametrize("part", ["bitmask", "shape"])
 def test_a_missing_part_is_named(damage, part):
     damage.replace(f"{Q}.{part}", lambda tensor: None)
     damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop(f"{Q}.{part}"))
@@ -231,9 +220,7 @@ def test_a_missing_part_is_named(damage, part):
         AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
-@pytest.mark.parametrize(
-    "shape", [torch.tensor([128]), torch.tensor([]).long(), torch.tensor(128), torch.tensor([1, 2, 3]), torch.ones(2)]
-)
+@pytest.mark.parametrize("shape", [torch.tensor([128]), torch.tensor(128), torch.ones(2)])
 def test_an_odd_shape_is_named(damage, shape):
     damage.replace(f"{Q}.shape", lambda tensor: shape)
     with pytest.raises(RiaError, match=f"{Q}.shape is not two int64 numbers"):
@@ -316,40 +303,12 @@ def test_permutations_that_the_hub_does_not_provide(cached, monkeypatch, tmp_pat
         AutoModel.from_pretrained("user/model", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
-def test_a_permutation_of_nothing(damage):
-    extra = {"lm_head.input_permutation": torch.arange(128, dtype=torch.int32)}
-    rewrite(damage.folder / "permutations.safetensors", lambda tensors: tensors.update(extra))
-    bind(damage.folder)
-    with pytest.raises(RiaError, match="a permutation for lm_head, which is not a pruned linear"):
-        AutoModelForCausalLM.from_pretrained(damage.folder)
-
-
 @pytest.mark.parametrize("tensor", ["model.layers.0.mlp.up_proj.compressed", "model.norm.weight", "lm_head.weight"])
 def test_shapes_that_config_json_contradicts(damage, tensor):
     change = {"mlp": {"intermediate_size": 256}, "norm": {"hidden_size": 64}, "head": {"vocab_size": 999}}
     damage.edit_json("config.json", lambda c: c.update(next(v for k, v in change.items() if k in tensor)))
     with pytest.raises(RiaError, match="has shape .* by config.json"):
         AutoModelForCausalLM.from_pretrained(damage.folder)
-
-
-def test_files_of_two_runs(damage):
-    shard = damage.file_of(f"{Q}.bitmask")
-    save_file(load_file(shard), shard, metadata={"format": "pt"})
-    with pytest.raises(RiaError, match=f"{shard.name}.*Get all files of one run"):
-        AutoModelForCausalLM.from_pretrained(damage.folder)
-
-
-def test_a_tensor_in_two_files(damage):
-    """transformers would take the last one."""
-    other = next(path for path in damage.folder.glob("model-*") if path != damage.file_of("model.norm.weight"))
-    rewrite(other, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(128)}))
-    with pytest.raises(RiaError, match="model.norm.weight is in two weight files"):
-        AutoModelForCausalLM.from_pretrained(damage.folder)
-
-
-def test_a_key_of_the_config_that_is_a_word_of_pythons(damage):
-    damage.edit_json("config.json", lambda config: config["quantization_config"].update(self=1))
-    AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
 def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_llama):

@@ -94,14 +94,6 @@ def test_what_no_run_reads_may_change(folder, tmp_path):
     inputs.check()
 
 
-def test_a_pipe_has_no_stamps(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    inputs = Inputs(pipe, tmp_path / "nowhere")
-    os.utime(pipe)
-    inputs.check()
-
-
 def test_a_file_that_the_hubs_cache_gets_again_is_the_same(tmp_path):
     cache = tmp_path / "models--user--model"
     snapshot, blobs = cache / "snapshots" / ("a" * 40), cache / "blobs"

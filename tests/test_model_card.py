@@ -1,7 +1,6 @@
 """The model card: what it says, and that the base model's own card can neither break it nor inject anything."""
 
 import json
-import shutil
 
 import pytest
 import yaml
@@ -17,7 +16,8 @@ from ria_vllm.hub.model_card import (
 
 RECIPE = {
     "method": "ria", "permute": "lsa", "pattern": "2:4", "calibration": "/home/me/private/text.txt", "samples": 128,
-    "ignore": ["a|b"], "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
+    "seq_len": 512, "ignore": ["a|b"],
+    "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
 }  # fmt: skip
 REPORT = {
     "recipe": RECIPE,
@@ -28,6 +28,7 @@ REPORT = {
         "layers.1.o_proj": {"retained_after": float("nan")},
     },
     "dense": {"lm_head": "not in a decoder layer"},
+    "held_out": {"tokens": 8176, "perplexity": 25.504, "perplexity_dense": 18.25, "kl": 0.3},
 }
 BASE = """---
 license: other
@@ -83,21 +84,8 @@ def test_what_it_says(tmp_path):
     assert '\nuv pip install --torch-backend cpu ".[cpu]"\n' in text and '`".[cpu]"`' not in text
     assert "\nuv pip install --no-deps ./packaging/vllm-metadata\n" in text
     assert "ria-vllm[" not in text  # no index has a package of this name
-    assert "/home" not in text and "private" not in text and "Not measured" in text
-
-
-def test_each_run_of_training_has_a_row_of_its_own(tmp_path):
-    runs = [
-        {"note": "SFT|x", "dtype": "float32", "settings": ["a", "b"], "none": None},
-        {"note": "DPO", "settings": []},
-    ]
-    card = pruned_card(tmp_path, REPORT | {"recipe": RECIPE | {"training": runs}}, 0.5, print)
-    rows = [line for line in card.splitlines() if line.startswith("| training")]
-    assert rows == [
-        r"| training, 1 | `note SFT\|x, dtype float32, settings a, b` |",
-        "| training, 2 | `note DPO` |",
-    ]
-    assert "| versions | `ria-vllm 0.1.0, torch 2.13` |" in card
+    assert "/home" not in text and "private" not in text
+    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in text
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
@@ -123,7 +111,6 @@ def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tm
     ("text", "says"),
     [
         ("---\nlicense: [mit\n---\n", "flow sequence"),
-        ("---\n- mit\n---\n", "should be a dict"),
         ("---\n" + "[" * 5000 + "\n---\n", "recursion"),
         ("---\nlicense: !!python/object/apply:os.system [touch hacked]\n---\n", "could not determine a constructor"),
         (b"---\nlicense: \xff\n---\n", "decode"),
@@ -188,15 +175,6 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     assert "| retained score, mean | 0.6250 |" in text and "worst | 0.5000, `model.layers.0.mlp.up_proj` |" in text
 
 
-def test_exporting_a_folder_with_a_broken_card_warns(pruned_llama, tmp_path):
-    shutil.copytree(pruned_llama.folder, tmp_path / "in")
-    (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
-    (tmp_path / "in" / "ria_report.json").write_text("{")
-    done = CliRunner().invoke(export, [str(tmp_path / "in"), "-o", str(tmp_path / "dense")], catch_exceptions=False)
-    assert done.stderr.count("warning: ") == 2 and "README.md" in done.stderr and "ria_report.json" in done.stderr
-    assert (tmp_path / "dense" / "config.json").is_file()
-
-
 def test_perplexities_are_noted_one_row_a_text(tmp_path):
     (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
     before = (tmp_path / "README.md").read_text()
@@ -206,22 +184,7 @@ def test_perplexities_are_noted_one_row_a_text(tmp_path):
     after = (tmp_path / "README.md").read_text()
     rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
     assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
-    assert "Not measured" not in after and after.count("## Perplexity") == 1
+    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in after and after.count("## Perplexity") == 1
     head, tail = "## Perplexity", "## Options"
     assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-
-
-def test_a_card_without_the_section_gets_one(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n")
-    for value in (3.0, float("inf")):
-        note_perplexity(tmp_path, "a.txt", (10, 5), (value, None))
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Mine\n\n## Perplexity\n") and text.count("## Perplexity") == 1
-    assert "| a.txt | 10 | 5 | inf |  |" in text and "3.00" not in text
-
-
-def test_front_matter_that_does_not_end_is_warned_of(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n")
-    said = []
-    assert read_front_matter(tmp_path, said.append) == {} and "does not end" in said[0]

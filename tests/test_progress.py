@@ -155,23 +155,6 @@ def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
         assert word in text
 
 
-def test_bars_leave_alone_what_is_printed_into_a_file_meanwhile(tmp_path):
-    script = """
-import time
-from ria_vllm import progress
-monitor = progress.Monitor()
-with monitor.live(), monitor.phase("checking"):
-    print("a result", flush=True)
-    time.sleep(0.2)
-"""
-    main, side = pty.openpty()
-    command, environment = [sys.executable, "-c", script], os.environ | {"TERM": "xterm"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=side, text=True, timeout=60, env=environment)
-    os.close(side)
-    assert done.stdout == "a result\n" and "checking" in os.read(main, 4096).decode()
-    os.close(main)
-
-
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_standard_error_without_a_reader_costs_no_result(closed):
     read, write = os.pipe()

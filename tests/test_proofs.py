@@ -119,7 +119,7 @@ def one_scale_per_row(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("integers", [False, True])
 def test_rounded_weights_and_outputs_are_within_the_bound(dtype, integers):
     """Rows of very different norms, of which half the weights are pruned."""
-    for seed in range(40):
+    for seed in range(12):
         size = [64, 192, 576, 1536][seed % 4]
         weight = normal(1000, size, seed=seed) * torch.logspace(-7, 1, 1000)[:, None]
         weight = (one_scale_per_row(weight) if integers else weight) * (normal(1000, size, seed=seed + 99) > 0)
@@ -360,15 +360,6 @@ def test_a_missing_proofs_file(damage):
     ]
 
 
-def test_proofs_of_another_run(damage):
-    rewrite(damage.folder / PROOFS, lambda tensors: tensors[f"{DOWN}.proof"].mul_(2))
-    (found,) = problems(damage.folder)
-    assert f"{PROOFS} is from another run than config.json. Get all files of one run" in found
-    bind_proofs(damage.folder)
-    (found,) = problems(damage.folder)
-    assert found == f"{DOWN}: its weights are not those that the checkpoint was written with ({PROOFS})"
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -381,13 +372,6 @@ def test_a_damaged_proofs_file(damage, change, words):
     rewrite(damage.folder / PROOFS, lambda tensors: tensors.update(change))
     (found,) = problems(damage.folder)
     assert str(damage.folder / PROOFS) in found and words in found
-
-
-def test_a_proofs_file_that_ends_too_early(damage):
-    content = (damage.folder / PROOFS).read_bytes()
-    (damage.folder / PROOFS).write_bytes(content[: len(content) // 2])
-    (found,) = problems(damage.folder)
-    assert str(damage.folder / PROOFS) in found
 
 
 def test_a_matrix_without_a_proof(damage):
@@ -403,22 +387,6 @@ def test_a_proof_without_its_matrix(damage):
     assert problems(damage.folder) == [f"lm_head: missing, though {PROOFS} has its proof"]
 
 
-def test_a_folder_of_an_older_version_has_none(damage):
-    shutil.rmtree(damage.folder / "proofs")
-    damage.edit_json("config.json", lambda config: config["quantization_config"].pop("proofs"))
-    assert problems(damage.folder) == [] and Reader(damage.folder).proofs() == {}
-
-
-def test_renewed_proofs_are_those_that_the_writer_makes(damage):
-    """What other tests rely on."""
-    before = load_file(damage.folder / PROOFS)
-    config = (damage.folder / "config.json").read_text()
-    prove(damage.folder)
-    after = load_file(damage.folder / PROOFS)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((damage.folder / "config.json").read_text()) == json.loads(config)
-
-
 def flip(damage: Damage, tensor: str, row: int) -> None:
     def change_signs(values):
         values[row] *= -1
@@ -427,8 +395,9 @@ def flip(damage: Damage, tensor: str, row: int) -> None:
     damage.replace(tensor, change_signs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tensor", [f"{DOWN}.compressed", f"{EMBEDDING}.weight", "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("tensor", "dtype"), [(f"{DOWN}.compressed", torch.float16), (f"{EMBEDDING}.weight", torch.bfloat16)], ids=str
+)
 def test_transformers_refuses_other_weights(damage, monkeypatch, tensor, dtype):
     name, path = tensor.rpartition(".")[0], damage.file_of(tensor)
     flip(damage, tensor, 11)
@@ -446,12 +415,6 @@ def test_transformers_refuses_other_weights(damage, monkeypatch, tensor, dtype):
     prove(damage.folder)
     again = AutoModelForCausalLM.from_pretrained(damage.folder, dtype=dtype).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in loaded.state_dict().items())
-
-
-def test_transformers_misses_the_file(damage):
-    (damage.folder / PROOFS).unlink()
-    with pytest.raises(RiaError, match=f"{PROOFS} is missing"):
-        AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
 def test_transformers_takes_no_weight_that_it_has_put_elsewhere(pruned_llama, monkeypatch):

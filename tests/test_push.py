@@ -1,7 +1,6 @@
 """`push`, to a stand-in for the Hub on 127.0.0.1."""
 
 import shutil
-import socket
 from pathlib import Path
 
 import hub as stand_in
@@ -80,17 +79,6 @@ def test_what_arrives_is_the_checkpoint_and_nothing_else(folder, hub):
     assert sum("/commit/" in request for request in hub.requests) == 1 and not hub.private
 
 
-def test_names_are_escaped_on_the_terminal(folder, hub):
-    """Names of local files, uploaded or not, and of files on the Hub."""
-    (folder / "a\x1b[31m\nb.txt").write_text("a companion, by its suffix")
-    (folder / "c\x1b]0;title\x07\nd").write_text("no companion")
-    hub.branches["main"] = {"e\x1b[2J\nf.safetensors": b"old"}
-    output = run(folder, "user/model")
-    assert all(line.isprintable() for line in output.splitlines()) and "\x1b" not in output
-    for shown in (r"  a\x1b[31m\nb.txt ", r"c\x1b]0;title\x07\nd", r"deleted there: e\x1b[2J\nf.safetensors"):
-        assert shown in output
-
-
 def test_private_and_on_a_branch(folder, hub):
     hub.branches["main"] = {}
     with pytest.raises(RiaError, match="user/model: exists already and is public"):
@@ -125,23 +113,6 @@ def test_refusals_are_one_line_and_commit_nothing(folder, hub, where, status):
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and stand_in.TOKEN not in message
     assert set(hub.branches.get("main", {})) <= {".gitattributes"}
-
-
-def test_the_hub_does_not_answer(folder, hub, monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        with pytest.raises(RiaError, match="the upload failed .*Connection refused") as caught:
-            run(folder, "user/model")
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_not_logged_in(folder, hub, monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(RiaError, match="hf auth login"):
-        run(folder, "user/model")
-    assert hub.requests == []
 
 
 def test_a_folder_with_problems_stays(damage, hub):

@@ -1,6 +1,5 @@
 """The writer: a folder appears whole or not at all, and nothing finished is lost."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -17,13 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
-from ria_vllm.checkpoint import writer as writer_module
 from ria_vllm.checkpoint.writer import (
     CheckpointWriter,
-    check_free,
-    check_place,
     delete_locked,
-    disk_errors,
     locked,
     write_whole,
 )
@@ -40,14 +35,6 @@ def written(out, max_shard_size=10**9, **options) -> CheckpointWriter:
     return writer
 
 
-def test_one_file(tmp_path):
-    written(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(found) == set(TENSORS) and all(torch.equal(found[n], t) for n, t in TENSORS.items())
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-
-
 def test_shards_hold_at_most_their_size_and_the_index_names_all(tmp_path):
     written(tmp_path / "out", max_shard_size=900)  # 400 bytes a tensor
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -55,36 +42,6 @@ def test_shards_hold_at_most_their_size_and_the_index_names_all(tmp_path):
     assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     for name, file in index["weight_map"].items():
         assert torch.equal(load_file(tmp_path / "out" / file)[name], TENSORS[name])
-
-
-def test_shards_carry_the_metadata_transformers_asks_for(tmp_path):
-    written(tmp_path / "out")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_same_input_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        written(tmp_path / name, max_shard_size=900)
-    for path in (tmp_path / "a").iterdir():
-        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8, torch.int64])
-def test_views_and_dtypes(tmp_path, dtype):
-    tensor = torch.arange(24).to(dtype).view(4, 6).t()
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("u", {"x": tensor})
-    writer.finish(["u"], {}, [], 10**9)
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["x"], tensor)
-
-
-def test_permutations_get_their_own_file(tmp_path):
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("u", {"a.compressed": torch.ones(2), "a.input_permutation": torch.arange(4, dtype=torch.int32)})
-    writer.finish(["u"], {}, [], 10**9)
-    assert set(load_file(tmp_path / "out" / "model.safetensors")) == {"a.compressed"}
-    assert set(load_file(tmp_path / "out" / "permutations.safetensors")) == {"a.input_permutation"}
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -104,12 +61,6 @@ def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path
         assert file.metadata() == {"format": "pt", "ria_weights_digest": digest}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == {"quantization_config": {"weights_digest": digest}}
-
-
-def test_dense_weights_have_no_digest(tmp_path):
-    written(tmp_path / "out")
-    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
@@ -231,18 +182,6 @@ w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_full_disk_while_copying(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("u", TENSORS)
-    monkeypatch.setattr(writer_module, "_copy_tensors", full)
-    with pytest.raises(RiaError, match="no space left.* `compress` and `distill` .*--resume"):
-        writer.finish(["u"], {}, [], 10**9)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_limit_on_file_size_while_saving(tmp_path):
     """safetensors reports the system's error as text: it must become a message too."""
     writer = CheckpointWriter(tmp_path / "out")
@@ -256,12 +195,6 @@ def test_a_limit_on_file_size_while_saving(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert not writer.has("u")
-
-
-def test_a_read_only_place():
-    with pytest.raises(RiaError, match="/proc/x.partial: cannot write"):
-        with disk_errors("/proc/x.partial"):
-            os.mkdir("/proc/x.partial")
 
 
 @pytest.fixture
@@ -391,26 +324,3 @@ def test_a_text_file_replaces_a_link_and_not_what_it_leads_to(tmp_path):
     write_whole(tmp_path / "page", "new")
     assert (tmp_path / "page").read_text() == "new" and not (tmp_path / "page").is_symlink()
     assert (tmp_path / "target").read_text() == "mine" and not (tmp_path / "page.tmp").is_symlink()
-
-
-def test_a_text_may_go_into_a_pipe(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(tmp_path / "pipe", "new")
-    assert os.read(reader, 10) == b"new"
-    write_whole(Path("/dev/null"), "new")
-    assert Path("/dev/null").is_char_device()
-
-
-def test_a_mount_point_is_refused_before_any_work():
-    """The last rename would fail, after hours."""
-    with pytest.raises(RiaError, match="/proc: a mount point.*: /proc/model"):
-        check_free(Path("/proc"), overwrite=True)
-
-
-def test_a_home_that_the_shell_has_not_filled_in(tmp_path, monkeypatch):
-    """As in --output=~/out: the folder would be called ~."""
-    monkeypatch.setenv("HOME", "/home/me")
-    with pytest.raises(RiaError, match="~/out: no shell has replaced the ~.*Write /home/me/out"):
-        check_place(Path("~/out"), tmp_path)
-    check_place(Path("~out"), tmp_path)

@@ -88,12 +88,24 @@ class Streams:
 
     pruned: of the pruned model.
     dense: of the dense model on its own path; None if reconstruction does not aim at it.
-    total: the number of chunks of all ranks.
+    total: the number of chunks of all ranks to which weights are fitted.
+    held_out: how many chunks of this rank follow those, to which nothing is.
     """
 
     pruned: Activations
     dense: Activations | None
     total: int
+    held_out: int = 0
+
+    @property
+    def fitted(self) -> range:
+        """The numbers of this rank's chunks to which weights are fitted."""
+        return range(len(self.pruned) - self.held_out)
+
+    @property
+    def measured(self) -> range:
+        """Those of the held-out ones."""
+        return range(len(self.pruned))[len(self.fitted) :]
 
     def append(self, stream: torch.Tensor) -> None:
         """Add a chunk of the embedding's output, where both models are still the same."""

@@ -28,11 +28,13 @@ class Embedded:
     """What a pass over the layers starts from.
 
     streams: those into layer 0; topologies: of the decoder layers; arguments: what layers read besides the stream.
+    held_out: the tokens of the streams' held-out chunks.
     """
 
     streams: Streams
     topologies: Topologies
     arguments: AllArguments
+    held_out: Sequence[torch.Tensor]
 
 
 def embed(
@@ -43,6 +45,7 @@ def embed(
     ranks: Ranks,
     monitor: Monitor,
     topologies: Topologies | None = None,
+    held_out: int = 0,
 ) -> Embedded:
     """Embed this rank's share of the calibration tokens.
 
@@ -52,14 +55,17 @@ def embed(
         tokens: int64 [samples, seq_len], the same on all ranks.
         cache: a folder for activations; None: they stay in memory.
         topologies: found by the interrupted run that is resumed; None: they are found now.
+        held_out: to so many of the samples, the last ones, nothing is to be fitted.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
     """
-    chunks = tokens.split(max(1, recipe.chunk_tokens // tokens.shape[1]))
+    in_chunk = max(1, recipe.chunk_tokens // tokens.shape[1])
+    fitted = len(tokens) - held_out
+    chunks, others = tokens[:fitted].split(in_chunk), tokens[fitted:].split(in_chunk) if held_out else ()
     if len(chunks) < ranks.size:
         raise RiaError(
-            f"{len(tokens)} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "
+            f"{fitted} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "
             f"{ranks.size} processes. Use fewer processes, or more samples."
         )
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
@@ -69,14 +75,17 @@ def embed(
         folder = None if cache is None else cache / f"{name}-{ranks.rank}"
         return Activations(folder, model.dtype, stored_dtype) if floats else Activations(folder)
 
-    streams = Streams(empty("pruned"), empty("dense") if recipe.follows_dense else None, len(chunks))
+    own = [chunks[index] for index in ranks.share(len(chunks))]
+    measured = [others[index] for index in ranks.share(len(others))]
+    streams = Streams(empty("pruned"), empty("dense") if recipe.follows_dense else None, len(chunks), len(measured))
     left = {dense: LeftBehind(cache and cache / f"left-{dense}-{ranks.rank}", stored_dtype) for dense in (False, True)}
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
         embedder.learn_varying(chunks[0][:1], _another(chunks))
-        # The last chunk may be shorter; every rank has to know how layers are called for it.
-        known = {stream.shape: (calls, stream) for stream, calls in map(embedder, (chunks[0], chunks[-1]))}
+        # The last chunks may be shorter; every rank has to know how layers are called for them.
+        ends = [*chunks[:1], *chunks[-1:], *others[:1], *others[-1:]]
+        known = {stream.shape: (calls, stream) for stream, calls in map(embedder, ends)}
         first, stream = next(iter(known.values()))
         made = [
             {slot: empty(f"{index}-{slot}", call[slot].is_floating_point()) for slot in sorted(call.varying, key=str)}
@@ -91,20 +100,19 @@ def embed(
         if topologies is None:
             with monitor.phase("structure of the layers"):
                 topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
-        share = ranks.share(len(chunks))
-        for index in monitor.steps(share, "embedding", len(share)):
-            stream, found = embedder(chunks[index])
-            for call, other, own in zip(calls[stream.shape], found, made, strict=True):
-                if set(call.differences(other)) - own.keys():
+        for text in monitor.steps(own + measured, "embedding", len(own + measured)):
+            stream, found = embedder(text)
+            for call, other, varying in zip(calls[stream.shape], found, made, strict=True):
+                if set(call.differences(other)) - varying.keys():
                     raise RiaError(
                         f"{model.folder}: {type(model.model).__name__} passes its layers inputs besides the residual "
                         "stream that differ between texts, so they cannot be pruned one by one."
                     )
-                for slot, stored in own.items():
+                for slot, stored in varying.items():
                     stored.append(other[slot])
             streams.append(stream)
         embedder.close()
-    return Embedded(streams, topologies, arguments)
+    return Embedded(streams, topologies, arguments, measured)
 
 
 def _check_shared(model: StreamedModel, sharing: Sharing) -> None:

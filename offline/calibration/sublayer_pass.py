@@ -63,13 +63,17 @@ class SublayerPass:
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
-        for index in self._chunks(self.streams.pruned):
+        for index in self._steps(self.streams.fitted):
             self._add_chunk(index, sums, alone, dense, first, joins)
         return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
 
-    def advance(self, stream: Activations) -> None:
-        """Replace the stream before the sublayer by the one after it."""
-        for index in self._chunks(stream):
+    def advance(self, stream: Activations, chunks: range | None = None) -> None:
+        """Replace the stream before the sublayer by the one after it.
+
+        Args:
+            chunks: only these; None: all.
+        """
+        for index in self._steps(range(len(stream)) if chunks is None else chunks):
             left: Left = {}
             stream[index] = self.run(stream, index, left)
             self.arguments.put(self._is_dense(stream), index, left)
@@ -98,8 +102,15 @@ class SublayerPass:
         """
         return _InputsAndCalls(self.streams, self.arguments, self.ranks, self.runner.device)
 
-    def _chunks(self, stream: Activations) -> Iterator[int]:
-        return self.monitor.steps(range(len(stream)), "calibration passes", len(stream))
+    def held_out(self) -> Iterator[tuple[torch.Tensor, LayerCall, torch.Tensor]]:
+        """This rank's held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
+        dense stream after the sublayer, if that one is advanced."""
+        for index in self.streams.measured:
+            stream, call = self._read(self.streams.pruned, index)
+            yield stream, call, self.streams.dense[index].to(self.runner.device)
+
+    def _steps(self, chunks: range) -> Iterator[int]:
+        return self.monitor.steps(chunks, "calibration passes", len(chunks))
 
     def _add_chunk(
         self,

@@ -60,10 +60,11 @@ def training_text(
 
 def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     """What `compress` drew, or None if this recipe, which another program may have written, does not say."""
-    samples, seq_len, seed = (recipe.get(name) for name in ("samples", "seq_len", "seed"))
-    if not all(type(number) is int for number in (samples, seq_len, seed)):
+    names = ("samples", "held_out", "seq_len", "seed")
+    samples, held_out, seq_len, seed = (recipe.get(name) for name in names)
+    if not all(type(number) is int for number in (samples, held_out, seq_len, seed)):
         return None
-    written = recipe.get("self_written", 0.0)
+    written, samples = recipe.get("self_written", 0.0), samples + held_out
     known = samples > 0 and seq_len > 1 and samples * seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
     if not known or type(written) is not float or not 0 <= written < 1:
         return None

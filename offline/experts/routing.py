@@ -58,9 +58,10 @@ def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations
         reads.shares.append(shares.reshape(-1, choices.shape[-1]).float())
         raise Reached
 
+    fitted = sublayer_pass.streams.fitted
     set_watcher(experts, watch)
     try:
-        for index in sublayer_pass.monitor.steps(range(len(stream)), "calibration passes", len(stream)):
+        for index in sublayer_pass.monitor.steps(fitted, "calibration passes", len(fitted)):
             try:
                 sublayer_pass.run(stream, index)
             except Reached:

@@ -108,7 +108,7 @@ def train_block(
     compared = [i * len(inputs) // count for i in range(count)]
 
     def error_of(i: int) -> torch.Tensor:
-        return _error(forward, inputs[i], targets[i], dtype, relative, channels)
+        return error(forward, inputs[i], targets[i], dtype, relative, channels)
 
     def mean_loss() -> float:
         with torch.no_grad():
@@ -202,14 +202,16 @@ class _Trained:
             flat.index_copy_(0, part.long(), values.to(flat.dtype))
 
 
-def _error(
+def error(
     forward: Callable,
     inputs: torch.Tensor | tuple,
     targets: torch.Tensor,
     dtype: torch.dtype,
-    relative: bool,
-    channels: torch.Tensor | None,
+    relative: bool = True,
+    channels: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The mean loss of a micro-batch, see `train_block`."""
+
     def size(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.square().sum(-1) if channels is None else tensor.square() @ channels
 

@@ -27,6 +27,7 @@ from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
+from ria_vllm.offline.run.held_out import held_out_loss, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
@@ -37,8 +38,10 @@ from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
+from ria_vllm.report import HELD_OUT
 
 CALIBRATION_KEY = "calibration"
+HELD_OUT_KEY = "held-out"
 TOPOLOGY_KEY = "topology"
 LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -147,7 +150,7 @@ class _Run:
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
-        layers = LayerPass(store, tokens, cache, self.monitor, self._kept_topologies())
+        layers = LayerPass(store, tokens, cache, self.monitor, self._kept_topologies(), self.recipe.held_out)
         self._keep(layers.topologies)
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
         for warning in plan.warnings:
@@ -155,6 +158,7 @@ class _Run:
         if copied := self.model.copied():
             self.monitor.say(f"{self.model.how_copied()}, beside the text decoder: {', '.join(copied)}")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
+        self._measure(layers)
         self.ranks.barrier()
         if self.ranks.first:  # no run will go through these layers again
             for index in range(len(self.model.layers)):
@@ -191,13 +195,24 @@ class _Run:
 
     def _kept_topologies(self) -> Topologies | None:
         """Those by which an interrupted run has pruned, whatever experiments would find now; None if there are none."""
-        there = self.ranks.first and self.writer.has(TOPOLOGY_KEY)
-        kept = self.ranks.broadcast(self.writer.record(TOPOLOGY_KEY) if there else None)
+        kept = self.ranks.broadcast(self.writer.record(TOPOLOGY_KEY)) if self._has(TOPOLOGY_KEY) else None
         return None if kept is None else Topologies.restored(kept)
 
     def _keep(self, topologies: Topologies) -> None:
         if self.ranks.first and not self.writer.has(TOPOLOGY_KEY):
             self.writer.write(TOPOLOGY_KEY, {}, topologies.kept())
+
+    def _has(self, key: str) -> bool:
+        """Whether an interrupted run has kept it; on all ranks the same."""
+        return self.ranks.broadcast(self.ranks.first and self.writer.has(key))
+
+    def _measure(self, layers: LayerPass) -> None:
+        """Measure how much is lost, unless an interrupted run has."""
+        if not self.recipe.held_out or self._has(HELD_OUT_KEY):
+            return
+        found = held_out_loss(self.model, layers.streams, layers.embedded.held_out, self.ranks, self.monitor)
+        if self.ranks.first:
+            self.writer.write(HELD_OUT_KEY, {}, found or {})
 
     def _replay_finished(self, layers: LayerPass, plan: Plan) -> int:
         """Take the activations through the layers that an interrupted run has finished; returns their number."""
@@ -206,12 +221,13 @@ class _Run:
         finished = self.ranks.broadcast(next(unfinished, total))
         if finished:
             self.monitor.say(f"resuming: {finished} of {total} layers are finished")
-        if finished <= plan.last:
+        chunks = None if finished <= plan.last else layers.streams.measured
+        if finished <= plan.last or (self.recipe.held_out and not self._has(HELD_OUT_KEY)):
             for index in self.monitor.steps(range(finished), "resuming", finished):
                 stored, _ = self.writer.read(layer_key(index))
                 names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
                 tensors, recipe = stored, self.recipe
-                if recipe.continues_exactly:
+                if recipe.continues_exactly and index <= plan.last:
                     tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
                 weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
                 found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
@@ -221,7 +237,7 @@ class _Run:
                     written = self.model.names.direct.get(prefix + name)
                     if written in stored:
                         found[name] = stored[written]
-                layers.replay(index, found, plan.experts[index])
+                layers.replay(index, found, plan.experts[index], chunks)
         return finished
 
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
@@ -232,7 +248,7 @@ class _Run:
             records = {name: linear.record for name, linear in pruned.items()}
             if self.ranks.first:
                 with self.monitor.phase("writing"):
-                    if self.recipe.continues_exactly and index < plan.last:
+                    if self.recipe.continues_exactly and index <= plan.last:
                         self.writer.write(exact_key(index), exact_tensors(pruned, self.recipe))
                     tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
                     self.writer.write(layer_key(index), tensors, records)
@@ -281,8 +297,12 @@ class _Run:
                 f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "
                 "lower the error of their part of a layer. ria_report.json names them."
             )
-        copied = self.model.copied()
-        return found | {"copied": copied} if copied else found
+        if copied := self.model.copied():
+            found["copied"] = copied
+        if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
+            found[HELD_OUT] = loss
+            self.monitor.say(verdict(loss, self.recipe))
+        return found
 
     def _finish(
         self,

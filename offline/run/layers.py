@@ -48,6 +48,7 @@ class LayerPass:
         tokens: int64 [samples, seq_len], those of all ranks.
         cache: a folder for activations; None: they stay in memory.
         topologies: found by the interrupted run that is resumed; None: they are found now.
+        held_out: to so many of the samples, the last ones, nothing is fitted.
 
     Raises:
         RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
@@ -60,15 +61,16 @@ class LayerPass:
         cache: Path | None,
         monitor: Monitor,
         topologies: Topologies | None = None,
+        held_out: int = 0,
     ):
         self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
         self.monitor = monitor
-        self.embedded = embed(self.model, self.recipe, tokens, cache, self.ranks, monitor, topologies)
+        self.embedded = embed(self.model, self.recipe, tokens, cache, self.ranks, monitor, topologies, held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
 
     def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
-        """Prune layer `index` and, if a later one is pruned, too, take the activations through it.
+        """Prune layer `index`, and take the activations through it: the held-out ones only, if no later one is pruned.
 
         Returns:
             (written name -> pruned linear, without the experts: these are in the store; written name of another tensor
@@ -78,6 +80,7 @@ class LayerPass:
         changed: dict[str, torch.Tensor] = {}
         if index > plan.last:
             self.model.check_layer(index)
+            self.replay(index, {}, chunks=self.streams.measured)
             return pruned, changed
         sublayer_passes = self._load(index)
         recipe, topology = self.recipe, self.topologies.of(index)
@@ -88,29 +91,38 @@ class LayerPass:
         with self.experts.removed_after_layer():
             for sublayer_pass in sublayer_passes:
                 pruned |= self._prune_sublayer(index, sublayer_pass, plan, smoother, rotator)
-                if index < plan.last or sublayer_pass is not sublayer_passes[-1]:
-                    sublayer_pass.advance(self.streams.pruned)
+                is_last = index == plan.last and sublayer_pass is sublayer_passes[-1]
+                sublayer_pass.advance(self.streams.pruned, self.streams.measured if is_last else None)
         self._free(index)
         prefix, direct = self.model.layer_prefix(index), self.model.names.direct
         return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
 
-    def replay(self, index: int, parameters: Mapping[str, torch.Tensor], experts: Iterable[str] = ()) -> None:
-        """Take the activations through a layer that was pruned earlier.
+    def replay(
+        self,
+        index: int,
+        parameters: Mapping[str, torch.Tensor],
+        experts: Iterable[str] = (),
+        chunks: range | None = None,
+    ) -> None:
+        """Take the activations through a layer that was pruned earlier, or that stays dense.
 
         Args:
             parameters: name relative to the layer -> what pruning has made of it.
             experts: paths of the experts that were pruned.
+            chunks: only these of this rank; None: all.
         """
+        if chunks is not None and not chunks:
+            return
         sublayer_passes = self._load(index)
         if self.streams.dense is not None:
             for sublayer_pass in sublayer_passes:
-                sublayer_pass.advance(self.streams.dense)
+                sublayer_pass.advance(self.streams.dense, chunks)
         for name, value in parameters.items():
             set_parameter(self.model.layers[index], name, value)
         for path in experts:
             self.experts.use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
-            sublayer_pass.advance(self.streams.pruned)
+            sublayer_pass.advance(self.streams.pruned, chunks)
         self._free(index)
 
     def _free(self, index: int) -> None:

@@ -21,8 +21,8 @@ UNREAD = 8  # tokens of a sample on which nothing depends
 def calibration_tokens(
     source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
 ) -> torch.Tensor:
-    """The tokens that the recipe asks for: int64 [samples, seq_len], on the CPU. Those that the dense model writes
-    beside a text are spread evenly among the others.
+    """The tokens that the recipe asks for: int64 [drawn, seq_len], on the CPU, the held-out samples last. Those that
+    the dense model writes beside a text are spread evenly among the others.
 
     Args:
         text: the recipe's, opened.
@@ -35,14 +35,16 @@ def calibration_tokens(
         count = (recipe.samples, min(recipe.seq_len, UNREAD))
         return torch.randint(vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
     if recipe.calibration == "self":
-        return _sample_model(source, model, recipe, recipe.samples, monitor)
+        return _sample_model(source, model, recipe, recipe.drawn, monitor)
     written = recipe.samples_written
-    asked = f"--samples and --self-written ask for {recipe.samples - written}" if written else None
+    asked = f"--samples {'and --self-written ask' if written else 'asks'} for {recipe.drawn - written}"
+    if recipe.held_out:
+        asked += f", the held-out ones ({recipe.held_out} of {recipe.drawn}) included"
     try:
         tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
-    tokens = data.from_text(text, tokenizer, recipe.samples - written, recipe.seq_len, recipe.seed, asked)
+    tokens = data.from_text(text, tokenizer, recipe.drawn - written, recipe.seq_len, recipe.seed, asked)
     vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise RiaError(

@@ -16,7 +16,7 @@ from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
-from ria_vllm.offline.pruning.block import LR, Diverged, train_block
+from ria_vllm.offline.pruning.block import LR, Diverged, error, train_block
 from ria_vllm.offline.pruning.rounding import round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
@@ -59,6 +59,7 @@ def train_sublayer(
     # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
     small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
     kept = blocks_kept() if small else nullcontext()
+    at_first = _held_out_loss(sublayer_pass, recipe, channels)
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses: tuple[float, float] | None = train_block(
@@ -79,6 +80,8 @@ def train_sublayer(
             if recipe.reconstruct == "block":
                 raise
             losses = None
+    if losses is not None and (now := _held_out_loss(sublayer_pass, recipe, channels)) is not None:
+        losses = at_first, now
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
@@ -90,6 +93,17 @@ def train_sublayer(
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
     return trained
+
+
+def _held_out_loss(sublayer_pass: SublayerPass, recipe: Recipe, channels: torch.Tensor | None) -> float | None:
+    """The loss of the sublayer as it is now, on the held-out chunks of all ranks; None if there are none."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), sublayer_pass.monitor.phase("held-out samples"):
+        for stream, call, target in sublayer_pass.held_out():
+            loss = error(sublayer_pass.runner.run, (stream, call), target, recipe.matmul_dtype, channels=channels)
+            total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
+    sublayer_pass.ranks.all_reduce(total)
+    return float(total[0] / total[1]) if total[1] else None
 
 
 def channel_weights(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from ria_vllm.errors import RiaError, printable
 from ria_vllm.files.text_file import read_text
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
-from ria_vllm.report import report_linears, report_number
+from ria_vllm.report import HELD_OUT, report_linears, report_number
 
 CARD_FILE = "README.md"
 SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
@@ -50,7 +50,6 @@ _USE = [
     "transformers loads it as well, after `import ria_vllm`.",
 ]
 _PERPLEXITY = ("text", "tokens", "window", "perplexity", "base model")
-_NOT_MEASURED = "Not measured. `ria-vllm eval . --text FILE --update-card` measures it and notes it here."
 
 
 def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) -> str:
@@ -66,7 +65,11 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
     if identity is not None:
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}
-    body = [_origin(recipe, identity), *_USE, *_what_was_pruned(report, zeros), *_section("Perplexity", _NOT_MEASURED)]
+    body = [_origin(recipe, identity), *_USE, *_what_was_pruned(report, zeros)]
+    if loss := report.get(HELD_OUT):
+        values = (f"{loss[key]:.2f}" for key in ("perplexity", "perplexity_dense"))
+        row = ("calibration text, held out", str(loss["tokens"]), str(recipe["seq_len"]), *values)
+        body += _section("Perplexity", card_table(_PERPLEXITY, [row]))
     return _card(base, recipe, "", body)
 
 
@@ -99,7 +102,6 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_USE,
         *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, bool(reader.rotations)),
-        *_section("Perplexity", _NOT_MEASURED),
     ]
     return _card(base, report["recipe"] | recipe, " and trained", body)
 

@@ -18,6 +18,7 @@ from ria_vllm.format.layer_schema import Stacked
 from ria_vllm.format.weight_format import SHAPE
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.experts.stored import StoredExperts
+from ria_vllm.serve.load.loading import check_tensor
 
 GATE_UP, DOWN = "gate_up_", "down_"
 BIAS = "bias"
@@ -132,8 +133,7 @@ class ExpertsLoader:
         """Load a whole tensor of the checkpoint into `layer`, if this rank has the expert.
 
         Raises:
-            RiaError: a tensor that the experts do not have, or of the wrong shape or dtype; or the layer has its
-                weights already.
+            RiaError: a tensor that the experts do not have, or of the wrong shape or dtype.
         """
         local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
         if part in IGNORED_PARTS or local_expert < 0:
@@ -145,12 +145,7 @@ class ExpertsLoader:
                 f"{name}: vLLM's layer has no place for it, only for {', '.join(known)}. The checkpoint belongs to "
                 "another version; compress the model again."
             )
-        parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
-        if parameter is None:
-            raise RiaError(
-                f"{name} arrives when its layer has its weights already. Reload with vLLM's reload_weights, or start "
-                "the server again."
-            )
+        parameter = layer._parameters[(DOWN if kind == "down" else GATE_UP) + part]
         parameter.weight_loader(parameter, tensor, kind, expert, local_expert)
 
     def give_biases(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor, stacked: Stacked) -> None:
@@ -204,18 +199,13 @@ class ExpertsLoader:
         target.narrow(0, first, sizes.here).copy_(tensor)
 
     def _check(self, tensor: torch.Tensor, part: str, kind: str, expert: int) -> None:
-        rows, columns = self.sizes.shape(kind)
-        if part == BIAS:
-            shape: tuple[int, ...] = (rows,)
-            fits, dtypes = tensor.is_floating_point(), "floating point"
-        else:
-            spec = self.specs[part]
-            shape = spec.shape(rows, columns) if tensor.dim() or not spec.per_tensor else ()
-            fits, dtypes = tensor.dtype in spec.part.dtypes, spec.dtypes
-        if not fits or tuple(tensor.shape) != shape:
+        (rows, columns), name = self.sizes.shape(kind), f"{self.experts.linear(kind, expert)}.{part}"
+        if part != BIAS:
+            check_tensor(name, tensor, self.specs[part], rows, columns)
+        elif not tensor.is_floating_point() or tuple(tensor.shape) != (rows,):
             raise RiaError(
-                f"{self.experts.linear(kind, expert)}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model "
-                f"needs {dtypes} {shape}. The file is damaged, or config.json belongs to another model; get both again."
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs floating point {(rows,)}. The "
+                "file is damaged, or config.json belongs to another model: get both again."
             )
 
     def missing(self, local_experts: Iterable[tuple[int, int]]) -> str | None:

@@ -1,7 +1,6 @@
 """Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +20,14 @@ from ria_vllm.serve.linear.parameters import (
     Creation,
     PackedTensors,
     create_parameters,
-    is_awaited,
     set_parameter,
     take_parameters,
     use_loader_of_model,
 )
 from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.load_report import LoadReport
-from ria_vllm.serve.load.loading import LayerLoader, Loader, TensorChecks, holds_dummies, unwrapped
+from ria_vllm.serve.load.loading import LayerLoader, Loader, holds_dummies, unwrapped
 from ria_vllm.serve.load.shards import ShardMap
-
-# By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
-WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.output_sizes = tuple(output_partition_sizes)
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
-        checks = TensorChecks(shards, self.scheme.tensors(params_dtype), input_size)
-        self.layer_loader = LayerLoader(checks, [linear.row_orders for linear in self.linears])
+        orders = [linear.row_orders for linear in self.linears]
+        self.layer_loader = LayerLoader(shards, self.scheme.tensors(params_dtype), input_size, orders)
         vllm_loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, self.layer_loader, output_partition_sizes, input_size_per_partition, vllm_loader)
 
@@ -131,33 +126,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         if layer.bias is not None and self.layer_loader.reorders:
             layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))
 
-    def check_arrival(self, layer: LinearBase, linear: str, part: str) -> None:
-        """Check that the layer will take a tensor that arrives for one of its linears.
-
-        Some of vLLM's models drop what they have no place for, and the layer would keep its old weights.
-
-        Args:
-            linear: its name in the checkpoint.
-            part: the last part of the tensor's name.
-
-        Raises:
-            RiaError: the layer stores its weights in another form, or has them already.
-        """
-        specs = self.layer_loader.checks.specs
-        if part in WEIGHT_PARTS and part not in specs:
-            raise RiaError(
-                f"{linear}.{part}: this server has the linear stored as {', '.join(specs)}. Send these tensors, as "
-                "the folder that it serves has them, or start a server of the new weights."
-            )
-        if part in specs and not is_awaited(layer, part):
-            raise RiaError(
-                f"{linear}.{part} arrives when its layer has its weights already. Reload with vLLM's reload_weights, "
-                "or start the server again."
-            )
-
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         """Check what was loaded, pack it for a kernel, and free it."""
-        loaded = take_parameters(layer, self.layer_loader.checks.specs)
+        loaded = take_parameters(layer, self.layer_loader.specs)
         if not loaded:
             return
         self._check_permutations(layer)
@@ -263,12 +234,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         return layer.ria_packed.apply(layer, x, bias)
 
 
-def arrival_checks(model: torch.nn.Module) -> dict[str, Callable[[str], None]]:
-    """Linear of the checkpoint -> `Sparse24LinearMethod.check_arrival` of the layer that serves it in `model`."""
-    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+def stored_forms(model: torch.nn.Module) -> dict[str, Collection[str]]:
+    """Linear of the checkpoint -> how the names of the tensors end that its layer in `model` loads."""
     return {
-        name: functools.partial(layer.quant_method.check_arrival, layer, name)
-        for layer in layers
-        if isinstance(layer.quant_method, Sparse24LinearMethod)
+        name: layer.quant_method.layer_loader.specs
+        for layer in model.modules()
+        if isinstance(layer, LinearBase) and isinstance(layer.quant_method, Sparse24LinearMethod)
         for name in layer.quant_method.names
     }

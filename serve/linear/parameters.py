@@ -96,14 +96,14 @@ def create_parameters(
         columns: input channels of this rank.
         vllm_loader: the loader that vLLM gives each of these parameters.
     """
-    for part, spec in layer_loader.checks.specs.items():
+    for part, spec in layer_loader.specs.items():
         layer.register_parameter(part, _parameter(spec, sizes, columns, layer_loader.wrap(part, vllm_loader)))
     for part, (size, dtype) in IGNORED_TENSORS.items():
         parameter = Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
         parameter.weight_loader = ignore_tensor
         parameter.weight_loader_numel = 0  # a reload does not have to wait for it
         layer.register_parameter(part, parameter)
-    if "weight" not in layer_loader.checks.specs and WeightPlaceholder.is_needed(layer):
+    if "weight" not in layer_loader.specs and WeightPlaceholder.is_needed(layer):
         layer.weight = WeightPlaceholder()
     if layer_loader.reorders:
         layer.weight_loader = layer_loader.wrap("bias", layer.weight_loader)
@@ -132,8 +132,8 @@ def use_loader_of_model(
         return
     rows = rows_of_mamba2(model_loader)
     # If empty, any number of rows will do: only the model's loader knows.
-    layer_loader.checks.rows = {} if rows is None else {None: rows}
-    for part, spec in layer_loader.checks.specs.items():
+    layer_loader.rows = {} if rows is None else {None: rows}
+    for part, spec in layer_loader.specs.items():
         loader = vllm_loader if spec.per_tensor else model_loader
         getattr(layer, part).weight_loader = layer_loader.wrap(part, loader)
     for part in IGNORED_TENSORS:

@@ -8,7 +8,7 @@ care of
 - layers that get a part of their tensors: the rest is memory that nobody has written;
 - reloads that fail, or are left by who began them: their tensors would go into the next one;
 - models that such a reload has left with new weights in some layers and old ones in others;
-- models that have lost their weights, because the server has slept at level 2.
+- models that have lost their weights, because the server has slept at level 2, or never had any but dummies.
 
 vLLM has no hooks for this, so `watch_reloads` and `watch_sleep` wrap four of its functions.
 """
@@ -122,6 +122,7 @@ class Reloads:
             raise a RiaError, which makes the model compute nothing.
         embeddings: the model has embeddings and a head of its own. A draft may have its target's.
         before: called before a reload begins.
+        dummies: the model was started with dummy weights.
 
     Attributes:
         number: of the last reload, the same on all ranks.
@@ -135,15 +136,22 @@ class Reloads:
         after: Callable[[Sequence[str]], None],
         embeddings: bool = True,
         before: Callable[[], None] = lambda: None,
+        dummies: bool = False,
     ):
         self.model = model
         self.dtype = dtype
         self.after = after
         self.embeddings = embeddings
         self.before = before
+        self.dummies = dummies
         self.number = 0
         self.stopped: _Stopped | None = None
         self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether the model needs all weights in one reload."""
+        return self.dummies or self.stopped is not None
 
     @property
     def is_on(self) -> bool:
@@ -165,7 +173,7 @@ class Reloads:
             (path, getattr(one, name, None)) for path, one in self.model.named_modules() for name in SKIP_TENSORS
         ]
         self._kept = [(path, one.data, one.data.clone()) for path, one in at_once if isinstance(one, torch.Tensor)]
-        for _, tensor, _ in self._kept if self.stopped is not None else ():
+        for _, tensor, _ in self._kept if self.lacks_weights else ():
             if tensor.is_floating_point():
                 tensor.fill_(EMPTY)  # it has to come, too
         begin(self.model)
@@ -200,7 +208,7 @@ class Reloads:
                 `after` and `_wait_for_ranks`.
         """
         left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
-        if self.stopped is not None:
+        if self.lacks_weights:
             lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
         tied = tied_layers(self.model)
         for layer in self.model.modules():  # attention is packed elsewhere
@@ -211,21 +219,18 @@ class Reloads:
             end()
             for layer in tied:
                 layer.quant_method.process_weights_after_loading(layer)
-            if self.stopped is not None and lacking:
+            if self.lacks_weights and lacking:
                 raise RiaError(
                     f"vLLM's layer {lacking[0]} did not get all of its weights in this reload, and those that it has "
-                    f"are of another model, or lost. {WAY_OUT}"
+                    f"are of another model, dummies, or lost. {WAY_OUT}"
                 )
-        except BaseException:
-            self.give_up()
-            raise
-        try:
             self._wait_for_ranks()
             self.after(left)
         except BaseException:
+            self.give_up()
             self._stop_if_renewed()
             raise
-        self._kept = []
+        self._kept, self.dummies = [], False
         if self.stopped is not None:
             self.stopped.undo()
             self.stopped = None
@@ -294,14 +299,10 @@ def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -
     if _ours(layer) is not None:
         return
     numbers: dict[str, int] = defaultdict(int)
-    seen: set[tuple[str, str]] = set()
     for name, arguments in info.loaded_weights:
-        others = {key: value for key, value in arguments.arguments.items() if not isinstance(value, torch.Tensor)}
-        if (piece := (name, repr(others))) not in seen:
-            seen.add(piece)
-            parameter = layer._parameters.get(name)
-            loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
-            numbers[name] += get_numel_loaded(loader, arguments)[0]
+        parameter = layer._parameters.get(name)
+        loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
+        numbers[name] += get_numel_loaded(loader, arguments)[0]
     for name, parameter in layer._parameters.items():
         if parameter is None or name in SKIP_TENSORS:
             continue  # what did not come keeps its old values
@@ -363,14 +364,11 @@ def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
     vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
     """
     dense = {path for path, _ in dense_layers(model, embeddings)}
-    left = [path for path in without_weights(model) if path in dense]
-    return left + [path for path, layer in model.named_modules() if _lacks_scales(layer)]
-
-
-def _lacks_scales(layer: torch.nn.Module) -> bool:
-    """Whether a layer of attention gets none of the scales of its KV cache in a reload, see `KVCacheScales`."""
-    info = layerwise.get_layerwise_info(layer)
-    return getattr(layer, "ria_needs_scales", False) and info.kernel_tensors is not None and info.load_numel <= 0
+    return [
+        path
+        for path in without_weights(model)
+        if path in dense or getattr(model.get_submodule(path), "ria_needs_scales", False)  # see `KVCacheScales`
+    ]
 
 
 def _loaded(model: torch.nn.Module) -> set[int]:

@@ -18,61 +18,48 @@ from ria_vllm.serve.load.shards import ShardId, ShardMap
 Loader = Callable[..., Any]
 
 
-class TensorChecks:
-    """Refuses tensors that are not what the checkpoint stores for the linears of a layer.
+def check_tensor(name: str, tensor: torch.Tensor, spec: TensorSpec, rows: int, columns: int) -> None:
+    """Check that a tensor is what a checkpoint stores for a linear [rows, columns].
 
-    Args:
-        shards: which linears a shard id covers.
-        specs: what the linears' tensors look like, by the last part of their names.
-        in_features: of the whole layer.
-
-    Attributes:
-        rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
+    Raises:
+        RiaError: its dtype or shape is another.
     """
-
-    def __init__(self, shards: ShardMap, specs: Mapping[str, TensorSpec], in_features: int):
-        self.shards = shards
-        self.specs = specs
-        self.in_features = in_features
-        self.rows: Mapping[ShardId, int] = shards.rows
-
-    def check(self, part: str, tensor: torch.Tensor, shard: ShardId) -> None:
-        """Check a tensor called `part` that vLLM loads as `shard`, before any sharding.
-
-        Raises:
-            RiaError: its dtype or shape is not the linear's.
-        """
-        if part not in self.specs:
-            return
-        spec, name = self.specs[part], "+".join(self.shards.linears_of(shard))
-        rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
-        shape = spec.shape(rows, self.in_features)
-        if spec.per_tensor and not tensor.dim():
-            shape = ()
-        if tensor.dtype not in spec.part.dtypes or tuple(tensor.shape) != shape:
-            raise RiaError(
-                f"{name}.{part} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {spec.dtypes} {shape}. "
-                "The file is damaged, or config.json belongs to another model: get both again. Or vLLM's model changes "
-                "the tensor on the way, which works for dense weights only: `ria-vllm export` makes a dense folder."
-            )
+    shape = () if spec.per_tensor and not tensor.dim() else spec.shape(rows, columns)
+    if tensor.dtype not in spec.part.dtypes or tuple(tensor.shape) != shape:
+        raise RiaError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}, but the model needs {spec.dtypes} {shape}. "
+            "The file is damaged, or config.json belongs to another model: get both again. Or vLLM's model changes "
+            "the tensor on the way, which works for dense weights only: `ria-vllm export` makes a dense folder."
+        )
 
 
 class LayerLoader:
     """Stands before vLLM's weight loaders of one layer: checks each tensor, records it, and reorders its rows.
 
     Args:
-        checks: the checks that each tensor must pass.
+        shards: which linears a shard id covers.
+        specs: what the linears' tensors look like, by the last part of their names.
+        in_features: of the whole layer.
         row_orders: for each linear of the layer, the orders in which its rows are taken.
 
     Attributes:
+        rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
         loaded: (last part of the name, output of the layer) of every tensor loaded since the last `clear`.
         scale_dtypes: those of the `weight_scale`s among them.
     """
 
-    def __init__(self, checks: TensorChecks, row_orders: Sequence[Sequence[RowOrder]]):
-        self.checks = checks
-        self.shards = checks.shards
-        self.row_orders = dict(zip(self.shards.linears, row_orders))
+    def __init__(
+        self,
+        shards: ShardMap,
+        specs: Mapping[str, TensorSpec],
+        in_features: int,
+        row_orders: Sequence[Sequence[RowOrder]],
+    ):
+        self.shards = shards
+        self.specs = specs
+        self.in_features = in_features
+        self.rows: Mapping[ShardId, int] = shards.rows
+        self.row_orders = dict(zip(shards.linears, row_orders))
         self.loaded: set[tuple[str, ShardId]] = set()
         self.scale_dtypes: set[torch.dtype] = set()
         self._loading = False
@@ -107,15 +94,17 @@ class LayerLoader:
         """Check and record a tensor, and return it with its rows in the order in which the layer computes them.
 
         Raises:
-            RiaError: see `TensorChecks.check`; or its rows cannot be reordered.
+            RiaError: see `check_tensor`; or its rows cannot be reordered.
         """
-        self.checks.check(part, tensor, shard)
-        if part in self.checks.specs:
+        if part in self.specs:
+            rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
+            name = f"{'+'.join(self.shards.linears_of(shard))}.{part}"
+            check_tensor(name, tensor, self.specs[part], rows, self.in_features)
             self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
             if part == "weight_scale":
                 self.scale_dtypes.add(tensor.dtype)
-        rows = self._row_order(part, tensor, shard)
-        return tensor if rows is None else ReorderedRows.of(tensor, rows)
+        order = self._row_order(part, tensor, shard)
+        return tensor if order is None else ReorderedRows.of(tensor, order)
 
     def _row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
         """int64 [rows of `tensor`], None to leave them as they are."""
@@ -143,7 +132,7 @@ class LayerLoader:
 
     def missing(self) -> str | None:
         """The name of the first tensor that has not been loaded, or None."""
-        expected = ((part, output) for output in self.shards.outputs for part in self.checks.specs)
+        expected = ((part, output) for output in self.shards.outputs for part in self.specs)
         absent = next((pair for pair in expected if pair not in self.loaded), None)
         return absent and f"{'+'.join(self.shards.linears_of(absent[1]))}.{absent[0]}"
 

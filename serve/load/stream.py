@@ -6,7 +6,7 @@ shows when it is proved, see `ria_vllm.serve.proving.layers`.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from ria_vllm.serve.load.layerwise import Reloads
 
 # Scales of the key-value cache, which are stored beside a linear and belong to attention.
 CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
+
+# By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
+WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
 
 # Where vLLM reads files.
 LOADERS = Path(model_loader.__file__).parent
@@ -47,10 +50,11 @@ class Hooks:
         after_load: do the files lack weights? Called after the first load from them.
         after_reload: called with the paths of the layers that a reload from files has left out.
         prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
-            first argument are the proofs that came with them; the second is whether this was the first load.
+            first argument are the proofs that came with them, perhaps none; the second is whether this was the first
+            load.
         watch: called with each tensor that comes from a file, and its name.
         forget: what was watched before belongs to no load any more: one begins, or has failed.
-        arrivals: linears -> called with the last part of the name of each of their tensors.
+        forms: linears of our layers -> how the names of the tensors that store their weights end.
         takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
             nobody here needs them.
         translation: of tensors that are stored in a form that no layer takes. It comes before everything else.
@@ -65,7 +69,7 @@ class Hooks:
     prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
     watch: Callable[[str, torch.Tensor], None] = _nothing
     forget: Callable[[], None] = _nothing
-    arrivals: Mapping[str, Callable[[str], None]] = field(default_factory=dict)
+    forms: Mapping[str, Collection[str]] = field(default_factory=dict)
     takers: Mapping[str, Taker | None] = field(default_factory=dict)
     translation: Translation | None = None
     loaded: bool = False
@@ -77,6 +81,7 @@ class WeightStream:
 
     Attributes:
         proofs: matrix -> its proof, which somebody has sent beside the weights.
+        seen: the names of the tensors that have come in this load or reload.
         loaded: the model has weights.
         packed: they are packed.
         from_files: those that have come last are of all files, and not proved yet.
@@ -85,11 +90,14 @@ class WeightStream:
     def __init__(self, model: torch.nn.Module, hooks: Hooks):
         self.hooks = hooks
         self.proofs: dict[str, torch.Tensor] = {}
+        self.seen: set[str] = set()
         self.loaded = hooks.loaded
         self.packed = self.from_files = False
         self._load = model.load_weights
         self._process = getattr(model, "process_weights_after_loading", _nothing)
-        self.reloads = Reloads(model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget)
+        self.reloads = Reloads(
+            model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget, hooks.loaded
+        )
 
         @functools.wraps(self._load)
         def load_weights(weights: Weights, *args: object, **kwargs: object) -> object:
@@ -109,6 +117,7 @@ class WeightStream:
 
     def _forget(self) -> None:
         self.proofs.clear()
+        self.seen.clear()
         self.hooks.forget()
 
     def _load_checked(self, weights: Weights, *args: object, **kwargs: object) -> object:
@@ -126,12 +135,13 @@ class WeightStream:
         elif all_files:
             weights = checked(weights, hooks.check_files)
         self.loaded = True
-        if lazy:
-            weights = once(weights)
+        weights = self._once(weights, lazy)
         if hooks.translation is not None:
             elsewhere = {name for name, taker in hooks.takers.items() if taker is None}
             weights = hooks.translation.translate(weights, lazy, elsewhere)
         result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
+        if not self.reloads.is_on:
+            self.seen.clear()
         if first and all_files:
             hooks.check_files()
         if first and lazy:
@@ -139,9 +149,26 @@ class WeightStream:
         self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
         return result
 
+    def _once(self, weights: Weights, lazy: bool) -> Weights:
+        """The same weights, each of which comes once.
+
+        Raises:
+            RiaError: there is a second tensor of the same name, which would replace the first, or be dropped by vLLM.
+        """
+        for name, tensor in weights:
+            if name in self.seen and lazy:
+                raise RiaError(
+                    f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
+                    "model, or get all files of one run."
+                )
+            if name in self.seen:
+                raise RiaError(f"{name} was sent twice in one reload, and only one would count. Send it once.")
+            self.seen.add(name)
+            yield name, tensor
+
     def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:
         """The same weights, but proofs, and those that somebody takes in place of the model."""
-        takers, arrivals = self.hooks.takers, self.hooks.arrivals
+        takers, forms = self.hooks.takers, self.hooks.forms
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if name.endswith(PROOF_SUFFIX):
@@ -153,8 +180,12 @@ class WeightStream:
                 if take is not None:
                     take(part, tensor)
                 continue
-            if module in arrivals:
-                arrivals[module](part)
+            if module in forms and part in WEIGHT_PARTS and part not in forms[module]:
+                # Some of vLLM's models drop what they have no place for, and the layer would keep its old weights.
+                raise RiaError(
+                    f"{name}: this server has the linear stored as {', '.join(forms[module])}. Send these tensors, as "
+                    "the folder that it serves has them, or start a server of the new weights."
+                )
             yield name, tensor
 
     def _when_packed(self) -> None:
@@ -171,11 +202,11 @@ class WeightStream:
         self._prove(first=False)
 
     def _prove(self, first: bool) -> None:
-        """Prove what has come from files, or with proofs."""
+        """Prove what has come."""
         from_files, self.from_files = self.from_files, False
         sent = dict(self.proofs)
         self.proofs.clear()
-        if from_files or sent:
+        if from_files or sent or not first:  # else these are dummies
             self.hooks.prove(None if from_files else sent, first)
 
 
@@ -192,20 +223,3 @@ def checked(weights: Weights, check: Callable[[], None]) -> Weights:
             check()
             done = True
         yield one
-
-
-def once(weights: Weights) -> Weights:
-    """The same weights, each of which comes from one file.
-
-    Raises:
-        RiaError: vLLM has read a second tensor of the same name, which would replace the first.
-    """
-    seen: set[str] = set()
-    for name, tensor in weights:
-        if name in seen:
-            raise RiaError(
-                f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
-                "model, or get all files of one run."
-            )
-        seen.add(name)
-        yield name, tensor

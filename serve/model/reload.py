@@ -17,7 +17,7 @@ from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_ch
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.format import proofs
-from ria_vllm.format.schema import DIGESTS, PROOFS_FILE, RiaSchema
+from ria_vllm.format.schema import PROOFS_FILE, RiaSchema
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.model.cache_readers import check_rotated_heads
@@ -108,8 +108,12 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
         return  # the weights come from elsewhere, by their names
     path = locate(_described_in(config, model_config), "config.json", revision)
     if path is None:
-        _check_undescribed(config, model, revision)
-        return
+        if _headers(model, revision).names is None:
+            return  # as above
+        raise RiaError(
+            f"{model}: it has weights, but no config.json that says how they are stored. Get config.json of the same "
+            "run, too."
+        )
     content = read_json(path)
     if config.compressed_tensors is not None:
         _check_compressed_tensors(config, config.compressed_tensors, content, model, revision)
@@ -141,35 +145,6 @@ def _described_in(config: RiaConfig, model_config: ModelConfig) -> str:
     model = str(model_config.model)
     elsewhere = getattr(model_config, "hf_config_path", None)  # of the model that the server was started with
     return elsewhere if elsewhere and model == config.where else model
-
-
-def _check_undescribed(config: RiaConfig, model: str, revision: str | None) -> None:
-    """Check that the weights of a folder or repository without a config.json are those of this server's start, if it
-    has any. Others may have the same names and shapes, in other channel orders.
-
-    compressed-tensors reorders no channels and writes no digests. So a server of its weights takes all that have the
-    same names, unless ria-vllm wrote them.
-    """
-    headers = _headers(model, revision)
-    if headers.names is None:
-        return  # the weights come from elsewhere, by their names
-    known = config.compressed_tensors is not None or config.schema.weights_digest is not None
-    for _, metadata in headers.metadata():
-        known = known and all(metadata.get(key) == getattr(config.schema, name) for name, key in DIGESTS.items())
-    if not known:
-        raise RiaError(
-            f"{model}: it has weights, but no config.json that says how they are stored, and they are not known to be "
-            "those that this server was started with. Get config.json of the same run, too."
-        )
-    _check_names(config, headers.names, model)
-
-
-def _check_names(config: RiaConfig, names: list[str], model: str) -> None:
-    """Check that files with these tensors store the same linears pruned, and the same dense tensors, as `config`."""
-    if config.translation is not None:
-        names = config.translation.names(names)
-    _check_pruned(config, names, model)
-    _check_dense(config, names, model)
 
 
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
@@ -241,7 +216,9 @@ def _check_compressed_tensors(
         )
     names = _headers(model, revision).names
     if names is not None:
-        _check_names(config, names, model)
+        names = config.translation.names(names)
+        _check_pruned(config, names, model)
+        _check_dense(config, names, model)
 
 
 def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) -> str:

@@ -217,7 +217,7 @@ class Prover:
         kinds = (LinearBase, VocabParallelEmbedding) if embeddings else LinearBase
         known = {id(one.layer) for one in self.layers}
         self.unknown = [
-            path
+            (path, layer)
             for path, layer in model.named_modules()
             if isinstance(layer, kinds) and id(layer) not in known and id(_source(layer)) not in known
         ]
@@ -234,7 +234,8 @@ class Prover:
         where: str,
         made: tuple[Vector, Mapping[str, torch.Tensor]] | None = None,
     ) -> int:
-        """Prove all layers, and say so in the log. Returns the number of matrices.
+        """Prove all layers, and say in the log how many have shown it, and how many have new weights without a proof.
+        Returns the number of matrices that were proved.
 
         Args:
             vector: r, float32, of so many channels.
@@ -246,11 +247,12 @@ class Prover:
             RiaError: names the layers that compute something else.
         """
         start, proved = time.perf_counter(), set[str]()
-        problems, unproved, asked = [], list(self.unknown), set()
+        problems, asked = [], set()
+        unproved = [path for path, layer in self.unknown if _is_new(layer)]
         for layer in self.layers:
             expected = self._expected(layer, stored)
             if expected is None or bool(expected[:, 0].isnan().all()):
-                unproved += layer.matrices or [layer.path]
+                unproved += (layer.matrices or [layer.path]) if _is_new(layer.layer) else []
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
@@ -264,7 +266,7 @@ class Prover:
             elif made is not None and experts.can_be_proved(made[1]):
                 problem = experts.problem(*made, whole=False)
             else:
-                unproved += experts.matrices or [experts.path]
+                unproved += (experts.matrices or [experts.path]) if _is_new(experts.layer) else []
                 continue
             problems += [problem] if problem else []
             proved.update(experts.matrices)
@@ -336,6 +338,11 @@ def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]
                     yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention=attention)
 
 
+def _is_new(layer: torch.nn.Module) -> bool:
+    """Whether its weights came in the load that has just ended, see `ria_vllm.serve.load.layerwise.Reloads`."""
+    return layer.__dict__.get("ria_renewed", True)
+
+
 def _source(layer: torch.nn.Module) -> torch.nn.Module | None:
     """The embedding whose int8 a tied head multiplies with, or None. What the embedding multiplies is proved."""
     return getattr(layer.quant_method, "source", None)
@@ -344,10 +351,11 @@ def _source(layer: torch.nn.Module) -> torch.nn.Module | None:
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
     """Whether a dense layer has its matrix as the checkpoint stores it.
 
-    Models may rearrange rows, or scale those of the head; convolutions have no matrix.
+    Models may rearrange rows of linears, or scale those of the head; convolutions have no matrix.
     """
     scaled = config.scales_head and isinstance(layer, ParallelLMHead)
-    return layer.weight.dim() == 2 and not (config.rearranged or scaled)
+    rearranged = config.rearranged and isinstance(layer, LinearBase)
+    return layer.weight.dim() == 2 and not (rearranged or scaled)
 
 
 def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:

@@ -75,21 +75,6 @@ def test_two_streams_without_an_order_fail(mocked, monkeypatch):
     assert [row["ok"] for row in gpu_products.check_streams(CutlassKernel, layer, (1,)) if "ok" in row] == [False]
 
 
-def test_the_fastest_tiles_are_printed_by_width_of_values():
-    measured = {"family": 90, "multiprocessors": 132, "out_features": 64, "in_features": 128, "tokens": 16, "split": 1}
-    table = gpu_tiles.table_rows(
-        [
-            measured | {"value_bits": 16, "tile": "slow", "us": 2.0},
-            measured | {"value_bits": 16, "tile": "fast", "us": 1.0},
-            measured | {"value_bits": 8, "tile": "fp8_fast", "us": 0.5},
-        ]
-    )
-    assert eval("{" + table + "}") == {
-        (90, 132, 16, 64, 128): ((16, "fast", 1),),
-        (90, 132, 8, 64, 128): ((16, "fp8_fast", 1),),
-    }
-
-
 def report(name="gpu_check.json"):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -136,12 +121,6 @@ def test_a_wrong_tile_is_not_printed_for_measured(small, monkeypatch, capsys):
     assert wrong_tile not in line and line.count('"') == 6  # a tile for each number of tokens
 
 
-def test_a_quick_run_times_nothing(small, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--quick"])
-    gpu_check.run(gpu_check.parse_arguments())
-    assert report("gpu_check_quick.json").keys() == {"gpu", "capability", "torch", "cuda", "checks"}
-
-
 def test_parts_without_time_are_reported(small, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--seconds", "0"])
     gpu_check.run(gpu_check.parse_arguments())
@@ -168,15 +147,6 @@ def test_an_unsupported_gpu_has_its_other_backends_checked(small, monkeypatch):
     gpu_check.run(gpu_check.parse_arguments())
     assert {row["kernel"] for row in report()["checks"] if "ok" in row} == {"reference"}
     assert "tiles" not in report()
-
-
-def test_tiles_that_were_not_all_timed_are_left_out_of_the_table(small, monkeypatch):
-    """The deadline passes before the second tile is timed."""
-    part = gpu_check.Part("tiles", "tiles", lambda: gpu_tiles.time_tile(TILES[0], (192, 64), torch.bfloat16))
-    clock = iter(range(100))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    rows = [row for _, row in gpu_check.run_parts([part], deadline=2)]
-    assert not any("us" in row for row in rows) and rows[-1]["skipped"] == "out of time"
 
 
 def broken_parts():

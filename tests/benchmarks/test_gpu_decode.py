@@ -91,7 +91,7 @@ def test_compiled_layers_agree_and_are_timed(small, monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", SHAPE.linears)
+@pytest.mark.parametrize("name", ["qkv", "down"])
 def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     """Its input's channels in a wrong order."""
     right = DecoderLayer.__init__
@@ -107,19 +107,10 @@ def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     assert rows and not any(row["ok"] for row in rows)
 
 
-def test_another_kernel_fails_and_is_not_timed(small, monkeypatch):
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
-    assert [(row["kernels"], row["ok"]) for row in rows] == [(["reference"], False)] * 2
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (
-            RuntimeError("Cannot find a working triton installation\nmore"),
-            "Cannot find a working triton installation more",
-        ),
+        (RuntimeError("no Triton\nmore"), "no Triton more"),
         (AssertionError(), "AssertionError"),
     ],
 )

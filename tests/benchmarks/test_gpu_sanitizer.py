@@ -42,16 +42,6 @@ def test_what_the_tool_is_started_with(in_tmp, sanitizer, tool):
         assert ("kernel_substring=device_kernel" in command) == (tool != "memcheck")
 
 
-def test_options_that_this_version_does_not_have(in_tmp, sanitizer, monkeypatch):
-    """initcheck then checks all kernels, because it must see what torch's write."""
-    sanitizer('open("started", "w").write(json.dumps(sys.argv))\n' + NO_ERRORS)
-    monkeypatch.setattr(gpu_sanitizer, "_usage", lambda sanitizer: "")
-    for tool in ("initcheck", "memcheck"):
-        under(tool)
-        command = Path("started").read_text()
-        assert not any(option in command for option in ("--kernel-name", "--initcheck-track", "--check-tensor-ops"))
-
-
 @pytest.mark.parametrize(
     ("probe", "error"),
     [

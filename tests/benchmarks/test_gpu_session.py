@@ -138,13 +138,6 @@ def test_a_failed_part_is_run_again(parts, capsys):
     assert session("check") == 0 and started == ["first"]
 
 
-def test_time_that_is_too_short_is_told_apart_from_failures(parts, monkeypatch):
-    assert session("check", "--seconds", "0") == gpu_session.UNFINISHED
-    assert set(outcomes("check").values()) == {"cut"}
-    monkeypatch.chdir(Path("out").parent)
-    assert session("check") == 0
-
-
 def test_a_later_machine_continues_with_what_an_earlier_one_found(parts):
     started, broken = parts
     broken["third", 0] = killed
@@ -163,15 +156,6 @@ def test_a_number_that_json_does_not_have_fails_its_part_alone(parts):
     (row,) = [row for row in Record(Path("out/check.jsonl")).rows() if not row["ok"]]
     assert "nan" in row["row"] and row["error"] == "a number that JSON does not have"
     assert json.loads(Path("out/gpu_check.json").read_text())["checks"][3] == row
-
-
-def test_what_failed_before_runs_last(parts):
-    started, broken = parts
-    broken["first", 0], broken["third", 0] = lambda: {"ok": False}, killed
-    with pytest.raises(KeyboardInterrupt):
-        session("check")
-    started.clear(), broken.clear()
-    assert session("check") == 0 and started == ["third", "first"]
 
 
 def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys):
@@ -207,36 +191,6 @@ def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, c
     assert "first product torch.bfloat16: out of time" in put(right)
     monkeypatch.setattr(gpu_check, "supervise", lambda *_: iter([(0, {"error": "the driver is too old", "ok": False})]))
     assert "first product torch.bfloat16: the driver is too old" in put(right)
-
-
-def test_report_and_fill_write_no_record(parts, monkeypatch, capsys):
-    assert session("report") == 1 and "out is not a folder" in capsys.readouterr().out
-    Path("out/session.json").mkdir(parents=True)  # it cannot be written
-    assert session("report") == 0 and "session.json was not written" in capsys.readouterr().out
-    assert session("fill") == 1
-    assert [path.name for path in Path("out").iterdir()] == ["session.json"]
-
-
-def test_an_earlier_folder(parts, capsys):
-    with pytest.raises(SystemExit):
-        session("check", "--earlier", "nowhere")
-    assert "nowhere is not a folder" in capsys.readouterr().err
-    session("check")
-    Path("out/check.jsonl").chmod(0o444)
-    Path("elsewhere").mkdir(), Path("elsewhere/check.jsonl").touch()
-    assert gpu_session.main(["check", "--out", "elsewhere", "--earlier", "out"]) == 0
-    assert Path("elsewhere/check.jsonl").read_text() == Path("out/check.jsonl").read_text()
-    assert Path("elsewhere/check.jsonl").stat().st_mode & 0o200
-
-
-def test_gpu_check_json_has_the_rows_of_attempts_that_were_cut_short(parts):
-    _, broken = parts
-    broken["second", 1] = killed
-    with pytest.raises(KeyboardInterrupt):
-        session("check")
-    assert session("check", "--seconds", "-1") == gpu_session.UNFINISHED
-    written = json.loads(Path("out/gpu_check.json").read_text())["checks"]
-    assert [row["number"] for row in written] == [0, 1, 0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

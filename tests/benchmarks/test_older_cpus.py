@@ -6,9 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import cpu_dense, cpu_experts, cpu_kernels
+from benchmarks import cpu_dense
 
 ROOT = Path(__file__).parents[2]
 NO_W4A16 = "dense W4A16 left out: vLLM's library for this CPU has no cpu_gemm_wna16\n"
@@ -16,50 +15,6 @@ NO_FUSED_EXPERTS = (
     "dense fused_experts_cpu left out: "
     "vLLM's library for this CPU has no convert_weight_packed and no fused_experts_cpu\n"
 )
-
-
-class Without:
-    """vLLM's operators, but for some."""
-
-    def __init__(self, operators, missing):
-        self.operators, self.missing = operators, missing
-
-    def __getattr__(self, name):
-        if name in self.missing:
-            raise AttributeError(f"no operator {name}")
-        return getattr(self.operators, name)
-
-
-@pytest.fixture
-def lacking(monkeypatch):
-    """Call with names of operators: vLLM then has none of these."""
-    from vllm import _custom_ops  # noqa: F401  (registers those that this CPU has)
-
-    return lambda *missing: monkeypatch.setattr(torch.ops, "_C", Without(torch.ops._C, missing))
-
-
-def test_linears_are_measured_without_w4a16(lacking, monkeypatch, capsys):
-    lacking("cpu_gemm_wna16")
-    monkeypatch.setattr(cpu_kernels, "SHAPES", {"small": (64, 128)})
-    monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
-    monkeypatch.setattr(cpu_kernels, "read_bandwidth", lambda: 1e9)
-    result = cpu_kernels.measure(["small"], [3], 0.0)
-    assert NO_W4A16 in capsys.readouterr().out
-    (row,) = result["rows"]
-    assert set(row["dense_seconds"]) == {"bfloat16", "float32", "W8A8"}
-    assert set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
-    assert "dense W4A16" not in cpu_kernels.tables(result)
-
-
-def test_experts_are_measured_without_fused_experts_cpu(lacking, monkeypatch, capsys):
-    lacking("convert_weight_packed", "fused_experts_cpu")
-    monkeypatch.setattr(cpu_experts, "SHAPES", {"small": (4, 64, 64, 2)})
-    rows = cpu_experts.measure(["small"], ["bfloat16", "W8A8"], [3], 0.0)
-    out = capsys.readouterr().out
-    assert NO_FUSED_EXPERTS in out and "x cpu_fused_moe\n" in out
-    assert all(list(row["seconds"]) == ["ours", "cpu_fused_moe"] for row in rows)
-    tables = cpu_experts.tables(rows)
-    assert "Ours in W8A8 against cpu_fused_moe:" in tables and "fused_experts_cpu" not in tables
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")

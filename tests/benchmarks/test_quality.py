@@ -7,7 +7,6 @@ from click.testing import CliRunner
 
 from benchmarks import quality
 from benchmarks.quality import main, options_of
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model.run.hf import load_model
 
@@ -37,9 +36,3 @@ def test_a_group_size_is_a_number_or_a_row():
     assert options_of("weights=int4 group_size=64") == {"weights": "int4", "group_size": 64}
     assert options_of("weights=int8 smooth=0.5") == {"weights": "int8", "smooth": 0.5}
     assert options_of("group_size=row") == {"group_size": "row"}
-
-
-@pytest.mark.parametrize("way", ["method", "pattern=2:4", "speed=9"])
-def test_an_option_that_compress_does_not_have(way):
-    with pytest.raises(RiaError, match="NAME=VALUE"):
-        options_of(way)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from click.testing import CliRunner
 
 from benchmarks.text_tasks import main, read_documents, sentences
@@ -96,14 +95,6 @@ def test_documents_of_the_calibration_text_are_left_out(prose, tmp_path):
         make(prose, tmp_path / "none", "--apart-from", str(prose))
 
 
-def test_too_short_and_unreadable_texts(prose, tmp_path):
-    with pytest.raises(RiaError, match="passages for .*--examples of at most that"):
-        make(prose, tmp_path / "out", "--examples", "100000")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(RiaError, match="nowhere.txt: not readable"):
-        make(tmp_path / "nowhere.txt", tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     "text, found",
     [
@@ -163,16 +154,3 @@ def test_the_harness_scores_them_as_they_are_meant(long_llama, prose, tmp_path, 
     assert {name: metrics[name] for name in right} == pytest.approx({name: n / 60 for name, n in right.items()})
     # A random model guesses: 60 guesses with a chance of 1/4 are almost never outside of these.
     assert 0.05 < metrics["acc_norm"] < 0.5
-
-
-def test_no_position_of_the_right_answer_is_favoured(prose, tmp_path):
-    found = make(prose, tmp_path, "--examples", "120")["my_text_continuation"]
-    for position in range(4):
-        assert 15 < sum(example["answer"] == position for example in found) < 45  # 30 are expected
-
-
-def test_the_files_say_what_the_harness_needs(prose, tmp_path):
-    make(prose, tmp_path, "--examples", "5", "--name", "Half B")
-    settings = yaml.safe_load((tmp_path / "half_b_continuation.yaml").read_text())
-    assert settings["task"] == "half_b_continuation"
-    assert settings["dataset_kwargs"]["data_files"]["test"] == str(tmp_path / "half_b_continuation.jsonl")

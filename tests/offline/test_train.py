@@ -1,5 +1,6 @@
 """Training of sublayers, and of integer weights, from `compress` to the reader."""
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -42,9 +43,10 @@ def rounding(monkeypatch):
     seen = SimpleNamespace(tokens=None, grams=[], exact=[], scales=[])
     real, texts = train.round_on_mask, compressing.calibration_tokens
 
-    def read(*arguments):
-        seen.tokens = texts(*arguments)
-        return seen.tokens
+    def read(source, model, recipe, *arguments):
+        tokens = texts(source, model, recipe, *arguments)
+        seen.tokens = tokens[: recipe.samples]  # nothing is fitted to the others
+        return tokens
 
     def watched(weight, solved, mask, gram, *arguments, **options):
         seen.grams.append(gram.dense())
@@ -226,8 +228,9 @@ def test_what_training_did_not_better_is_what_admm_wrote(
         train_block(*arguments, **options)
         return 1.0, 2.0
 
-    for module in (train, train_experts):
-        monkeypatch.setattr(module, "train_block", worse)
+    losses = itertools.count(1.0)
+    monkeypatch.setattr(train, "_held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(train_experts, "train_block", worse)
     monkeypatch.setattr(Recipe, "damping", 0.5)  # of all, trained or not
     source = make_model(tmp_path / "dense", family, dtype=getattr(torch, dtype))
     found = {}

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLi
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm.format.layer_schema import Fold, Producer
-from ria_vllm.serve.linear.method import arrival_checks
+from ria_vllm.serve.linear.method import stored_forms
 from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.reload import check_reload
@@ -76,7 +76,7 @@ def tensors(stored):
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
     match_layers(config, model)
-    WeightStream(model, Hooks(functools.partial(check_reload, config, None), arrivals=arrival_checks(model)))
+    WeightStream(model, Hooks(functools.partial(check_reload, config, None), forms=stored_forms(model)))
     return model
 
 

@@ -20,7 +20,7 @@ from ria_vllm.serve.model.config import RiaConfig
 WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2
 AT = "model.moe.{i}.experts"
 ENDS = {"gate": "w1", "up": "w3", "down": "w2"}
-FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4-g32": INTEGERS[4, 32]}
+FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4": INTEGERS[4, None], "int4-g32": INTEGERS[4, 32]}
 
 
 class Scan(torch.nn.Module):

@@ -9,6 +9,14 @@ import tiny
 import torch
 from compare import generate, job_of
 from runs import ONE_THREAD_EACH, TWO_RANKS
+from safetensors.torch import load_file, save_file
+from zoo.family import calibration
+from zoo.toy import build
+from zoo.toys import TOYS
+
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.compress import Settings, compress
+from ria_vllm.progress import Monitor
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +31,22 @@ def plain(family, **settings):
     return write
 
 
+def hybrid(out, seed):
+    """Mamba-2 and attention, and experts."""
+    toy = TOYS["granitemoehybrid"]
+    dense, rng = build("granitemoehybrid", toy, out / "dense"), torch.Generator().manual_seed(seed)
+    weights = load_file(dense / "model.safetensors")
+    for one in weights.values():
+        one *= (1 + torch.rand(one.shape, generator=rng) / 2).to(one.dtype)
+    save_file(weights, dense / "model.safetensors", metadata={"format": "pt"})
+    recipe = Recipe(calibration=str(calibration(out)), samples=4, seq_len=32, reconstruct="none", permute="none")
+    compress(str(dense), out / "pruned", recipe, Settings(), Monitor(shown=False))
+    return out / "pruned"
+
+
 FAMILIES = {
+    "tied": plain("gemma2"),
+    "Mamba-2": hybrid,
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
 }

@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 SECONDS = float(os.environ.get("STAND_IN_SECONDS", 0))
 LATENCIES = dict.fromkeys(("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms"), 2.0)
-ANSWER = {"choices": [{"index": 0, "text": "east", "message": {"role": "assistant", "content": "Paris."}}]}
+ANSWER = {"choices": [{"index": 0, "text": "east"}]}
 
 
 def arguments() -> ArgumentParser:

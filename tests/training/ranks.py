@@ -6,8 +6,8 @@ backward and every step that nothing outside the masks has changed, saves to OUT
 OUT/ria_trained.safetensors, and then fails to save to OUT/new again. Rank 0 writes the gathered weights to
 OUT/state.safetensors.
 
-Or it is fsdp1 or fsdp1-original (with `use_orig_params`), which are refused, or failures: what is wrong on one rank
-is raised on both.
+Or it is fsdp1-original (with `use_orig_params`), which is refused, or failures: what is wrong on one rank is raised on
+both.
 """
 
 from pathlib import Path
@@ -66,10 +66,10 @@ def failures(folder: Path, out: Path) -> None:
     fails(lambda: save(model, out / "new", like=folder), "model.norm.weight: its weights are not in memory")
 
 
-def flattened(model, original: bool) -> None:
+def flattened(model) -> None:
     """FSDP1 is refused, before it has changed anything."""
     keep_sparse(model)
-    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
 
     def step():
@@ -121,8 +121,8 @@ def main(folder: Path, out: Path, kind: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model, kept = load(folder), masks(folder)
-    if kind.startswith("fsdp1"):
-        return flattened(model, kind.endswith("original"))
+    if kind == "fsdp1-original":
+        return flattened(model)
     if kind == "failures":
         return failures(folder, out)
     if kind.startswith("fsdp"):

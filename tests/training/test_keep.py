@@ -30,11 +30,9 @@ class MovesEverything(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "adafactor": lambda p: Adafactor(p, lr=1e-2, relative_step=False, scale_parameter=True, weight_decay=0.1),
-    "torch-adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, weight_decay=0.1),
     "muon": lambda p: torch.optim.Muon([one for one in p if one.dim() == 2], lr=1e-2, weight_decay=0.1),
     "moves-everything": MovesEverything,
 }
@@ -97,9 +95,8 @@ class Masked(nn.Module):
         return weight * self.mask
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_with_accumulation(pruned_llama, dtype):
-    model, kept = load(pruned_llama.folder, dtype), masks(pruned_llama.folder)
+def test_under_autocast_with_accumulation(pruned_llama):
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
     keep_sparse(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     for step in range(2):
@@ -244,15 +241,7 @@ def test_a_module_that_was_replaced_is_refused(pruned_llama, whole):
         model(TOKENS) if whole else optimizer.step()
 
 
-def test_a_removed_layer_is_refused(pruned_llama):
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    del model.model.layers[1:]
-    with pytest.raises(RiaError, match=r"layers.1"):
-        model(TOKENS)
-
-
-@pytest.mark.parametrize("trained", ["weight", "norm", "adapter"])
+@pytest.mark.parametrize("trained", ["norm", "adapter"])
 def test_nothing_is_trained_beside_an_adapter(pruned_llama, trained):
     """PEFT's checkpoints would not hold them."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
@@ -272,14 +261,6 @@ def test_nothing_is_trained_beside_an_adapter(pruned_llama, trained):
         with pytest.raises(RiaError, match=rf"{name.replace('.base_layer', '')}: trained beside an adapter"):
             optimizer.step()
     assert torch.equal(weight, before)
-
-
-def test_another_models_optimizer(pruned_llama):
-    """It is none of the business of a model that has been changed since."""
-    model, other = load(pruned_llama.folder), load(pruned_llama.folder)
-    keep_sparse(model), keep_sparse(other)
-    del model.model.layers[1:]
-    train(other, MovesEverything(other.parameters()), after=lambda: check_zeros(other, masks(pruned_llama.folder)))
 
 
 def test_compiled(pruned_llama):
@@ -349,12 +330,6 @@ def test_a_dense_checkpoint_rounds_its_inputs_as_the_folder_does(pruned_llama, t
         rounded, unrounded = whole(tokens).logits, again(tokens).logits
         keep_sparse(again, like=folder)
         assert torch.equal(again(tokens).logits, rounded) and not torch.equal(unrounded, rounded)
-
-
-def test_reached_from_the_package():
-    import ria_vllm
-
-    assert ria_vllm.training.keep_sparse is keep_sparse
 
 
 def test_a_pruned_linear_is_not_trained_as_a_copy(pruned_llama):

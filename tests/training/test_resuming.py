@@ -57,7 +57,7 @@ def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma3"])
 def test_transformers_trainer_resumes_to_the_same_weights(name, written, tmp_path):
     folder, load = written(name)
     found, before = [], load(folder).state_dict()
@@ -97,7 +97,7 @@ def test_transformers_trainer_loads_the_best_weights(name, written, tmp_path):
     assert training.state.best_model_checkpoint.endswith("checkpoint-1") and equal(model.state_dict(), remember.first)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoe", "gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "gemma3"])
 def test_a_checkpoint_is_read_and_saved_compressed(name, written, tmp_path):
     folder, load = written(name)
     model = moved(load(folder))

@@ -97,13 +97,18 @@ def test_the_recipe_and_the_card_say_what_happened(pruned_llama, tmp_path):
     assert (tmp_path / "once" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "qwen2", "gemma2", "opt", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
 def test_families(name, tmp_path):
-    """Tied heads, biases, fused linears, and other names on disk."""
+    """Tied heads, biases, fused linears, and other names on disk. transformers' classes fill in, rename and derive
+    settings as they load a model, and config.json stays as it was all the same."""
     tiny.write(tiny.FAMILIES[name], tmp_path / "out")
     model = trained(tmp_path / "out")
-    save(model, tmp_path / "new", like=tmp_path / "out")
+    assert save(model, tmp_path / "new", like=tmp_path / "out").settings == []
     check_like(tmp_path / "new", tmp_path / "out")
+    left, right = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("new", "out"))
+    assert left | {"quantization_config": None} == right | {"quantization_config": None}
+    generation = [(tmp_path / folder / "generation_config.json").exists() for folder in ("new", "out")]
+    assert generation[0] == generation[1]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
     assert torch.equal(logits(again), logits(model))
 
@@ -118,7 +123,7 @@ def test_a_wrapper(name, tmp_path):
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "gpt_oss", "llama4_text"])
 def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
     text = tmp_path / "text.txt"
     text.write_text("Many words are written here, and then some more of them. " * 40)
@@ -136,11 +141,13 @@ def test_experts_are_stored_one_by_one_again(kind, tmp_path, tmp_path_factory):
             assert (tensor != before[name]).float().mean() == pytest.approx(0.5, abs=0.01), name
 
 
-@pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
 @pytest.mark.parametrize(
-    ("loaded", "then"),
-    [("bfloat16", None), ("float16", None), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "float32")],
-)
+    ("weights", "loaded", "then"),
+    [
+        ("float", "bfloat16", None), ("float", "float16", "float32"), ("int8", "bfloat16", "float32"),
+        ("int8", "float32", "float16"), ("int4-g32", "float16", None), ("int4-g32", "bfloat16", "float32"),
+    ],
+)  # fmt: skip
 def test_what_nobody_trained_keeps_its_bytes(weights, loaded, then, tmp_path):
     """Also where the model has rounded it: FSDP2 widens what was loaded in bfloat16."""
     quantized = weights != "float"
@@ -164,16 +171,6 @@ def test_what_nobody_trained_keeps_its_bytes(weights, loaded, then, tmp_path):
     }  # fmt: skip
     assert any(name.startswith("lm_head.") for name in changed)  # the same integers by scales that are half larger
     assert len(changed) > 1 and "model.norm.weight" in changed
-
-
-def test_a_dense_checkpoint_of_a_trainer(pruned_llama, tmp_path):
-    model = trained(pruned_llama.folder, torch.bfloat16)
-    model.save_pretrained(tmp_path / "checkpoint-1")
-    again = load(tmp_path / "checkpoint-1", torch.bfloat16)
-    save(again, tmp_path / "new", like=pruned_llama.folder)
-    save(model, tmp_path / "same", like=pruned_llama.folder)
-    left, right = (load(tmp_path / name, torch.bfloat16).state_dict() for name in ("new", "same"))
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_weight_outside_the_mask(pruned_llama, tmp_path):
@@ -222,13 +219,6 @@ def test_another_class(pruned_llama, tmp_path):
         save(model, pruned_llama.folder, like=pruned_llama.folder, overwrite=True)
     (tmp_path / "new").mkdir()
     with pytest.raises(RiaError, match="exists already"):
-        save(model, tmp_path / "new", like=pruned_llama.folder)
-
-
-def test_weights_that_are_not_in_memory(pruned_llama, tmp_path):
-    model = load(pruned_llama.folder)
-    model.model.norm.to("meta")
-    with pytest.raises(RiaError, match=r"model.norm.weight: .*not in memory"):
         save(model, tmp_path / "new", like=pruned_llama.folder)
 
 

@@ -5,7 +5,6 @@ import shutil
 
 import image_models
 import pytest
-import tiny
 import torch
 from sparse_llama import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
@@ -36,17 +35,6 @@ def like(pruned_llama, tmp_path):
     (folder / "special_tokens_map.json").write_text("{}")
     (folder / "LICENSE").write_text("as before")
     return folder
-
-
-@pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
-def test_nothing_changes_by_itself(name, tmp_path):
-    """Classes of transformers fill in, rename and derive settings as they load a model."""
-    tiny.write(tiny.FAMILIES[name], tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert save(model, tmp_path / "new", like=tmp_path / "out").settings == []
-    same_but(tmp_path / "new", tmp_path / "out")
-    names = {path.name for path in (tmp_path / "new").iterdir()}
-    assert ("generation_config.json" in names) == (tmp_path / "out" / "generation_config.json").exists()
 
 
 @pytest.mark.parametrize("generation", [None, {"eos_token_id": [2, 9], "temperature": 0.6, "do_sample": True}])

@@ -119,17 +119,37 @@ class Embedder:
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
 
-    def _run_with(self, shells: Sequence[nn.Module], tokens: torch.Tensor) -> None:
-        """Run the model, with these in the place of its first layers, until one of them says that it was reached."""
+    def logits(self, tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        """What the model predicts after these tokens if its last layer returns a given stream.
+
+        Args:
+            tokens: [samples, tokens]; stream: [samples, tokens, hidden].
+
+        Returns:
+            [samples, tokens, vocabulary].
+
+        Raises:
+            RiaError: the model does not run.
+        """
+        passed = _Forward(self._form, lambda _: stream)
+        shells = [_Shell(layer, passed, False, self._place(i)) for i, layer in enumerate(self.model.layers)]
+        return self._run_with(shells, tokens, self.model.model).logits
+
+    def _run_with(self, shells: Sequence[nn.Module], tokens: torch.Tensor, module: nn.Module | None = None) -> Any:
+        """Run a module (None: the model without its head), with these in the place of its first layers.
+
+        Returns:
+            Its output; None if one of the shells says that it was reached.
+        """
         layers = self.model.layers
         own = list(layers)
         for index, shell in enumerate(shells):
             layers[index] = shell
         try:
             with explained(self.unusable):
-                self.base(input_ids=tokens.to(self.model.device), use_cache=False)
+                return (module or self.base)(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
-            pass
+            return None
         finally:
             for index, layer in enumerate(own):
                 layers[index] = layer

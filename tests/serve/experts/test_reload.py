@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import mixture_layers
 import pytest
 import torch
-from mixture_layers import LAYER, Model, StoredMixture, attached, play_rank, route, run, served
+from mixture_layers import LAYER, Model, StoredMixture, attached, play_rank, route, run
 from mixture_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
@@ -33,13 +33,13 @@ def test_a_reload(experts_path):
     x, weights, ids = route()
     act = mixture_layers.swigluoai
     for stored in (second, first):
-        initialize_layerwise_reload(model)
+        model.ria_reloads.begin(initialize_layerwise_reload)
         model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         close(run(model, x, weights, ids), stored.expected(x, weights, ids, act))
     assert config.report.loaded == 1
     missing = f"{LAYER}.2.up_proj.bitmask"
-    initialize_layerwise_reload(model)
+    model.ria_reloads.begin(initialize_layerwise_reload)
     model.load_weights((name, tensor.clone()) for name, tensor in first.tensors.items() if name != missing)
     with pytest.raises(RiaError, match=f"{missing} did not come with the other experts' tensors"):
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
@@ -61,15 +61,8 @@ def test_a_reload_of_one_rank_of_expert_parallel(experts_path, monkeypatch):
             model.load_weights(iter(zeros.items()))
             model.experts.quant_method.process_weights_after_loading(model.experts)
             assert not run(model, x, weights, ids).any()
-            initialize_layerwise_reload(model)
+            model.ria_reloads.begin(initialize_layerwise_reload)
             model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
             finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         total = total + run(model, x, weights, ids)
     close(total, stored.expected(x, weights, ids))
-
-
-def test_weights_that_arrive_outside_a_load():
-    stored = StoredMixture()
-    model = served(stored)
-    with pytest.raises(RiaError, match="when its layer has its weights already"):
-        model.load_weights(iter(stored.tensors.items()))

@@ -2,6 +2,7 @@
 
 The oracle: after any sequence of loads, the logits are those of a fresh server of the weights that should be there; or
 the server has refused, and the logits are those of before, or it refuses to compute until all weights are of one model.
+One that has no weights, because it was started with dummies or has slept at level 2, gets them by whole loads only.
 """
 
 from copy import copy
@@ -48,10 +49,6 @@ def sync_twice_then_files(server, new):
     server.reload(2)
 
 
-def after_sleep(change):
-    return lambda server, new: (server.sleep(), change(server, new))
-
-
 # What is done with a server of training 1, and what it must have then.
 SEQUENCES = {
     "reload: the same files": (lambda server, new: server.reload(1), lambda old, new: old),
@@ -73,8 +70,6 @@ SEQUENCES = {
     "sent: the embedding, to which the head may be tied": part("model.embed."),
     "sent: the head": part("model.head."),
     "sent: all experts of a layer": part("model.moe.", pieces=3),
-    "sleep level 2, then a reload": whole(after_sleep(lambda server, new: server.reload(2))),
-    "sleep level 2, then sent: all weights in pieces": whole(after_sleep(lambda server, new: server.sync(new, 4))),
     "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
 }
 
@@ -100,6 +95,10 @@ def without(*names):
     return lambda server, new: server.sync({name: one for name, one in new.items() if name not in names})
 
 
+# Those for which a server needs none of its own weights.
+WHOLE = [name for name in SEQUENCES if not name.startswith("sent: ") or name.startswith("sent: all weights")]
+
+
 def outside(server, new):
     Server.refuses = True
     try:
@@ -108,6 +107,7 @@ def outside(server, new):
         Server.refuses = False
 
 
+AGAIN = "a trainer that goes away: the next sync begins anew"
 # What a server must refuse.
 REFUSED = {
     "reload: files of another model, of other linears or of other channel orders": outside,
@@ -122,19 +122,13 @@ REFUSED = {
     "sent: the bias of a dense layer without its weight": sent("model.block.o.bias"),
     "sent: one of the biases of a fused layer": sent("model.block.q.bias"),
     "sent: one of the dense linears of a fused layer": sent("model.block.q.weight"),
-    "sent: one of the dense linears of a fused layer, twice": lambda server, new: server.load(
-        [("model.block.q.weight", new["model.block.q.weight"].clone())] * 2
-        + [(f"model.block.{end}.bias", new[f"model.block.{end}.bias"].clone()) for end in "qk"]
+    "sent: one tensor twice": lambda server, new: server.load(
+        list(new.items()), [("model.norm.weight", torch.zeros(128))]
     ),
     "sent: one of the pruned linears of a fused layer": lambda server, new: server.sync(of(new, "model.block.gate.")),
     "sent: one tensor of a Mamba layer that is no linear": sent("model.scan.A"),
     "sent: some experts of a layer": lambda server, new: server.sync(of(new, "model.moe.0.experts.1.")),
-    "a trainer that goes away: the next sync begins anew": left_in_the_middle,
-    "sleep level 2, then sent: all but a dense layer": after_sleep(
-        without("model.block.o.weight", "model.block.o.bias")
-    ),
-    "sleep level 2, then sent: all but the bias of a dense layer": after_sleep(without("model.block.o.bias")),
-    "sleep level 2, then a refused sync": after_sleep(wrong_in_the_middle),
+    AGAIN: left_in_the_middle,
     "reload: files without the head, or without the embedding": lambda server, new: server.reload(
         2, **dict.fromkeys(of(server.checkpoint.tensors(2), server.checkpoint.head))
     ),
@@ -145,7 +139,7 @@ CHECKPOINTS = [
     ("float", "pruned", "untied", "weights"),
     ("float", "pruned", "tied", "dummies"),
     ("float", "dense", "tied", "weights"),
-    ("float", "dense", "untied", "dummies"),
+    ("int4", "dense", "untied", "dummies"),
     ("float", "served dense", "untied", "weights"),
     ("int8", "pruned", "tied", "weights"),
     ("int4-g32", "served dense", "untied", "weights"),
@@ -191,9 +185,7 @@ def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch
     new, before = server.checkpoint.tensors(2), server.logits()
     with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
         REFUSED[name](server, new)
-    if (
-        name != "a trainer that goes away: the next sync begins anew"
-    ):  # until the next one begins, the model is vLLM's, and empty
+    if name != AGAIN:  # until the next one begins, the model is vLLM's, and empty
         after = server.logits()
         assert after is None or torch.equal(after, before)
     server.sync(new, 4, shuffled=True)
@@ -202,9 +194,48 @@ def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch
     torch.testing.assert_close(server.logits(), before, rtol=0, atol=0)
 
 
+# A part of what a server without weights needs.
+PARTS = {name: SEQUENCES[name][0] for name in SEQUENCES if name not in WHOLE} | REFUSED | {
+    "sent: all but a dense layer": without("model.block.o.weight", "model.block.o.bias"),
+    "sent: all but the bias of a dense layer": without("model.block.o.bias"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["dummies", "sleep level 2"])
+def empty(request, monkeypatch):
+    """A server without weights."""
+    pruned = request.param == "dummies"
+    checkpoint = Checkpoint(FORMATS["int8" if pruned else "float"], pruned, tied=True)
+    server = Server.started(checkpoint, None if pruned else 1, monkeypatch)
+    if not pruned:
+        server.sleep()
+    return server
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_loads_give_a_server_its_first_weights(empty, monkeypatch, name):
+    change, expected = SEQUENCES[name]
+    old, new = (empty.checkpoint.tensors(training) for training in (1, 2))
+    change(empty, new)
+    check(empty, expected(old, new), monkeypatch)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_model_are_refused_where_nothing_else_is(empty, monkeypatch, name):
+    new, before = empty.checkpoint.tensors(2), empty.logits()
+    with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
+        PARTS[name](empty, new)
+    if name != AGAIN:
+        after = empty.logits()
+        assert after is None or torch.equal(after, before)
+    empty.sync(new, 4, shuffled=True)
+    check(empty, new, monkeypatch)
+
+
 def test_the_docs_have_this_table():
-    """After each name, whether a server then has these weights, or has refused them."""
-    rows = [f"| {name} | yes |" for name in SEQUENCES] + [f"| {name} | refused |" for name in REFUSED]
+    """After each name, whether a server then has these weights, or has refused them; the same of one without any."""
+    rows = [f"| {name} | yes | {'yes' if name in WHOLE else 'refused'} |" for name in SEQUENCES]
+    rows += [f"| {name} | refused | refused |" for name in REFUSED]
     page = (Path(__file__).parents[3] / "docs/troubleshooting.md").read_text()
     assert "\n".join(rows) in page, "\n".join(rows)
 

@@ -54,6 +54,20 @@ def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
         started()
 
 
+def test_where_a_model_rearranges_rows_its_dense_linears_are_counted(started, caplog, monkeypatch):
+    config = Checkpoint.config
+
+    def rearranged(self):
+        found = config(self)
+        found.rearranged = True
+        return found
+
+    monkeypatch.setattr(Checkpoint, "config", rearranged)
+    started()
+    assert f"{ALL - 3} matrices compute" in caplog.text
+    assert "without a proof: 2, the first of which are block.qk, block.o" in caplog.text
+
+
 def wrong_kernel(monkeypatch):
     """It loses a row."""
     pack = packing.choose_and_pack
@@ -199,13 +213,17 @@ def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, cap
     proved = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
     caplog.clear()
     server.sync(tensors)
-    assert "matrices compute" not in caplog.text
+    assert "0 matrices compute" in caplog.text and f"without a proof: {ALL}, the first of which are " in caplog.text
+    caplog.clear()
+    server.sync({name: one for name, one in tensors.items() if name.startswith("model.block.o.")})
+    assert "without a proof: 1, the first of which are model.block.o)" in caplog.text
+    caplog.clear()
     server.sync(tensors | proved, 3, shuffled=True)
-    assert f"{ALL} matrices compute" in caplog.text
+    assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
     caplog.clear()
     down = {name: one for name, one in (tensors | proved).items() if name.startswith("model.block.down.")}
     server.sync(down)
-    assert "1 matrices compute" in caplog.text
+    assert "1 matrices compute" in caplog.text and "without a proof" not in caplog.text
     with pytest.raises(RiaError, match=r"model\.block\.down"):
         server.sync(down | {"model.block.down.proof": down["model.block.down.proof"].roll(1, 0)})
     assert server.logits() is None

@@ -1,0 +1,102 @@
+"""How much a compression loses, on the samples to which nothing was fitted."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Streams
+from ria_vllm.offline.model.run.architecture import output_head
+from ria_vllm.offline.model.run.embedding import Embedder
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
+
+# Tokens whose logits are in memory at a time.
+PIECE = 256
+# How many times the dense model's perplexity is near it, and from where on more is lost than most tasks forgive.
+NEAR, FAR = 1.05, 1.5
+
+
+def held_out_loss(
+    model: StreamedModel, streams: Streams, tokens: Sequence[torch.Tensor], ranks: Ranks, monitor: Monitor
+) -> dict[str, Any] | None:
+    """Perplexities of both models, and the divergence KL(dense || pruned) of a token, in nats.
+
+    Args:
+        streams: behind the last layer.
+        tokens: those of the held-out chunks of this rank, [samples, tokens] each.
+
+    Returns:
+        For the report; None if the model predicts no tokens, or its head does not run by itself.
+    """
+    if streams.dense is None or output_head(model.model) is None:
+        return None
+    total = torch.zeros(4, dtype=torch.float64)  # negative log-likelihoods, dense and pruned; divergence; tokens
+    failed = None
+    with monitor.phase("held-out samples"):
+        try:
+            embedder = Embedder(model)
+            if tokens:
+                embedder.learn_form(tokens[0][:1])
+            for index, chunk in zip(streams.measured, tokens, strict=True):
+                for sample in range(len(chunk)):
+                    # Gemma 3n's streams have four states for each token, before the samples.
+                    both = (stream[index].narrow(-3, sample, 1) for stream in (streams.dense, streams.pruned))
+                    total += _of_sample(embedder, chunk[sample], *both)
+        except RiaError as error:
+            failed = str(error)
+        finally:
+            model.free_base()
+    ranks.all_reduce(total)
+    if failed is None and not bool(total.isfinite().all()):
+        failed = "predictions that are not finite"
+    failed = next((one for rank in range(ranks.size) if (one := ranks.broadcast(failed, rank))), None)
+    if failed is not None:
+        monitor.warn(f"how much is lost could not be measured: {failed}")
+        return None
+    dense, pruned, divergence, count = total.tolist()
+    return {
+        "tokens": round(count),
+        "perplexity": round(math.exp(pruned / count), 4),
+        "perplexity_dense": round(math.exp(dense / count), 4),
+        "kl": round(divergence / count, 6),
+    }
+
+
+def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """What one sample [tokens] adds to the sums; the streams are [..., 1, tokens, hidden]."""
+    found = torch.zeros(4, dtype=torch.float64)
+    device = embedder.model.device
+    for first in range(0, len(tokens) - 1, PIECE):
+        piece = slice(first, min(first + PIECE, len(tokens) - 1))
+        following = tokens[piece.start + 1 : piece.stop + 1, None].to(device)
+        p, q = (
+            embedder.logits(tokens[None, piece], stream[..., piece, :].to(device))[0].float().log_softmax(-1)
+            for stream in (dense, pruned)
+        )
+        divergence = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+        likelihoods = [-one.gather(1, following).sum() for one in (p, q)]
+        found += torch.tensor([*map(float, (*likelihoods, divergence)), len(following)], dtype=torch.float64)
+    return found
+
+
+def verdict(found: dict[str, Any], recipe: Recipe) -> str:
+    """What `compress` says of it at the end."""
+    ratio = found["perplexity"] / found["perplexity_dense"]
+    text = (
+        f"on {found['tokens']} tokens of the calibration text to which nothing was fitted: perplexity "
+        f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
+    )
+    if recipe.activations != "none":
+        text += " (without the rounding of inputs)"
+    if ratio <= NEAR:
+        return f"{text}. That is near the dense model."
+    better = "" if recipe.reconstruct == "block" else "--effort best and then "
+    way = f"{better}ria-vllm distill"
+    if ratio <= FAR:
+        return f"{text}. {way[0].upper() + way[1:]} would bring it closer."
+    return f"{text}. Much is lost: try {way}, or serve the dense model in W8A8, which loses next to nothing."
