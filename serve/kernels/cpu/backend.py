@@ -51,7 +51,7 @@ if LOADED:
         return x.new_empty(*x.shape[:-1], integers.shape[0])
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False):
+    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False, pattern=4):
         weight_format, dtype = stored_format(compressed, scales, group_size)
         return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
 

@@ -19,7 +19,7 @@ if backend.LOADED:
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False):
+    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False, pattern=4):
         weight_format, dtype = backend.stored_format(compressed, scales, group_size)
         experts, rows, columns = bitmask.shape
         rows = -(-rows // 32) * 32 if gated else rows

@@ -4,7 +4,7 @@
 // The sums are exact, as those of gemm_int8.h, and those of sections are scaled and added up in the same way. So both
 // give the same bits, and few tokens take that one.
 #pragma once
-#include "avx512_vnni.h"
+#include "avx512_vbmi2.h"
 #include "gemm_amx.h"
 
 namespace {
@@ -144,7 +144,7 @@ constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
 }
 
 template <int kBits>
-constexpr Int8Kernels::ByScales amx_int8_kernels_by_scales() {  // measured
+constexpr Int8Products::ByScales amx_int8_kernels_by_scales() {  // measured
   return {amx_int8_kernels<Int8Operands<kBits>, kBits>(12), amx_int8_kernels<Int8Operands<kBits, true>, kBits>(18),
           amx_int8_kernels<Int8Operands<kBits, true, true>, kBits>(44)};
 }

@@ -14,6 +14,7 @@ struct YmmInt8Traits {
   using Accumulators = Two;
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kStreamTokens = 3;
+  static constexpr int64_t kVectors = 1;
 #if defined(__AVXVNNI__)
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 #else
@@ -33,10 +34,10 @@ struct YmmInt8Traits {
   static __m256i selectors(__m256i bits) {  // (bits & 3) | 4 for the second group
     return _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi8(3)), _mm256_set1_epi32(0x04040000));
   }
-  static Positions positions(const uint8_t* p) {
+  static void positions(const uint8_t* p, Positions (&to)[1]) {
     const __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))),
-            selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)))};
+    to[0] = {selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))),
+             selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)))};
   }
   static void store_positions(uint8_t* p, const Positions& positions) { store_weights(p, positions); }
   static Positions load_positions(const uint8_t* p) { return load_weights(p); }
@@ -97,6 +98,25 @@ struct YmmInt8Traits {
     for (int64_t i = 0; i < count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+// For 8:16 matrices.
+struct YmmOf16Traits : YmmInt8Traits {
+  static constexpr int64_t kVectors = 2;
+
+  static void positions(const uint8_t* masks, Positions (&to)[2]) {
+    alignas(32) uint32_t selectors[2][kStripRows];
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      const uint8_t* mask = masks + mask_offset(r);
+      const uint64_t eight = kPositionTable.of(mask[0], mask[1]);
+      selectors[0][r] = static_cast<uint32_t>(eight);
+      selectors[1][r] = static_cast<uint32_t>(eight >> 32);
+    }
+    for (int v = 0; v < 2; ++v) to[v] = {load(selectors[v]), load(selectors[v] + 8)};
+  }
+  static Activations broadcast(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };
 
