@@ -13,7 +13,7 @@
 //
 // An 8:16 matrix has the same values: its groups have 16 columns, of which a row keeps eight, and of two units the first
 // has a row's first four, the second its other four. Instead of the positions of the two units it has, for each strip,
-// which columns are kept: 16 bits for each row, in the order 0, 4, 8, 12, 1, 5, 9, 13, 2, ... So it takes as many bytes.
+// which columns are kept: 16 bits for each row, those of the even rows first. So it takes as many bytes.
 #pragma once
 #include "layout.h"
 
@@ -37,7 +37,7 @@ inline void put_unit_position(uint8_t* unit, int64_t row, int64_t i, int positio
 }
 
 // Where the bits of a row's 16 columns are, in bytes.
-constexpr int64_t mask_offset(int64_t row) { return 2 * (row % 4 * 4 + row / 4); }
+constexpr int64_t mask_offset(int64_t row) { return 2 * (row % 2 * 8 + row / 2); }
 
 // The eight positions that the bits of 16 columns have, a byte each, in ascending order.
 struct PositionTable {
