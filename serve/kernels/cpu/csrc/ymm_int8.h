@@ -105,15 +105,24 @@ struct YmmInt8Traits {
 struct YmmOf16Traits : YmmInt8Traits {
   static constexpr int64_t kVectors = 2;
 
+  // Of two rows.
+  static __m128i positions_of_two(const uint8_t* masks) {
+    const auto both = [](const uint64_t* table, int64_t first, int64_t second) {
+      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + first));
+      return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(table + second)));
+    };
+    return _mm_or_si128(both(kPositionTable.low, masks[0], masks[2]), both(kPositionTable.high, masks[1], masks[3]));
+  }
+  static __m256i positions_of_four(const uint8_t* masks) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(positions_of_two(masks)), positions_of_two(masks + 4), 1);
+  }
   static void positions(const uint8_t* masks, Positions (&to)[2]) {
-    alignas(32) uint32_t selectors[2][kStripRows];
-    for (int64_t r = 0; r < kStripRows; ++r) {
-      const uint8_t* mask = masks + mask_offset(r);
-      const uint64_t eight = kPositionTable.of(mask[0], mask[1]);
-      selectors[0][r] = static_cast<uint32_t>(eight);
-      selectors[1][r] = static_cast<uint32_t>(eight >> 32);
-    }
-    for (int v = 0; v < 2; ++v) to[v] = {load(selectors[v]), load(selectors[v] + 8)};
+    const auto transpose = [](__m256i even, __m256i odd, __m256i& first, __m256i& second) {
+      first = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+      second = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    };
+    transpose(positions_of_four(masks), positions_of_four(masks + 16), to[0].low, to[1].low);
+    transpose(positions_of_four(masks + 8), positions_of_four(masks + 24), to[0].high, to[1].high);
   }
   static Activations broadcast(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
