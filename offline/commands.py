@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.runtime import options as shared
 
@@ -72,6 +73,13 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     callback=show_all,
     help="Show options for experts, too.",
 )
+@expert(
+    "--pattern",
+    type=click.Choice(list(PATTERNS)),
+    default=str(TWO_OF_FOUR),
+    help="What each row keeps of so many neighbours. 4:8 and 8:16 lose less at the same size; they are for W8A8 and "
+    "W4A8 on CPUs. GPUs multiply 2:4 only.",
+)
 @expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
 @expert("--permute", default="lsa", help="Channel permutation: lsa, heuristic or none.")
@@ -117,7 +125,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @expert(
     "--prune-rest",
     is_flag=True,
-    help="Of a model of which some linears are 2:4 already, prune the others, too. Otherwise these stay dense.",
+    help="Of a model of which some linears have the pattern already, prune the others, too; else these stay dense.",
 )
 @expert(
     "--compute-dtype",
@@ -136,7 +144,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
-    What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that are 2:4 already keep their zeros.
+    What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
     Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
     calibration samples and the permutation searches among N processes.
     """
@@ -150,6 +158,7 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
 
     how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
     size = options.pop("group_size")
+    options["pattern"] = PATTERNS[options["pattern"]]
     options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}
     effort = EFFORTS[options.pop("effort")]
     recipe = Recipe.of_options(options | {name: value for name, value in effort.items() if options[name] is None})

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.format import formats
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.pruning.admm import DAMPING
-from ria_vllm.offline.pruning.masks import PATTERN
 from ria_vllm.offline.publish import published
 from ria_vllm.offline.self_written import check_fraction, written_of
 
@@ -47,8 +47,8 @@ class Recipe:
         `fitting` makes of it.
     smooth: SmoothQuant's migration strength, 0 for none of it, or None for the default: see `migration_strength`.
     rotate: "heads", "none", or None for the default: see `rotates_heads`.
-    prune_rest: of a model of which some linears are 2:4 already, the others are pruned, and do not stay dense.
-    only_keeps: all that is pruned is 2:4 already; see `keeping`.
+    prune_rest: of a model of which some linears have the pattern already, the others are pruned, and do not stay dense.
+    only_keeps: all that is pruned has the pattern already; see `keeping`.
 
     Raises:
         pydantic.ValidationError: a value that an option cannot have.
@@ -57,6 +57,7 @@ class Recipe:
 
     method: Literal["ria", "ri", "wanda", "magnitude", "sparsegpt"] = "ria"
     exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
+    pattern: Pattern = TWO_OF_FOUR
     permute: Literal["lsa", "heuristic", "none"] = "lsa"
     permute_scope: Literal["shared", "linear"] = "shared"
     calibration: str = "self"
@@ -83,11 +84,14 @@ class Recipe:
             RiaError: an invalid one.
         """
         try:
-            return cls(**options)
+            recipe = cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RiaError(f"--{name.replace('_', '-')} {options[name]!r}: {first['msg']}.") from None
+        if recipe.pattern != TWO_OF_FOUR and recipe.activations == "none":
+            raise RiaError(f"--pattern {recipe.pattern} needs inputs in int8: give --scheme W8A8 or W4A8.")
+        return recipe
 
     def __post_init__(self) -> None:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
@@ -119,8 +123,8 @@ class Recipe:
         return self.group_size if isinstance(self.group_size, int) else None
 
     def keeping(self) -> "Recipe":
-        """For a model of which all that is pruned is 2:4 already: nothing is searched or trained, weights are only
-        rounded. Without integers nothing depends on calibration tokens, so no text is read."""
+        """For a model of which all that is pruned has the pattern already: nothing is searched or trained, weights are
+        only rounded. Without integers nothing depends on calibration tokens, so no text is read."""
         reads = self.weights != "float"
         return replace(
             self,
@@ -210,6 +214,11 @@ class Recipe:
         """The dtype of matrix products for which bfloat16 is precise enough: in training and permutation search."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
+    @property
+    def of_search(self) -> dict[str, Any]:
+        """Arguments of `permute.search`."""
+        return {"method": self.permute, "seed": self.seed, "dtype": self.matmul_dtype, "pattern": self.pattern}
+
     def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
         """The linears of a group, divided into those that share a channel order."""
         return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
@@ -254,7 +263,7 @@ class Recipe:
         """For config.json: enough to repeat the compression, without local paths."""
         versions = {"ria-vllm": __version__} | {name: version(name) for name in ("torch", "transformers", "scipy")}
         chosen = {"smooth": self.migration_strength, "rotate": "heads" if self.rotates_heads else "none"}
-        plain: dict[str, Any] = {"pattern": PATTERN, "ignore": list(self.ignore)}
+        plain: dict[str, Any] = {"pattern": str(self.pattern), "ignore": list(self.ignore)}
         plain["calibration"] = Path(self.calibration).name if self.reads_text else "none"
         if self.only_keeps:
             plain["method"] = ANOTHER_PROGRAM

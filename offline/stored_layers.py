@@ -54,7 +54,9 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in pruned.items():
         order = slice(None) if linear.p is None else linear.p
-        parts = recipe.weight_format.encode(linear.weight[:, order], linear.mask[:, order], linear.scale)
+        parts = recipe.weight_format.encode(
+            linear.weight[:, order], linear.mask[:, order], linear.scale, recipe.pattern
+        )
         dtype = linear.weight.dtype
         tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, dtype, linear.rotations).tensors()
     return tensors

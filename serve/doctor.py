@@ -17,11 +17,13 @@ from ria_vllm import __version__
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
+from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import experts_registry, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
+from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.proving.folder import Findings, prove_folder
 
@@ -162,9 +164,14 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> Non
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme]
-    linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, input_dtype)
-    experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), input_dtype=input_dtype)
+    pattern = TWO_OF_FOUR if reader is None else reader.schema.pattern
+    if reader is not None and kind == "cuda":
+        refuse_on_gpus(pattern, printable(str(out)))
+    layer = {"input_dtype": input_dtype, "pattern": pattern}
+    linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
+    experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)
     kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
+    kinds += f" in {pattern}" if pattern != TWO_OF_FOUR else ""
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
     click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {kind}, in order of preference:")
     for line in kernel_lines(linear):

@@ -36,7 +36,7 @@ def card_of(start: Start, teacher: str, report: dict[str, Any], warn: Callable[[
         report: as `with_training` gives it.
     """
     recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
-    recipe = {"source": published(teacher), "pattern": "2:4"} | recipe
+    recipe = {"source": published(teacher), "pattern": str(start.schema.pattern)} | recipe
     zeros = start.schema.sparsity_config.global_sparsity
     card = pruned_card(start.folder, report | {"recipe": recipe}, zeros, warn)
     return card + "\n" + recovery_section(report["recipe"]["distill"])

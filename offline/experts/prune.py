@@ -35,7 +35,7 @@ class RoutedExperts:
     tokens: that they read.
     device: of the computations, whose dtype is `compute_dtype`; `dtype` is the checkpoint's.
     place: a linear's written name -> what an error about it begins with.
-    kept: they are 2:4 already, and keep their masks.
+    kept: they have the pattern already, and keep their masks.
     """
 
     module: nn.Module
@@ -84,7 +84,7 @@ def shared_order(
     p = None
     if experts.ranks.first:
         S = torch.cat([part.T for part in parts], dim=1).T  # by columns, as the search needs them
-        p = permute.search(S, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
+        p = permute.search(S, **recipe.of_search)
         p = None if permutation.is_identity(p) else p.cpu()
     return experts.ranks.broadcast(p)
 

@@ -2,8 +2,9 @@
 
 import torch
 
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.offline.pruning.admm import damping_of
-from ria_vllm.offline.pruning.masks import GROUP, mask
+from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix, inverted_in_place
 
 
@@ -14,11 +15,12 @@ def sparsegpt(
     damping: float = 0.01,
     order: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prune and update one linear.
 
     H is the damped Gram matrix (the Hessian) and R the upper Cholesky factor of its inverse. Removing w_j costs
-    w_j^2 / R_jj^2, and w_k -= (w_j / R_jj) R_jk on the columns k > j compensates for it. The mask of a 2:4 group is
+    w_j^2 / R_jj^2, and w_k -= (w_j / R_jj) R_jk on the columns k > j compensates for it. The mask of a group is
     chosen when its first column is reached.
 
     Args:
@@ -33,11 +35,12 @@ def sparsegpt(
         (W' [out, in] float32, mask bool [out, in], True = kept); W' is zero outside the mask.
 
     Raises:
-        RiaError: `in` is not a multiple of 4.
+        RiaError: `in` does not divide into the pattern's groups.
     """
     W = weight.float().clone()
     rows, columns = W.shape
-    block = max(GROUP, block // GROUP * GROUP)
+    group = pattern.of
+    block = max(group, block // group * group)
     dead = gram.diagonal() == 0
     # Weights of a channel that is always zero are pruned first.
     W[:, dead if order is None else dead[order]] = 0
@@ -48,9 +51,9 @@ def sparsegpt(
         part, factor, keep = W[:, start:stop], R[start:stop, start:stop], kept[:, start:stop]
         errors = torch.zeros_like(part)
         for j in range(stop - start):
-            if j % GROUP == 0:
-                upcoming = slice(j, j + GROUP)
-                keep[:, upcoming] = mask((part[:, upcoming] / factor.diagonal()[upcoming]).abs())
+            if j % group == 0:
+                upcoming = slice(j, j + group)
+                keep[:, upcoming] = mask((part[:, upcoming] / factor.diagonal()[upcoming]).abs(), pattern)
             error = torch.where(keep[:, j], 0.0, part[:, j]) / factor[j, j]
             part[:, j:] -= error[:, None] * factor[j, j:]
             errors[:, j] = error

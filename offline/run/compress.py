@@ -10,6 +10,7 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
+from ria_vllm.format.pattern import Pattern
 from ria_vllm.format.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE, pruned_card
@@ -237,7 +238,7 @@ class _Run:
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
             del pruned, changed  # before the next layer is loaded
-            _say_layer(records, self.monitor)
+            _say_layer(records, self.recipe.pattern, self.monitor)
             for path in sorted(plan.experts[index]):
                 _say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
 
@@ -306,7 +307,9 @@ class _Run:
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         zeros = round(0.5 * pruned / model.linear_weights, 6)
-        sparsity = SparsityConfig(ignore=list(plan.dense), global_sparsity=zeros)
+        sparsity = SparsityConfig(
+            sparsity_structure=str(recipe.pattern), ignore=list(plan.dense), global_sparsity=zeros
+        )
         experts = describe_experts(model, plan.experts)
         folds = topologies.absolute_folds(model.written_linear) + folds_of_experts(model, topologies, plan.experts)
         words = recipe.weight_format.quantization
@@ -325,11 +328,11 @@ class _Run:
         writer.finish(keys, json_files, copies, self.settings.max_shard_size, permuted, cards, copied_from)
 
 
-def _say_layer(records: dict[str, dict[str, Any]], monitor: Monitor) -> None:
+def _say_layer(records: dict[str, dict[str, Any]], pattern: Pattern, monitor: Monitor) -> None:
     for name, record in records.items():
         text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
         if "kept" in record:
-            text = f"{name}: 2:4 already"
+            text = f"{name}: {pattern} already"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         if "rounding_error" in record:

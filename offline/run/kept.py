@@ -1,4 +1,4 @@
-"""Finds out which linears of a model are 2:4 already, as recovered models are."""
+"""Finds out which linears of a model have the pattern already, as recovered models do."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from ria_vllm.format import plain24
+from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
@@ -19,10 +20,10 @@ FIRST_ROWS = 64  # are read first: they tell that a linear is dense
 def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
     """Look at the weights of all linears that may be pruned.
 
-    A linear fits 2:4 if no group of four consecutive input channels, in the model's own order, has more than two values
-    other than zero in any row. That proves something only if at least LEAST_SHARE of what the pattern can keep is not
-    zero: a linear of zeros, or nearly so, fits any pattern. If some linear proves that the model was pruned, all that
-    fit are kept; else it is a dense model. The experts of a module fit if all of their linears do.
+    A linear fits if no group of consecutive input channels, in the model's own order, has more values other than zero
+    in any row than the pattern keeps. That proves something only if at least LEAST_SHARE of what the pattern can keep
+    is not zero: a linear of zeros, or nearly so, fits any pattern. If some linear proves that the model was pruned, all
+    that fit are kept; else it is a dense model. The experts of a module fit if all of their linears do.
     """
     fitting: dict[int, frozenset[str]] = {}
     left: dict[int, frozenset[str]] = {}
@@ -30,7 +31,7 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
     for index in monitor.steps(range(total), "looking for zeros", total):
         weights = {name: _linear(model, index, name) for name in linears_to_prune(model, index, recipe)}
         weights |= {path: _experts(model, index, path) for path in experts_to_prune(model, index, recipe)}
-        shares = {name: _share(parts) for name, parts in weights.items()}
+        shares = {name: _share(parts, recipe.pattern) for name, parts in weights.items()}
         fitting[index] = frozenset(name for name, share in shares.items() if share is not None)
         left[index] = frozenset(shares) - fitting[index]
         proved |= any(share is not None and share >= LEAST_SHARE for share in shares.values())
@@ -42,10 +43,10 @@ def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
     count, left = (sum(map(len, of.values())) for of in (kept.names, kept.left))
     if not count:
         if recipe.prune_rest:
-            monitor.warn("--prune-rest: no linear is 2:4 already, so all are pruned as usual.")
+            monitor.warn(f"--prune-rest: no linear is {recipe.pattern} already, so all are pruned as usual.")
         return replace(recipe, prune_rest=False)
     found = f"{count} of {count + left} linears"
-    monitor.say(f"{found} are 2:4 already: their zeros stay, nothing of them is searched or trained")
+    monitor.say(f"{found} are {recipe.pattern} already: their zeros stay, nothing of them is searched or trained")
     if left and recipe.prune_rest:
         monitor.say(f"{left} are not, and are pruned (--prune-rest)")
         return recipe
@@ -55,11 +56,11 @@ def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
     return adapted
 
 
-def _share(weights: Iterable[torch.Tensor]) -> float | None:
-    """The values that are not zero, in those that 2:4 can keep; None if some matrix does not fit."""
+def _share(weights: Iterable[torch.Tensor], pattern: Pattern) -> float | None:
+    """The values that are not zero, in those that the pattern can keep; None if some matrix does not fit."""
     values = size = 0
     for weight in weights:
-        if plain24.bitmask_of(weight) is None:
+        if plain24.bitmask_of(weight, pattern) is None:
             return None
         values += int(weight.count_nonzero())
         size += weight.numel()

@@ -221,7 +221,7 @@ class LayerPass:
             scale(plain, statistics, weights)
         shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
-            # Masks that are kept are 2:4 in the model's own order, and who reads the same should gather no other one.
+            # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
             fixed = [group for group in stage.groups if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
             alone = [group for group in plain if not (group.experts and shared) and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)

@@ -15,14 +15,13 @@ from ria_vllm.offline.model.topology import Group, Topologies, Topology, linears
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
-NOT_24 = "it is not 2:4, as others of the model are (--prune-rest prunes it)"
-
 
 @dataclass(frozen=True)
 class Kept:
-    """The linears that are 2:4 already: layer index -> names relative to the layer, paths of routed experts among them.
+    """The linears that have the pattern already: layer index -> names relative to the layer, paths of routed experts
+    among them.
 
-    left: the others that may be pruned; empty if none is 2:4 already.
+    left: the others that may be pruned; empty if none has the pattern already.
     """
 
     names: Mapping[int, frozenset[str]] = field(default_factory=dict)
@@ -30,7 +29,8 @@ class Kept:
 
     def reasons(self, index: int, recipe: Recipe) -> dict[str, str]:
         """Why those that are left in a layer stay dense, unless they are pruned."""
-        return {} if recipe.prune_rest else dict.fromkeys(sorted(self.left.get(index, ())), NOT_24)
+        reason = f"it is not {recipe.pattern}, as others of the model are (--prune-rest prunes it)"
+        return {} if recipe.prune_rest else dict.fromkeys(sorted(self.left.get(index, ())), reason)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
     left_dense: dict[str, str] = {}
     for index, layer in enumerate(model.layers):
         linears, topology = _linears(layer), topologies.of(index)
-        not_24 = kept.reasons(index, recipe)
-        reasons = {name: why for name, why in not_24.items() if name in linears}
+        unlike = kept.reasons(index, recipe)
+        reasons = {name: why for name, why in unlike.items() if name in linears}
         reasons |= _reasons(model, index, topology, recipe)
-        misfits.update(f"{name}: {why}" for name, why in reasons.items() if why == NOT_24 or "in-features" in why)
+        misfits.update(f"{name}: {why}" for name, why in reasons.items() if name in unlike or "in-features" in why)
         for name, (partner, how) in _partners(topology, linears, reasons).items():
             one, other = (model.written_linear(index, either) for either in (name, partner))
             fuses = "fuses it" if how == "served" else "may fuse it"
@@ -99,7 +99,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
             reasons[name] = f"{how} as one with {partner}"
         pruned[index] = frozenset(linears) - frozenset(reasons)
         blocks[index] = _blocks(topology, linears, pruned[index])
-        mixtures[index], left = plan_experts(model, index, topology, recipe, not_24)
+        mixtures[index], left = plan_experts(model, index, topology, recipe, unlike)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
     if not any(pruned.values()) and not any(mixtures.values()):

@@ -111,7 +111,7 @@ class Rotator:
             )
         except torch.linalg.LinAlgError:
             return None
-        return rotation.learned(heads, self.recipe.seed)
+        return rotation.learned(heads, self.recipe.seed, self.recipe.pattern)
 
 
 def rotatable(model: StreamedModel, index: int, topology: Topology, pruned: Collection[str]) -> list[Fold]:

@@ -11,6 +11,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation, plain24, sparse24
 from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, scores
@@ -69,7 +70,7 @@ def find_orders(
 class ToPrune:
     """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it.
 
-    kept: it is 2:4 already in the model's own order, and keeps its mask and its zeros.
+    kept: it has the pattern already in the model's own order, and keeps its mask and its zeros.
     """
 
     weight: torch.Tensor
@@ -160,9 +161,9 @@ def _score(
     return scores.score(method, weight, norm, recipe.exponent, column_sums)
 
 
-def _keeps_to_blocks(group: Group, width: int) -> bool:
-    """Whether an order can keep to the group's blocks: each has to hold whole groups of four channels."""
-    return group.blocks > 1 and width % (group.blocks * masks.GROUP) == 0
+def _keeps_to_blocks(group: Group, width: int, pattern: Pattern) -> bool:
+    """Whether an order can keep to the group's blocks: each has to hold whole groups of the pattern."""
+    return group.blocks > 1 and width % (group.blocks * pattern.of) == 0
 
 
 def _find_order(
@@ -173,17 +174,13 @@ def _find_order(
     recipe: Recipe,
 ) -> torch.Tensor | None:
     S = _stacked_scores(names, weights, statistics, recipe)
-    if _keeps_to_blocks(group, S.shape[1]):
-        p = permute.search_heads(
-            S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.permute, recipe.seed, recipe.matmul_dtype
-        )
+    if _keeps_to_blocks(group, S.shape[1], recipe.pattern):
+        p = permute.search_heads(S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.of_search)
     elif group.heads is None:
-        p = permute.search(S, recipe.permute, seed=recipe.seed, dtype=recipe.matmul_dtype)
-    elif group.heads.head_dim % masks.GROUP == 0:
+        p = permute.search(S, **recipe.of_search)
+    elif group.heads.head_dim % recipe.pattern.of == 0:
         heads = group.heads
-        p = permute.search_heads(
-            S, heads.num_heads, heads.num_kv_heads, heads.head_dim, recipe.permute, recipe.seed, recipe.matmul_dtype
-        )
+        p = permute.search_heads(S, heads.num_heads, heads.num_kv_heads, heads.head_dim, recipe.of_search)
     else:
         return None  # groups would span two heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()
@@ -211,12 +208,12 @@ def _prune(
 ) -> Pruned:
     W = None
     if recipe.method == "sparsegpt":
-        W, mask = _sparsegpt(weight, statistics, p)
-        record = _retained(score(weight, statistics, recipe), mask)
+        W, mask = _sparsegpt(weight, statistics, p, recipe.pattern)
+        record = _retained(score(weight, statistics, recipe), mask, recipe.pattern)
     else:
         S = score(weight, statistics, recipe)
-        mask = _mask(S, p)
-        record = _retained(S, mask)
+        mask = _mask(S, p, recipe.pattern)
+        record = _retained(S, mask, recipe.pattern)
         del S  # as large as the weight, so it would raise the peak memory
     start, scales, weight_format = mask, None, recipe.weight_format
     if recipe.reconstruct != "none":
@@ -241,9 +238,9 @@ def _prune(
 
 
 def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe) -> Pruned:
-    """A linear that is 2:4 already: only rounded, if it becomes integers. Its zeros stay, even where a group has more
-    than two and some have to be stored."""
-    bitmask = plain24.bitmask_of(weight)
+    """A linear that has the pattern already: only rounded, if it becomes integers. Its zeros stay, even where a group
+    has more than it loses and some have to be stored."""
+    bitmask = plain24.bitmask_of(weight, recipe.pattern)
     assert bitmask is not None
     W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram
     if gram is not None and isinstance(weight_format, IntFormat):
@@ -267,34 +264,34 @@ def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
         column_sums = column_sums / statistics.scales
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
-        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p)
+        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p, recipe.pattern)
 
     return choose
 
 
-def _mask(S: torch.Tensor, p: torch.Tensor | None) -> torch.Tensor:
-    """The mask bool [out, in], in the model's own order, that is 2:4 in order p."""
+def _mask(S: torch.Tensor, p: torch.Tensor | None, pattern: Pattern) -> torch.Tensor:
+    """The mask bool [out, in], in the model's own order, that has the pattern in order p."""
     if p is None:
-        return masks.mask(S)
+        return masks.mask(S, pattern)
     p = p.to(S.device)  # index_select is several times faster than indexing, and ADMM chooses masks often
-    return masks.mask(S.index_select(1, p)).index_select(1, permutation.invert(p))
+    return masks.mask(S.index_select(1, p), pattern).index_select(1, permutation.invert(p))
 
 
 def _sparsegpt(
-    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
+    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, pattern: Pattern
 ) -> tuple[torch.Tensor, torch.Tensor]:
     gram, scales = statistics.gram, statistics.scales
     with one_thread():
         if p is None:
-            return sparsegpt(weight, gram, scales=scales)
+            return sparsegpt(weight, gram, scales=scales, pattern=pattern)
         p = p.to(weight.device)
-        W, mask = sparsegpt(weight[:, p], gram, order=p, scales=scales)
+        W, mask = sparsegpt(weight[:, p], gram, order=p, scales=scales, pattern=pattern)
     back = permutation.invert(p)
     return W[:, back], mask[:, back]
 
 
-def _retained(S: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """The retained score, as a share: 2:4 in the model's own order, and with this mask."""
+def _retained(S: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> dict[str, Any]:
+    """The retained score, as a share: with the pattern in the model's own order, and with this mask."""
     whole = float(S.sum(dtype=torch.float64)) or 1.0
-    kept = {"retained_before": masks.mask(S), "retained_after": mask}
+    kept = {"retained_before": masks.mask(S, pattern), "retained_after": mask}
     return {name: float(S.where(keep, 0.0).sum(dtype=torch.float64)) / whole for name, keep in kept.items()}

@@ -1,7 +1,7 @@
 """The linear sum assignment at the heart of the permutation search.
 
-`columns` [C, rows] holds, for each channel, its scores over the rows of W; `index` [G, 4] holds the channels of each
-group. In each row, a 2:4 mask keeps the two largest of a group's scores.
+`columns` [C, rows] holds, for each channel, its scores over the rows of W; `index` [G, m] holds the channels of each
+group. In each row, a mask keeps the larger half of a group's scores.
 """
 
 from collections.abc import Sequence
@@ -9,30 +9,28 @@ from collections.abc import Sequence
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ria_vllm.offline.pruning.masks import KEPT
-
 # Rows in a slice; small enough that its temporaries stay in the cache.
 ROWS_AT_ONCE = 512
 # The number of channels from which the levels of a row are estimated.
 SAMPLED_CHANNELS = 128
 
 
-def largest(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The two largest, element by element, of several tensors of one shape, in descending order."""
+def largest(scores: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The `count` largest, element by element, of several tensors of one shape, in descending order."""
     top: list[torch.Tensor] = []
     for value in scores:
         for rank, current in enumerate(top):
             top[rank], value = torch.maximum(current, value), torch.minimum(current, value)
-        if len(top) < KEPT:
+        if len(top) < count:
             top.append(value)
     return top
 
 
 def retained_score(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The score that a 2:4 mask retains, summed over groups and rows; a float64 scalar."""
+    """The score that a mask retains, summed over groups and rows; a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=columns.device)
     for rows in columns.split(ROWS_AT_ONCE, dim=1):
-        for value in largest([rows[channels] for channels in index.unbind(1)]):
+        for value in largest([rows[channels] for channels in index.unbind(1)], index.shape[1] // 2):
             total += value.sum(1).sum(dtype=torch.float64)
     return total
 
@@ -40,14 +38,14 @@ def retained_score(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int) -> torch.Tensor:
     """Entry (g, c): what group g gains if the channel that group c has at `position` takes that place in g.
 
-    The other three channels of g are fixed. Let t_g be, for each row, the second largest of their scores. The mask
+    The other m - 1 channels of g are fixed. Let t_g be, for each row, the largest but m/2 - 1 of their scores. The mask
     keeps the new channel where it beats t_g, so it adds sum_rows relu(S_c - t_g) to a term that depends on g alone. And
     sum relu(a - b) = (sum |a - b| + sum a - sum b) / 2, so one matrix of L1 distances is enough; no candidate group is
     ever gathered or sorted.
 
     Args:
         columns: [C, rows] float32.
-        index: int64 [G, 4].
+        index: int64 [G, m].
 
     Returns:
         [G, G] float32. The total gain of an assignment differs from its retained score by a constant.
@@ -109,7 +107,7 @@ def reassign(index: torch.Tensor, gain: torch.Tensor, position: int) -> torch.Te
     """Redistribute the channels at one position of all groups for the largest total gain.
 
     Args:
-        index: int64 [G, 4], the channels of each group.
+        index: int64 [G, m], the channels of each group.
         gain: [G, G], up to terms that depend on the group alone or on the channel alone.
 
     Returns:
@@ -127,4 +125,4 @@ def reassign(index: torch.Tensor, gain: torch.Tensor, position: int) -> torch.Te
 def _placements(rows: torch.Tensor, index: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[G, rows] each: the threshold that a channel must beat in each group, and the scores of each candidate."""
     others = [rows[index[:, j]] for j in range(index.shape[1]) if j != position]
-    return largest(others)[-1], rows[index[:, position]]
+    return largest(others, index.shape[1] // 2)[-1], rows[index[:, position]]

@@ -1,12 +1,17 @@
-"""Channel permutation: an order of the input channels in which a 2:4 mask retains more of the score.
+"""Channel permutation: an order of the input channels in which a mask retains more of the score.
 
 (Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.)
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.masks import GROUP
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.offline.pruning.masks import check_divides
 from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
 
 METHODS = ("lsa", "heuristic", "none")
@@ -18,11 +23,16 @@ LADDER_STEPS = 4
 
 
 def search(
-    S: torch.Tensor, method: str = "lsa", rounds: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32
+    S: torch.Tensor,
+    method: str = "lsa",
+    rounds: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> torch.Tensor:
     """Search for the order of input channels that retains the most score.
 
-    heuristic: sort the channels by their summed score and deal them out to the groups in four passes, every second pass
+    heuristic: sort the channels by their summed score and deal them out to the groups in passes, every second pass
     reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
     as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
     what the last one could not. A round is kept only if the score that it really retains is higher.
@@ -38,19 +48,18 @@ def search(
         own order or the heuristic's.
 
     Raises:
-        RiaError: unknown method, or channels that do not divide into groups of 4.
+        RiaError: unknown method, or channels that do not divide into the pattern's groups.
     """
     channels = S.shape[1]
     if method not in METHODS:
         raise RiaError(f"unknown permutation method {method!r}; choose one of {', '.join(METHODS)}")
-    if channels % GROUP:
-        raise RiaError(f"{channels} input channels do not divide into groups of {GROUP}")
-    index = torch.arange(channels, device=S.device).view(-1, GROUP)
-    if method == "none" or channels == GROUP:
+    check_divides(channels, pattern)
+    index = torch.arange(channels, device=S.device).view(-1, pattern.of)
+    if method == "none" or channels == pattern.of:
         return index.flatten()
     columns = S.T.float().contiguous()
     best = retained_score(columns, index)
-    dealt = deal(columns)
+    dealt = deal(columns, pattern)
     if (score := retained_score(columns, dealt)) >= best:
         index, best = dealt, score
     if method == "lsa":
@@ -63,9 +72,7 @@ def search_heads(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    method: str = "lsa",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    of_search: Mapping[str, Any] = MappingProxyType({}),
 ) -> torch.Tensor:
     """Like `search`, for an attention output projection, in an order that the value projection's rows can follow.
 
@@ -74,6 +81,7 @@ def search_heads(
 
     Args:
         S: [rows, num_heads * head_dim] scores.
+        of_search: further arguments of `search`.
 
     Returns:
         int64 [num_heads * head_dim].
@@ -91,13 +99,13 @@ def search_heads(
     order = []
     for kv in range(num_kv_heads):
         stacked = heads[:, kv].reshape(-1, head_dim)
-        inner = search(stacked, method, seed=seed, dtype=dtype)
+        inner = search(stacked, **of_search)
         order += [inner + (kv * share + query) * head_dim for query in range(share)]
     return torch.cat(order)
 
 
-def retained(S: torch.Tensor, p: torch.Tensor | None = None) -> float:
-    """The share of the total score that a 2:4 mask retains with the channels in order p (None: as they are).
+def retained(S: torch.Tensor, p: torch.Tensor | None = None, pattern: Pattern = TWO_OF_FOUR) -> float:
+    """The share of the total score that a mask retains with the channels in order p (None: as they are).
 
     Args:
         S: [rows, channels].
@@ -106,15 +114,15 @@ def retained(S: torch.Tensor, p: torch.Tensor | None = None) -> float:
     columns = S.T.float().contiguous()
     order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
     total = columns.sum(dtype=torch.float64)
-    return float(retained_score(columns, order.view(-1, GROUP)) / total) if total > 0 else 1.0
+    return float(retained_score(columns, order.view(-1, pattern.of)) / total) if total > 0 else 1.0
 
 
-def deal(columns: torch.Tensor) -> torch.Tensor:
-    """The heuristic order, int64 [G, 4].
+def deal(columns: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor:
+    """The heuristic order, int64 [G, m].
 
-    Of the channels ranked by summed score, each group gets one from each of four equal parts.
+    Of the channels ranked by summed score, each group gets one from each of m equal parts.
     """
-    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(GROUP, -1)
+    passes = columns.sum(1, dtype=torch.float64).argsort(stable=True).view(pattern.of, -1)
     return torch.stack([row.flip(0) if turn % 2 else row for turn, row in enumerate(passes)], dim=1)
 
 
@@ -128,7 +136,7 @@ def _improve(
     patience = 1 + 32 // groups
     trial, idle = index, 0
     while rounds > 0 and idle < patience:
-        for position in range(GROUP):
+        for position in range(index.shape[1]):
             if ladder is None:
                 gain = gain_matrix(columns, trial, position)
             else:

@@ -1,4 +1,4 @@
-"""Orthogonal matrices between two linears, learned before pruning so that a 2:4 mask loses less.
+"""Orthogonal matrices between two linears, learned before pruning so that a mask loses less.
 
 Attention mixes the tokens of v's output, head by head, and never its channels. So an orthogonal matrix on the rows of v
 that belong to a key-value head, and its transpose on the columns of o that read this head, change nothing. Which matrix
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ria_vllm.offline.pruning.masks import GROUP, kept_of_groups
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.offline.pruning.masks import kept_of_groups
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 # Gradient descent with momentum: in each step, every key-value head turns by as many radians as the rate says (root
@@ -80,7 +81,7 @@ def blocks_of(matrix: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack([matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size)])
 
 
-def learned(heads: Heads, seed: int) -> torch.Tensor | None:
+def learned(heads: Heads, seed: int, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor | None:
     """The matrix of each key-value head: float64 [kv heads, d, d] on the CPU, orthogonal.
 
     None if what is learned loses no less than the model's own channels do.
@@ -93,7 +94,7 @@ def learned(heads: Heads, seed: int) -> torch.Tensor | None:
     for step in range(STEPS):
         with torch.enable_grad():
             rotations = found.float().requires_grad_()
-            gradient = torch.autograd.grad(_lost(heads, rotations, draw), rotations)[0].double()
+            gradient = torch.autograd.grad(_lost(heads, rotations, draw, pattern), rotations)[0].double()
         turn = gradient @ found.mT
         turn = turn - turn.mT  # skew-symmetric: what keeps a rotation a rotation
         speed = MOMENTUM * speed + turn
@@ -102,13 +103,13 @@ def learned(heads: Heads, seed: int) -> torch.Tensor | None:
         half = RATE / 2 * (1 - step / STEPS) * ahead / size.clamp(min=torch.finfo(torch.float64).tiny)
         found = torch.linalg.solve(identity + half, (identity - half) @ found)
     before, after = (
-        sum(float(_lost(heads, one, torch.Generator().manual_seed(seed + 1 + i))) for i in range(JUDGED))
+        sum(float(_lost(heads, one, torch.Generator().manual_seed(seed + 1 + i), pattern)) for i in range(JUDGED))
         for one in (identity.float(), found.float())
     )
     return found.cpu() if after < before else None
 
 
-def _lost(heads: Heads, rotations: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def _lost(heads: Heads, rotations: torch.Tensor, draw: torch.Generator, pattern: Pattern) -> torch.Tensor:
     """The share of the scores that the mask loses, of v plus of o, in groups of channels drawn at random."""
     out = heads.outputs.shape[2]
     rows, columns = (_some(count, SAMPLED, draw).to(rotations.device) for count in (out, heads.width))
@@ -122,11 +123,11 @@ def _lost(heads: Heads, rotations: torch.Tensor, draw: torch.Generator) -> torch
     of_heads = rotations.repeat_interleave(heads.share, 0)
     outputs_cost = torch.einsum("hed,hdf,hef->he", of_heads, heads.outputs_cost, of_heads).flatten()
     of_channels = _some(len(outputs_cost), len(outputs_cost), draw).to(rotations.device)
-    of_v = _share_lost(values.flatten(0, 1).T.contiguous(), values_cost, of_columns)
-    return of_v + _share_lost(outputs.flatten(0, 1), outputs_cost, of_channels)
+    of_v = _share_lost(values.flatten(0, 1).T.contiguous(), values_cost, of_columns, pattern.of)
+    return of_v + _share_lost(outputs.flatten(0, 1), outputs_cost, of_channels, pattern.of)
 
 
-def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor, group: int) -> torch.Tensor:
     """The share of the scores w^2 / cost that the mask loses, in whole groups of neighbours.
 
     Only the mask needs every score. The sums take those of squares over rows, and then divide by the cost.
@@ -135,11 +136,12 @@ def _share_lost(weights: torch.Tensor, cost: torch.Tensor, order: torch.Tensor) 
         weights: [columns, rows]; columns are drawn, and gathering them is faster if each is contiguous.
         cost: [columns].
         order: int64 [columns], the channels in the order in which they are neighbours.
+        group: how many neighbours are in a group.
     """
-    order = order[: len(order) // GROUP * GROUP]
+    order = order[: len(order) // group * group]
     squares = weights.square()
     with torch.no_grad():
-        groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, GROUP)).unbind(1)
+        groups = (squares / cost[:, None]).index_select(0, order).unflatten(0, (-1, group)).unbind(1)
         kept = torch.stack(kept_of_groups(groups), 1).flatten(0, 1)
         removed = torch.zeros_like(squares).index_copy_(0, order, (~kept).to(squares.dtype))
         counted = torch.zeros_like(cost).index_fill_(0, order, 1.0)

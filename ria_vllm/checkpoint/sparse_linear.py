@@ -77,7 +77,7 @@ def checked_linear(
     if shape.dtype != torch.int64 or shape.numel() != 2:
         raise RiaError(f"{where}: {name}.shape is not two int64 numbers. Get the file again.")
     weight_format = schema.weight_format
-    wrong = weight_format.check(parts, tuple(shape.flatten().tolist()))
+    wrong = weight_format.check(parts, tuple(shape.flatten().tolist()), schema.pattern)
     if wrong:
         raise RiaError(
             f"{where}: {name}: {wrong}. The file is damaged, or config.json is another model's; get both again."

@@ -1,8 +1,11 @@
-"""From a plain weight with its zeros to the two kept values of each group of four, if it is 2:4."""
+"""From a plain weight with its zeros to the kept values of each group, if it has a pattern."""
 
 from collections.abc import Iterator
 
 import torch
+
+from ria_vllm.format import sparse24
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 
 # Elements at a time: the positions that are gathered have eight bytes each.
 _BLOCK = 1 << 22
@@ -48,8 +51,14 @@ def compress(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     return compressed, bitmask
 
 
-def bitmask_of(dense: torch.Tensor) -> torch.Tensor | None:
-    """The bitmask that `compress` returns; None if the matrix is not 2:4."""
+def bitmask_of(dense: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor | None:
+    """uint8 [out, in/8] of what is not zero and, where a group has fewer, of its leftmost zeros; None if some group of
+    the pattern has too many."""
+    if pattern != TWO_OF_FOUR:
+        flags = (dense != 0).to(torch.int8)
+        if bool((flags.unflatten(1, (-1, pattern.of)).sum(-1) > pattern.kept).any()):
+            return None
+        return sparse24.compress(flags, None, pattern)[1]
     bitmask = dense.new_empty(len(dense), dense.shape[1] // 8, dtype=torch.uint8)
     kept = _BITMASK.to(dense.device)
     for block in _blocks(dense):

@@ -27,6 +27,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8, proofs
 from ria_vllm.format.formats import of_quantization
 from ria_vllm.format.layer_schema import Experts, Fold, Producer, numbers_in
+from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 
 FORMAT: Final = "sparse-24-bitmask"
@@ -49,7 +50,7 @@ DIGESTS = {"permutations_digest": "ria_permutations_digest", "weights_digest": "
 
 class SparsityConfig(BaseModel):
     format: Literal["sparse-24-bitmask"] = FORMAT
-    sparsity_structure: Literal["2:4"] = "2:4"
+    sparsity_structure: Literal["2:4", "4:8", "8:16"] = "2:4"
     targets: list[str] = ["Linear"]
     ignore: list[str] = []
     global_sparsity: float = 0.5
@@ -178,6 +179,11 @@ class RiaSchema(BaseModel):
         found = of_quantization(self.weights and self.weights.model_dump(exclude_none=True, exclude={"dtype"}))
         assert found is not None  # `WeightQuantization` was checked
         return found
+
+    @property
+    def pattern(self) -> Pattern:
+        """That of all pruned linears."""
+        return PATTERNS[self.sparsity_config.sparsity_structure]
 
     @property
     def input_dtype(self) -> torch.dtype | None:

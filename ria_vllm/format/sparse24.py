@@ -1,14 +1,16 @@
-"""The 2:4 tensor: a dense matrix in which each group of four consecutive columns keeps two values.
+"""The 2:4 tensor: a dense matrix in which each group of four consecutive columns keeps two values; 4:8 and 8:16 alike.
 
 Stored form of an [out, in] matrix, as in compressed-tensors' `sparse-24-bitmask`:
 
-- `compressed` [out, in/2], the matrix's dtype: the two kept values of each group, in column order;
+- `compressed` [out, in/2], the matrix's dtype: the kept values, in column order;
 - `bitmask` [out, in/8] uint8: bit i of byte b (least significant first) is set where column 8b+i is kept.
 
-A group with fewer than two non-zeros still stores two values, so both shapes are fixed.
+A group with fewer non-zeros still stores as many values, so both shapes are fixed.
 """
 
 import torch
+
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IN_FEATURES_MULTIPLE = 64
@@ -17,30 +19,35 @@ IN_FEATURES_MULTIPLE = 64
 _BLOCK = 1 << 20
 
 
-def compress(dense: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store a 2:4 matrix.
+def compress(
+    dense: torch.Tensor, mask: torch.Tensor | None = None, pattern: Pattern = TWO_OF_FOUR
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store a matrix.
 
     Args:
-        dense: [out, in], in a multiple of 8.
-        mask: bool [out, in], exactly two True in each group of four. Without it the two largest magnitudes of each
-            group are kept (the left one of equals), which loses nothing if the matrix is 2:4 already.
+        dense: [out, in], in a multiple of 8 and of the pattern's groups.
+        mask: bool [out, in], in the pattern. Without it the largest magnitudes of each group are kept (the left one of
+            equals), which loses nothing if the matrix has the pattern already.
 
     Returns:
         compressed [out, in/2] and bitmask [out, in/8] uint8.
 
     Raises:
-        ValueError: wrong shape, or a group of `mask` without exactly two True.
+        ValueError: wrong shape, or a group of `mask` that does not keep as many as the pattern.
     """
-    if dense.dim() != 2 or dense.shape[1] % 8:
-        raise ValueError(f"a 2:4 matrix needs two dimensions and columns in multiples of 8, not {tuple(dense.shape)}")
+    multiple = max(8, pattern.of)
+    if dense.dim() != 2 or dense.shape[1] % multiple:
+        raise ValueError(
+            f"a {pattern} matrix needs two dimensions and columns in multiples of {multiple}, not {tuple(dense.shape)}"
+        )
     rows, columns = dense.shape
+    groups = (rows, columns // pattern.of, pattern.of)
     if mask is None:
         magnitude = dense.abs() if dense.is_floating_point() else dense.short().abs()  # -128 has no int8 magnitude
-        kept = magnitude.reshape(rows, columns // 4, 4).sort(dim=-1, descending=True, stable=True).indices[..., :2]
-        mask = torch.zeros(rows, columns // 4, 4, dtype=torch.bool, device=dense.device)
-        mask = mask.scatter_(-1, kept, True).view(rows, columns)
-    if mask.shape != dense.shape or not bool((mask.reshape(rows, -1, 4).sum(-1) == 2).all()):
-        raise ValueError("a 2:4 mask has the matrix's shape and exactly two kept values in each group of four")
+        kept = magnitude.reshape(groups).sort(dim=-1, descending=True, stable=True).indices[..., : pattern.kept]
+        mask = torch.zeros(groups, dtype=torch.bool, device=dense.device).scatter_(-1, kept, True).view(rows, columns)
+    if mask.shape != dense.shape or not bool((mask.reshape(groups).sum(-1) == pattern.kept).all()):
+        raise ValueError(f"a {pattern} mask has the matrix's shape; this one has another, or {pattern.group}")
     bits = mask.reshape(rows, columns // 8, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
     return dense[mask].view(rows, columns // 2), bits.sum(-1, dtype=torch.uint8)
 
@@ -58,21 +65,29 @@ def decompress(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     """
     rows, columns = bitmask.shape[0], bitmask.shape[1] * 8
     bits = torch.arange(256, device=bitmask.device)[:, None] >> torch.arange(8, device=bitmask.device) & 1
-    # For each byte: which of its four values, or the zero behind them, each of its eight columns gets.
-    source = torch.where(bits == 1, bits.cumsum(-1) - 1, 4)
+    # Two bytes have eight values in every pattern; an odd number of bytes is not 8:16, so that each has four.
+    size = 2 - bitmask.shape[1] % 2
+    # For each byte: which of its values, or the zero behind those of two bytes, each of its eight columns gets.
+    source, counts = torch.where(bits == 1, bits.cumsum(-1) - 1, 8), bits.sum(-1)
     dense = compressed.new_empty(rows, columns)
     step = max(1, _BLOCK // max(1, columns))
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        values = torch.nn.functional.pad(compressed[block].unflatten(1, (-1, 4)), (0, 1))
-        dense[block] = values.gather(-1, source[bitmask[block].int()]).flatten(1)
+        values = torch.nn.functional.pad(compressed[block].unflatten(1, (-1, 4 * size)), (0, 1))
+        numbers = bitmask[block].int().unflatten(1, (-1, size))
+        chosen = source[numbers]
+        chosen[:, :, 1:] += counts[numbers[:, :, :-1, None]]
+        dense[block] = values.gather(-1, chosen.flatten(2).clamp_(max=4 * size)).flatten(1)
     return dense
 
 
-def check_bitmask(bitmask: torch.Tensor, shape: tuple[int, int] | None = None) -> str | None:
+def check_bitmask(
+    bitmask: torch.Tensor, shape: tuple[int, int] | None = None, pattern: Pattern = TWO_OF_FOUR
+) -> str | None:
     """What is wrong with a stored bitmask, or None. Nothing may read one from a file before it has passed.
 
-    Checks its dtype, its shape against `shape` (out, in), and that each group of four has exactly two bits set.
+    Checks its dtype, its shape against `shape` (out, in), and that each group has exactly as many bits set as the
+    pattern keeps.
     """
     if bitmask.dtype != torch.uint8:
         return f"the bitmask has dtype {bitmask.dtype}, expected uint8"
@@ -85,12 +100,28 @@ def check_bitmask(bitmask: torch.Tensor, shape: tuple[int, int] | None = None) -
         return "the matrix has no rows"
     if columns == 0 or columns % IN_FEATURES_MULTIPLE:
         return f"in-features are {columns}, expected a multiple of {IN_FEATURES_MULTIPLE}"
-    # Every byte holds two groups; 36 of its 256 values have two bits in both.
-    legal = torch.tensor([bin(b & 15).count("1") == 2 and bin(b >> 4).count("1") == 2 for b in range(256)])
-    present = torch.bincount(bitmask.reshape(-1).cpu(), minlength=256) > 0
-    if bool((present & ~legal).any()):
-        bad = (~legal.to(bitmask.device)[bitmask.long()]).nonzero()[0].tolist()
-        return (
-            f"row {bad[0]}, columns {8 * bad[1]} to {8 * bad[1] + 7}: a group of four without exactly two kept values"
-        )
+    if wrong := _wrong_groups(bitmask, pattern):
+        row, first = wrong
+        return f"row {row}, columns {first} to {first + max(8, pattern.of) - 1}: {pattern.group}"
     return None
+
+
+def _wrong_groups(bitmask: torch.Tensor, pattern: Pattern) -> tuple[int, int] | None:
+    """The row and the first column of the first byte, or group of more bytes, that does not have the pattern."""
+    if pattern.of > 8:
+        counts = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=bitmask.device)
+        groups = counts[bitmask.int()].unflatten(1, (-1, pattern.of // 8)).sum(-1, dtype=torch.uint8)
+        bad = groups != pattern.kept
+        if not bool(bad.any()):
+            return None
+    else:
+        in_byte, ones = range(0, 8, pattern.of), (1 << pattern.of) - 1
+        legal = torch.tensor(
+            [all(bin(byte >> at & ones).count("1") == pattern.kept for at in in_byte) for byte in range(256)]
+        )
+        present = torch.bincount(bitmask.reshape(-1).cpu(), minlength=256) > 0
+        if not bool((present & ~legal).any()):
+            return None
+        bad = ~legal.to(bitmask.device)[bitmask.long()]
+    row, group = bad.nonzero()[0].tolist()
+    return row, group * max(8, pattern.of)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ria_vllm.format import sparse24
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 
 SHAPE = "shape"
 """The name of the tensor that repeats [out, in], int64 [2, 1]. It belongs to every linear of every format."""
@@ -47,7 +48,7 @@ ROW_SCALE = Part("weight_scale", (torch.float32,), None)
 
 
 class WeightFormat(ABC):
-    """How the kept values of a 2:4 linear are stored. Formats hold no state: those of one class and name are equal.
+    """How the kept values of a pruned linear are stored. Formats hold no state: those of one class and name are equal.
 
     Attributes:
         name: what kernels call it.
@@ -108,18 +109,22 @@ class WeightFormat(ABC):
         """
 
     def encode(
-        self, weight: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        mask: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        pattern: Pattern = TWO_OF_FOUR,
     ) -> dict[str, torch.Tensor]:
         """The parts of a matrix that `quantize` returned.
 
         Args:
             weight: [out, in], columns in the stored order.
-            mask: bool [out, in], exactly two True in each group of four; None: the two largest magnitudes.
+            mask: bool [out, in], in the pattern; None: the largest magnitudes.
 
         Raises:
-            ValueError: a wrong shape, or a mask that is not 2:4.
+            ValueError: a wrong shape, or a mask that has not the pattern.
         """
-        return self.encode_kept(*sparse24.compress(weight, mask), scales)
+        return self.encode_kept(*sparse24.compress(weight, mask, pattern), scales)
 
     @abstractmethod
     def encode_kept(
@@ -147,7 +152,7 @@ class WeightFormat(ABC):
         """The same weight in the format float, in `dtype`, for kernels that cannot multiply this one."""
         return {"compressed": self.values(parts, dtype), "bitmask": parts["bitmask"]}
 
-    def check(self, parts: Parts, shape: tuple[int, int] | None = None) -> str | None:
+    def check(self, parts: Parts, shape: tuple[int, int] | None = None, pattern: Pattern = TWO_OF_FOUR) -> str | None:
         """What is wrong with stored tensors, or None. Nothing may read untrusted ones before they have passed.
 
         Args:
@@ -161,7 +166,7 @@ class WeightFormat(ABC):
                 return (
                     f"{part.name} has dtype {name_of(tensor.dtype)}, expected {' or '.join(map(name_of, part.dtypes))}"
                 )
-        wrong = sparse24.check_bitmask(parts["bitmask"], shape)
+        wrong = sparse24.check_bitmask(parts["bitmask"], shape, pattern)
         if wrong:
             return wrong
         rows, columns = parts["bitmask"].shape[0], parts["bitmask"].shape[1] * 8

@@ -5,12 +5,14 @@ vLLM calls this a scheme. It says which tensors there are, and turns them into t
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Literal
 
 import torch
 
 from ria_vllm.format import plain24, sparse24
 from ria_vllm.format.formats import FLOAT, FP8, IntFormat
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.weight_format import BITMASK, Part, WeightFormat, name_of
 
@@ -40,19 +42,21 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Weights:
-    """The 2:4 weights of a layer on this rank.
+    """The pruned weights of a layer on this rank.
 
     Attributes:
         format: what the parts mean.
         parts: tensor by the name of the part.
         padding: how many input channels at the end are zeros that the checkpoint does not store.
         widened_from: the format that the checkpoint stores, if these are its values in plain floating point.
+        pattern: of the bitmask.
     """
 
     format: WeightFormat
     parts: dict[str, torch.Tensor]
     padding: int = 0
     widened_from: WeightFormat | None = None
+    pattern: Pattern = TWO_OF_FOUR
 
     @property
     def out_features(self) -> int:
@@ -74,7 +78,7 @@ class Weights:
         """The same in plain floating point."""
         if self.format == FLOAT:
             return self
-        return Weights(FLOAT, self.format.widen(self.parts, dtype), self.padding, widened_from=self.format)
+        return replace(self, format=FLOAT, parts=self.format.widen(self.parts, dtype), widened_from=self.format)
 
     def padded(self) -> "Weights":
         """With zero channels appended, up to the multiple that kernels require."""
@@ -94,6 +98,7 @@ class WeightScheme:
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
         scale_dtype: of scales of groups in the checkpoint; float32, which holds the others, if only its tensors tell.
+        pattern: of each row; 2:4 in the checkpoints of others.
     """
 
     format: WeightFormat = FLOAT
@@ -101,6 +106,7 @@ class WeightScheme:
     strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
     scale_dtype: torch.dtype = torch.float32
+    pattern: Pattern = TWO_OF_FOUR
 
     def __str__(self) -> str:
         values = f"{self.format.name} weights{' with their zeros' if self.dense else ''}"
@@ -113,7 +119,12 @@ class WeightScheme:
     @classmethod
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
-        return cls(schema.weight_format, activations=schema.input_dtype)
+        return cls(schema.weight_format, activations=schema.input_dtype, pattern=schema.pattern)
+
+    @property
+    def column_multiple(self) -> int:
+        """A tensor-parallel cut may fall between columns at multiples of this."""
+        return lcm(self.format.column_multiple, self.pattern.of)
 
     @property
     def quantized(self) -> bool:
@@ -176,8 +187,8 @@ class WeightScheme:
             None if the linear was stored plain and is not 2:4, see `dense_weight`.
 
         Raises:
-            ValueError: a scale that is not finite, or a bitmask that is not 2:4. Scales of zero or less are as good as
-                others: a value is multiplied by them.
+            ValueError: a scale that is not finite, or a bitmask without the pattern. Scales of zero or less are as good
+                as others: a value is multiplied by them.
         """
         parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
         if dummy and "bitmask" in parts:
@@ -201,9 +212,9 @@ class WeightScheme:
                 return None
             compressed, parts["bitmask"] = found
             parts["compressed"] = self.format.pack(compressed) if isinstance(self.format, IntFormat) else compressed
-        weights = Weights(self.format, parts)
+        weights = Weights(self.format, parts, pattern=self.pattern)
         weights = (weights if self.keeps_format else weights.widened(served)).padded()
-        if fault := sparse24.check_bitmask(weights.parts["bitmask"]):
+        if fault := sparse24.check_bitmask(weights.parts["bitmask"], pattern=self.pattern):
             raise ValueError(fault)
         return weights
 
@@ -217,27 +228,27 @@ class WeightScheme:
         return self.format.values(parts, served)
 
 
-def misfit(weight_format: WeightFormat, columns: int) -> str | None:
-    """Why a linear with `columns` input channels cannot be stored in a format, with the way out; or None."""
-    multiple = weight_format.column_multiple
+def misfit(scheme: WeightScheme, columns: int) -> str | None:
+    """Why a linear with `columns` input channels cannot be stored so, with the way out; or None."""
+    multiple = scheme.column_multiple
     if columns % multiple == 0:
         return None
     return (
-        f"{columns} input channels are not a multiple of {multiple}, which {weight_format.name} needs. config.json and "
+        f"{columns} input channels are not a multiple of {multiple}, which {scheme.format.name} needs. config.json and "
         "the weights do not belong together; get both again."
     )
 
 
-def uneven_cut(weight_format: WeightFormat, columns: int, ranks: int) -> str | None:
+def uneven_cut(scheme: WeightScheme, columns: int, ranks: int) -> str | None:
     """Why a rank cannot have its part of the input of a linear that fits as a whole, with the way out; or None."""
-    multiple, here = weight_format.column_multiple, columns // ranks
+    multiple, here = scheme.column_multiple, columns // ranks
     if here % multiple == 0:
         return None
     left = f"{columns} input channels over {ranks} ranks leave {here} each, which is not a multiple of {multiple}"
-    if weight_format.group_size is None:
+    if scheme.format.group_size is None:
         return f"{left}. Use a smaller --tensor-parallel-size."
     return (
-        f"{left}: a group of {weight_format.group_size} channels has one scale ({weight_format.name}). Use a smaller "
+        f"{left}: a group of {scheme.format.group_size} channels has one scale ({scheme.format.name}). Use a smaller "
         "--tensor-parallel-size, or a checkpoint with smaller groups (`ria-vllm compress --group-size`)."
     )
 

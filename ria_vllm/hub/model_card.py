@@ -180,7 +180,7 @@ def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any],
         warn(f"{error} The new card has no retained scores.")
         report = {}
     reported = report_linears(report)
-    source = {"source": reader.config.get("model_type", "a model"), "pattern": "2:4"}
+    source = {"source": reader.config.get("model_type", "a model"), "pattern": str(reader.schema.pattern)}
     recipe = source | reader.schema.recipe
     known = base.get("base_model")
     identity = known if isinstance(known, str) and _name(known) == _name(recipe["source"]) else None
@@ -194,7 +194,7 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
         ("sparsity", f"{plain(recipe['pattern'])}; {zeros:.1%} of the weights of the decoder layers' linears are zero"),
     ]
     if kept := sum("kept" in entry for entry in linears.values()):
-        rows.append(("2:4 already", f"{kept} of them, which kept their zeros"))
+        rows.append((f"{plain(recipe['pattern'])} already", f"{kept} of them, which kept their zeros"))
     if recipe.get("rotate") == "heads":
         fit = rotations and not recipe.get("smooth")
         rotated = "fit only in vLLM with ria-vllm, which rotates them, too" if fit else "do not fit"

@@ -106,8 +106,8 @@ class Encoder:
             scales = _closer_scales(before.format, stored, before.dtype, before.parts["weight_scale"])
             rounded, scales = before.format.quantize(stored, before.dtype, scales)
         self._check(before.name, rounded, before.shape)
-        parts = before.format.encode(rounded, mask, scales)
-        wrong = before.format.check(parts, before.shape)
+        parts = before.format.encode(rounded, mask, scales, self.reader.schema.pattern)
+        wrong = before.format.check(parts, before.shape, self.reader.schema.pattern)
         if wrong:
             raise RiaError(f"{before.name}: cannot be stored as {before.format.name}: {wrong}.")
         return parts

@@ -40,6 +40,7 @@ def layer_config(
         has_bias=moe.has_bias,
         router_weight_on_input=layer.apply_router_weight_on_input,
         input_dtype=scheme.input_dtype,
+        pattern=scheme.pattern,
     )
 
 

@@ -119,9 +119,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             )
         self.sizes = ExpertSizes.of(moe)
         for columns in (self.sizes.hidden, moe.intermediate_size):
-            if reason := misfit(scheme.format, columns):
+            if reason := misfit(scheme, columns):
                 raise RiaError(f"{name}: {reason}")
-        if reason := uneven_cut(scheme.format, moe.intermediate_size, moe.tp_size):
+        if reason := uneven_cut(scheme, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
         self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, orders, self.sizes))

@@ -1,7 +1,7 @@
 """The interfaces of kernels, in vLLM's terms.
 
-`LinearKernel` is for a 2:4 linear and is given a `LinearLayerConfig`; `ExpertsKernel` is for a layer's routed experts
-and is given an `ExpertsLayerConfig`.
+`LinearKernel` is for a pruned linear and is given a `LinearLayerConfig`; `ExpertsKernel` is for a layer's routed
+experts and is given an `ExpertsLayerConfig`.
 
 A kernel is a class that is never instantiated. It holds no state: all it needs to know about a layer is in the config
 and in the tensors that `pack` returns. Ours are listed in `ria_vllm.serve.kernels.registry`; linear kernels of
@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 
 from ria_vllm.format.formats import FORMATS, IntFormat
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.sparse24 import VALUE_DTYPES
 from ria_vllm.format.weight_format import WeightFormat, name_of
 
@@ -33,6 +34,7 @@ class LinearLayerConfig:
             `ria_vllm.serve.kernels.int8_inputs` defines it; then the weights are integers. Where tensor parallelism
             cuts the input, each rank rounds its own channels by their largest. None: inputs are not rounded. Kernels
             round the inputs of fp8 weights to fp8 in any case.
+        pattern: of the weights' bitmask.
     """
 
     device: torch.device
@@ -41,6 +43,7 @@ class LinearLayerConfig:
     out_features: int
     in_features: int
     input_dtype: torch.dtype | None = None
+    pattern: Pattern = TWO_OF_FOUR
 
     @property
     def group_size(self) -> int | None:
@@ -49,8 +52,8 @@ class LinearLayerConfig:
 
     def __str__(self) -> str:
         return (
-            f"a {self.out_features} x {self.in_features} layer with {self.weight_format.name} weights and "
-            f"{_activations(self)} on {self.device}"
+            f"a {self.out_features} x {self.in_features} layer with {_weights(self)} and {_activations(self)} on "
+            f"{self.device}"
         )
 
 
@@ -67,17 +70,23 @@ def cannot_decode(config: "LinearLayerConfig | ExpertsLayerConfig") -> str | Non
     return None
 
 
+def _weights(config: "LinearLayerConfig | ExpertsLayerConfig") -> str:
+    pattern = "" if config.pattern == TWO_OF_FOUR else f" {config.pattern}"
+    return f"{config.weight_format.name}{pattern} weights"
+
+
 def _activations(config: "LinearLayerConfig | ExpertsLayerConfig") -> str:
     rounded = "" if config.input_dtype is None else f" (rounded to {name_of(config.input_dtype)})"
     return f"{name_of(config.act_dtype)} activations{rounded}"
 
 
 class LinearKernel(Protocol):
-    """The product y[..., N] = x[..., p] @ W^T + bias for a 2:4 weight W [N, K], accumulated in float32.
+    """The product y[..., N] = x[..., p] @ W^T + bias for a pruned weight W [N, K], accumulated in float32.
 
     Attributes:
         name: what RIA_VLLM_BACKEND and the log call it.
         is_fallback: it is correct but slow. Other kernels are preferred, even if they need the weights widened.
+        patterns: the patterns that it may be asked for; those of a kernel without this attribute are 2:4 alone.
     """
 
     name: ClassVar[str]
@@ -102,8 +111,8 @@ class LinearKernel(Protocol):
         shapes and dtypes.
 
         Args:
-            parts: the tensors of `config.weight_format` by name. Their shapes and dtypes fit, the bitmask is 2:4, and
-                scales are finite; they may be zero.
+            parts: the tensors of `config.weight_format` by name. Their shapes and dtypes fit, the bitmask has
+                the pattern, and scales are finite; they may be zero.
         """
 
     @staticmethod
@@ -164,6 +173,7 @@ class ExpertsLayerConfig:
         activation: between the products.
         has_bias: both products have one.
         input_dtype: as in `LinearLayerConfig`, for both products.
+        pattern: likewise.
         router_weight_on_input: the router's weights multiply the tokens, before the first product and rounded to
             `act_dtype`, instead of the experts' results. Each token then has one expert: k = 1.
     """
@@ -178,6 +188,7 @@ class ExpertsLayerConfig:
     has_bias: bool = False
     router_weight_on_input: bool = False
     input_dtype: torch.dtype | None = None
+    pattern: Pattern = TWO_OF_FOUR
 
     @property
     def gate_up_rows(self) -> int:
@@ -193,12 +204,12 @@ class ExpertsLayerConfig:
     def __str__(self) -> str:
         return (
             f"a layer of {self.num_experts} experts ({self.hidden_size} x {self.intermediate_size}) with "
-            f"{self.weight_format.name} weights and {_activations(self)} on {self.device}"
+            f"{_weights(self)} and {_activations(self)} on {self.device}"
         )
 
 
 class ExpertsKernel(Protocol):
-    """The sum over a token's experts of router weight * down(activation(gate(x), up(x))), with 2:4 weights.
+    """The sum over a token's experts of router weight * down(activation(gate(x), up(x))), with pruned weights.
 
     Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`. With an
     `input_dtype`, each token is rounded before the first product, and the channels between the products before the
@@ -207,6 +218,7 @@ class ExpertsKernel(Protocol):
     Attributes:
         name: what RIA_VLLM_BACKEND and the log call it.
         is_fallback: it is correct but slow. Other kernels are preferred, even if they need the weights widened.
+        patterns: as in `LinearKernel`.
     """
 
     name: ClassVar[str]
@@ -237,8 +249,8 @@ class ExpertsKernel(Protocol):
             gate_up: the tensors of `config.weight_format` by name, each with the experts as first dimension: of a
                 weight [E, 2 I, H], the I rows of gate before those of up, or [E, I, H] without a gate. The rows of gate
                 and of up are in the order in which the expert's down takes its columns. Columns are padded with zeros
-                to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks are 2:4, and scales
-                are finite; they may be zero.
+                to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks have the
+                pattern, and scales are finite; they may be zero.
             down: the same of a weight [E, H, I], columns padded likewise.
             gate_up_bias: [E, 2 I] or [E, I], `config.act_dtype`, if and only if `config.has_bias`.
             down_bias: [E, H], likewise.

@@ -9,6 +9,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
 
@@ -52,6 +53,31 @@ class Choice(Generic[Kernel, Config]):
 def widened(config: Config) -> Config:
     """The same layer with its weights as floating point, whose inputs are not rounded."""
     return replace(config, weight_format=FLOAT, input_dtype=None)
+
+
+def reason_against_pattern(
+    kernel: type[LinearKernel] | type[ExpertsKernel], config: LinearLayerConfig | ExpertsLayerConfig
+) -> str | None:
+    """Why the kernel cannot serve the layer's pattern, or None. One that was written for 2:4 alone must not be asked:
+    it would read positions that are not there."""
+    patterns = getattr(kernel, "patterns", (TWO_OF_FOUR,))
+    if config.pattern in patterns:
+        return None
+    return f"no {config.pattern} weights; {', '.join(map(str, patterns))} only"
+
+
+def refuse_on_gpus(pattern: Pattern, where: str) -> None:
+    """Refuse to serve a folder on GPUs if they cannot multiply its pattern: any other way would be slow.
+
+    Raises:
+        RiaError: the folder `where` has such a pattern.
+    """
+    if pattern != TWO_OF_FOUR:
+        raise RiaError(
+            f"{where} is pruned to {pattern}, which only CPUs serve: sparse tensor cores multiply {TWO_OF_FOUR}. "
+            f"Compress the model for GPUs (`ria-vllm compress --pattern {TWO_OF_FOUR}`), or serve the dense folder "
+            "that `ria-vllm export` writes."
+        )
 
 
 def choose(

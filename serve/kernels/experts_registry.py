@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 
 from ria_vllm.format import sparse24
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels import choice, int8_inputs, registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsKernel, ExpertsLayerConfig
@@ -41,11 +42,17 @@ def explain(config: ExpertsLayerConfig) -> list[tuple[str, str | None]]:
 
 def reason_against(kernel: type[ExpertsKernel], config: ExpertsLayerConfig) -> str | None:
     """Why the kernel cannot serve the layer, or None."""
-    reason = kernel.is_supported(config.device)
+    reason = kernel.is_supported(config.device) or choice.reason_against_pattern(kernel, config)
     reason = kernel.can_implement(config) if reason is None else reason
     if reason is None:
         reason = self_test(
-            kernel, config.device, config.act_dtype, config.weight_format, config.activation, config.input_dtype
+            kernel,
+            config.device,
+            config.act_dtype,
+            config.weight_format,
+            config.activation,
+            config.input_dtype,
+            config.pattern,
         )
     return reason
 
@@ -58,6 +65,7 @@ def self_test(
     weight_format: WeightFormat,
     activation: Activation,
     input_dtype: torch.dtype | None = None,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> str | None:
     """What goes wrong when the kernel computes a few small experts in this format on this device, or None.
 
@@ -73,6 +81,7 @@ def self_test(
         activation,
         has_bias=True,
         input_dtype=input_dtype,
+        pattern=pattern,
     )
     try:
         # On the CPU and in float32, whatever defaults vLLM has set while it builds or loads a model.
@@ -83,8 +92,9 @@ def self_test(
             experts = []
             for _ in range(_EXPERTS):
                 weight = torch.randn(rows, columns, **options).to(device) / columns**0.5
-                mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
-                experts.append(weight_format.encode(*_quantized(weight * mask, weight_format, act_dtype, mask)))
+                mask = sparse24.mask_from_bitmask(sparse24.compress(weight, None, pattern)[1])
+                quantized = _quantized(weight * mask, weight_format, act_dtype, mask)
+                experts.append(weight_format.encode(*quantized, pattern))
             return {name: torch.stack([parts[name] for parts in experts]) for name in experts[0]}
 
         gate_up = random_weight(config.gate_up_rows, _HIDDEN)

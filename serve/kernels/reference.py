@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import LinearLayerConfig, cannot_decode
 
@@ -62,6 +63,7 @@ class ReferenceKernel:
 
     name: ClassVar[str] = "reference"
     is_fallback: ClassVar[bool] = True
+    patterns: ClassVar[tuple[Pattern, ...]] = tuple(PATTERNS.values())
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
 
@@ -117,6 +118,7 @@ class ReferenceExpertsKernel:
 
     name: ClassVar[str] = "reference"
     is_fallback: ClassVar[bool] = True
+    patterns: ClassVar[tuple[Pattern, ...]] = tuple(PATTERNS.values())
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:

@@ -9,6 +9,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import sparse24
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels import choice, int8_inputs
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
@@ -83,10 +84,12 @@ def explain(config: LinearLayerConfig) -> list[tuple[str, str | None]]:
 
 def reason_against(kernel: type[LinearKernel], config: LinearLayerConfig) -> str | None:
     """Why the kernel cannot serve the layer, or None."""
-    reason = kernel.is_supported(config.device)
+    reason = kernel.is_supported(config.device) or choice.reason_against_pattern(kernel, config)
     reason = kernel.can_implement(config) if reason is None else reason
     if reason is None:
-        reason = self_test(kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype)
+        reason = self_test(
+            kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype, config.pattern
+        )
     return reason
 
 
@@ -97,6 +100,7 @@ def self_test(
     act_dtype: torch.dtype,
     weight_format: WeightFormat,
     input_dtype: torch.dtype | None = None,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> str | None:
     """What goes wrong when the kernel multiplies something small in this format on this device, or None.
 
@@ -104,7 +108,7 @@ def self_test(
     layer. A kernel that takes no small layer is not tested.
     """
     for side in _SELF_TEST_SIDES:
-        config = LinearLayerConfig(device, act_dtype, weight_format, side, side, input_dtype)
+        config = LinearLayerConfig(device, act_dtype, weight_format, side, side, input_dtype, pattern)
         if side % weight_format.column_multiple == 0 and kernel.can_implement(config) is None:
             break
     else:
@@ -115,9 +119,9 @@ def self_test(
         generator = torch.Generator("cpu").manual_seed(0)
         options = {"generator": generator, "device": "cpu", "dtype": torch.float32}
         weight = torch.randn(side, side, **options).to(device)
-        mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+        mask = sparse24.mask_from_bitmask(sparse24.compress(weight, None, pattern)[1])
         weight, scales = weight_format.quantize((weight * mask).to(act_dtype), act_dtype)
-        parts = weight_format.encode(weight, mask, scales)
+        parts = weight_format.encode(weight, mask, scales, pattern)
         x = torch.randn(8, side, **options).to(device, act_dtype)
         y = kernel.apply(config, x, kernel.pack(config, parts), None, None)
         expected, tolerance = int8_inputs.product(x, weight_format, parts, None, input_dtype is not None), 0.1
@@ -148,7 +152,13 @@ def choose_and_pack(
 ) -> tuple[Choice, tuple[torch.Tensor, ...]]:
     """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
     config = LinearLayerConfig(
-        weights.device, dtype, weights.format, weights.out_features, weights.in_features, input_dtype
+        weights.device,
+        dtype,
+        weights.format,
+        weights.out_features,
+        weights.in_features,
+        input_dtype,
+        weights.pattern,
     )
     choice = choose(config)
     if choice.widened_from is not None:

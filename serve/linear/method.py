@@ -105,8 +105,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self.scheme = self.linears[0].scheme
-        weight_format, ranks = self.scheme.format, input_size // input_size_per_partition
-        if reason := misfit(weight_format, input_size) or uneven_cut(weight_format, input_size, ranks):
+        ranks = input_size // input_size_per_partition
+        if reason := misfit(self.scheme, input_size) or uneven_cut(self.scheme, input_size, ranks):
             raise RiaError(f"{self.prefix}: {reason}")
         if any(linear.scheme != self.scheme for linear in self.linears):
             raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")

@@ -118,7 +118,7 @@ def rows_of(count: int) -> torch.Tensor:
 
 def channels_of(expert: int, count: int, scheme: WeightScheme) -> slice:
     """The channels that an expert's gate and up have a proof of, of so many."""
-    width = min(lcm(CHANNELS, scheme.format.column_multiple), count)
+    width = min(lcm(CHANNELS, scheme.column_multiple), count)
     start = width * (expert % max(1, count // max(1, width)))
     return slice(start, start + width)
 
@@ -140,7 +140,9 @@ def _sampled(
             return scheme.dense_weight(cut, [len(rows)], torch.float32)
         width = columns.stop - columns.start
         shapes = {name: spec.shape(len(rows), width) for name, spec in scheme.tensors(torch.float32).items()}
-        if any(tuple(cut[name].shape) != shape for name, shape in shapes.items()) or check_bitmask(cut["bitmask"]):
+        if any(tuple(cut[name].shape) != shape for name, shape in shapes.items()):
+            return None
+        if check_bitmask(cut["bitmask"], pattern=scheme.pattern):
             return None
         if "weight_scale" in cut:
             cut["weight_scale"] = row_scales(cut["weight_scale"], [len(rows)])

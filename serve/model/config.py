@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from ria_vllm import vllm_quirks
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
@@ -22,6 +23,7 @@ from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_stacked, experts_by_name, plain_experts
 from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
+from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
@@ -134,6 +136,8 @@ class RiaConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read what producers must know before the first weight arrives: names and permutations."""
         self.where = str(model_name)
+        if not current_platform.is_cpu():
+            refuse_on_gpus(self.schema.pattern, self.where)
         self.rearranged = vllm_quirks.rearranged(hf_config)
         text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
         self.one_head = getattr(text_config, "num_attention_heads", None) == 1

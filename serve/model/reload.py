@@ -199,7 +199,8 @@ def _headers(model: str, revision: str | None) -> WeightHeaders:
 def _form(schema: RiaSchema) -> str:
     """How the pruned linears of a folder are stored."""
     inputs = schema.input_dtype
-    return f"{schema.weight_format.name} weights and {'unrounded' if inputs is None else name_of(inputs)} inputs"
+    rounded = "unrounded" if inputs is None else name_of(inputs)
+    return f"{schema.pattern} {schema.weight_format.name} weights and {rounded} inputs"
 
 
 def _check_pruned(config: RiaConfig, names: Collection[str], model: str) -> None:

@@ -230,7 +230,7 @@ DAMAGE = [
     (lambda t: t.update({VALUES: t[VALUES].float()}), "dtype float32, expected"),
     (lambda t: t.update({VALUES: t[VALUES].short()}), "dtype int16"),
     (lambda t: t.update({VALUES: t[VALUES][:, 1:].clone()}), "compressed has shape"),
-    (lambda t: t[MASK][3, :1].fill_(255), "row 3, columns 0 to 7: a group of four without"),
+    (lambda t: t[MASK][3, :1].fill_(255), "row 3, columns 0 to 7: a group of 4 without"),
     (lambda t: t.update({f"{NAME}.shape": torch.tensor([[192], [64]])}), "expected 192 x 64"),
 ]
 

@@ -22,8 +22,8 @@ from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.format.sparse24 import mask_from_bitmask
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.run.compress import Settings
-from ria_vllm.offline.run.plan import NOT_24
 
+NOT_24 = "it is not 2:4, as others of the model are (--prune-rest prunes it)"
 UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 TOKENS = torch.randint(2, 258, (2, 48), generator=torch.Generator().manual_seed(3))
 
@@ -161,7 +161,7 @@ def test_forms_of_compressed_tensors(kind, stored, text, tmp_path):
 DAMAGE = {
     "": (lambda t: t.pop("bitmask"), "compressed, weight_scale are in the files; by .*, it should be"),
     "short": (lambda t: t.update(compressed=t["compressed"][:, 4:]), r"compressed is torch.float8_e4m3fn .*, expected"),
-    "mask": (lambda t: t["bitmask"].fill_(255), "a group of four without exactly two kept values"),
+    "mask": (lambda t: t["bitmask"].fill_(255), "a group of 4 without exactly 2 kept values"),
     "nan": (lambda t: t["weight_scale"].fill_(torch.nan), "a weight_scale is not a finite number"),
     "zero": (lambda t: t.update(weight_zero_point=torch.ones(1)), "asymmetric weights are not served"),
 }  # fmt: skip

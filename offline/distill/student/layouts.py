@@ -15,7 +15,7 @@ Part = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Kept:
-    """The kept entries of a 2:4 weight [out, in], in the order in which a checkpoint stores them: [out, in/2].
+    """The kept entries of a pruned weight [out, in], in the order in which a checkpoint stores them: [out, in/2].
 
     Positions are made from the bitmask, a block of rows at a time: it has one bit per entry of the dense weight, and
     indices would have 64 or, kept, 32.
@@ -71,10 +71,12 @@ class Kept:
             return self._known[key]
         bitmask = self.bitmask[rows]
         count, columns = bitmask.shape[0], bitmask.shape[1] * 8
-        first = torch.arange(0, columns, 8, dtype=torch.int32, device=bitmask.device)
+        first = torch.arange(0, columns, 16, dtype=torch.int32, device=bitmask.device)
         row = torch.arange(0, count * columns, columns, dtype=torch.int32, device=bitmask.device)
-        bits = _kept(bitmask.device).index_select(0, bitmask.flatten().int()).view(torch.uint8)
-        places = (bits.view(*bitmask.shape, 4) + first[:, None]).flatten()
+        pairs = bitmask.int().unflatten(1, (-1, 2))
+        numbers = (pairs[..., 0] | pairs[..., 1] << 8).flatten()
+        bits = _kept(bitmask.device).index_select(0, numbers).view(torch.uint8)
+        places = (bits.view(count, -1, 8) + first[:, None]).flatten()
         places = places if self.order is None else self.order.index_select(0, places)
         places.view(count, -1).add_(row[:, None])
         if self._known is not None:
@@ -104,8 +106,9 @@ class Whole:
 
 @lru_cache(maxsize=8)
 def _kept(device: torch.device) -> torch.Tensor:
-    """int32 [256], each four bytes: for each byte of a bitmask, which of its eight columns are kept. (Zeros for illegal
-    bytes.)"""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    places = [row.nonzero().flatten() if int(row.sum()) == 4 else torch.zeros(4, dtype=torch.int64) for row in bits]
-    return torch.stack(places).to(torch.uint8).view(torch.int32).flatten().to(device)
+    """int64 [65536], each eight bytes: for two bytes of a bitmask, which of their 16 columns are kept. (Zeros for
+    illegal ones.)"""
+    bits = torch.arange(1 << 16)[:, None] >> torch.arange(16) & 1
+    places, legal = torch.zeros(1 << 16, 8, dtype=torch.uint8), bits.sum(1) == 8
+    places[legal] = bits[legal].nonzero()[:, 1].view(-1, 8).to(torch.uint8)
+    return places.view(torch.int64).flatten().to(device)

@@ -42,7 +42,7 @@ def test_largest_is_the_head_of_a_sort(count):
     torch.manual_seed(0)
     scores = torch.randint(0, 9, (count, 5, 7)).float()
     expected = scores.sort(dim=0, descending=True).values[:2]
-    assert torch.equal(torch.stack(largest(scores.unbind(0))), expected)
+    assert torch.equal(torch.stack(largest(scores.unbind(0), 2)), expected)
 
 
 @pytest.mark.parametrize("rows", [3, 5000])

@@ -79,8 +79,8 @@ def test_heads_move_together(heads, kv_heads):
     p = search_heads(S, heads, kv_heads, head_dim)
     assert permutation.check(p, heads * head_dim) is None
     assert not isinstance(permutation.head_rows(p, heads, kv_heads), str)  # a string says what is wrong
-    assert retained(S, p) > retained(S, search_heads(S, heads, kv_heads, head_dim, method="heuristic"))
-    assert retained(S, search_heads(S, heads, kv_heads, head_dim, method="heuristic")) > retained(S)
+    assert retained(S, p) > retained(S, search_heads(S, heads, kv_heads, head_dim, {"method": "heuristic"}))
+    assert retained(S, search_heads(S, heads, kv_heads, head_dim, {"method": "heuristic"})) > retained(S)
 
 
 def test_heads_of_one_group_share_what_suits_their_sum():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.transforms import rotation
 
@@ -75,7 +76,7 @@ def test_the_loss_is_that_of_every_entry():
     )  # fmt: skip
     rotations = orthogonal(KV, 8)
     generator = torch.Generator().manual_seed(6)
-    mean = sum(float(rotation._lost(heads, rotations.float(), generator)) for _ in range(60)) / 60
+    mean = sum(float(rotation._lost(heads, rotations.float(), generator, TWO_OF_FOUR)) for _ in range(60)) / 60
     assert mean == pytest.approx(lost(heads, rotations, 60), rel=0.01)
 
 

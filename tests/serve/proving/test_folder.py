@@ -120,7 +120,7 @@ def test_other_weights_than_were_written_are_named(copy):
 def test_linears_that_cannot_be_read_or_served_are_named(copy, monkeypatch):
     rewrite(copy / SINGLE_FILE, lambda tensors: tensors[f"{DOWN}.bitmask"].fill_(1))
     found = run(copy)
-    assert found.exit_code == 1 and f"{DOWN}: row 0, columns 0 to 7: a group of four without exactly" in proved(
+    assert found.exit_code == 1 and f"{DOWN}: row 0, columns 0 to 7: a group of 4 without exactly" in proved(
         found.output
     )
     monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
