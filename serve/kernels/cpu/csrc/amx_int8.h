@@ -1,5 +1,6 @@
 // AMX with activations that are rounded to int8, for gemm_amx.h: a step is two blocks of the packed form, 64 columns.
-// Four columns become a row of a tile: a unit two rows, and one of 8:16 matrices four. Both sides are signed, so nothing is offset.
+// Four columns become a row of a tile: a unit two rows, and one of 8:16 matrices four. Both sides are signed, so
+// nothing is offset.
 //
 // The sums are exact, as those of gemm_int8.h, and those of sections are scaled and added up in the same way. So both
 // give the same bits, and few tokens take that one.
@@ -41,13 +42,14 @@ template <int kBits>
                                                      uint8_t* to) {
   using Traits = Avx512Of16Traits;
   __m512i even = weights_of<Traits, kBits>(first), odd = weights_of<Traits, kBits>(second);
-  Traits::transpose_lanes(even, odd);  // [rows][8]
+  Traits::transpose_lanes(even, odd);                       // [rows][8]
   const auto expand = [&](__m512i weights, int64_t rows) {  // four of them, [row][16 columns]
     return _mm512_maskz_expand_epi8(Traits::mask(masks + 2 * rows), weights);
   };
   const auto upper = [](__m512i v) { return _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)); };
   const __m512i a = expand(even, 0), b = expand(upper(even), 4), c = expand(odd, 8), d = expand(upper(odd), 12);
-  const __m512i firsts = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), seconds = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+  const __m512i firsts = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14),
+                seconds = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
   const auto store = [&](__m512i low, __m512i high, uint8_t* to) {  // [row][4 columns], twice, of the rows' halves
     _mm512_store_si512(to, _mm512_permutex2var_epi64(low, firsts, high));
     _mm512_store_si512(to + kCacheLine, _mm512_permutex2var_epi64(low, seconds, high));

@@ -24,7 +24,7 @@ struct Avx512Of16Traits : Avx512VnniTraits {
   static void transpose_lanes(__m512i& a, __m512i& b) {
     const __m512i low = _mm512_set1_epi64(0xffffffff);
     const __m512i first = _mm512_ternarylogic_epi64(low, a, _mm512_slli_epi64(b, 32), 0xea);  // (low & a) | shifted
-    b = _mm512_ternarylogic_epi64(low, b, _mm512_srli_epi64(a, 32), 0xae);  // (~low & b) | shifted
+    b = _mm512_ternarylogic_epi64(low, b, _mm512_srli_epi64(a, 32), 0xae);                    // (~low & b) | shifted
     a = first;
   }
   static void positions(const uint8_t* masks, Positions (&to)[2]) {

@@ -79,16 +79,19 @@ struct Layout {
   int64_t pattern = 4;                 // half of each so many columns are kept: 4, or 16 with int8 activations
 
   static Layout of(const Header& header) {
-    return {header.rows,        header.columns,
-            header.dtype,       header.group_size,
-            header.scale_dtype, header.int8_activations != 0,
+    return {header.rows,       header.columns,     header.dtype,
+            header.group_size, header.scale_dtype, header.int8_activations != 0,
             header.pattern};
   }
   Header header() const {
-    return {Header::kMagic,   rows,
-            columns,          dtype,
-            scale_dtype,      static_cast<uint32_t>(group_size),
-            int8_activations, static_cast<uint32_t>(pattern),
+    return {Header::kMagic,
+            rows,
+            columns,
+            dtype,
+            scale_dtype,
+            static_cast<uint32_t>(group_size),
+            int8_activations,
+            static_cast<uint32_t>(pattern),
             {}};
   }
   // Whether a header is that of a layout.

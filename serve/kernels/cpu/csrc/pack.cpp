@@ -89,7 +89,8 @@ void pack_unit_of_16(const Layout& layout, const uint8_t* values, const uint8_t*
     const uint8_t value = layout.dtype == Dtype::int8 ? values[i] : (values[i / 2] >> (i % 2 * 4) & 15) ^ 8;
     put_unit_value(layout.dtype, block + ((unit + i / 4) * strips + strip) * vector_bytes, lane, i % 4, value);
   }
-  uint8_t* masks = block + kBlockGroups * strips * layout.value_bytes() + (unit * strips + 2 * strip) * kUnitPositionBytes;
+  uint8_t* masks =
+      block + kBlockGroups * strips * layout.value_bytes() + (unit * strips + 2 * strip) * kUnitPositionBytes;
   std::memcpy(masks + mask_offset(lane), bitmask, 2);
 }
 

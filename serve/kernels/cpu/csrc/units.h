@@ -11,9 +11,9 @@
 // So each row's four values, and the selectors of its four bytes, are one shift and one AND away from a vector that
 // holds these bytes again and again.
 //
-// An 8:16 matrix has the same values: its groups have 16 columns, of which a row keeps eight, and of two units the first
-// has a row's first four, the second its other four. Instead of the positions of the two units it has, for each strip,
-// which columns are kept: 16 bits for each row, those of the even rows first. So it takes as many bytes.
+// An 8:16 matrix has the same values: its groups have 16 columns, of which a row keeps eight, and of two units the
+// first has a row's first four, the second its other four. Instead of the positions of the two units it has, for each
+// strip, which columns are kept: 16 bits for each row, those of the even rows first. So it takes as many bytes.
 #pragma once
 #include "layout.h"
 
