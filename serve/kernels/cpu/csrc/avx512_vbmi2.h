@@ -29,7 +29,7 @@ struct Avx512Of16Traits : Avx512VnniTraits {
   }
   static void positions(const uint8_t* masks, Positions (&to)[2]) {
     to[0] = positions_of_eight(masks);
-    to[1] = positions_of_eight(masks + 2 * kStripRows / 2);
+    to[1] = positions_of_eight(masks + kStripRows);
     transpose_lanes(to[0], to[1]);
   }
   static Activations broadcast(const uint8_t* p) {

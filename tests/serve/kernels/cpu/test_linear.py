@@ -131,7 +131,7 @@ def test_wrong_arguments_are_refused():
     ids=str,
 )
 def test_a_damaged_header_is_refused(changes):
-    """What is added to its int32s: 0 magic, 4 columns, 6 dtype, 7 of scales, 8 group size, 9 activations, 10 pattern."""
+    """What is added to int32s: 0 magic, 4 columns, 6 dtype, 7 of scales, 8 group size, 9 activations, 10 pattern."""
     (packed,) = random_weight(32, 128, INT4).packed_by(CpuKernel).packed
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
     torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
