@@ -68,7 +68,8 @@ def print_inventory(inventory: Inventory) -> None:
 def _words(values: Values) -> str:
     scales = "" if values.group_size is None else f", a scale for {values.group_size} columns of a row"
     inputs = "" if values.inputs is None else f"; inputs are rounded to {values.inputs}, token by token"
-    return f"{values.scheme}: {values.format}, {values.bits_per_weight:.2f} bits per weight{scales}{inputs}"
+    bits = f"{values.format}, {values.bits_per_weight:.2f} bits per weight"
+    return f"{values.scheme}, {values.pattern}: {bits}{scales}{inputs}"
 
 
 def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:

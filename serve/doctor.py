@@ -153,6 +153,9 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> Non
             "--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more)."
         )
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    pattern = TWO_OF_FOUR if reader is None else reader.schema.pattern
+    if kind == "cuda":
+        refuse_on_gpus(pattern, printable(str(out)))
     place = torch.device(kind, 0) if kind == "cuda" else torch.device("cpu")
     rows = [
         ("ria-vllm", __version__),
@@ -164,9 +167,6 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> Non
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme]
-    pattern = TWO_OF_FOUR if reader is None else reader.schema.pattern
-    if reader is not None and kind == "cuda":
-        refuse_on_gpus(pattern, printable(str(out)))
     layer = {"input_dtype": input_dtype, "pattern": pattern}
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)

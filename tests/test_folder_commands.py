@@ -44,11 +44,11 @@ def test_inspect_counts_the_bytes_that_are_there(pruned_llama):
     assert totals["ratio"] == pytest.approx(totals["bytes"] / totals["dense_bytes"])
     weights = sum(pruned_llama.dense[entry["name"] + ".weight"].numel() for entry in found["linears"])
     bits = 8 * totals["linear_bytes"] / weights
-    values = {"scheme": "BF16"}
+    values = {"scheme": "BF16", "pattern": "2:4"}
     values |= {"format": "bfloat16", "group_size": None, "bits_per_weight": pytest.approx(bits), "inputs": None}
     assert found["values"] == values and 9 < bits < 9.5
-    assert f"their values:   BF16: bfloat16, {bits:.2f} bits per weight\n" in run(inspect, pruned_llama.folder).output
     shown = run(inspect, pruned_llama.folder).output
+    assert f"their values:   BF16, 2:4: bfloat16, {bits:.2f} bits per weight\n" in shown
     assert all(name in shown for name in (Q, DOWN, GATE, "4 folded, 6 gathered, 4 none", "lm_head", "magnitude"))
     assert totals["linears"] == 14 and totals["sparsity"] == pytest.approx(0.5, abs=0.01)
 

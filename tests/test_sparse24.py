@@ -3,26 +3,44 @@
 import pytest
 import torch
 
-from ria_vllm.format import sparse24
+from ria_vllm.format import plain24, sparse24
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
+
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=str)
 
 
-def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+def random_mask(rows: int, columns: int, seed: int = 0, pattern=TWO_OF_FOUR) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(rows, columns // 4, 4, generator=generator).argsort(-1)
-    return (order < 2).view(rows, columns)
+    order = torch.rand(rows, columns // pattern.of, pattern.of, generator=generator).argsort(-1)
+    return (order < pattern.kept).view(rows, columns)
 
 
+@each_pattern
 @pytest.mark.parametrize("dtype", sparse24.VALUE_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (7, 128), (33, 192)])
-def test_round_trip_is_exact(dtype, shape):
-    mask = random_mask(*shape)
+def test_round_trip_is_exact(dtype, shape, pattern):
+    mask = random_mask(*shape, pattern=pattern)
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    compressed, bitmask = sparse24.compress(dense, mask)
+    compressed, bitmask = sparse24.compress(dense, mask, pattern)
     assert compressed.shape == (shape[0], shape[1] // 2) and compressed.dtype == dtype
     assert bitmask.shape == (shape[0], shape[1] // 8) and bitmask.dtype == torch.uint8
-    assert sparse24.check_bitmask(bitmask, shape) is None
+    assert sparse24.check_bitmask(bitmask, shape, pattern) is None
     assert torch.equal(sparse24.decompress(compressed, bitmask), dense * mask)
     assert torch.equal(sparse24.mask_from_bitmask(bitmask), mask)
+    assert torch.equal(plain24.bitmask_of(dense * mask, pattern), bitmask)
+
+
+@each_pattern
+def test_a_pattern_is_each_wider_one_and_no_narrower_one(pattern):
+    """Half of each 8 columns alone, so that the last eight of 8 x 3 are decompressed, too."""
+    _, bitmask = sparse24.compress(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)), None, pattern)
+    for other in PATTERNS.values():
+        wrong = sparse24.check_bitmask(bitmask, pattern=other)
+        assert (wrong is None) == (other.of >= pattern.of)
+        assert wrong is None or f"a group of {other.of} without exactly {other.kept} kept values" in wrong
+    if pattern.of <= 8:
+        dense, mask = torch.randn(3, 24, generator=torch.Generator().manual_seed(2)), random_mask(3, 24, 3, pattern)
+        assert torch.equal(sparse24.decompress(*sparse24.compress(dense, mask, pattern)), dense * mask)
 
 
 def test_bits_and_values_lie_where_the_format_says():
@@ -83,15 +101,16 @@ def test_columns_in_multiples_of_eight():
         sparse24.compress(torch.randn(2, 60))
 
 
-def test_every_single_bit_flip_of_the_bitmask_is_caught():
-    _, bitmask = sparse24.compress(torch.randn(3, 64, generator=torch.Generator().manual_seed(9)))
+@each_pattern
+def test_every_single_bit_flip_of_the_bitmask_is_caught(pattern):
+    _, bitmask = sparse24.compress(torch.randn(3, 64, generator=torch.Generator().manual_seed(9)), None, pattern)
     for row in range(3):
         for byte in range(8):
             for bit in range(8):
                 flipped = bitmask.clone()
                 flipped[row, byte] ^= 1 << bit
-                wrong = sparse24.check_bitmask(flipped)
-                assert wrong is not None and f"row {row}, columns {8 * byte} to" in wrong
+                wrong, wide = sparse24.check_bitmask(flipped, pattern=pattern), max(8, pattern.of)
+                assert wrong is not None and f"row {row}, columns {8 * byte // wide * wide} to" in wrong
 
 
 @pytest.mark.parametrize(

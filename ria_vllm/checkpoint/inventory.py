@@ -53,6 +53,7 @@ class Values:
     """How the pruned linears' values are stored.
 
     scheme: W8A8, say; BF16: the model's own dtype.
+    pattern: 2:4, say.
     format: its name, as kernels call it; a dtype if they are plain floating point.
     group_size: stored columns of a row that share a scale; None: a scale belongs to a whole row, or there is none.
     bits_per_weight: of the dense matrix; all tensors are counted, permutations, too.
@@ -60,6 +61,7 @@ class Values:
     """
 
     scheme: str
+    pattern: str
     format: str
     group_size: int | None
     bits_per_weight: float
@@ -144,6 +146,7 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
     )
     values = Values(
         scheme=schema.scheme,
+        pattern=str(schema.pattern),
         format=", ".join(sorted({e.dtype for e in entries})),
         group_size=schema.weight_format.group_size,
         bits_per_weight=8 * linear_bytes / sum(e.shape[0] * e.shape[1] for e in entries),

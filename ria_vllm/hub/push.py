@@ -108,7 +108,7 @@ def upload(files: Mapping[str, Path], repository: str, private: bool, revision: 
             click.echo(f"weights of an older model, deleted there: {printable(', '.join(stale))}")
         operations: list[Any] = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, _content(path, repository)) for name, path in files.items()]
-        message = "Upload a model pruned to 2:4 by ria-vllm"
+        message = "Upload a model pruned by ria-vllm"
         api.create_commit(repository, operations, commit_message=message, revision=revision)
         # A .gitignore in the repository makes the Hub skip files silently.
         missing = sorted(set(files) - set(api.list_repo_files(repository, revision=revision)))

@@ -148,7 +148,7 @@ class LoadReport:
             )  # fmt: skip
         if choice.widened_from is not None and get_tensor_model_parallel_rank() == 0:
             logger.warning_once(
-                "Weights in %s are widened to %s 2:4, because no kernel for %s multiplies them as the checkpoint "
+                "Weights in %s are widened to %s, because no kernel for %s multiplies them as the checkpoint "
                 "wants: the answers are right, but the weights take the memory of %s.",
                 choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
             )  # fmt: skip

@@ -9,6 +9,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from ria_vllm.format import permutation
 from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.sparse24 import compress, mask_from_bitmask
 from ria_vllm.serve.load.folding import fold
@@ -38,10 +39,13 @@ class StoredMixture:
     orders: "shared": gate and up of all experts share one; "linear": each has its own; "none".
     """
 
-    def __init__(self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False):
+    def __init__(
+        self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False, pattern="2:4"
+    ):
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors, self.plain, self.permutations, self.bias = {}, {}, {}, {}
         self.weight_format, self.folds, self.has_bias, self.rounded = weight_format, folds, bias, rounded
+        self.pattern = PATTERNS[pattern]
         shared = torch.randperm(HIDDEN, generator=self.rng)
         for e in range(EXPERTS):
             for kind, end in KINDS.items():
@@ -59,9 +63,9 @@ class StoredMixture:
 
     def _add(self, name, rows, columns, p):
         weight = torch.randn(rows, columns, generator=self.rng) / columns**0.5 * 1.5
-        mask = mask_from_bitmask(compress(weight)[1])
+        mask = mask_from_bitmask(compress(weight, None, self.pattern)[1])
         weight, scales = self.weight_format.quantize(weight * mask, torch.float32)
-        parts = self.weight_format.encode(weight, mask, scales)
+        parts = self.weight_format.encode(weight, mask, scales, self.pattern)
         self.tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         self.tensors[f"{name}.shape"] = torch.tensor([[rows], [columns]])
         self.plain[name] = weight.double()
@@ -84,7 +88,8 @@ class StoredMixture:
         )  # fmt: skip
         quantization = self.weight_format.quantization
         schema = RiaSchema(
-            sparsity_config=SparsityConfig(), experts=[experts], folds=[rule] if self.folds else [],
+            sparsity_config=SparsityConfig(sparsity_structure=str(self.pattern)),
+            experts=[experts], folds=[rule] if self.folds else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
             input_activations=INT8_TOKENS if self.rounded else None,
         )  # fmt: skip

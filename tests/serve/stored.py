@@ -4,6 +4,7 @@ import torch
 
 from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.load.folding import fold
 from ria_vllm.serve.model.config import RiaConfig
@@ -15,16 +16,16 @@ class Stored:
     rounded: config.json says that activations are rounded to int8, or to fp8 if the weights are.
     """
 
-    def __init__(self, seed=0, weight_format=FLOAT, rounded=False):
+    def __init__(self, seed=0, weight_format=FLOAT, rounded=False, pattern="2:4"):
         self.rng = torch.Generator().manual_seed(seed)
-        self.weight_format, self.rounded = weight_format, rounded
+        self.weight_format, self.rounded, self.pattern = weight_format, rounded, pattern
         self.tensors, self.plain, self.bias, self.orders = {}, {}, {}, {}
 
     def add(self, name, rows, columns, order=None):
         weight = torch.randn(rows, columns, generator=self.rng) / columns**0.5
-        mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
+        mask = sparse24.mask_from_bitmask(sparse24.compress(weight, None, PATTERNS[self.pattern])[1])
         stored, scales = self.weight_format.quantize(weight * mask, torch.float32)
-        parts = self.weight_format.encode(stored, mask, scales)
+        parts = self.weight_format.encode(stored, mask, scales, PATTERNS[self.pattern])
         self.tensors[name] = parts | {"shape": torch.tensor([[rows], [columns]])}
         self.plain[name] = stored if order is None else stored[:, permutation.invert(order).long()]
         self.bias[name] = torch.randn(rows, generator=self.rng)
@@ -40,7 +41,7 @@ class Stored:
     def config(self, folds=(), ignore=()):
         quantization = self.weight_format.quantization
         schema = RiaSchema(
-            sparsity_config=SparsityConfig(ignore=list(ignore)), folds=list(folds),
+            sparsity_config=SparsityConfig(ignore=list(ignore), sparsity_structure=self.pattern), folds=list(folds),
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
             input_activations=(FP8_TOKENS if self.weight_format == FP8 else INT8_TOKENS) if self.rounded else None,
         )  # fmt: skip

@@ -64,6 +64,7 @@ ROUNDED = {
     "int4-g64 compiled, tied head": (
         "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
     ),
+    "int8, 8:16": ("llama-gqa", {"rounded": True, "weights": "int8", "pattern": "8:16"}, {}),
 }  # fmt: skip
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),

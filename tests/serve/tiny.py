@@ -18,6 +18,7 @@ from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import FORMATS
 from ria_vllm.format.layer_schema import Fold, Producer
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.weight_format import name_of
 
@@ -168,7 +169,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
     dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, head: bool = False,
-    **settings: object,
+    pattern: str = "2:4", **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -200,9 +201,9 @@ def write(
     for name, module in pruned.items():
         p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
         stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
-        mask = sparse24.mask_from_bitmask(sparse24.compress(stored)[1])
+        mask = sparse24.mask_from_bitmask(sparse24.compress(stored, None, PATTERNS[pattern])[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)
-        parts = weight_format.encode(stored, mask, scales)
+        parts = weight_format.encode(stored, mask, scales, PATTERNS[pattern])
         units |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
         units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if scope != "none":
@@ -224,7 +225,7 @@ def write(
             tensor.copy_(tensor.to(dtype))
     ignore = [disk.get(n, n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
     schema = RiaSchema(
-        sparsity_config=SparsityConfig(ignore=ignore),
+        sparsity_config=SparsityConfig(ignore=ignore, sparsity_structure=pattern),
         folds=family.folds() if folds else [],
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,

@@ -14,8 +14,9 @@ from ria_vllm.offline.transforms.assignment import (
 
 
 def brute_kept(columns, index):
-    """[G] float64: gather each group, sort its scores in each row, and sum the two largest."""
-    return columns[index].double().sort(dim=1, descending=True).values[:, :2].sum(dim=(1, 2))
+    """[G] float64: gather each group, sort its scores in each row, and sum the larger half."""
+    kept = index.shape[1] // 2
+    return columns[index].double().sort(dim=1, descending=True).values[:, :kept].sum(dim=(1, 2))
 
 
 def brute_gain(columns, index, position):
@@ -37,26 +38,26 @@ def total(gain, order):
     return gain[range(len(order)), list(order)].sum().item()
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_largest_is_the_head_of_a_sort(count):
+@pytest.mark.parametrize("count, kept", [(3, 2), (4, 2), (15, 8)])
+def test_largest_is_the_head_of_a_sort(count, kept):
     torch.manual_seed(0)
     scores = torch.randint(0, 9, (count, 5, 7)).float()
-    expected = scores.sort(dim=0, descending=True).values[:2]
-    assert torch.equal(torch.stack(largest(scores.unbind(0), 2)), expected)
+    expected = scores.sort(dim=0, descending=True).values[:kept]
+    assert torch.equal(torch.stack(largest(scores.unbind(0), kept)), expected)
 
 
-@pytest.mark.parametrize("rows", [3, 5000])
-def test_kept(rows):
+@pytest.mark.parametrize("rows, group", [(3, 4), (5000, 4), (30, 16)])
+def test_kept(rows, group):
     torch.manual_seed(1)
-    columns, index = torch.rand(20, rows), torch.randperm(20).view(5, 4)
+    columns, index = torch.rand(5 * group, rows), torch.randperm(5 * group).view(5, group)
     torch.testing.assert_close(retained_score(columns, index), brute_kept(columns, index).sum(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 6, 700])
-def test_gain_matrix_against_every_placement(rows):
+@pytest.mark.parametrize("rows, group", [(1, 4), (6, 4), (700, 4), (6, 16)])
+def test_gain_matrix_against_every_placement(rows, group):
     torch.manual_seed(rows)
-    columns, index = torch.rand(24, rows), torch.randperm(24).view(6, 4)
-    for position in range(4):
+    columns, index = torch.rand(6 * group, rows), torch.randperm(6 * group).view(6, group)
+    for position in range(group):
         expected = brute_gain(columns, index, position)
         torch.testing.assert_close(gain_matrix(columns, index, position).double(), expected, rtol=1e-4, atol=1e-4)
 

@@ -5,6 +5,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.transforms.permute import deal, retained, search, search_heads
 
@@ -16,23 +17,28 @@ def scores(rows, channels, seed):
     return torch.randn(rows, channels, generator=draw).abs() * spread * torch.rand(rows, 1, generator=draw)
 
 
-def test_retained_is_the_score_under_the_mask():
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=str)
+
+
+@each_pattern
+def test_retained_is_the_score_under_the_mask(pattern):
     S = scores(13, 48, 0)
     for p in (None, torch.randperm(48, generator=torch.Generator().manual_seed(1))):
         stored = (S if p is None else S[:, p]).double()
-        expected = (stored[mask(stored)].sum() / stored.sum()).item()
-        assert retained(S, p) == pytest.approx(expected, rel=1e-6)
+        expected = (stored[mask(stored, pattern)].sum() / stored.sum()).item()
+        assert retained(S, p, pattern) == pytest.approx(expected, rel=1e-6)
 
 
+@each_pattern
 @pytest.mark.parametrize("seed", range(4))
-def test_search_is_a_permutation_and_never_below_its_starts(seed):
-    S = scores(40, 64, seed)
-    own, dealt = retained(S), retained(S, deal(S.T.contiguous()).flatten())
+def test_search_is_a_permutation_and_never_below_its_starts(seed, pattern):
+    S = scores(40, 128, seed)
+    own, dealt = retained(S, None, pattern), retained(S, deal(S.T.contiguous(), pattern).flatten(), pattern)
     found = {}
     for method in ("none", "heuristic", "lsa"):
-        p = search(S, method, seed=seed)
-        assert p.dtype == torch.int64 and permutation.check(p, 64) is None
-        found[method] = retained(S, p)
+        p = search(S, method, seed=seed, pattern=pattern)
+        assert p.dtype == torch.int64 and permutation.check(p, 128) is None
+        found[method] = retained(S, p, pattern)
     assert found["none"] == own
     assert found["heuristic"] == max(own, dealt)
     assert found["lsa"] > found["heuristic"]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.pruning.admm import output_error
 from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.sparsegpt import sparsegpt
@@ -14,7 +15,7 @@ def layer(out, channels, tokens, seed=0):
     return torch.randn(out, channels, generator=draw), X
 
 
-def reference(W, gram, damping):
+def reference(W, gram, damping, kept=2, group=4):
     """The optimal brain surgeon's own recursion in float64: no Cholesky factor, no blocks.
 
     Columns go left to right. Removing w_j moves the columns to its right by -w_j / G_jj * G_j, G the inverse of H
@@ -26,19 +27,19 @@ def reference(W, gram, damping):
     keep = torch.ones_like(W, dtype=torch.bool)
     inverses = [torch.linalg.inv(H[j:, j:]) for j in range(C)]
     for j in range(C):
-        if j % 4 == 0:
-            costs = torch.stack([W[:, k] ** 2 / inverses[k][0, 0] for k in range(j, j + 4)], dim=1)
-            keep[:, j : j + 4].scatter_(1, costs.topk(2, largest=False).indices, False)
+        if j % group == 0:
+            costs = torch.stack([W[:, k] ** 2 / inverses[k][0, 0] for k in range(j, j + group)], dim=1)
+            keep[:, j : j + group].scatter_(1, costs.topk(group - kept, largest=False).indices, False)
         move = torch.where(keep[:, j], 0.0, W[:, j] / inverses[j][0, 0])
         W[:, j:] -= move[:, None] * inverses[j][0]
     return W * keep, keep
 
 
-@pytest.mark.parametrize("block", [8, 128])
-def test_against_the_recursion(block):
+@pytest.mark.parametrize("block, pattern", [(8, "2:4"), (128, "2:4"), (8, "8:16")])
+def test_against_the_recursion(block, pattern):
     W, X = layer(10, 32, 200)
-    found, keep = sparsegpt(W, X.T @ X, block=block)
-    expected, expected_keep = reference(W, X.T @ X, 0.01)
+    found, keep = sparsegpt(W, X.T @ X, block=block, pattern=PATTERNS[pattern])
+    expected, expected_keep = reference(W, X.T @ X, 0.01, PATTERNS[pattern].kept, PATTERNS[pattern].of)
     assert torch.equal(keep, expected_keep)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 

@@ -8,6 +8,7 @@ from random_experts import ACTIVATIONS, random_experts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FP8, INT8, INTEGERS
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.serve.kernels import choice, experts_registry
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
@@ -64,6 +65,10 @@ def test_each_kernel_passes_the_self_test(kernel, activation):
         (torch.bfloat16, INTEGERS[4, 128], torch.int8),
     ):
         assert experts_registry.self_test(kernel, CONFIG.device, dtype, format, activation, inputs) is None
+    for pattern in PATTERNS.values():
+        config = replace(CONFIG, weight_format=INT8, input_dtype=torch.int8, pattern=pattern, activation=activation)
+        if choice.reason_against_pattern(kernel, config) is None:
+            assert experts_registry.reason_against(kernel, config) is None
 
 
 def wrong_experts(config, gate_up, down, *biases):

@@ -10,6 +10,7 @@ from packed_layers import pack, random_parts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT8, INTEGERS
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
@@ -139,6 +140,25 @@ def test_a_kernel_that_rounds_wrongly_is_passed_over(monkeypatch):
 )
 def test_a_hopper_keeps_fp8(hopper_layers, format, act_dtype, out_features, chosen):
     assert str(registry.choose(layer(format, act_dtype, out_features))) == chosen
+
+
+def test_a_kernel_is_asked_for_the_patterns_that_it_names_alone(monkeypatch):
+    """One that was written for 2:4 would read positions that are not there."""
+
+    class Wide(ReferenceKernel):
+        name, is_fallback = "wide", False
+
+    class Narrow(Wide):
+        name, can_implement = "narrow", None  # asking would raise
+        patterns = (TWO_OF_FOUR,)
+
+    config = replace(layer(INT8, in_features=128), input_dtype=torch.int8, pattern=PATTERNS["8:16"])
+    monkeypatch.setattr(registry, "kernels", lru_cache(lambda: (Narrow, Wide, ReferenceKernel)))
+    assert registry.explain(config)[:2] == [("narrow", "no 8:16 weights; 2:4 only"), ("wide", None)]
+    assert registry.choose(config).kernel is Wide and "int8 8:16 weights" in str(config)
+    del Narrow.patterns
+    monkeypatch.delattr(ReferenceKernel, "patterns")
+    assert registry.explain(config)[0] == ("narrow", "no 8:16 weights; 2:4 only")
 
 
 def test_a_gpus_kernels_are_tried_in_order(monkeypatch):

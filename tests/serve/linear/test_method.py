@@ -58,8 +58,8 @@ def replicated(config, columns=HIDDEN, rows=64, **settings):
     return ReplicatedLinear(columns, rows, quant_config=config, prefix="fc", return_bias=False, **settings)
 
 
-def feed_forward(weight_format=FLOAT, inner=INNER, orders=True, rounded=False):
-    stored = Stored(weight_format=weight_format, rounded=rounded)
+def feed_forward(weight_format=FLOAT, inner=INNER, orders=True, rounded=False, pattern="2:4"):
+    stored = Stored(weight_format=weight_format, rounded=rounded, pattern=pattern)
     shared = stored.order(HIDDEN) if orders else None
     stored.add("gate", inner, HIDDEN, shared)
     stored.add("up", inner, HIDDEN, shared)
@@ -99,20 +99,21 @@ def test_qkv(ranks, monkeypatch, name, size, orders, backend):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "inner", "backend"),
+    ("name", "size", "inner", "backend", "pattern"),
     [
-        ("float", 1, 256, ""), ("float", 4, 256, ""), ("float", 2, 192, ""), ("float", 4, 192, ""),
-        ("int4", 2, 256, ""), ("int8-g64", 4, 256, "reference"), ("int4-g32", 2, 192, ""),
-        ("int8", 2, 192, "reference"),
+        ("float", 1, 256, "", "2:4"), ("float", 4, 256, "", "2:4"), ("float", 2, 192, "", "2:4"),
+        ("float", 4, 192, "", "2:4"), ("int4", 2, 256, "", "2:4"), ("int8-g64", 4, 256, "reference", "2:4"),
+        ("int4-g32", 2, 192, "", "2:4"), ("int8", 2, 192, "reference", "2:4"), ("int8", 4, 192, "", "8:16"),
+        ("int4-g32", 2, 192, "", "4:8"),
     ],
 )  # fmt: skip
-def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, size, inner, backend):
+def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, size, inner, backend, pattern):
     """The rows of gate and up take the order of down's columns; a rank's columns of down keep their scales.
 
     With inner 192 on 2 or 4 ranks each holds 96 or 48 columns, which no kernel takes without padding.
     """
     monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
-    stored = feed_forward(FORMATS[name], inner)
+    stored = feed_forward(FORMATS[name], inner, pattern=pattern)
     config = stored.config([FOLD])
     assert config.folding.folded == {"down"}
     x, total = torch.randn(5, HIDDEN), 0

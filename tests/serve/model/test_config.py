@@ -9,15 +9,25 @@ import pytest
 import torch
 from hypothesis import given
 from mutations import Damaged, damaged, examples, other_run
+from vllm.platforms import current_platform
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.model import config
 from ria_vllm.serve.model.config import RiaConfig
 
 
 @pytest.fixture(scope="module")
 def other(pruned_llama, tmp_path_factory) -> Path:
     return other_run(pruned_llama.folder, tmp_path_factory.mktemp("other") / "run")
+
+
+def test_a_pattern_that_gpus_cannot_multiply_is_refused_there_before_anything_is_loaded(monkeypatch):
+    wide = {"quant_method": "ria", "sparsity_config": {"sparsity_structure": "8:16"}}
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(config, "WeightHeaders", pytest.fail)
+    with pytest.raises(RiaError, match=r"^OUT is pruned to 8:16, .*compress --pattern 2:4`.*`ria-vllm export`"):
+        RiaConfig.from_config(wide).maybe_update_config("OUT")
 
 
 @given(case=damaged)

@@ -80,6 +80,16 @@ def test_a_kernel_that_is_wrong_is_named_with_its_linears(checkpoint, monkeypatc
     assert "  10 pruned linears compute what the checkpoint says" in found.output
 
 
+def test_a_folder_of_another_pattern(tmp_path, monkeypatch):
+    tiny.write(LLAMA, tmp_path / "out", weights="int8", rounded=True, pattern="8:16")
+    found = run(tmp_path / "out", "--scheme", "W8A8")
+    assert found.exit_code == 0 and "14 pruned linears compute what the checkpoint says (" in proved(found.output)
+    assert "int8 weights in 8:16, inputs rounded to int8 on cpu" in found.output
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(RiaError, match=r"out is pruned to 8:16, which only CPUs serve.*--pattern 2:4.*ria-vllm export"):
+        CliRunner().invoke(doctor, [str(tmp_path / "out"), "--device", "cuda"], catch_exceptions=False)
+
+
 def test_a_kernel_that_fails_is_named_with_its_linears(checkpoint, monkeypatch):
     spoil(monkeypatch, failing)
     found = run(checkpoint)

@@ -4,25 +4,29 @@ import pytest
 import torch
 
 from ria_vllm.format import permutation, sparse24
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.distill.student import layouts
 from ria_vllm.offline.distill.student.layouts import Kept, Whole
 
 ROWS, COLUMNS = 24, 64
 
 
-def sparse(permuted: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(a 2:4 weight in the model's own order, its compressed values, its bitmask, the stored order)."""
-    stored = sparse24.decompress(*sparse24.compress(torch.randn(ROWS, COLUMNS)))
-    compressed, bitmask = sparse24.compress(stored)
+def sparse(
+    permuted: bool, pattern: str = "2:4"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(a pruned weight in the model's own order, its compressed values, its bitmask, the stored order)."""
+    dense = torch.randn(ROWS, COLUMNS)
+    compressed, bitmask = sparse24.compress(dense, None, PATTERNS[pattern])
+    stored = dense * sparse24.mask_from_bitmask(bitmask)
     p = torch.randperm(COLUMNS).int() if permuted else None
     return stored if p is None else stored[:, permutation.invert(p).long()], compressed, bitmask, p
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("block", [1 << 20, 5 * COLUMNS])
-def test_what_is_taken_is_what_is_stored(permuted, block, monkeypatch):
+@pytest.mark.parametrize("block, pattern", [(1 << 20, "2:4"), (5 * COLUMNS, "2:4"), (5 * COLUMNS, "8:16")])
+def test_what_is_taken_is_what_is_stored(permuted, block, pattern, monkeypatch):
     monkeypatch.setattr(layouts, "BLOCK", block)
-    weight, compressed, bitmask, p = sparse(permuted)
+    weight, compressed, bitmask, p = sparse(permuted, pattern)
     layout = Kept(bitmask, p)
     assert layout.shape == compressed.shape
     found = torch.cat([layout.take(weight, rows) for rows in layout.rows()])
