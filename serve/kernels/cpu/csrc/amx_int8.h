@@ -176,7 +176,8 @@ constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
 
 template <class VecTraits, int kBits>
 constexpr Int8Products::ByScales amx_int8_kernels_by_scales() {  // measured
-  return {amx_int8_kernels<VecTraits, kBits>(12), amx_int8_kernels<VecTraits, kBits, true>(18),
+  constexpr bool of_16 = VecTraits::kVectors == 2;
+  return {amx_int8_kernels<VecTraits, kBits>(of_16 ? 8 : 12), amx_int8_kernels<VecTraits, kBits, true>(of_16 ? 13 : 18),
           amx_int8_kernels<VecTraits, kBits, true, true>(44)};
 }
 
