@@ -1,4 +1,4 @@
-"""Random layers of 2:4 experts for the tests of kernels, with their result in float64."""
+"""Random layers of pruned experts for the tests of kernels, with their result in float64."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,6 +9,7 @@ from packed_layers import random_parts
 from torch.nn.functional import gelu
 
 from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig
 
@@ -104,21 +105,23 @@ def random_experts(
     format: WeightFormat = FLOAT,
     biased: bool = False,
     seed: int = 0,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> RandomExperts:
     """Columns are padded to multiples of 64 and to whole groups. The tensors are shared by all who ask for the same."""
     config = ExpertsLayerConfig(
-        torch.device("cpu"), dtype, format, experts, hidden, intermediate, activation, has_bias=biased
+        torch.device("cpu"), dtype, format, experts, hidden, intermediate, activation, has_bias=biased, pattern=pattern
     )
     weights = []
     for rows, columns in ((config.gate_up_rows, hidden), (hidden, intermediate)):
         padding = -columns % lcm(64, format.column_multiple)
+        multiple = lcm(format.column_multiple, pattern.of)
         parts, dense = [], []
         for e in range(experts):
             part_seed = seed * 1000 + e * 2 + (rows == hidden)
-            if padding % format.column_multiple:  # a scale's group ends in the padding, whose weights do not matter
-                stored, weight = random_parts(rows, columns + padding, format, dtype, part_seed)
+            if padding % multiple:  # a group ends in the padding, whose weights do not matter
+                stored, weight = random_parts(rows, columns + padding, format, dtype, part_seed, pattern)
             else:
-                stored, weight = random_parts(rows, columns, format, dtype, part_seed)
+                stored, weight = random_parts(rows, columns, format, dtype, part_seed, pattern)
                 stored = format.pad_columns(stored, padding) if padding else stored
             parts.append(stored)
             dense.append(weight[:, :columns])

@@ -15,8 +15,9 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat, name_of
-from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.base import ExpertsLayerConfig, LinearLayerConfig
 
 INSTRUCTION_SET_VARIABLE = "RIA_VLLM_CPU_ISA"
 """Names the instruction set that the kernels use."""
@@ -51,7 +52,7 @@ if LOADED:
         return x.new_empty(*x.shape[:-1], integers.shape[0])
 
     @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False):
+    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False, pattern=4):
         weight_format, dtype = stored_format(compressed, scales, group_size)
         return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
 
@@ -99,8 +100,11 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
     return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 
-def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype: torch.dtype | None) -> str | None:
+def unsupported(config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
     """Why no product here takes these weights and activations, or None."""
+    weight_format, act_dtype, input_dtype = config.weight_format, config.act_dtype, config.input_dtype
+    if config.pattern != TWO_OF_FOUR and input_dtype is None:
+        return f"no {config.pattern} weights without inputs rounded to int8"
     if input_dtype not in (None, torch.int8) or (input_dtype and weight_format == FLOAT):
         return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
@@ -108,6 +112,11 @@ def unsupported(weight_format: WeightFormat, act_dtype: torch.dtype, input_dtype
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
     return None
+
+
+def activation_arguments(config: LinearLayerConfig | ExpertsLayerConfig) -> tuple[bool, int]:
+    """Whether inputs are rounded, and the columns half of which are kept, as these operators take them."""
+    return config.input_dtype == torch.int8, 4 if config.pattern == TWO_OF_FOUR else 16
 
 
 def packing_arguments(
@@ -153,6 +162,7 @@ class CpuKernel:
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
+    patterns: ClassVar[tuple[Pattern, ...]] = tuple(PATTERNS.values())
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:
@@ -171,17 +181,17 @@ class CpuKernel:
             return f"in-features {config.in_features} are not a multiple of {multiple}"
         if config.input_dtype is not None and config.in_features > MAX_INT8_COLUMNS:
             return f"in-features {config.in_features} with inputs rounded to int8; at most {MAX_INT8_COLUMNS}"
-        return unsupported(config.weight_format, config.act_dtype, config.input_dtype)
+        return unsupported(config)
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """One uint8 stream, see csrc/layout.h.
 
         Raises:
-            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
+            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly half of its values; it is named.
         """
         arguments = packing_arguments(config.weight_format, parts)
-        return (torch.ops.ria.sparse24_pack.cpu(*arguments, config.input_dtype == torch.int8),)
+        return (torch.ops.ria.sparse24_pack.cpu(*arguments, *activation_arguments(config)),)
 
     @staticmethod
     def apply(

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from ria_vllm.format.pattern import Pattern
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.cpu import backend
 
@@ -19,7 +20,7 @@ if backend.LOADED:
         return x.new_empty(x.shape)
 
     @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False):
+    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False, pattern=4):
         weight_format, dtype = backend.stored_format(compressed, scales, group_size)
         experts, rows, columns = bitmask.shape
         rows = -(-rows // 32) * 32 if gated else rows
@@ -32,6 +33,7 @@ class CpuExpertsKernel:
 
     name: ClassVar[str] = "cpu"
     is_fallback: ClassVar[bool] = False
+    patterns: ClassVar[tuple[Pattern, ...]] = backend.CpuKernel.patterns
 
     @staticmethod
     def is_supported(device: torch.device) -> str | None:
@@ -44,7 +46,7 @@ class CpuExpertsKernel:
         columns = max(config.hidden_size, config.intermediate_size)
         if config.input_dtype is not None and columns > backend.MAX_INT8_COLUMNS:
             return f"{columns} columns with inputs rounded to int8; at most {backend.MAX_INT8_COLUMNS}"
-        return backend.unsupported(config.weight_format, config.act_dtype, config.input_dtype)
+        return backend.unsupported(config)
 
     @staticmethod
     def pack(
@@ -57,7 +59,7 @@ class CpuExpertsKernel:
         """A uint8 stream for each expert, see csrc/layout.h: [E, bytes] of gate and up, and of down; then the biases.
 
         Raises:
-            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly two values; it is named.
+            RuntimeError: shapes or dtypes do not fit, or a group does not keep exactly half of its values; it is named.
         """
         gated = config.activation.is_gated
         packed = [_pack(config, gate_up, gated), _pack(config, down, False)]
@@ -103,4 +105,4 @@ class CpuExpertsKernel:
 
 def _pack(config: ExpertsLayerConfig, parts: Mapping[str, torch.Tensor], gated: bool) -> torch.Tensor:
     arguments = backend.packing_arguments(config.weight_format, parts)
-    return torch.ops.ria.sparse24_pack_experts.cpu(*arguments, int(gated), config.input_dtype == torch.int8)
+    return torch.ops.ria.sparse24_pack_experts.cpu(*arguments, int(gated), *backend.activation_arguments(config))

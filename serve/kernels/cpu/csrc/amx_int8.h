@@ -1,10 +1,11 @@
-// AMX with activations that are rounded to int8, for gemm_amx.h: a step is two blocks of the packed form, 64 columns. A
-// unit of it, two groups of four columns, becomes two rows of a tile. Both sides are signed, so nothing is offset.
+// AMX with activations that are rounded to int8, for gemm_amx.h: a step is two blocks of the packed form, 64 columns.
+// Four columns become a row of a tile: a unit two rows, and one of 8:16 matrices four. Both sides are signed, so
+// nothing is offset.
 //
 // The sums are exact, as those of gemm_int8.h, and those of sections are scaled and added up in the same way. So both
 // give the same bits, and few tokens take that one.
 #pragma once
-#include "avx512_vnni.h"
+#include "avx512_vbmi2.h"
 #include "gemm_amx.h"
 
 namespace {
@@ -35,8 +36,31 @@ constexpr ByteSelectorTable kByteSelectorTable;
   _mm512_store_si512(to + kCacheLine, _mm512_shuffle_epi8(weights, _mm512_or_si512(second, last_two)));
 }
 
-// int4 weights are multiplied by 16, as in gemm_int8.h. `kHalves`: sections are half a step.
-template <int kBits, bool kSections = false, bool kHalves = false>
+// The same of 8:16 matrices: the four rows that a strip and unit become.
+template <int kBits>
+[[gnu::always_inline]] inline void expand_unit_of_16(const uint8_t* first, const uint8_t* second, const uint8_t* masks,
+                                                     uint8_t* to) {
+  using Traits = Avx512Of16Traits;
+  __m512i even = weights_of<Traits, kBits>(first), odd = weights_of<Traits, kBits>(second);
+  Traits::transpose_lanes(even, odd);                       // [rows][8]
+  const auto expand = [&](__m512i weights, int64_t rows) {  // four of them, [row][16 columns]
+    return _mm512_maskz_expand_epi8(Traits::mask(masks + 2 * rows), weights);
+  };
+  const auto upper = [](__m512i v) { return _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)); };
+  const __m512i a = expand(even, 0), b = expand(upper(even), 4), c = expand(odd, 8), d = expand(upper(odd), 12);
+  const __m512i firsts = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14),
+                seconds = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+  const auto store = [&](__m512i low, __m512i high, uint8_t* to) {  // [row][4 columns], twice, of the rows' halves
+    _mm512_store_si512(to, _mm512_permutex2var_epi64(low, firsts, high));
+    _mm512_store_si512(to + kCacheLine, _mm512_permutex2var_epi64(low, seconds, high));
+  };
+  store(_mm512_unpacklo_epi32(a, c), _mm512_unpacklo_epi32(b, d), to);
+  store(_mm512_unpackhi_epi32(a, c), _mm512_unpackhi_epi32(b, d), to + 2 * kCacheLine);
+}
+
+// int4 weights are multiplied by 16, as in gemm_int8.h. `kHalves`: sections are half a step. VecTraits: those of
+// gemm_int8.h for the pattern.
+template <class VecTraits, int kBits, bool kSections = false, bool kHalves = false>
 struct Int8Operands {
   using Product = int32_t;
   using Sum = ::Sum<kSections>;
@@ -49,21 +73,27 @@ struct Int8Operands {
   [[gnu::always_inline]] static void expand(const Layout& layout, const uint8_t* step, uint8_t* to) {
     using Stream = UnitStream<kBits, S>;
     const int64_t block_bytes = Stream::block_bytes + (kHalves ? S * layout.strip_scale_bytes() : 0);
-    constexpr int64_t units = kStepBlocks * kBlockUnits, lines = kStepBlocks * Stream::block_bytes / kCacheLine;
+    constexpr int64_t V = VecTraits::kVectors, block_units = kBlockUnits / V;
+    constexpr int64_t units = kStepBlocks * block_units, lines = kStepBlocks * Stream::block_bytes / kCacheLine;
 #pragma GCC unroll 8
     for (int64_t unit = kPart * units / kParts; unit < (kPart + 1) * units / kParts; ++unit) {
-      const uint8_t* block = step + unit / kBlockUnits * block_bytes;
+      const uint8_t* block = step + unit / block_units * block_bytes;
 #pragma GCC unroll 4
       for (int64_t line = unit * lines / units; line < (unit + 1) * lines / units; ++line)
         __builtin_prefetch(step + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
 #pragma GCC unroll 2
       for (int64_t s = 0; s < S; ++s) {
-        const int64_t slot = unit % kBlockUnits * S + s;
-        const __m512i four =
-            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Stream::positions(block, slot))));
-        const __m512i kept = _mm512_srlv_epi32(four, _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
-        expand_unit(weights_of<Avx512VnniTraits, kBits>(Stream::values(block, slot)), kept,
-                    to + s * kTileBytes + unit * 2 * kCacheLine);
+        const int64_t slot = unit % block_units * V * S + s;
+        const uint8_t *values = Stream::values(block, slot), *positions = Stream::positions(block, slot + (V - 1) * s);
+        uint8_t* tile_rows = to + s * kTileBytes + unit * V * 2 * kCacheLine;
+        if constexpr (V == 2) {
+          expand_unit_of_16<kBits>(values, Stream::values(block, slot + S), positions, tile_rows);
+        } else {
+          const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(positions)));
+          const __m512i kept =
+              _mm512_srlv_epi32(four, _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
+          expand_unit(weights_of<VecTraits, kBits>(values), kept, tile_rows);
+        }
       }
     }
   }
@@ -137,16 +167,23 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
 }
 
 // Takes over from the loop of few tokens at `min_tokens`.
-template <class Operands, int kBits>
+template <class VecTraits, int kBits, bool... kKind>
 constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
-  return {int8_kernel<Avx512VnniTraits, kBits, Operands::kGrouped>().by_rows, min_tokens,
+  using Operands = Int8Operands<VecTraits, kBits, kKind...>;
+  return {int8_kernel<VecTraits, kBits, Operands::kGrouped>().by_rows, min_tokens,
           amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Operands>, nullptr)};
 }
 
-template <int kBits>
-constexpr Int8Kernels::ByScales amx_int8_kernels_by_scales() {  // measured
-  return {amx_int8_kernels<Int8Operands<kBits>, kBits>(12), amx_int8_kernels<Int8Operands<kBits, true>, kBits>(18),
-          amx_int8_kernels<Int8Operands<kBits, true, true>, kBits>(44)};
+template <class VecTraits, int kBits>
+constexpr Int8Products::ByScales amx_int8_kernels_by_scales() {  // measured
+  constexpr bool of_16 = VecTraits::kVectors == 2;
+  return {amx_int8_kernels<VecTraits, kBits>(of_16 ? 8 : 12), amx_int8_kernels<VecTraits, kBits, true>(of_16 ? 13 : 18),
+          amx_int8_kernels<VecTraits, kBits, true, true>(44)};
+}
+
+template <class VecTraits>
+constexpr Int8Products amx_int8_products() {
+  return {amx_int8_kernels_by_scales<VecTraits, 8>(), amx_int8_kernels_by_scales<VecTraits, 4>()};
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct Avx512VnniTraits {
   using Accumulators = __m512i;
   static constexpr int64_t kBlockTokens = 12;
   static constexpr int64_t kStreamTokens = 8;
+  static constexpr int64_t kVectors = 1;
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 
   static Weights weights8(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -24,12 +25,12 @@ struct Avx512VnniTraits {
   }
   static void store_weights(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
-  static Positions positions(const uint8_t* p) {
+  static void positions(const uint8_t* p, Positions (&to)[1]) {
     const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
     // (shifted & 3) | 4 for the second group
-    return _mm512_ternarylogic_epi32(_mm512_srlv_epi32(four, shifts), _mm512_set1_epi8(3),
-                                     _mm512_set1_epi32(0x04040000), 0xea);
+    to[0] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(four, shifts), _mm512_set1_epi8(3),
+                                      _mm512_set1_epi32(0x04040000), 0xea);
   }
   static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
   static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }

@@ -28,8 +28,9 @@ bool has_avx512() {
 }
 bool has_avx_vnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_vbmi2() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi2"); }
 bool has_avx512_bf16() {
-  return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  return has_avx512_vbmi2() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 }
 
 // Whether this process may use tile registers. Linux saves them for a process that has asked for them; threads that
@@ -75,7 +76,12 @@ struct Candidate {
 
 const InstructionSet& choose() {
 #if defined(__x86_64__)
-  static const InstructionSet avx512_vnni = with_int8(kAvx512, "avx512_vnni", kAvx512VnniInt8);
+  static const Int8Kernels vnni = [] {
+    Int8Kernels kernels = kAvx512VnniInt8;
+    if (!has_avx512_vbmi2()) kernels.of_16 = &kAvx2Of16;
+    return kernels;
+  }();
+  static const InstructionSet avx512_vnni = with_int8(kAvx512, "avx512_vnni", vnni);
   static const InstructionSet avx_vnni = with_int8(kAvx2, "avx_vnni", kAvxVnniInt8);
 #endif
   const Candidate candidates[] = {

@@ -4,7 +4,7 @@
 // A vector holds 16 rows of one token. Its lanes are 32 bits: the exact sum of a row's products so far. A unit is two
 // groups of four columns. The token's eight bytes of a unit are repeated through a vector, one byte shuffle gives each
 // row the four that it keeps, and one instruction multiplies them by the row's four weights and adds the products:
-// half the multiplications of a dense product.
+// half the multiplications of a dense product. For 8:16 matrices a unit is 16 columns and two such vectors.
 //
 // The sums are exact, so they depend on no order. They become float32 where the scale changes: after each section of
 // columns that shares its scales, or at the end. int4 weights are multiplied by 16, which saves moving their bits, and
@@ -15,14 +15,15 @@
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
 //     static constexpr int64_t kStreamTokens;                          // with those of the weights' sums beside them
+//     static constexpr int64_t kVectors;                               // of a unit: 1 for 2:4, 2 for 8:16
 //     static constexpr int kOffset;                                    // 128 or 0: what the panel adds to activations
 //     static Weights weights8(const uint8_t*), weights4(const uint8_t*);  // a strip and unit of the packed form
 //     static void store_weights(uint8_t*, Weights);                    // kPreparedBytes, for load_weights
 //     static Weights load_weights(const uint8_t*);
-//     static Positions positions(const uint8_t*);
+//     static void positions(const uint8_t*, Positions (&)[kVectors]);  // of a strip and unit
 //     static void store_positions(uint8_t*, Positions);                // kPreparedBytes, for load_positions
 //     static Positions load_positions(const uint8_t*);
-//     static Activations broadcast(const uint8_t*);                    // the eight bytes of a unit
+//     static Activations broadcast(const uint8_t*);                    // the bytes of a unit
 //     static Accumulators load_sums(const int32_t*);
 //     static void store_sums(int32_t*, Accumulators);
 //     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
@@ -68,14 +69,17 @@ typename VecTraits::Weights weights_of(const uint8_t* values) {
     return VecTraits::weights4(values);
 }
 
-// acc += the product over one unit, for T tokens, whose activations follow each other in the panel.
+template <class VecTraits>
+constexpr int64_t unit_channels = VecTraits::kVectors * kUnitChannels;
+
+// acc += the product over one vector of a unit, for T tokens, whose activations follow each other in the panel.
 template <class VecTraits, int S, int T>
 [[gnu::always_inline]] inline void multiply_unit(typename VecTraits::Accumulators (&acc)[T][S],
                                                  const typename VecTraits::Weights (&w)[S],
                                                  const typename VecTraits::Positions (&p)[S], const uint8_t* panel) {
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
-    const typename VecTraits::Activations x = VecTraits::broadcast(panel + t * kUnitChannels);
+    const typename VecTraits::Activations x = VecTraits::broadcast(panel + t * unit_channels<VecTraits>);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
   }
@@ -100,16 +104,19 @@ void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t 
       else
         acc[t][s] = VecTraits::load_sums(sums + (t * kTileStrips + s) * kStripRows);
     }
-  for (int64_t unit = 0; unit < units; ++unit) {
-    typename VecTraits::Weights w[S];
-    typename VecTraits::Positions p[S];
+  for (int64_t unit = 0; unit < units; unit += VecTraits::kVectors) {
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s, prepared += 2 * kPreparedBytes) {
-      p[s] = VecTraits::load_positions(prepared);
-      w[s] = VecTraits::load_weights(prepared + kPreparedBytes);
+    for (int64_t v = 0; v < VecTraits::kVectors; ++v) {
+      typename VecTraits::Weights w[S];
+      typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s, prepared += 2 * kPreparedBytes) {
+        p[s] = VecTraits::load_positions(prepared);
+        w[s] = VecTraits::load_weights(prepared + kPreparedBytes);
+      }
+      multiply_unit<VecTraits, S, T>(acc, w, p, panel);
     }
-    multiply_unit<VecTraits, S, T>(acc, w, p, panel);
-    panel += T * kUnitChannels;
+    panel += T * unit_channels<VecTraits>;
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
@@ -127,6 +134,7 @@ void accumulate_prepared(const uint8_t* prepared, const uint8_t* panel, int64_t 
 template <class VecTraits, int kBits, int S, int T>
 void accumulate_stream(const uint8_t* stream, const uint8_t* panel, int64_t blocks, int32_t* sums) {
   using Stream = UnitStream<kBits, S>;
+  constexpr int V = VecTraits::kVectors;
   const typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
   typename VecTraits::Accumulators acc[T][S], weight_sums[S];
 #pragma GCC unroll 16
@@ -139,17 +147,23 @@ void accumulate_stream(const uint8_t* stream, const uint8_t* panel, int64_t bloc
 #pragma GCC unroll 10
     for (int64_t byte = 0; byte < Stream::block_bytes; byte += kCacheLine)
       __builtin_prefetch(stream + kInt8PrefetchBytes + byte, 0, 2);
-    for (int64_t slot = 0; slot < kBlockUnits * S; slot += S) {
-      typename VecTraits::Weights w[S];
-      typename VecTraits::Positions p[S];
+    for (int64_t slot = 0; slot < kBlockUnits * S; slot += V * S) {
+      typename VecTraits::Positions positions[S][V];
 #pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) {
-        w[s] = weights_of<VecTraits, kBits>(Stream::values(stream, slot + s));
-        p[s] = VecTraits::positions(Stream::positions(stream, slot + s));
-        if constexpr (VecTraits::kOffset != 0) weight_sums[s] = VecTraits::add_weights(weight_sums[s], w[s]);
+      for (int s = 0; s < S; ++s) VecTraits::positions(Stream::positions(stream, slot + V * s), positions[s]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        typename VecTraits::Weights w[S];
+        typename VecTraits::Positions p[S];
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) {
+          w[s] = weights_of<VecTraits, kBits>(Stream::values(stream, slot + v * S + s));
+          p[s] = positions[s][v];
+          if constexpr (VecTraits::kOffset != 0) weight_sums[s] = VecTraits::add_weights(weight_sums[s], w[s]);
+        }
+        multiply_unit<VecTraits, S, T>(acc, w, p, panel);
       }
-      multiply_unit<VecTraits, S, T>(acc, w, p, panel);
-      panel += T * kUnitChannels;
+      panel += T * unit_channels<VecTraits>;
     }
   }
 #pragma GCC unroll 16
@@ -206,18 +220,26 @@ template <class VecTraits, int kBits, int S, bool kSections>
 const uint8_t* prepare(const Layout& layout, const uint8_t* stream, int64_t blocks, int64_t section_blocks,
                        PreparedChunk<S>& chunk) {
   using Stream = UnitStream<kBits, S>;
+  constexpr int V = VecTraits::kVectors;
   typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
-  uint8_t* to = chunk.units;
+  int64_t unit = 0;
   for (int64_t section = 0; section * section_blocks < blocks; ++section) {
     typename VecTraits::Accumulators sums[S];
     for (int s = 0; s < S; ++s) sums[s] = zero;
-    for (int64_t block = 0; block < section_blocks; ++block, stream += Stream::block_bytes)
-      for (int64_t slot = 0; slot < kBlockUnits * S; ++slot, to += 2 * kPreparedBytes) {
-        const auto weights = weights_of<VecTraits, kBits>(Stream::values(stream, slot));
-        VecTraits::store_positions(to, VecTraits::positions(Stream::positions(stream, slot)));
-        VecTraits::store_weights(to + kPreparedBytes, weights);
-        if constexpr (VecTraits::kOffset != 0) sums[slot % S] = VecTraits::add_weights(sums[slot % S], weights);
-      }
+    for (int64_t block = 0; block < section_blocks; ++block, stream += Stream::block_bytes, unit += kBlockUnits * S)
+      for (int64_t slot = 0; slot < kBlockUnits * S; slot += V * S)
+        for (int s = 0; s < S; ++s) {
+          typename VecTraits::Positions positions[V];
+          VecTraits::positions(Stream::positions(stream, slot + V * s), positions);
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v) {
+            const auto weights = weights_of<VecTraits, kBits>(Stream::values(stream, slot + v * S + s));
+            uint8_t* to = chunk.units + (unit + slot + v * S + s) * 2 * kPreparedBytes;
+            VecTraits::store_positions(to, positions[v]);
+            VecTraits::store_weights(to + kPreparedBytes, weights);
+            if constexpr (VecTraits::kOffset != 0) sums[s] = VecTraits::add_weights(sums[s], weights);
+          }
+        }
     for (int s = 0; s < S; ++s)
       VecTraits::store_sums(chunk.weight_sums[section] + s * kStripRows, VecTraits::subtract(zero, sums[s]));
     if constexpr (kSections) {
@@ -354,15 +376,19 @@ constexpr Kernels int8_kernel() {
 }
 
 template <class VecTraits, int kBits>
-constexpr Int8Kernels::ByScales int8_kernels_by_scales() {
+constexpr Int8Products::ByScales int8_kernels_by_scales() {
   return {int8_kernel<VecTraits, kBits, false>(), int8_kernel<VecTraits, kBits, true>(),
           int8_kernel<VecTraits, kBits, true>()};
 }
 
 template <class VecTraits>
-constexpr Int8Kernels int8_kernels() {
-  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>(), quantize_token<VecTraits, 0>,
-          multiply_dense<VecTraits>};
+constexpr Int8Products int8_products() {
+  return {int8_kernels_by_scales<VecTraits, 8>(), int8_kernels_by_scales<VecTraits, 4>()};
+}
+
+template <class VecTraits>
+constexpr Int8Kernels int8_kernels(const Int8Products& of_16) {
+  return {int8_products<VecTraits>(), &of_16, quantize_token<VecTraits, 0>, multiply_dense<VecTraits>};
 }
 
 }  // namespace

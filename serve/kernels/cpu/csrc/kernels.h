@@ -85,18 +85,23 @@ struct DenseArgs {
 };
 
 // For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
-struct Int8Kernels {
+struct Int8Products {  // for weights of one pattern
   struct ByScales {
     Kernels rows, groups, blocks;  // a scale for each row, for some blocks of it, or for every block
   };
   ByScales int8, int4;  // weights
+};
+struct Int8Kernels {
+  Int8Products of_4;
+  const Int8Products* of_16;
   // Rounds the channels of a token, a multiple of 64, to int8 and returns its scale.
   float (*quantize)(Dtype dtype, const uint8_t* x, int64_t columns, uint8_t* to);
   void (*multiply_dense)(const DenseArgs&, int64_t begin, int64_t end);  // [begin, end) of the tiles of kTileRows rows
   int64_t min_grouped_tokens = INT64_MAX;                                // from this many on, it wants `grouped_digits`
 
   const Kernels& kernels_for(const Layout& layout) const {
-    const ByScales& kernels = layout.dtype == Dtype::int8 ? int8 : int4;
+    const Int8Products& products = layout.pattern == 4 ? of_4 : *of_16;
+    const Int8Products::ByScales& kernels = layout.dtype == Dtype::int8 ? products.int8 : products.int4;
     return !layout.group_size ? kernels.rows : layout.section_blocks() > 1 ? kernels.groups : kernels.blocks;
   }
 };
@@ -119,10 +124,12 @@ struct InstructionSet {
 
 extern const InstructionSet kPortable;
 extern const Int8Kernels kPortableInt8;
+extern const Int8Products kPortableOf16;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
 extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8, kAmxInt8Activations;
+extern const Int8Products kAvx2Of16, kAvxVnniOf16, kAvx512Vbmi2Of16, kAmxOf16;
 // With BF16; float16 and float32 weights use kAvx512, and so do these activations of integer weights.
 extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
 extern const Kernels kAmxBf16, kAmxInt8, kAmxInt4, kAmxGroupedInt8, kAmxGroupedInt4;
@@ -154,7 +161,7 @@ struct TokenBlocks {
 // machine lacks it.
 const InstructionSet& instruction_set();
 
-// Throws std::runtime_error, with the row and the columns, if a group does not keep exactly two values.
+// Throws std::runtime_error, with the row and the columns, if a group does not keep exactly half of its values.
 // `values`: as in the checkpoint; int4 ones are two to a byte, as value + 8. `scales`: float32 [rows], or
 // [rows, columns / group_size], if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which
 // its up's follow: then layout.rows is `gated_rows(gates)`.

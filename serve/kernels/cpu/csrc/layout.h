@@ -1,4 +1,4 @@
-// The packed form of a 2:4 matrix, the same for prefill and decode.
+// The packed form of a 2:4 matrix, the same for prefill and decode. For an 8:16 matrix, see units.h.
 //
 // Rows come in strips of 16 (one vector of fp32 accumulators). Two strips make a tile; the last tile may have only one.
 // A tile is a contiguous stream of blocks, one block per 8 groups of four columns, in the order the kernels read:
@@ -65,7 +65,8 @@ struct Header {
   int64_t columns;
   Dtype dtype, scale_dtype;
   uint32_t group_size, int8_activations;
-  uint32_t reserved[6];
+  uint32_t pattern;
+  uint32_t reserved[5];
 };
 static_assert(sizeof(Header) == 64, "the stream after the header starts on a cache line");
 
@@ -75,25 +76,40 @@ struct Layout {
   int64_t group_size = 0;              // columns that share a scale; 0: one scale per row, or none
   Dtype scale_dtype = Dtype::float32;  // of groups: bfloat16, float16 or float32
   bool int8_activations = false;       // the kernel rounds activations to int8: units.h has the order
+  int64_t pattern = 4;                 // half of each so many columns are kept: 4, or 16 with int8 activations
 
   static Layout of(const Header& header) {
     return {header.rows,       header.columns,     header.dtype,
-            header.group_size, header.scale_dtype, header.int8_activations != 0};
+            header.group_size, header.scale_dtype, header.int8_activations != 0,
+            header.pattern};
   }
   Header header() const {
-    return {Header::kMagic, rows, columns, dtype, scale_dtype, static_cast<uint32_t>(group_size), int8_activations, {}};
+    return {Header::kMagic,
+            rows,
+            columns,
+            dtype,
+            scale_dtype,
+            static_cast<uint32_t>(group_size),
+            int8_activations,
+            static_cast<uint32_t>(pattern),
+            {}};
   }
   // Whether a header is that of a layout.
   static constexpr bool valid(const Header& header) {
     const Dtype dtype = header.dtype, scales = header.scale_dtype;
     return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
            static_cast<uint32_t>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
+           valid_pattern(header.pattern, header.int8_activations) &&
            (header.group_size == 0 ? scales == Dtype::float32
                                    : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
                                          static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
   }
   static constexpr bool valid_group(int64_t group_size, int64_t columns) {
     return (group_size == 32 || group_size == 64 || group_size == 128) && columns % group_size == 0;
+  }
+
+  static constexpr bool valid_pattern(int64_t pattern, bool int8_activations) {
+    return pattern == 4 || (pattern == 16 && int8_activations);
   }
 
   constexpr bool has_row_scales() const { return has_scales(dtype) && group_size == 0; }

@@ -81,6 +81,19 @@ void pack_unit(const Layout& layout, const uint8_t* pair, uint8_t positions, int
   }
 }
 
+// The same of the eight values of 16 columns.
+void pack_unit_of_16(const Layout& layout, const uint8_t* values, const uint8_t* bitmask, int64_t group, int64_t strips,
+                     int64_t strip, int64_t lane, uint8_t* block) {
+  const int64_t unit = group / 2, vector_bytes = 2 * layout.value_bytes();
+  for (int64_t i = 0; i < 8; ++i) {
+    const uint8_t value = layout.dtype == Dtype::int8 ? values[i] : (values[i / 2] >> (i % 2 * 4) & 15) ^ 8;
+    put_unit_value(layout.dtype, block + ((unit + i / 4) * strips + strip) * vector_bytes, lane, i % 4, value);
+  }
+  uint8_t* masks =
+      block + kBlockGroups * strips * layout.value_bytes() + (unit * strips + 2 * strip) * kUnitPositionBytes;
+  std::memcpy(masks + mask_offset(lane), bitmask, 2);
+}
+
 // Puts the scales of a row's groups behind their blocks.
 void pack_group_scales(const Layout& layout, const uint8_t* scales, int64_t strips, int64_t strip, int64_t lane,
                        uint8_t* stream) {
@@ -106,9 +119,10 @@ void pack_tile(Packing& packing, int64_t tile) {
       pack_group_scales(layout,
                         packing.scales + row * layout.columns / layout.group_size * bits(layout.scale_dtype) / 8,
                         strips, strip, lane, stream);
-    for (int64_t group = 0; group < groups; ++group) {
-      const uint8_t positions = positions_of(bitmask[group / 2] >> (group % 2 * 4) & 15);
-      if (positions == kInvalid) {
+    for (int64_t group = 0; group < groups; group += layout.pattern / 4) {
+      const uint8_t* kept = bitmask + group / 2;
+      const uint8_t positions = positions_of(*kept >> (group % 2 * 4) & 15);
+      if (layout.pattern == 4 ? positions == kInvalid : __builtin_popcount(kept[0] | kept[1] << 8) != 8) {
         int64_t seen = packing.first_invalid_group.load();
         while (row * groups + group < seen &&
                !packing.first_invalid_group.compare_exchange_weak(seen, row * groups + group)) {
@@ -116,7 +130,9 @@ void pack_tile(Packing& packing, int64_t tile) {
         return;
       }
       uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
-      if (layout.int8_activations)
+      if (layout.pattern == 16)
+        pack_unit_of_16(layout, values + group * pair, kept, group % kBlockGroups, strips, strip, lane, block);
+      else if (layout.int8_activations)
         pack_unit(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
       else if (layout.dtype == Dtype::int4)
         pack_int4_group(layout, values[group], positions, group % kBlockGroups, strip, lane, block);
@@ -160,9 +176,10 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, cons
   const int64_t invalid = packing.first_invalid_group.load();
   if (invalid != INT64_MAX) {
     const int64_t row = invalid / layout.groups(), column = invalid % layout.groups() * 4;
-    throw std::runtime_error("the bitmask is not 2:4: row " + std::to_string(row) + ", columns " +
-                             std::to_string(column) + " to " + std::to_string(column + 3) +
-                             " must keep exactly two values");
+    throw std::runtime_error(std::string("the bitmask is not ") + (layout.pattern == 4 ? "2:4" : "8:16") + ": row " +
+                             std::to_string(row) + ", columns " + std::to_string(column) + " to " +
+                             std::to_string(column + layout.pattern - 1) + " must keep exactly " +
+                             (layout.pattern == 4 ? "two" : "eight") + " values");
   }
 }
 

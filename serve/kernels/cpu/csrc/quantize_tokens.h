@@ -140,7 +140,7 @@ float quantized_token(const GemmArgs& args, int64_t token, uint8_t* to) {
 }
 
 // Byte offset, in the panel, of a token block's activations for a chunk that starts at the block `first` of columns.
-// Within a chunk one token block follows another, each [unit][token][8 channels].
+// Within a chunk one token block follows another, each [unit][token][channels of a unit].
 constexpr int64_t int8_panel_offset(int64_t tokens, int64_t first, int64_t blocks, int64_t first_token) {
   return (first * tokens + blocks * first_token) * kBlockUnits * kUnitChannels;
 }
@@ -150,11 +150,12 @@ inline float* token_scales_of(const GemmArgs& args) {
   return reinterpret_cast<float*>(args.panel + args.tokens * args.layout.columns);
 }
 
-// Copies a unit's eight channels of `tokens` tokens.
-inline void copy_unit(const uint8_t* x, int64_t stride, const int32_t* c, int64_t tokens, uint8_t* to) {
+// Copies eight channels of `tokens` tokens to units of kChannels.
+template <int64_t kChannels>
+void copy_eight(const uint8_t* x, int64_t stride, const int32_t* c, int64_t tokens, uint8_t* to) {
   const uint8_t *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
   const uint8_t *x4 = x + c[4], *x5 = x + c[5], *x6 = x + c[6], *x7 = x + c[7];
-  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, to += kUnitChannels) {
+  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, to += kChannels) {
     const uint32_t low = x0[i] | x1[i] << 8 | x2[i] << 16 | static_cast<uint32_t>(x3[i]) << 24;
     const uint32_t high = x4[i] | x5[i] << 8 | x6[i] << 16 | static_cast<uint32_t>(x7[i]) << 24;
     const uint64_t eight = low | static_cast<uint64_t>(high) << 32;
@@ -163,13 +164,15 @@ inline void copy_unit(const uint8_t* x, int64_t stride, const int32_t* c, int64_
 }
 
 // Copies the units of the channels [first, last) of `tokens` tokens, in the order of the permutation, or as they are.
-inline void copy_units(const uint8_t* x, int64_t stride, const int32_t* permutation, int64_t first, int64_t last,
-                       int64_t tokens, uint8_t* to) {
-  for (int64_t c = first; c < last; c += kUnitChannels, to += tokens * kUnitChannels) {
+template <int64_t kChannels>
+void copy_units(const uint8_t* x, int64_t stride, const int32_t* permutation, int64_t first, int64_t last,
+                int64_t tokens, uint8_t* to) {
+  for (int64_t c = first; c < last; c += kChannels, to += tokens * kChannels) {
     if (permutation)
-      copy_unit(x, stride, permutation + c, tokens, to);
+      for (int64_t i = 0; i < kChannels; i += kUnitChannels)
+        copy_eight<kChannels>(x, stride, permutation + c + i, tokens, to + i);
     else
-      for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * kUnitChannels, x + t * stride + c, kUnitChannels);
+      for (int64_t t = 0; t < tokens; ++t) std::memcpy(to + t * kChannels, x + t * stride + c, kChannels);
   }
 }
 
@@ -189,6 +192,7 @@ template <class VecTraits, int64_t kBlockTokens>
 void quantize_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
   const TokenBlocks tokens(args.tokens, kBlockTokens);
   const int64_t columns = args.layout.columns;
+  constexpr int64_t unit = VecTraits::kVectors * kUnitChannels;
   const int64_t stride = columns + kCacheLine;  // not a power of two: all tokens would fall into one set of the cache
   uint8_t* rounded = quantized_scratch(kTransposedTokens * (stride + columns));
   uint8_t* transposed = rounded + kTransposedTokens * stride;
@@ -200,11 +204,12 @@ void quantize_tokens(const GemmArgs& args, int64_t begin, int64_t end) {
     if (args.permutation && can_transpose(size)) {
       transpose(rounded, stride, columns, transposed);
       for_each_chunk(args, first_token, [&](int64_t first, int64_t last, uint8_t* to) {
-        gather_units(transposed, args.permutation, first, last, size, size * kUnitChannels, kUnitChannels, to);
+        for (int64_t c = first; c < last; c += unit, to += size * unit)
+          gather_units(transposed, args.permutation, c, c + unit, size, kUnitChannels, unit, to);
       });
     } else {
       for_each_chunk(args, first_token, [&](int64_t first, int64_t last, uint8_t* to) {
-        copy_units(rounded, stride, args.permutation, first, last, size, to);
+        copy_units<unit>(rounded, stride, args.permutation, first, last, size, to);
       });
     }
   }

@@ -62,7 +62,8 @@ void experts_op(StableIValue* stack, uint64_t, uint64_t) {
   require(!args.activation.gated || args.gate_up.strips() % 2 == 0, "gate and up were packed as one matrix");
   require(down.sizes()[0] == args.num_experts && args.down.dtype == args.gate_up.dtype &&
               args.down.group_size == args.gate_up.group_size &&
-              args.down.int8_activations == args.gate_up.int8_activations && args.down.columns >= written &&
+              args.down.int8_activations == args.gate_up.int8_activations &&
+              args.down.pattern == args.gate_up.pattern && args.down.columns >= written &&
               args.gate_up.columns >= args.hidden,
           "the packed down does not fit the packed gate and up");
   args.act_dtype = has_scales(args.down.dtype) ? float_dtype(x, Dtype::bfloat16) : args.down.dtype;
@@ -124,8 +125,7 @@ void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   require(compressed.dim() == 3 && compressed.sizes()[0] > 0, "compressed must be [experts, out, in / 2]");
   const int64_t count = compressed.sizes()[0];
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {count});
-  layout.int8_activations = stack[5] != 0;
-  require_int8_activations(layout);
+  set_activations(layout, stack[5] != 0, static_cast<int64_t>(stack[6]));
   const int64_t rows = layout.rows, gates = gated ? rows / 2 : 0;
   require(!gated || rows % 2 == 0, "gate and up must have as many rows");
   if (gated) layout.rows = gated_rows(gates);
@@ -155,7 +155,7 @@ struct Registration {
     check(aoti_torch_library_def(
         schemas,
         "sparse24_pack_experts.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, int gated, "
-        "bool int8_activations=False) -> Tensor"));
+        "bool int8_activations=False, int pattern=4) -> Tensor"));
     check(aoti_torch_library_def(
         schemas,
         "sparse24_experts.cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor down, "

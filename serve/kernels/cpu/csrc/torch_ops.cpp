@@ -52,8 +52,7 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
-  layout.int8_activations = stack[4] != 0;
-  require_int8_activations(layout);
+  set_activations(layout, stack[4] != 0, static_cast<int64_t>(stack[5]));
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   ask_for_huge_pages(packed.data<uint8_t>(), layout.bytes());
   pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
@@ -101,7 +100,7 @@ struct Registration {
     check(aoti_torch_library_init_fragment("ria", __FILE__, __LINE__, &schemas));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_pack.cpu(Tensor compressed, Tensor bitmask, Tensor? scales, int group_size, "
-                                 "bool int8_activations=False) "
+                                 "bool int8_activations=False, int pattern=4) "
                                  "-> Tensor"));
     check(aoti_torch_library_def(schemas,
                                  "sparse24_linear.cpu(Tensor x, Tensor packed, int out_features, "

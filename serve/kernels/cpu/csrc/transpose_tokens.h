@@ -39,8 +39,8 @@ inline void transpose(const uint8_t* x, int64_t stride, int64_t channels, uint8_
   }
 }
 
-// Copies the units of the channels [first, last), in the order of the permutation, each unit `unit_stride` after the
-// one before and each of its tokens `token_stride`.
+// Copies the channels [first, last), in the order of the permutation, each eight `unit_stride` after the
+// ones before and each of their tokens `token_stride`.
 [[gnu::always_inline]] inline void gather_units(const uint8_t* x, const int32_t* permutation, int64_t first,
                                                 int64_t last, int64_t tokens, int64_t unit_stride, int64_t token_stride,
                                                 uint8_t* to) {

@@ -2,4 +2,4 @@
 // activations.
 #include "avx512_vnni.h"
 
-const ria::Int8Kernels ria::kAvx512VnniInt8 = int8_kernels<Avx512VnniTraits>();
+const ria::Int8Kernels ria::kAvx512VnniInt8 = int8_kernels<Avx512VnniTraits>(ria::kAvx512Vbmi2Of16);

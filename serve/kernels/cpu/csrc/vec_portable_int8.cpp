@@ -5,11 +5,12 @@ namespace {
 
 struct PortableInt8Traits {
   struct Weights { int8_t value[kStripRows][4]; };
-  struct Positions { uint8_t channel[kStripRows][4]; };  // within the eight
+  struct Positions { uint8_t channel[kStripRows][4]; };  // within the unit
   using Activations = const uint8_t*;
   struct Accumulators { int32_t row[kStripRows]; };
   static constexpr int64_t kBlockTokens = 4;
   static constexpr int64_t kStreamTokens = 4;
+  static constexpr int64_t kVectors = 1;
   static constexpr int kOffset = 0;
 
   static Weights weights8(const uint8_t* p) { return load_weights(p); }
@@ -26,12 +27,10 @@ struct PortableInt8Traits {
     std::memcpy(&w, p, sizeof w);
     return w;
   }
-  static Positions positions(const uint8_t* p) {
-    Positions positions;
+  static void positions(const uint8_t* p, Positions (&to)[1]) {
     for (int r = 0; r < kStripRows; ++r)
       for (int i = 0; i < 4; ++i)
-        positions.channel[r][i] = static_cast<uint8_t>((p[r % 4 * 4 + i] >> (r / 4 * 2) & 3) | (i < 2 ? 0 : 4));
-    return positions;
+        to[0].channel[r][i] = static_cast<uint8_t>((p[r % 4 * 4 + i] >> (r / 4 * 2) & 3) | (i < 2 ? 0 : 4));
   }
   static void store_positions(uint8_t* p, const Positions& positions) { std::memcpy(p, &positions, sizeof positions); }
   static Positions load_positions(const uint8_t* p) {
@@ -77,6 +76,20 @@ struct PortableInt8Traits {
   }
 };
 
+// For 8:16 matrices.
+struct PortableOf16Traits : PortableInt8Traits {
+  static constexpr int64_t kVectors = 2;
+
+  static void positions(const uint8_t* masks, Positions (&to)[2]) {
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      const uint8_t* mask = masks + mask_offset(r);
+      const uint64_t eight = kPositionTable.of(mask[0], mask[1]);
+      for (int i = 0; i < 8; ++i) to[i / 4].channel[r][i % 4] = static_cast<uint8_t>(eight >> 8 * i);
+    }
+  }
+};
+
 }  // namespace
 
-const ria::Int8Kernels ria::kPortableInt8 = int8_kernels<PortableInt8Traits>();
+const ria::Int8Kernels ria::kPortableInt8 = int8_kernels<PortableInt8Traits>(ria::kPortableOf16);
+const ria::Int8Products ria::kPortableOf16 = int8_products<PortableOf16Traits>();

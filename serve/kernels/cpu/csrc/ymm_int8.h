@@ -14,6 +14,7 @@ struct YmmInt8Traits {
   using Accumulators = Two;
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int64_t kStreamTokens = 3;
+  static constexpr int64_t kVectors = 1;
 #if defined(__AVXVNNI__)
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 #else
@@ -33,10 +34,10 @@ struct YmmInt8Traits {
   static __m256i selectors(__m256i bits) {  // (bits & 3) | 4 for the second group
     return _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi8(3)), _mm256_set1_epi32(0x04040000));
   }
-  static Positions positions(const uint8_t* p) {
+  static void positions(const uint8_t* p, Positions (&to)[1]) {
     const __m256i four = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))),
-            selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)))};
+    to[0] = {selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2))),
+             selectors(_mm256_srlv_epi32(four, _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6)))};
   }
   static void store_positions(uint8_t* p, const Positions& positions) { store_weights(p, positions); }
   static Positions load_positions(const uint8_t* p) { return load_weights(p); }
@@ -97,6 +98,34 @@ struct YmmInt8Traits {
     for (int64_t i = 0; i < count; i += 8)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
                        _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+// For 8:16 matrices.
+struct YmmOf16Traits : YmmInt8Traits {
+  static constexpr int64_t kVectors = 2;
+
+  // Of two rows.
+  static __m128i positions_of_two(const uint8_t* masks) {
+    const auto both = [](const uint64_t* table, int64_t first, int64_t second) {
+      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + first));
+      return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(table + second)));
+    };
+    return _mm_or_si128(both(kPositionTable.low, masks[0], masks[2]), both(kPositionTable.high, masks[1], masks[3]));
+  }
+  static __m256i positions_of_four(const uint8_t* masks) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(positions_of_two(masks)), positions_of_two(masks + 4), 1);
+  }
+  static void positions(const uint8_t* masks, Positions (&to)[2]) {
+    const auto transpose = [](__m256i even, __m256i odd, __m256i& first, __m256i& second) {
+      first = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+      second = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    };
+    transpose(positions_of_four(masks), positions_of_four(masks + 16), to[0].low, to[1].low);
+    transpose(positions_of_four(masks + 8), positions_of_four(masks + 24), to[0].high, to[1].high);
+  }
+  static Activations broadcast(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 };
 

@@ -1,6 +1,6 @@
 // The C++ beneath the operators, under sanitizers: one instruction set over shapes with partial tiles and blocks, in
 // buffers of exactly the promised size, against double precision: products, with inputs rounded to int8 or not, and
-// layers of experts. Then bitmasks that are not 2:4.
+// layers of experts. Then bitmasks without the pattern.
 // Prints "ok" and the name of the instruction set, which RIA_VLLM_CPU_ISA chooses.
 #include <cmath>
 #include <cstdio>
@@ -39,7 +39,8 @@ struct Aligned {
   std::unique_ptr<uint8_t, void (*)(void*)> data;
 };
 
-// A 2:4 matrix [rows, columns], as numbers and packed. `gates`: as `pack` takes them; the layout has the packed rows.
+// A 2:4 or 8:16 matrix [rows, columns], as numbers and packed. `gates`: as `pack` takes them; the layout has the packed
+// rows.
 struct Matrix {
   std::vector<double> dense;
   template <class Weight>
@@ -53,6 +54,9 @@ struct Matrix {
     for (Weight& value : values)
       value = Weight::from_float(scaled ? static_cast<float>(random_bits() % 16) - 8 : random_value());
     for (uint8_t& byte : bitmask) byte = kLegal[random_bits() % 6] | kLegal[random_bits() % 6] << 4;
+    if (layout.pattern == 16)  // what one byte keeps, its neighbour does not
+      for (size_t i = 0; i < bitmask.size(); i += 2)
+        bitmask[i] = static_cast<uint8_t>(random_bits()), bitmask[i + 1] = static_cast<uint8_t>(~bitmask[i]);
     for (float& scale : scales) scale = scaled ? static_cast<float>(random_bits() % 4) / 64.0f : 1.0f;
     for (int64_t i = 0, kept = 0; i < rows * columns; ++i)
       if (bitmask[i / 8] >> (i % 8) & 1)
@@ -83,8 +87,9 @@ struct Kind {
   int64_t group_size = 0;
   Dtype scale_dtype = Dtype::float32;
   bool int8_activations = false;
+  int64_t pattern = 4;
   Layout layout(int64_t rows, int64_t columns) const {
-    return {rows, columns, dtype, group_size, scale_dtype, int8_activations};
+    return {rows, columns, dtype, group_size, scale_dtype, int8_activations, pattern};
   }
 };
 
@@ -233,27 +238,30 @@ static void check_experts(const Kind& kind, int64_t tokens, int64_t hidden, int6
   }
 }
 
-static void check_refusal() {
-  const Layout layout{5, 64, Dtype::bfloat16};
+static void check_refusal(const Layout& layout, int bits) {
   std::vector<uint16_t> values(5 * 32);
-  for (int byte = 0; byte < 256; ++byte) {
-    std::vector<uint8_t> bitmask(5 * 8, static_cast<uint8_t>(byte));
-    bool legal = __builtin_popcount(byte & 15) == 2 && __builtin_popcount(byte >> 4) == 2, refused = false;
-    Aligned packed(layout.bytes());
-    try {
-      pack(layout, values.data(), bitmask.data(), nullptr, packed.data.get());
-    } catch (const std::runtime_error&) {
-      refused = true;
-    }
-    if (refused == legal) {
-      std::printf("bitmask byte %d: %s\n", byte, refused ? "refused" : "taken");
-      std::exit(1);
-    }
+  const float scales[5] = {};
+  const int64_t of = layout.pattern;
+  std::vector<uint8_t> bitmask(5 * 8);
+  for (size_t i = 0; i < bitmask.size(); ++i) bitmask[i] = static_cast<uint8_t>(of == 4 ? bits : bits >> i % 2 * 8);
+  bool legal = true, refused = false;
+  for (int64_t i = 0; i < 16; i += of)
+    legal &= __builtin_popcount((of == 4 ? bits * 257 : bits) >> i & ((1 << of) - 1)) == of / 2;
+  Aligned packed(layout.bytes());
+  try {
+    pack(layout, values.data(), bitmask.data(), has_scales(layout.dtype) ? scales : nullptr, packed.data.get());
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  if (refused == legal) {
+    std::printf("%ld columns: bitmask %d: %s\n", (long)of, bits, refused ? "refused" : "taken");
+    std::exit(1);
   }
 }
 
 int main() {
-  check_refusal();
+  for (int bits = 0; bits < 256; ++bits) check_refusal({5, 64, Dtype::bfloat16}, bits);
+  for (int bits = 0; bits < 65536; bits += 7) check_refusal({5, 64, Dtype::int8, 0, Dtype::float32, true, 16}, bits);
   for (int64_t rows : {1, 16, 17, 33, 65, 161})
     for (int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 21, 25, 41, 64, 65, 97, 200, 257}) {
       const int64_t columns = tokens % 2 ? 64 : 192;
@@ -272,6 +280,9 @@ int main() {
         check<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 64, Dtype::float32, true}, tokens, rows, columns);
         check<Int8, Float16>({dtype, 128, Dtype::bfloat16, true}, tokens, rows, 384);
+        check<Int8, Bfloat16>({dtype, 0, Dtype::float32, true, 16}, tokens, rows, columns);
+        check<Int8, Float16>({dtype, 32, Dtype::bfloat16, true, 16}, tokens, rows, 320);
+        check<Int8, Float32>({dtype, 64, Dtype::float32, true, 16}, tokens, rows, columns);
       }
     }
   const Activation swiglu = {Activation::silu, true, 1.702f, 1.0f, INFINITY},
@@ -291,6 +302,7 @@ int main() {
           check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Float16>({dtype, 64, Dtype::float32, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, hidden, inner, activation);
+          check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, true, 16}, tokens, hidden, inner, activation);
         }
       }
   check_experts<Bfloat16>({Dtype::bfloat16}, 500, 64, 16, swiglu);  // several passes of an expert

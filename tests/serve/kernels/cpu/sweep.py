@@ -11,6 +11,7 @@ from packed_layers import PackedLayer, pack
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 
@@ -39,6 +40,7 @@ class RandomWeight:
     act_dtype: torch.dtype
     parts: dict[str, torch.Tensor]
     dense: torch.Tensor
+    pattern: Pattern = TWO_OF_FOUR
 
     def packed_by(self, kernel) -> PackedLayer:
         return pack(kernel, self.parts, self.format, self.act_dtype)
@@ -51,13 +53,18 @@ class RandomWeight:
 
 
 def random_weight(
-    out_features: int, in_features: int, format: WeightFormat = FLOAT, dtype=torch.bfloat16, scale_dtype=None
+    out_features: int,
+    in_features: int,
+    format: WeightFormat = FLOAT,
+    dtype=torch.bfloat16,
+    scale_dtype=None,
+    pattern: Pattern = TWO_OF_FOUR,
 ) -> RandomWeight:
     """Integers from all that can be stored; some scales are zero.
 
     dtype: of activations and of float values. scale_dtype: of groups; None: `dtype`.
     """
-    compressed, bitmask = sparse24.compress(torch.randn(out_features, in_features).to(dtype))
+    compressed, bitmask = sparse24.compress(torch.randn(out_features, in_features).to(dtype), None, pattern)
     if not isinstance(format, IntFormat):
         parts = {"compressed": compressed, "bitmask": bitmask}
         return RandomWeight(format, dtype, parts, sparse24.decompress(compressed, bitmask).double())
@@ -72,7 +79,8 @@ def random_weight(
     scales *= torch.rand(scales.shape) > 0.05
     scales = scales.to((scale_dtype or dtype) if format.group_size else torch.float32)
     dense = sparse24.decompress(integers, bitmask).double() * scales.double().repeat_interleave(shared, 1)
-    return RandomWeight(format, dtype, {"compressed": stored, "bitmask": bitmask, "weight_scale": scales}, dense)
+    parts = {"compressed": stored, "bitmask": bitmask, "weight_scale": scales}
+    return RandomWeight(format, dtype, parts, dense, pattern)
 
 
 def assert_close_to_float64(y, x, weight: RandomWeight, permutation=None, bias=None):

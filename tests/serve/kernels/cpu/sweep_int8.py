@@ -3,6 +3,8 @@
 A module, and a program for the instruction set that RIA_VLLM_CPU_ISA names: it fails at the first deviation.
 """
 
+from functools import partial
+
 import torch
 from packed_layers import PackedLayer, pack
 from sweep import EDGES, RandomWeight, random_weight
@@ -10,9 +12,12 @@ from torch.nn.functional import pad
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import GROUP_SIZES, IntFormat
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, multiply_int8_rows
 
 FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
+OF_16 = PATTERNS["8:16"]
+BOTH = (TWO_OF_FOUR, OF_16)
 
 
 def product(values: torch.Tensor, format: IntFormat, parts, bias=None) -> torch.Tensor:
@@ -45,7 +50,7 @@ def formula(weight: RandomWeight, x, permutation=None, bias=None) -> torch.Tenso
 
 
 def packed(weight: RandomWeight) -> PackedLayer:
-    return pack(CpuKernel, weight.parts, weight.format, weight.act_dtype, torch.int8)
+    return pack(CpuKernel, weight.parts, weight.format, weight.act_dtype, torch.int8, weight.pattern)
 
 
 def assert_equal(y, want, case: str) -> None:
@@ -54,14 +59,16 @@ def assert_equal(y, want, case: str) -> None:
     assert not wrong.any(), f"{case}: {int(wrong.sum())} of {wrong.numel()} differ, first at {wrong.nonzero()[0]}"
 
 
-def check_case(format, dtype, tokens, out_features, in_features, permuted, biased, scale_dtype=None) -> None:
-    weight = random_weight(out_features, in_features, format, dtype, scale_dtype)
+def check_case(
+    format, dtype, tokens, out_features, in_features, permuted, biased, scale_dtype=None, pattern=TWO_OF_FOUR
+) -> None:
+    weight = random_weight(out_features, in_features, format, dtype, scale_dtype, pattern)
     permutation = torch.randperm(in_features, dtype=torch.int32) if permuted else None
     bias = weight.bias() if biased else None
     x = weight.x(tokens)
     x[tokens // 2, : in_features // 2] *= 40
     y = packed(weight)(x, permutation, bias)
-    case = f"{format.name}, {dtype}, tokens {tokens}, {out_features} x {in_features}, {permuted}, {biased}"
+    case = f"{pattern}, {format.name}, {dtype}, tokens {tokens}, {out_features} x {in_features}, {permuted}, {biased}"
     assert_equal(y, formula(weight, x, permutation, bias), case)
 
 
@@ -70,27 +77,28 @@ def columns_of(format, columns: int) -> int:
     return -(-columns // (format.group_size or 64)) * (format.group_size or 64)
 
 
-def sweep() -> None:
+def sweep(pattern: Pattern) -> None:
+    check = partial(check_case, pattern=pattern)
     for tokens in range(1, 201):
         format = FORMATS[tokens % len(FORMATS)]
-        check_case(format, torch.bfloat16, tokens, 49, 128, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
+        check(format, torch.bfloat16, tokens, 49, 128, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
     for number, format in enumerate(FORMATS):
         for dtype in sparse24.VALUE_DTYPES:
             for i, out_features in enumerate((1, 16, 17, 32, 33, 63)):
                 for tokens in ((1, 13), (5, 50))[i % 2]:
-                    check_case(format, dtype, tokens, out_features, columns_of(format, 64), True, True)
+                    check(format, dtype, tokens, out_features, columns_of(format, 64), True, True)
         for tokens in EDGES[number % 3 :: 3]:
-            check_case(format, torch.bfloat16, tokens, 65, columns_of(format, 576), tokens % 2 == 0, tokens % 3 == 0)
+            check(format, torch.bfloat16, tokens, 65, columns_of(format, 576), tokens % 2 == 0, tokens % 3 == 0)
         for scale_dtype in sparse24.VALUE_DTYPES if format.group_size else ():
-            check_case(format, torch.float16, 9, 50, 256, True, True, scale_dtype)
-            check_case(format, torch.float32, 50, 50, 256, True, False, scale_dtype)
+            check(format, torch.float16, 9, 50, 256, True, True, scale_dtype)
+            check(format, torch.float32, 50, 50, 256, True, False, scale_dtype)
         for tokens in (14, 50):  # on AMX, by vectors and by tiles
-            check_case(format, torch.float32, tokens, 40, columns_of(format, 4160), True, False)
+            check(format, torch.float32, tokens, 40, columns_of(format, 4160), True, False)
 
 
-def extremes(format, dtype) -> None:
+def extremes(format, dtype, pattern: Pattern) -> None:
     """The largest and smallest integers on both sides, which 16-bit sums of products could not hold."""
-    weight = random_weight(40, columns_of(format, 512), format, dtype)
+    weight = random_weight(40, columns_of(format, 512), format, dtype, pattern=pattern)
     columns = weight.dense.shape[1]
     for smallest in (True, False):
         integer = -(2 ** (format.num_bits - 1)) if smallest else 2 ** (format.num_bits - 1) - 1
@@ -104,10 +112,10 @@ def extremes(format, dtype) -> None:
             assert_equal(layer(x), formula(weight, x), f"{format.name}, {dtype}, {tokens} tokens, all {integer}")
 
 
-def large_sums(bits: int, tokens: int) -> None:
+def large_sums(bits: int, tokens: int, pattern: Pattern) -> None:
     """Integer sums above 2**24, which float32 must round."""
     columns = 8192 if bits == 8 else 65536
-    weight = random_weight(35, columns, IntFormat(bits, None), torch.float32)
+    weight = random_weight(35, columns, IntFormat(bits, None), torch.float32, pattern=pattern)
     if bits == 8:
         weight.parts["compressed"].random_(90, 128)
     else:
@@ -122,9 +130,9 @@ def large_sums(bits: int, tokens: int) -> None:
     assert_equal(layer(x), want, f"int{bits}, {tokens} tokens, sums above 2**24")
 
 
-def largest_sums(bits: int, tokens: int) -> None:
+def largest_sums(bits: int, tokens: int, pattern: Pattern) -> None:
     """The most columns that are taken, all integers at their ends: the sums just fit into int32."""
-    weight = random_weight(17, 131072, IntFormat(bits, None), torch.float32)
+    weight = random_weight(17, 131072, IntFormat(bits, None), torch.float32, pattern=pattern)
     for byte in (-128, 127) if bits == 8 else (0, 255):
         weight.parts["compressed"].fill_(byte)
         x = torch.full((tokens, 131072), 3.0)
@@ -132,9 +140,9 @@ def largest_sums(bits: int, tokens: int) -> None:
         assert_equal(packed(weight)(x), formula(weight, x), f"int{bits}, {tokens} tokens, all {byte}")
 
 
-def special_tokens(format, dtype, tokens: int) -> None:
+def special_tokens(format, dtype, tokens: int, pattern: Pattern) -> None:
     """Zeros, tiny and huge values; a NaN or an infinity makes all outputs of its own token NaN, and no others."""
-    weight = random_weight(33, columns_of(format, 128), format, dtype)
+    weight = random_weight(33, columns_of(format, 128), format, dtype, pattern=pattern)
     layer, bias = packed(weight), weight.bias()
     x = weight.x(tokens)
     clean = layer(x, None, bias)
@@ -155,9 +163,9 @@ def special_tokens(format, dtype, tokens: int) -> None:
     assert torch.equal(y[8:], clean[8:]), name
 
 
-def same_bits(format, rows: int) -> None:
+def same_bits(format, rows: int, pattern: Pattern) -> None:
     """A token's result has the same bits alone, in any batch and with any number of threads. So has the packed form."""
-    weight = random_weight(rows, columns_of(format, 1088), format)
+    weight = random_weight(rows, columns_of(format, 1088), format, pattern=pattern)
     layer, permutation = packed(weight), torch.randperm(weight.dense.shape[1], dtype=torch.int32)
     x, bias = weight.x(203), weight.bias()
     want = formula(weight, x, permutation, bias)
@@ -199,15 +207,16 @@ if __name__ == "__main__":
     for dtype in sparse24.VALUE_DTYPES:
         for rows, columns in ((1, 64), (32, 128), (49, 576), (96, 2048)):
             dense_rows(rows, columns, dtype)
-    sweep()
-    for format in FORMATS:
-        for dtype in sparse24.VALUE_DTYPES:
-            extremes(format, dtype)
+    for pattern in BOTH:
+        sweep(pattern)
+    for number, format in enumerate(FORMATS):
+        for i, dtype in enumerate(sparse24.VALUE_DTYPES):
+            extremes(format, dtype, BOTH[i % 2])
             for tokens in (8, 15, 60):
-                special_tokens(format, dtype, tokens)
-        same_bits(format, 208)
+                special_tokens(format, dtype, tokens, BOTH[tokens % 2])
+        same_bits(format, 208, BOTH[number % 2])
     for bits in (8, 4):
         for tokens in (1, 15):
-            large_sums(bits, tokens)
-            largest_sums(bits, tokens)
+            large_sums(bits, tokens, BOTH[tokens // 15])
+            largest_sums(bits, tokens, BOTH[1 - tokens // 15])
     print(instruction_set())

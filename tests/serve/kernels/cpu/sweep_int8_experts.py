@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 from random_experts import ACTIVATIONS, SILU, RandomExperts, random_experts, random_routing
-from sweep_int8 import FORMATS, assert_equal, product
+from sweep_int8 import BOTH, FORMATS, OF_16, assert_equal, product
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import INT4, INT8, IntFormat
@@ -93,13 +93,15 @@ def sweep() -> None:
         for dtype, activation in zip(sparse24.VALUE_DTYPES, EXACT[number % 3 :] + EXACT):
             check_case(13, activation=activation, dtype=dtype, format=format, hidden=192)
         for hidden, intermediate in ((64, 16), (72, 40), (200, 136), (640, 72))[number % 2 :: 2]:
-            for activation in EXACT[:2]:
+            for activation, pattern in zip(EXACT, BOTH):
                 sizes = {"hidden": hidden, "intermediate": intermediate, "activation": activation, "format": format}
+                sizes["pattern"] = pattern
                 check_case(9, permuted=hidden % 128 != 0, **sizes)
                 check_case(1, permuted=False, **sizes)
         for tokens in (0, 1, 2, 5, 8, 20, 40, 77, 150):
-            check_case(tokens, 1 + tokens % 4, tokens % 2 == 0, tokens % 3 == 0, format=format)
-        check_case(300, 2, experts=1, format=format)  # several passes of one expert
+            for pattern in BOTH:
+                check_case(tokens, 1 + tokens % 4, tokens % 2 == 0, tokens % 3 == 0, format=format, pattern=pattern)
+        check_case(300, 2, experts=1, format=format, pattern=OF_16)  # several passes of one expert
 
 
 def extremes(format: IntFormat) -> None:

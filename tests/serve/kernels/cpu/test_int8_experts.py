@@ -6,7 +6,7 @@ import pytest
 import torch
 from instruction_sets import said_by
 from random_experts import ACTIVATIONS, random_experts, random_routing
-from sweep_int8 import assert_equal
+from sweep_int8 import OF_16, assert_equal
 from sweep_int8_experts import EXACT, digest, formula, random_x, rounding_experts
 
 from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
@@ -68,12 +68,13 @@ def test_rounds_of_many_tokens():
 def test_the_packed_experts_say_which_inputs_they_are_for():
     rounding, others = rounding_experts(hidden=64), random_experts(hidden=64, format=INT8, biased=True)
     rounded, other = rounding.packed(CpuExpertsKernel), others.packed(CpuExpertsKernel)
+    of_16 = rounding_experts(hidden=64, pattern=OF_16).packed(CpuExpertsKernel)
     assert rounded[0].shape == other[0].shape and not torch.equal(rounded[0], other[0])
     x, weights, ids = torch.randn(2, 64).bfloat16(), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32)
     call, rest = torch.ops.ria.sparse24_experts.cpu, (None, None, 0, 1, 1.0, 0.0, 1.0)
     call(x, weights, ids, *rounded, *rest)
     call(x, weights, ids, *other, *rest)
-    for packed in ((*rounded[:1], *other[1:]), (*other[:1], *rounded[1:])):
+    for packed in ((*rounded[:1], *other[1:]), (*other[:1], *rounded[1:]), (*of_16[:1], *rounded[1:])):
         with pytest.raises(RuntimeError, match="the packed down does not fit"):
             call(x, weights, ids, *packed, *rest)
     for packed in (rounded, other):

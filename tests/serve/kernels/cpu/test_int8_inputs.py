@@ -1,18 +1,17 @@
 """The kernel cpu with inputs that it rounds to int8, in every instruction set that this machine can run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from instruction_sets import said_by
 from packed_layers import pack
 from sweep import random_weight
-from sweep_int8 import (
-    assert_equal,
-    formula,
-    packed,
-)
+from sweep_int8 import OF_16, assert_equal, formula, packed
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, packed_bytes, packing_arguments
 
@@ -34,11 +33,33 @@ def test_any_leading_dimensions_and_strides():
         assert_equal(layer(x, permutation), want, str(x.shape))
 
 
+@pytest.mark.parametrize("format", (INT8, IntFormat(4, 32)), ids=lambda format: format.name)
+def test_a_bitmask_without_eight_of_16_is_refused_by_name(format):
+    weight = random_weight(45, 192, format, pattern=OF_16)
+    bitmask = weight.parts["bitmask"].view(torch.int16)
+    for row, group, bits in ((41, 7, 0x7FF0), (41, 3, 0x007F), (3, 11, 0), (3, 0, -1)):
+        bitmask[row, group] = bits
+        with pytest.raises(RuntimeError, match=f"8:16: row {row}, columns {16 * group} to {16 * group + 15} must"):
+            packed(weight)
+
+
+@pytest.mark.parametrize("name", ("2:4", "4:8"))
+def test_stricter_patterns_are_8_of_16(name):
+    torch.manual_seed(8)
+    weight = random_weight(50, 192, IntFormat(4, 64), pattern=PATTERNS[name])
+    loose = replace(weight, pattern=OF_16)
+    for tokens in (1, 9, 50):
+        x = weight.x(tokens)
+        assert_equal(packed(loose)(x), formula(weight, x), f"{name}, {tokens} tokens")
+        assert_equal(packed(weight)(x), formula(weight, x), f"{name}, {tokens} tokens")
+
+
 @pytest.mark.parametrize("format", (INT4, IntFormat(8, 64)), ids=lambda format: format.name)
 def test_packed_in_as_many_bytes_as_for_other_inputs(format):
     weight = random_weight(49, 256, format)
-    (rounded,), (other,) = packed(weight).packed, weight.packed_by(CpuKernel).packed
-    assert rounded.numel() == other.numel() == packed_bytes(49, 256, format, torch.bfloat16)
+    forms = [packed(weight), weight.packed_by(CpuKernel), packed(random_weight(49, 256, format, pattern=OF_16))]
+    (rounded,), (other,), (of_16,) = (layer.packed for layer in forms)
+    assert rounded.numel() == other.numel() == of_16.numel() == packed_bytes(49, 256, format, torch.bfloat16)
     assert not torch.equal(rounded, other)
 
 
@@ -60,12 +81,21 @@ def test_the_packed_weight_says_which_inputs_it_is_for():
     compressed, bitmask = sparse24.compress(torch.randn(16, 64))
     with pytest.raises(RuntimeError, match="only int8 and int4"):
         torch.ops.ria.sparse24_pack.cpu(compressed, bitmask, None, 0, True)
+    parts = random_weight(16, 64, INT8, pattern=OF_16).parts
+    for rounds, pattern in ((False, 16), (True, 8), (True, 4)):
+        with pytest.raises(RuntimeError, match="pattern must be|is not 2:4"):
+            torch.ops.ria.sparse24_pack.cpu(*packing_arguments(INT8, parts), rounds, pattern)
 
 
 def test_which_layers_are_taken():
-    def reason(format, act_dtype, input_dtype, columns=128):
-        config = LinearLayerConfig(torch.device("cpu"), act_dtype, format, 16, columns, input_dtype)
+    def reason(format, act_dtype, input_dtype, columns=128, pattern=TWO_OF_FOUR):
+        config = LinearLayerConfig(torch.device("cpu"), act_dtype, format, 16, columns, input_dtype, pattern)
         return CpuKernel.can_implement(config)
+
+    for pattern in CpuKernel.patterns:
+        assert reason(INT4, torch.bfloat16, torch.int8, pattern=pattern) is None
+    for format in (FLOAT, INT8):
+        assert "no 8:16 weights without inputs rounded" in reason(format, torch.bfloat16, None, pattern=OF_16)
 
     for dtype in sparse24.VALUE_DTYPES:
         assert reason(INT8, dtype, torch.int8) is None and reason(INT4, dtype, torch.int8) is None

@@ -127,11 +127,11 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize(
     "changes",
     # The last one has the right size: a group of 32 columns, and scales in a dtype of -1.
-    [{0: 1}, {4: 128}, {6: 1}, {8: 32}, {8: 32, 7: -3}],
+    [{0: 1}, {4: 128}, {6: 1}, {8: 32}, {8: 32, 7: -3}, {10: 12}, {9: 1, 10: 1}],
     ids=str,
 )
 def test_a_damaged_header_is_refused(changes):
-    """What is added to its int32s: 0 magic, 4 columns, 6 dtype, 7 dtype of scales, 8 group size, 9 activations."""
+    """What is added to int32s: 0 magic, 4 columns, 6 dtype, 7 of scales, 8 group size, 9 activations, 10 pattern."""
     (packed,) = random_weight(32, 128, INT4).packed_by(CpuKernel).packed
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
     torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
