@@ -12,7 +12,8 @@ SHARED = Path(__file__).parents[3]
 
 def run_with(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python with these arguments, where the kernel cpu takes the instruction set."""
-    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": str(SHARED)}
+    path = os.pathsep.join((str(SHARED), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "RIA_VLLM_CPU_ISA": instruction_set, "PYTHONPATH": path}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
