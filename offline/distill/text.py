@@ -64,11 +64,18 @@ def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
     samples, held_out, seq_len, seed = (recipe.get(name) for name in names)
     if not all(type(number) is int for number in (samples, held_out, seq_len, seed)):
         return None
-    written, samples = recipe.get("self_written", 0.0), samples + held_out
-    known = samples > 0 and seq_len > 1 and samples * seq_len <= MOST_BEYOND and 0 <= seed < 1 << 63
+    written = recipe.get("self_written", 0.0)
+    known = (
+        samples > 0
+        and 0 <= held_out <= samples
+        and seq_len > 1
+        and samples * seq_len <= MOST_BEYOND
+        and 0 <= seed < 1 << 63
+    )
     if not known or type(written) is not float or not 0 <= written < 1:
         return None
-    return data.Drawn(samples - written_of(samples, written), seq_len, seed)
+    texts = sum(count - written_of(count, written) for count in (samples, held_out))
+    return data.Drawn(texts, seq_len, seed)
 
 
 def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
-from ria_vllm.offline.run.held_out import held_out_loss, verdict
+from ria_vllm.offline.run.held_out import held_out_loss, not_rounded, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
@@ -295,12 +295,13 @@ class _Run:
         if left:
             self.monitor.warn(
                 f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "
-                "lower the error of their part of a layer. ria_report.json names them."
+                "lower the error of their part of a layer on held-out samples. ria_report.json names them."
             )
         if copied := self.model.copied():
             found["copied"] = copied
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
-            found[HELD_OUT] = loss
+            before = not_rounded(self.recipe)
+            found[HELD_OUT] = loss | ({"measured": before} if before else {})
             self.monitor.say(verdict(loss, self.recipe))
         return found
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Streams
 from ria_vllm.offline.model.run.architecture import output_head
 from ria_vllm.offline.model.run.embedding import Embedder
@@ -15,14 +14,18 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
-# Tokens whose logits are in memory at a time.
-PIECE = 256
-# How many times the dense model's perplexity is near it, and from where on more is lost than most tasks forgive.
+# Logits that are in memory at a time, a few times over.
+PIECE = 1 << 22
+# In dense perplexities: up to the first, little is lost; beyond the second, more than most tasks forgive.
 NEAR, FAR = 1.05, 1.5
 
 
 def held_out_loss(
-    model: StreamedModel, streams: Streams, tokens: Sequence[torch.Tensor], ranks: Ranks, monitor: Monitor
+    model: StreamedModel,
+    streams: Streams,
+    tokens: Sequence[torch.Tensor],
+    ranks: Ranks,
+    monitor: Monitor,
 ) -> dict[str, Any] | None:
     """Perplexities of both models, and the divergence KL(dense || pruned) of a token, in nats.
 
@@ -47,8 +50,8 @@ def held_out_loss(
                     # Gemma 3n's streams have four states for each token, before the samples.
                     both = (stream[index].narrow(-3, sample, 1) for stream in (streams.dense, streams.pruned))
                     total += _of_sample(embedder, chunk[sample], *both)
-        except RiaError as error:
-            failed = str(error)
+        except Exception as error:  # whatever it is, hours of work are done, and do not depend on it
+            failed = str(error) or type(error).__name__
         finally:
             model.free_base()
     ranks.all_reduce(total)
@@ -61,8 +64,8 @@ def held_out_loss(
     dense, pruned, divergence, count = total.tolist()
     return {
         "tokens": round(count),
-        "perplexity": round(math.exp(pruned / count), 4),
-        "perplexity_dense": round(math.exp(dense / count), 4),
+        "perplexity": round(math.exp(min(pruned / count, 700)), 4),
+        "perplexity_dense": round(math.exp(min(dense / count, 700)), 4),
         "kl": round(divergence / count, 6),
     }
 
@@ -70,9 +73,9 @@ def held_out_loss(
 def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     """What one sample [tokens] adds to the sums; the streams are [..., 1, tokens, hidden]."""
     found = torch.zeros(4, dtype=torch.float64)
-    device = embedder.model.device
-    for first in range(0, len(tokens) - 1, PIECE):
-        piece = slice(first, min(first + PIECE, len(tokens) - 1))
+    device, count = embedder.model.device, max(1, PIECE // embedder.vocabulary)
+    for first in range(0, len(tokens) - 1, count):
+        piece = slice(first, min(first + count, len(tokens) - 1))
         following = tokens[piece.start + 1 : piece.stop + 1, None].to(device)
         p, q = (
             embedder.logits(tokens[None, piece], stream[..., piece, :].to(device))[0].float().log_softmax(-1)
@@ -91,12 +94,19 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> str:
         f"on {found['tokens']} tokens of the calibration text to which nothing was fitted: perplexity "
         f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
     )
-    if recipe.activations != "none":
-        text += " (without the rounding of inputs)"
+    if unrounded := not_rounded(recipe):
+        text += f", {unrounded}"
     if ratio <= NEAR:
         return f"{text}. That is near the dense model."
-    better = "" if recipe.reconstruct == "block" else "--effort best and then "
-    way = f"{better}ria-vllm distill"
+    longer = recipe.reconstruct != "block" and not recipe.only_keeps
+    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''} would bring it closer"
     if ratio <= FAR:
-        return f"{text}. {way[0].upper() + way[1:]} would bring it closer."
-    return f"{text}. Much is lost: try {way}, or serve the dense model in W8A8, which loses next to nothing."
+        return f"{text}. {way[0].upper() + way[1:]}."
+    return f"{text}. Much is lost: {way}. Dense W8A8 loses next to nothing."
+
+
+def not_rounded(recipe: Recipe) -> str:
+    """What the measured model is spared that the folder's is not; empty if nothing."""
+    if recipe.activations != "none":
+        return f"before {'weights, ' if recipe.continues_exactly else ''}inputs and the head were rounded"
+    return "before weights were rounded" if recipe.continues_exactly else ""

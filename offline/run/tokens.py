@@ -22,7 +22,7 @@ def calibration_tokens(
     source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
 ) -> torch.Tensor:
     """The tokens that the recipe asks for: int64 [drawn, seq_len], on the CPU, the held-out samples last. Those that
-    the dense model writes beside a text are spread evenly among the others.
+    the dense model writes beside a text are spread evenly among the others, in both parts.
 
     Args:
         text: the recipe's, opened.
@@ -52,7 +52,10 @@ def calibration_tokens(
             f"{vocabulary} tokens."
         )
     if written:
-        tokens = spread_among(tokens, _sample_model(source, model, recipe, written, monitor))
+        fitted, held_out = recipe.written_apart
+        texts = tokens.split([recipe.samples - fitted, recipe.held_out - held_out])
+        own = _sample_model(source, model, recipe, written, monitor).split([fitted, held_out])
+        tokens = torch.cat([spread_among(*both) for both in zip(texts, own, strict=True)])
     return tokens.long()
 
 

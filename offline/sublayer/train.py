@@ -101,7 +101,8 @@ def _held_out_loss(sublayer_pass: SublayerPass, recipe: Recipe, channels: torch.
     with torch.no_grad(), sublayer_pass.monitor.phase("held-out samples"):
         for stream, call, target in sublayer_pass.held_out():
             loss = error(sublayer_pass.runner.run, (stream, call), target, recipe.matmul_dtype, channels=channels)
-            total += torch.tensor([float(loss), 1.0], dtype=torch.float64)
+            tokens = target.numel() // target.shape[-1]
+            total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
     sublayer_pass.ranks.all_reduce(total)
     return float(total[0] / total[1]) if total[1] else None
 

@@ -38,7 +38,7 @@ def retained_score(columns: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int) -> torch.Tensor:
     """Entry (g, c): what group g gains if the channel that group c has at `position` takes that place in g.
 
-    The other m - 1 channels of g are fixed. Let t_g be, for each row, the largest but m/2 - 1 of their scores. The mask
+    The other m - 1 channels of g are fixed. Let t_g be, for each row, the (m/2)-th largest of their scores. The mask
     keeps the new channel where it beats t_g, so it adds sum_rows relu(S_c - t_g) to a term that depends on g alone. And
     sum relu(a - b) = (sum |a - b| + sum a - sum b) / 2, so one matrix of L1 distances is enough; no candidate group is
     ever gathered or sorted.

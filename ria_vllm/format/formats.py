@@ -1,7 +1,7 @@
 """Weight formats: what the stored tensors of a 2:4 linear mean.
 
 A linear [out, in] is stored as one tensor for each of its format's `parts`, named NAME.PART, and NAME.shape. Rows are
-in the model's own order and columns in the stored one. `bitmask` says which two columns of each group of four are kept
+in the model's own order and columns in the stored one. `bitmask` says which half of each group of columns is kept
 (see `ria_vllm.format.sparse24`); the other parts hold their values:
 
 | format | `compressed`            | `weight_scale` | bits per weight, with the bitmask |

@@ -54,14 +54,15 @@ def compress(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
 def bitmask_of(dense: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor | None:
     """uint8 [out, in/8] of what is not zero and, where a group has fewer, of its leftmost zeros; None if some group of
     the pattern has too many."""
-    if pattern != TWO_OF_FOUR:
-        flags = (dense != 0).to(torch.int8)
-        if bool((flags.unflatten(1, (-1, pattern.of)).sum(-1) > pattern.kept).any()):
-            return None
-        return sparse24.compress(flags, None, pattern)[1]
     bitmask = dense.new_empty(len(dense), dense.shape[1] // 8, dtype=torch.uint8)
     kept = _BITMASK.to(dense.device)
     for block in _blocks(dense):
+        if pattern != TWO_OF_FOUR:
+            flags = (dense[block] != 0).to(torch.int8)
+            if bool((flags.unflatten(1, (-1, pattern.of)).sum(-1) > pattern.kept).any()):
+                return None
+            bitmask[block] = sparse24.compress(flags, None, pattern)[1]
+            continue
         bitmask[block] = kept[_bits((dense[block] != 0).contiguous()).int()]
         if not bool(bitmask[block].all()):
             return None

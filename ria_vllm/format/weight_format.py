@@ -122,7 +122,7 @@ class WeightFormat(ABC):
             mask: bool [out, in], in the pattern; None: the largest magnitudes.
 
         Raises:
-            ValueError: a wrong shape, or a mask that has not the pattern.
+            ValueError: a wrong shape, or a mask that does not have the pattern.
         """
         return self.encode_kept(*sparse24.compress(weight, mask, pattern), scales)
 

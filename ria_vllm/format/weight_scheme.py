@@ -179,7 +179,7 @@ class WeightScheme:
             loaded: tensor by the last part of its name, of all linears of a layer together.
             sizes: rows of each output of the layer.
             served: dtype of the model in vLLM.
-            dummy: nothing was loaded; the values are random, and any 2:4 pattern will do.
+            dummy: nothing was loaded; the values are random, and any mask with the pattern will do.
             stored_scales: the dtypes that the checkpoint's scales have. Scales of groups keep theirs if it is one, so
                 that their dtype does not depend on their values. Dummies are as if it were `served`.
 
@@ -234,8 +234,8 @@ def misfit(scheme: WeightScheme, columns: int) -> str | None:
     if columns % multiple == 0:
         return None
     return (
-        f"{columns} input channels are not a multiple of {multiple}, which {scheme.format.name} needs. config.json and "
-        "the weights do not belong together; get both again."
+        f"{columns} input channels are not a multiple of {multiple}, which {scheme.format.name} in {scheme.pattern} "
+        "needs. config.json and the weights do not belong together; get both again."
     )
 
 

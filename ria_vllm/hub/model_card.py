@@ -13,6 +13,7 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import disk_errors, write_whole
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.files.text_file import read_text
+from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 from ria_vllm.report import HELD_OUT, report_linears, report_number
@@ -41,14 +42,6 @@ _METHODS = {
     "sparsegpt": "SparseGPT",
 }
 ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
-_USE = [
-    "## Serve",
-    f"With ria-vllm, which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:",
-    "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
-    "Then:",
-    f"```sh\n{SERVE_HERE}\n```",
-    "transformers loads it as well, after `import ria_vllm`.",
-]
 _PERPLEXITY = ("text", "tokens", "window", "perplexity", "base model")
 
 
@@ -65,10 +58,11 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
     if identity is not None:
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}
-    body = [_origin(recipe, identity), *_USE, *_what_was_pruned(report, zeros)]
+    body = [_origin(recipe, identity), *_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
     if loss := report.get(HELD_OUT):
         values = (f"{loss[key]:.2f}" for key in ("perplexity", "perplexity_dense"))
-        row = ("calibration text, held out", str(loss["tokens"]), str(recipe["seq_len"]), *values)
+        text = ", ".join(["calibration text, held out", *([loss["measured"]] if "measured" in loss else [])])
+        row = (text, str(loss["tokens"]), str(recipe["seq_len"]), *values)
         body += _section("Perplexity", card_table(_PERPLEXITY, [row]))
     return _card(base, recipe, "", body)
 
@@ -100,10 +94,25 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
     body = [
         _origin(report["recipe"], identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
-        *_USE,
+        *_use(report["recipe"]["pattern"]),
         *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, bool(reader.rotations)),
     ]
     return _card(base, report["recipe"] | recipe, " and trained", body)
+
+
+def _use(pattern: str) -> list[str]:
+    """How to serve a folder with this pattern."""
+    where = f"which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:"
+    if pattern != str(TWO_OF_FOUR):
+        where = f"on CPUs; GPUs do not multiply {plain(pattern)}. In a clone of its repository:"
+    return [
+        "## Serve",
+        f"With ria-vllm, {where}",
+        "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
+        "Then:",
+        f"```sh\n{SERVE_HERE}\n```",
+        "transformers loads it as well, after `import ria_vllm`.",
+    ]
 
 
 def base_repository(source: str, folder: Path) -> str | None:

@@ -119,6 +119,11 @@ class Embedder:
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return self.base.get_input_embeddings().num_embeddings
+
     def logits(self, tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """What the model predicts after these tokens if its last layer returns a given stream.
 
@@ -146,7 +151,7 @@ class Embedder:
         for index, shell in enumerate(shells):
             layers[index] = shell
         try:
-            with explained(self.unusable):
+            with explained(self.unusable if module is None else "the model's head does not run by itself"):
                 return (module or self.base)(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
             return None
