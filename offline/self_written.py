@@ -32,6 +32,8 @@ def check_fraction(fraction: float, windows: int, text: str) -> None:
 def spread_among(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """[n, seq_len] and [k, seq_len] -> [n + k, seq_len]: the others evenly among the windows, all in their order."""
     total = len(windows) + len(others)
+    if not len(others):
+        return windows
     places = torch.arange(total + 1) * len(others) // total
     is_other = places[1:] > places[:-1]
     found = windows.new_empty(total, windows.shape[1])

@@ -137,11 +137,10 @@ def proof_lines(found: Findings) -> list[str]:
 @click.option(
     "--scheme",
     type=click.Choice(list(STORED), case_sensitive=False),
-    default="BF16",
-    show_default=True,
+    show_default="BF16; for OUT, its own",
     metavar="|".join(STORED),
 )
-def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> None:
+def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None) -> None:
     """Show which kernels this machine runs, and why.
 
     With a compressed folder OUT, also multiply with each of its pruned linears, and compare with their proofs. Names
@@ -166,7 +165,9 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str) -> Non
     ]
     for label, value in rows:
         click.echo(f"{label:16}{value}")
-    act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme]
+    act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]
+    if reader is not None and scheme is None:
+        weight_format, input_dtype = reader.schema.weight_format, reader.schema.input_dtype
     layer = {"input_dtype": input_dtype, "pattern": pattern}
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)

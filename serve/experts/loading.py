@@ -145,7 +145,9 @@ class ExpertsLoader:
                 f"{name}: vLLM's layer has no place for it, only for {', '.join(known)}. The checkpoint belongs to "
                 "another version; compress the model again."
             )
-        parameter = layer._parameters[(DOWN if kind == "down" else GATE_UP) + part]
+        parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
+        if parameter is None:
+            raise RiaError(f"{name} comes when its layer has its weights already. Start the server again.")
         parameter.weight_loader(parameter, tensor, kind, expert, local_expert)
 
     def give_biases(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor, stacked: Stacked) -> None:

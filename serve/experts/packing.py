@@ -97,7 +97,7 @@ class PackedExperts:
 
 
 def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
-    """Pack `experts`, which are 2:4 and all take their input in one order, and register what the kernel needs."""
+    """Pack `experts`, which are pruned and all take their input in one order, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
         {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}

@@ -75,8 +75,8 @@ def refuse_on_gpus(pattern: Pattern, where: str) -> None:
     if pattern != TWO_OF_FOUR:
         raise RiaError(
             f"{where} is pruned to {pattern}, which only CPUs serve: sparse tensor cores multiply {TWO_OF_FOUR}. "
-            f"Compress the model for GPUs (`ria-vllm compress --pattern {TWO_OF_FOUR}`), or serve the dense folder "
-            "that `ria-vllm export` writes."
+            "Serve it with vLLM's build for CPUs, compress the model for GPUs (`ria-vllm compress --pattern "
+            f"{TWO_OF_FOUR}`), or serve the dense folder that `ria-vllm export` writes."
         )
 
 

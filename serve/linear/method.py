@@ -1,4 +1,4 @@
-"""Sparse24LinearMethod: one of vLLM's linear layers with 2:4 weights."""
+"""Sparse24LinearMethod: one of vLLM's linear layers with pruned weights."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

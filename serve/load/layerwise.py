@@ -190,10 +190,14 @@ class Reloads:
         try:
             _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
         finally:
-            for _, tensor, before in self._kept:
-                tensor.copy_(before)
-            self._kept = []
+            self._put_back()
             self._stop_if_renewed()
+
+    def _put_back(self) -> None:
+        """Undo what vLLM wrote at once."""
+        for _, tensor, before in self._kept:
+            tensor.copy_(before)
+        self._kept = []
 
     def lose(self) -> None:
         """All weights are gone."""
@@ -207,7 +211,8 @@ class Reloads:
             RiaError: a layer got a part of its weights only, or layers keep those of a reload that had failed; or see
                 `after` and `_wait_for_ranks`.
         """
-        left, lacking = left_out(self.model, self.embeddings), without_weights(self.model)
+        left = left_out(self.model, self.embeddings)
+        lacking = [path for path in without_weights(self.model) if is_awaited(self.model, path, self.embeddings)]
         if self.lacks_weights:
             lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
         tied = tied_layers(self.model)
@@ -228,6 +233,7 @@ class Reloads:
             self.after(left)
         except BaseException:
             self.give_up()
+            self._put_back()  # if vLLM had ended the reload already
             self._stop_if_renewed()
             raise
         self._kept, self.dummies = [], False
@@ -299,10 +305,15 @@ def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -
     if _ours(layer) is not None:
         return
     numbers: dict[str, int] = defaultdict(int)
+    seen: set[tuple[str, str]] = set()
     for name, arguments in info.loaded_weights:
-        parameter = layer._parameters.get(name)
-        loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
-        numbers[name] += get_numel_loaded(loader, arguments)[0]
+        # Two names of the checkpoint may be one of the model's.
+        others = {key: value for key, value in arguments.arguments.items() if not isinstance(value, torch.Tensor)}
+        if (piece := (name, repr(others))) not in seen:
+            seen.add(piece)
+            parameter = layer._parameters.get(name)
+            loader = layerwise._get_original_loader(layer._buffers[name] if parameter is None else parameter)
+            numbers[name] += get_numel_loaded(loader, arguments)[0]
     for name, parameter in layer._parameters.items():
         if parameter is None or name in SKIP_TENSORS:
             continue  # what did not come keeps its old values
@@ -341,6 +352,15 @@ def without_weights(model: torch.nn.Module) -> list[str]:
         if wanted and not any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values()):
             found.append(path)
     return found
+
+
+def is_awaited(model: torch.nn.Module, path: str, embeddings: bool) -> bool:
+    """Whether a layer that got nothing lacks something. A draft's embeddings and head may be its target's, and no file
+    has scales of a KV cache that is another layer's."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, VocabParallelEmbedding):
+        return embeddings
+    return getattr(layer, "ria_needs_scales", True)
 
 
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -135,7 +135,7 @@ class WeightStream:
         elif all_files:
             weights = checked(weights, hooks.check_files)
         self.loaded = True
-        weights = self._once(weights, lazy)
+        weights = self._once(weights, all_files or first)
         if hooks.translation is not None:
             elsewhere = {name for name, taker in hooks.takers.items() if taker is None}
             weights = hooks.translation.translate(weights, lazy, elsewhere)
@@ -149,14 +149,14 @@ class WeightStream:
         self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
         return result
 
-    def _once(self, weights: Weights, lazy: bool) -> Weights:
+    def _once(self, weights: Weights, from_files: bool) -> Weights:
         """The same weights, each of which comes once.
 
         Raises:
             RiaError: there is a second tensor of the same name, which would replace the first, or be dropped by vLLM.
         """
         for name, tensor in weights:
-            if name in self.seen and lazy:
+            if name in self.seen and from_files:
                 raise RiaError(
                     f"{name} is in two of the weight files that vLLM loads. Remove the files that do not belong to the "
                     "model, or get all files of one run."

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank
+from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank, served
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
@@ -128,6 +128,13 @@ def test_damaged_tensors(change, message):
     with pytest.raises(RiaError, match=message):
         model.load_weights(iter(stored.tensors.items()))
         model.experts.quant_method.process_weights_after_loading(model.experts)
+
+
+def test_biases_of_the_wrong_shape():
+    stored = StoredMixture(bias=True)
+    stored.tensors[f"{LAYER}.gate_up_proj_bias"] = torch.zeros(EXPERTS, INNER)
+    with pytest.raises(RiaError, match="gate_up_proj_bias"):
+        served(stored, activation="swigluoai", has_bias=True)
 
 
 def test_experts_that_are_partly_pruned():
