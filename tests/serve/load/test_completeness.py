@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
-from ria_vllm.serve.load.layerwise import left_out
+from ria_vllm.serve.load.layerwise import is_awaited, left_out, without_weights
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.layer_matching import match_layers
 
@@ -153,7 +153,9 @@ def test_what_a_reload_leaves_out(ranks, one_rank, tied):
             layer = getattr(model, name)
             layer.weight.weight_loader(layer.weight, torch.zeros(layer.weight.shape if name == "fc" else (96, 64)))
         assert left_out(model) == missing
-        assert left_out(model, embeddings=False) == [name for name in missing if name == "fc"]
+        linears = [name for name in missing if name == "fc"]  # which a draft has of its own
+        assert left_out(model, embeddings=False) == linears
+        assert [name for name in without_weights(model) if is_awaited(model, name, embeddings=False)] == linears
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         assert left_out(model) == []
 
