@@ -65,8 +65,8 @@ def differ_within_a_group(p):
 @pytest.mark.parametrize(
     "tensor, change, layer, words",
     [
-        (f"{Q}.bitmask", flip_one_bit, Q, "exactly two"),
-        (f"{Q}.bitmask", move_one_bit, Q, "exactly two"),
+        (f"{Q}.bitmask", flip_one_bit, Q, "exactly 2"),
+        (f"{Q}.bitmask", move_one_bit, Q, "exactly 2"),
         (f"{Q}.bitmask", lambda t: t[:-1], Q, "expected 128 x 128"),
         (f"{Q}.bitmask", lambda t: t[:, :-1], Q, "expected 128 x 128"),
         (f"{Q}.bitmask", lambda t: t.to(torch.int8), Q, "int8"),
@@ -189,5 +189,5 @@ def test_a_pruned_linear_that_the_config_calls_dense(damage):
 
 def test_linear_refuses_what_problems_reports(damage):
     damage.replace(f"{UP}.bitmask", flip_one_bit)
-    with pytest.raises(RiaError, match=f"{UP}.*exactly two"):
+    with pytest.raises(RiaError, match=f"{UP}.*exactly 2"):
         Reader(damage.folder).linear(UP)

@@ -41,7 +41,7 @@ def test_keys_of_a_newer_minor_version_are_kept():
         (("format",), "dense", "format"),
         (("quant_method",), "awq", "quant_method"),
         (("sparsity_config",), None, "sparsity_config"),
-        (("sparsity_config", "sparsity_structure"), "4:8", "sparsity_config.sparsity_structure"),
+        (("sparsity_config", "sparsity_structure"), "1:4", "sparsity_config.sparsity_structure"),
         (("sparsity_config", "ignore"), ["lm_head", "re:.*"], "sparsity_config.ignore"),
         (("sparsity_config", "ignore"), "lm_head", "sparsity_config.ignore"),
         (("weights",), {"num_bits": 3}, "weights: .* no weight format with"),

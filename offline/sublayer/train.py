@@ -80,8 +80,10 @@ def train_sublayer(
             if recipe.reconstruct == "block":
                 raise
             losses = None
-    if losses is not None and (now := _held_out_loss(sublayer_pass, recipe, channels)) is not None:
-        losses = at_first, now
+    if losses is not None and at_first is not None:
+        for weight in weights.values():
+            weight.data = ranks.broadcast(weight.data)  # what the first one has trained is kept, so all measure it
+        losses = at_first, _held_out_loss(sublayer_pass, recipe, channels)
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)

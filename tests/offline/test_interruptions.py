@@ -222,9 +222,9 @@ def test_two_processes_write_what_one_writes(family, options, make_model, text, 
 
 def trained_otherwise(*arguments: object) -> None:
     """The command; on the second rank, training diverges."""
-    error = block._error
+    error = block.error
     if os.environ.get("RANK") == "1":
-        block._error = lambda *arguments: error(*arguments) * float("nan")
+        block.error = lambda *arguments: error(*arguments) * float("nan")
     preloaded.ria_vllm(*arguments)
 
 

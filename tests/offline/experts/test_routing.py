@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
 from ria_vllm.progress import Monitor
 
@@ -73,8 +73,9 @@ def test_the_dense_model_is_followed_token_by_token():
 
 
 def test_a_sublayer_that_does_not_reach_its_experts():
-    sublayer_pass = SimpleNamespace(run=lambda stream, index: stream[index], monitor=Monitor(shown=False))
     stream = Activations()
     stream.append(torch.zeros(1, 4, 8))
+    run = lambda stream, index: stream[index]  # noqa: E731
+    sublayer_pass = SimpleNamespace(run=run, monitor=Monitor(shown=False), streams=Streams(stream, None, 1))
     with pytest.raises(RiaError, match="here: not used in this layer"):
         read_by(nn.Module(), sublayer_pass, stream, reads(), "here")
