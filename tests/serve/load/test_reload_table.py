@@ -171,25 +171,34 @@ def check(server, expected, monkeypatch):
     torch.testing.assert_close(server.logits(), fresh(server, expected, monkeypatch), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name):
+def check_sequence(server, name, monkeypatch):
     change, expected = SEQUENCES[name]
     old, new = (server.checkpoint.tensors(training) for training in (1, 2))
     change(server, new)
     check(server, expected(old, new), monkeypatch)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
+def check_refused(server, refused, name, monkeypatch):
     """Whatever failed, the next whole sync brings it all."""
     new, before = server.checkpoint.tensors(2), server.logits()
     with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
-        REFUSED[name](server, new)
+        refused[name](server, new)
     if name != AGAIN:  # until the next one begins, the model is vLLM's, and empty
         after = server.logits()
         assert after is None or torch.equal(after, before)
     server.sync(new, 4, shuffled=True)
     check(server, new, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name):
+    check_sequence(server, name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
+    before = server.logits()
+    check_refused(server, REFUSED, name, monkeypatch)
     server.reload(1)
     torch.testing.assert_close(server.logits(), before, rtol=0, atol=0)
 
@@ -214,22 +223,12 @@ def empty(request, monkeypatch):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_loads_give_a_server_its_first_weights(empty, monkeypatch, name):
-    change, expected = SEQUENCES[name]
-    old, new = (empty.checkpoint.tensors(training) for training in (1, 2))
-    change(empty, new)
-    check(empty, expected(old, new), monkeypatch)
+    check_sequence(empty, name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_a_model_are_refused_where_nothing_else_is(empty, monkeypatch, name):
-    new, before = empty.checkpoint.tensors(2), empty.logits()
-    with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
-        PARTS[name](empty, new)
-    if name != AGAIN:
-        after = empty.logits()
-        assert after is None or torch.equal(after, before)
-    empty.sync(new, 4, shuffled=True)
-    check(empty, new, monkeypatch)
+    check_refused(empty, PARTS, name, monkeypatch)
 
 
 def test_the_docs_have_this_table():
