@@ -59,6 +59,7 @@ def train_block(
     relative: bool = True,
     channels: torch.Tensor | None = None,
     agreed: Callable[[float], float] = float,
+    measure: Callable[[], float] | None = None,
 ) -> tuple[float, float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
@@ -90,9 +91,10 @@ def train_block(
             count alike.
         agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
             all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
+        measure: the loss on other data; None: the mean of a few of these micro-batches (`COMPARED`).
 
     Returns:
-        The mean loss of a few micro-batches (`COMPARED`) before the first step and after the last one.
+        What `measure` says before the first step and after the last one.
 
     Raises:
         RiaError: micro-batches that do not pair up.
@@ -111,11 +113,11 @@ def train_block(
         return error(forward, inputs[i], targets[i], dtype, relative, channels)
 
     def mean_loss() -> float:
-        with torch.no_grad():
-            return sum(error_of(i).item() for i in compared) / count
+        return sum(error_of(i).item() for i in compared) / count
 
+    measure = torch.no_grad()(mean_loss if measure is None else measure)
     try:
-        before = mean_loss()
+        before = measure()
         for number in range(passes):
             total = 0.0
             for i in torch.randperm(len(inputs), generator=order).tolist():
@@ -129,7 +131,7 @@ def train_block(
             if not math.isfinite(total):
                 found = f"loss {total} in pass {number + 1}"
                 raise Diverged(f"{place}block training diverged ({found}). Give --reconstruct admm.")
-        after = mean_loss()
+        after = measure()
     finally:
         while trained:
             trained.pop().finish()

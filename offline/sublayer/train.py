@@ -59,7 +59,12 @@ def train_sublayer(
     # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
     small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
     kept = blocks_kept() if small else nullcontext()
-    at_first = _held_out_loss(sublayer_pass, recipe, channels)
+
+    def measure() -> float:
+        for weight in weights.values():
+            weight.data = ranks.broadcast(weight.data)  # what the first one has trained is kept, so all measure it
+        return _held_out_loss(sublayer_pass, recipe, channels)
+
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses: tuple[float, float] | None = train_block(
@@ -75,15 +80,12 @@ def train_sublayer(
                 channels=channels,
                 place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
                 agreed=ranks.broadcast,
+                measure=measure if ranks.largest(streams.held_out) else None,
             )
         except Diverged:
             if recipe.reconstruct == "block":
                 raise
             losses = None
-    if losses is not None and at_first is not None:
-        for weight in weights.values():
-            weight.data = ranks.broadcast(weight.data)  # what the first one has trained is kept, so all measure it
-        losses = at_first, _held_out_loss(sublayer_pass, recipe, channels)
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
@@ -97,16 +99,16 @@ def train_sublayer(
     return trained
 
 
-def _held_out_loss(sublayer_pass: SublayerPass, recipe: Recipe, channels: torch.Tensor | None) -> float | None:
-    """The loss of the sublayer as it is now, on the held-out chunks of all ranks; None if there are none."""
+def _held_out_loss(sublayer_pass: SublayerPass, recipe: Recipe, channels: torch.Tensor | None) -> float:
+    """The loss of the sublayer as it is now, on the held-out chunks of all ranks."""
     total = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad(), sublayer_pass.monitor.phase("held-out samples"):
+    with sublayer_pass.monitor.phase("held-out samples"):
         for stream, call, target in sublayer_pass.held_out():
             loss = error(sublayer_pass.runner.run, (stream, call), target, recipe.matmul_dtype, channels=channels)
             tokens = target.numel() // target.shape[-1]
             total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
     sublayer_pass.ranks.all_reduce(total)
-    return float(total[0] / total[1]) if total[1] else None
+    return float(total[0] / total[1])
 
 
 def channel_weights(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tensor]) -> torch.Tensor | None:
