@@ -1,6 +1,6 @@
 """Writes tiny models as GGUF files, as llama.cpp's converter does, with gguf's own writer and names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ def write_gguf(
     folder: Path,
     architecture: str = "llama",
     change: Callable[[dict[str, np.ndarray]], Any] = lambda tensors: None,
+    merges: Sequence[str] = ("h e", "i n"),
     **keys: Any,
 ) -> Path:
-    """Write the model in a Hugging Face folder as a GGUF file of float32, with a tokenizer of bytes and two merges.
+    """Write the model in a Hugging Face folder as a GGUF file of float32, with a tokenizer of bytes and `merges`.
 
     Args:
         change: edits the tensors, by GGUF name, in place.
@@ -28,12 +29,13 @@ def write_gguf(
     writer.add_name("tiny")
     for key, value in (_header(AutoConfig.from_pretrained(folder)) | keys).items():
         _add(writer, f"{architecture}.{key}", value)
-    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "he", "in"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *alphabet[: len(alphabet) - len(merges)], *(pair.replace(" ", "") for pair in merges)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
-    writer.add_token_merges(["h e", "i n"])
+    writer.add_token_merges(merges or ["<s> </s>"])  # llama.cpp wants one: no text has this
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(1)

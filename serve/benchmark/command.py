@@ -60,8 +60,8 @@ def check_environment() -> None:
 @click.option("--text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
 @click.option("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start.")
-@click.option("--serve-args", default="", help="More arguments for `vllm serve`, in one string, for all sides.")
-@click.option("--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGS", help="The same for one side.")
+@click.option("--serve-args", default="", help="More arguments for each `vllm serve`, in one string.")
+@click.option("--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGS", help="More for one of them.")
 def bench(
     outs: tuple[str, ...],
     baselines: tuple[str, ...],
@@ -78,11 +78,12 @@ def bench(
     serve_args: str,
     serve_args_of: tuple[tuple[str, str], ...],
 ) -> None:
-    """Compare the compressed folders OUT with their dense model and others, all served by vLLM, under the same load.
+    """Compare the compressed folders OUT with their dense model and others under the same load.
 
-    OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves. All are compared with the
-    first baseline. Each repetition serves them one after the other, and the one that goes first changes. With --text,
-    the table and the plot also have what each way costs in quality. Servers ask for the key in VLLM_API_KEY, if set.
+    OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
+    llama.cpp serves. All are compared with the first baseline. Each repetition serves them one after the other, and the
+    one that goes first changes. With --text, the table and the plot also have what each way costs in quality. Servers
+    ask for the key in VLLM_API_KEY, if set.
     """
     check_environment()
     refuse_secrets(" ".join([serve_args, *(own for _, own in serve_args_of)]))

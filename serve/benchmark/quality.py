@@ -1,4 +1,4 @@
-"""Perplexity and divergence of a model as it is served, from the prompt logprobs of its own server.
+"""Perplexity and divergence of a model as it is served, from what its own server says of a text.
 
 vLLM's completions take token ids and give, for every token of the prompt, its logprob and those of the TOP likeliest
 ones (`prompt_logprobs`), in float32 and before any temperature.
@@ -9,6 +9,7 @@ import json
 import math
 import urllib.error
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,8 @@ import numpy as np
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.progress import Monitor
+from ria_vllm.serve.benchmark import llama_cpp
+from ria_vllm.serve.benchmark.llama_cpp import is_gguf
 from ria_vllm.serve.benchmark.server import Server, ask
 
 TOP = 256  # logprobs per position
@@ -65,7 +68,7 @@ class TextQuality:
 
     def __init__(self, text: Path, seq_len: int, max_tokens: int):
         self._content = read_text(text, "--text")
-        self._text, self._seq_len, self._max_tokens = text, seq_len, max_tokens
+        self._text, self.seq_len, self._max_tokens = text, seq_len, max_tokens
         self._tokens: list[int] = []
         self._reference: list[Listed] = []
 
@@ -76,13 +79,18 @@ class TextQuality:
             RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, a window does
                 not fit the server's context, or the server does not answer.
         """
-        answer = answer_of(name, server, "/tokenize", {"model": server.model_name, "prompt": self._content})
-        tokens, context = answer["tokens"][: self._max_tokens], answer["max_model_len"]
-        if len(tokens) < self._seq_len:
-            raise RiaError(f"--text {self._text}: {len(tokens)} tokens are less than one window of {self._seq_len}.")
-        if context <= self._seq_len:  # the request asks for one more token
+        ask = partial(answer_of, name, server)
+        if is_gguf(server.model_name):
+            tokens, context = llama_cpp.tokenize(ask, self._content)
+        else:
+            answer = ask("/tokenize", {"model": server.model_name, "prompt": self._content})
+            tokens, context = answer["tokens"], answer["max_model_len"]
+        tokens = tokens[: self._max_tokens]
+        if len(tokens) < self.seq_len:
+            raise RiaError(f"--text {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}.")
+        if context <= self.seq_len:  # the request asks for one more token
             raise RiaError(
-                f"{name}: a window of {self._seq_len} tokens and one more do not fit the server's context of "
+                f"{name}: a window of {self.seq_len} tokens and one more do not fit the server's context of "
                 f"{context}. Choose a smaller --seq-len, or a larger --max-model-len in --serve-args."
             )
         self._tokens = self._tokens or tokens
@@ -98,7 +106,7 @@ class TextQuality:
         Raises:
             RiaError: the server ended, refused a request or gave no usable answer.
         """
-        size, is_reference = self._seq_len, not self._reference
+        size, is_reference = self.seq_len, not self._reference
         starts = range(0, len(self._tokens) - size + 1, size)
         targets: list[float] = []
         diverging: list[tuple[float, float]] = []
@@ -118,22 +126,30 @@ class TextQuality:
 
     def _positions(self, name: str, server: Server, window: list[int]) -> list[Listed]:
         """What the server says of all positions of a window but the first."""
+        ask = partial(answer_of, name, server)
         request = {"model": server.model_name, "prompt": window, "max_tokens": 1, "temperature": 0}
-        answer = answer_of(name, server, "/v1/completions", request | {"prompt_logprobs": TOP})
         try:
-            positions = answer["choices"][0]["prompt_logprobs"][1:]
-            return [listed_in(entries, token) for entries, token in zip(positions, window[1:], strict=True)]
+            if is_gguf(server.model_name):
+                positions = llama_cpp.prompt_logprobs(ask, window, TOP)
+            else:
+                answer = ask("/v1/completions", request | {"prompt_logprobs": TOP})
+                positions = [logprobs_in(one) for one in answer["choices"][0]["prompt_logprobs"][1:]]
+            return [listed_in(logprobs, token) for logprobs, token in zip(positions, window[1:], strict=True)]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RiaError(f"{name}: its server does not answer with the prompt's logprobs ({error!r}).") from None
 
 
-def listed_in(entries: dict[str, dict[str, Any]], token: int) -> Listed:
-    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", ...}. Raises what a malformed one does."""
-    pairs = sorted((int(token_id), float(entry["logprob"])) for token_id, entry in entries.items())
-    ids, logprobs = (np.array(column) for column in zip(*pairs, strict=True))
-    if not (logprobs <= SMALLEST_REST).all():  # a NaN fails too
+def logprobs_in(entries: dict[str, dict[str, Any]]) -> dict[int, float]:
+    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", ...}."""
+    return {int(token): float(entry["logprob"]) for token, entry in entries.items()}
+
+
+def listed_in(logprobs: dict[int, float], token: int) -> Listed:
+    """Raises LookupError or ValueError: the window's token is not listed, or a logprob is none."""
+    ids, values = (np.array(column) for column in zip(*sorted(logprobs.items()), strict=True))
+    if not (values <= SMALLEST_REST).all():  # a NaN fails too
         raise ValueError("a logprob is not a number of at most 0")
-    return Listed(ids, logprobs, dict(pairs)[token])
+    return Listed(ids, values, logprobs[token])
 
 
 def divergence(reference: Listed, side: Listed) -> tuple[float, float]:
@@ -148,7 +164,7 @@ def divergence(reference: Listed, side: Listed) -> tuple[float, float]:
     return (np.exp(log_p) * (log_p - log_q)).sum() + p_rest * math.log(p_rest / q_rest), p_rest
 
 
-def answer_of(name: str, server: Server, path: str, content: dict[str, Any]) -> Any:
+def answer_of(name: str, server: Server, path: str, content: dict[str, Any] | None = None) -> Any:
     """The server's answer to a request.
 
     Raises:

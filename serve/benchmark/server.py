@@ -1,4 +1,4 @@
-"""A `vllm serve` of our own on a free port of this machine."""
+"""A server of our own on a free port of this machine."""
 
 import json
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
+from ria_vllm.serve.benchmark import llama_cpp
+from ria_vllm.serve.benchmark.llama_cpp import is_gguf
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
@@ -79,11 +81,11 @@ def free_port() -> int:
 
 @contextmanager
 def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Monitor) -> Iterator[Server]:
-    """`vllm serve MODEL`: healthy when the block starts, gone when it ends.
+    """`vllm serve MODEL`, or llama.cpp of a .gguf file: healthy when the block starts, gone when it ends.
 
     Args:
         log: file for the server's output.
-        arguments: more of `vllm serve`.
+        arguments: more of `vllm serve` or `llama-server`.
         monitor: shows that the server is starting.
 
     Raises:
@@ -91,15 +93,18 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [*VLLM, "serve", model, *arguments, "--served-model-name", model]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    if is_gguf(model):
+        command = llama_cpp.command(model, port, arguments)
+    else:
+        command = [*VLLM, "serve", model, *arguments, "--served-model-name", model]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
         with monitor.phase("waiting for the server to start"):
             while not healthy(url):
                 if time.monotonic() - began > PATIENCE:
-                    raise RiaError(f"vllm serve {model} has not started in {PATIENCE} s. {process.end_of_log()}")
+                    raise RiaError(f"The server of {model} has not started in {PATIENCE} s. {process.end_of_log()}")
                 if not process.running:
-                    raise RiaError(f"vllm serve {model} ended while starting. {process.end_of_log()}")
+                    raise RiaError(f"The server of {model} ended while starting. {process.end_of_log()}")
                 time.sleep(0.5)
         yield Server(url, model, process, time.monotonic() - began)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ria_vllm.checkpoint.weight_files import weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.benchmark.llama_cpp import is_gguf
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
 
 
 def weight_bytes(folder: str) -> int | None:
-    """Bytes of the weight files of a Hugging Face folder; None for a hub id and for other formats."""
+    """Bytes of the weight files of a Hugging Face folder or of a .gguf file; None for a hub id and other formats."""
     try:
+        if is_gguf(folder):
+            return Path(folder).stat().st_size
         return sum(path.stat().st_size for path in set(weight_files(Path(folder)).values()))
     except (RiaError, OSError):
         return None

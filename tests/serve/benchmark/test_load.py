@@ -13,7 +13,7 @@ GOOD = {"completed": 8, "failed": 0, "errors": [""] * 8, "total_output_tokens": 
 def read(tmp_path, **changes):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(GOOD | changes))
-    return read_result(path, requests=8, output_tokens=128)
+    return read_result(path, requests=8, output_len=16)
 
 
 def test_a_good_result(tmp_path):
@@ -39,4 +39,4 @@ def test_a_bad_result_has_no_figures(tmp_path, changes, words):
 
 def test_no_result(tmp_path):
     with pytest.raises(RiaError, match="nowhere.json"):
-        read_result(tmp_path / "nowhere.json", 8, 128)
+        read_result(tmp_path / "nowhere.json", 8, 16)
