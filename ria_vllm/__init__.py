@@ -1,6 +1,6 @@
 """ria-vllm: prune language models to 2:4 with RIA and channel permutation, and serve them with vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import importlib
 from types import ModuleType

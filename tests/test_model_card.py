@@ -80,10 +80,9 @@ def test_what_it_says(tmp_path):
     assert "| retained score, mean | 0.7500 |" in text  # of the three that are numbers
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
-    assert '`pip install ".[cuda]"`' in text and "clone of its repository" in text and "\nvllm serve .\n" in text
-    assert '\nuv pip install --torch-backend cpu ".[cpu]"\n' in text and '`".[cpu]"`' not in text
-    assert "\nuv pip install --no-deps ./packaging/vllm-metadata\n" in text
-    assert "ria-vllm[" not in text  # no index has a package of this name
+    assert '`pip install "ria-vllm[cuda]"`' in text and "\nvllm serve .\n" in text
+    assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
+    assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
     assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in text
 

