@@ -3,6 +3,7 @@
 # make test-zoo  compress and serve a tiny model of every family, and write docs/model-families.md (six minutes)
 # make lint   ruff, mypy, clang-format, hadolint, the contracts on which module may import which, and how long the docs
 #                are
+# make docs   the README and docs/ as a site, in .work/site
 # make test-versions  the serving tests under each older vLLM that is supported, a check of the newest CUDA wheel, and
 #                the tests of transformers' reader under a newer transformers than vLLM allows
 # make test-gpu  on a machine with an NVIDIA GPU and a torch that uses it: check and time every CUDA kernel.
@@ -41,7 +42,7 @@ endif
 CHECK_COMPILER := @set -- $${CXX:-g++}; command -v "$$1" >/dev/null || \
 	{ echo "No C++ compiler: $$1 is not on the path. On Debian: apt install g++. CXX may name another." >&2; exit 1; }
 
-.PHONY: demo test test-zoo lint test-versions test-gpu wheel print-python clean
+.PHONY: demo test test-zoo lint docs test-versions test-gpu wheel print-python clean
 
 demo: .venv/ready
 	$(BIN)/python demo/run.py
@@ -86,6 +87,20 @@ lint: .venv-lint/ready
 	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-lint
 	$(LINT)/python -m pip install -q $(PIP_ARGS) "pip>=25.1"
 	$(LINT)/python -m pip install -q $(PIP_ARGS) --group lint
+	touch $@
+
+DOCS := .work/docs
+
+docs: .venv-docs/ready
+	rm -rf $(DOCS) && mkdir -p $(DOCS)/benchmarks
+	ln -s $(addprefix $(CURDIR)/,docs $(wildcard *.md) LICENSE CITATION.cff) $(DOCS)
+	ln -s $(CURDIR)/benchmarks/README.md $(DOCS)/benchmarks
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/ready: pyproject.toml
+	python=$$(packaging/choose_python.sh $(PYTHON)) && "$$python" -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q $(PIP_ARGS) "pip>=25.1"
+	.venv-docs/bin/python -m pip install -q $(PIP_ARGS) --group docs
 	touch $@
 
 # Each version has an environment, .venv-VERSION. The kernels' tests are left out because kernels do not use vLLM. The

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
+from manifests import manifests
 
 from ria_vllm.cli import COMMANDS
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
@@ -60,21 +60,26 @@ def test_commands_and_cards_name_the_steps_of_an_installation_that_the_readme_ha
 
 @pytest.mark.slow
 def test_vllm_takes_the_arguments_of_the_manifests():
-    """No cluster is asked. `vllm serve` and Ray Serve read the same arguments."""
+    """No cluster is asked. `vllm serve` and Ray Serve read the same arguments; tests/serve/test_server.py runs them."""
     from vllm import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    text = (ROOT / "docs" / "serve.md").read_text()
-    deployment, ray = (yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S))
-    spec = deployment["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    assert container["command"][:2] == ["vllm", "serve"]
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(container["command"][2:])
+    compose, kserve, ray = manifests()
+    (service,) = compose["services"].values()
+    predictor = kserve["spec"]["predictor"]
+    (container,) = predictor["containers"]
+    assert service["command"] == container["args"]
+    for file, entry in (("cpu", "vllm/vllm-openai-cpu:"), ("cuda", "vllm/vllm-openai:")):  # whose entry is `vllm serve`
+        image = (ROOT / "packaging" / f"Dockerfile.{file}").read_text()
+        assert f"\nFROM {entry}v" in image and "ENTRYPOINT" not in image
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(container["args"])
     assert arguments.port == container["ports"][0]["containerPort"] == container["readinessProbe"]["httpGet"]["port"]
+    assert service["ports"] == [f"{arguments.port}:{arguments.port}"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert Path(arguments.model_tag).parent == Path(mounted[spec["volumes"][0]["name"]])
-    assert deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert str(Path(arguments.model_tag).parent) == mounted[predictor["volumes"][0]["name"]]
+    assert service["volumes"] == [f".:{Path(arguments.model_tag).parent}"]
+    assert container["env"] == [{"name": name, "value": value} for name, value in service["environment"].items()]
     (model,) = ray["applications"][0]["args"]["llm_configs"]
     engine = AsyncEngineArgs(model=model["model_loading_config"]["model_source"], **model["engine_kwargs"])
     assert engine.max_model_len == arguments.max_model_len

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from manifests import serve_arguments
 
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import verify
@@ -24,12 +25,13 @@ pytestmark = pytest.mark.slow
 
 @contextlib.contextmanager
 def serving(folder: Path, log: Path, *arguments: str):
-    """Yields the base URL of a running server. If it does not start, its log is in the error."""
+    """Yields the base URL of a running server, started with the arguments of the manifests. If it does not start, its
+    log is in the error."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     vllm = Path(sys.executable).with_name("vllm")  # the environment need not be on the path
-    command = [vllm, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128"]
+    command = [vllm, "serve", *serve_arguments(folder, 128), "--host", "127.0.0.1", "--port", str(port)]
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
