@@ -104,7 +104,7 @@ class ProvedExperts:
         """(kind, expert) -> its bias [out]; None if they have biases that nobody has seen."""
         if not self.layer.moe_config.has_bias:
             return {}
-        found = self.layer.quant_method.loader.biases if self.is_stored else {}
+        found = self.layer.quant_method.biases if self.is_stored else {}
         return (
             found if all((kind, expert) in found for kind in self.experts.patterns for expert in self._here) else None
         )

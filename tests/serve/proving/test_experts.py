@@ -10,6 +10,7 @@ from foreign_mixtures import BITMASK, SPARSE
 from mixture_layers import INNER, LAYER, Model, StoredMixture, attached, play_rank
 from packed_checkpoints import Packed, arguments
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.format import proofs
@@ -159,6 +160,20 @@ def test_biases_that_are_packed_for_another_expert_are_found(experts_path, monke
 
     monkeypatch.setattr(Model, "load_weights", load_weights)
     assert "4 of 4 experts" in problem(stored, **OAI)
+
+
+def test_a_refused_sync_leaves_the_biases_of_what_is_served(experts_path):
+    stored, others = StoredMixture(bias=True), StoredMixture(bias=True, seed=1)
+    config = stored.config()
+    model = attached(config, Model(config, **OAI))
+    record_metadata_for_reloading(model)
+    model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
+    model.experts.quant_method.process_weights_after_loading(model.experts)
+    model.ria_reloads.begin(initialize_layerwise_reload)
+    model.load_weights((name, one.clone()) for name, one in others.tensors.items() if "3.down_proj" not in name)
+    model.ria_reloads.give_up()
+    (experts,) = proved_experts(config, model)
+    assert experts.problem(vector, of_checkpoint(stored), True) is None
 
 
 @pytest.mark.parametrize("name", ["float", "int8", "int4-g32"])
