@@ -4,7 +4,7 @@ vLLM packs each layer as soon as its tensors have arrived, and replaces the old 
 care of
 
 - layers that share their weights with another: the head of a model with tied embeddings gets no tensor of its own, and
-  on CPUs keeps what it has packed;
+  on CPUs keeps what it has packed; Mamba-2's mixer keeps what the convolution held before it was packed;
 - layers that get a part of their tensors: the rest is memory that nobody has written;
 - reloads that fail, or are left by who began them: their tensors would go into the next one;
 - models that such a reload has left with new weights in some layers and old ones in others;
@@ -147,6 +147,7 @@ class Reloads:
         self.number = 0
         self.stopped: _Stopped | None = None
         self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        _leave_in_place(model)
 
     @property
     def lacks_weights(self) -> bool:
@@ -265,6 +266,32 @@ class Reloads:
         renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
         if renewed or not alone:
             self.lose()
+
+
+def watch_packing(
+    layer: torch.nn.Module,
+    before: Callable[[torch.nn.Module], Any],
+    after: Callable[[torch.nn.Module, Any], None] = lambda layer, found: None,
+) -> None:
+    """Have functions called with a layer each time that its method packs what was loaded: one before, and then one that
+    gets what that returned, too."""
+    pack = layer.quant_method.process_weights_after_loading
+
+    def process(layer: torch.nn.Module) -> None:
+        found = before(layer)
+        pack(layer)
+        after(layer, found)
+
+    layer.quant_method.process_weights_after_loading = process
+
+
+def _leave_in_place(model: torch.nn.Module) -> None:
+    """Have weights stay where they are that something reads through a buffer, instead of by their layer's method."""
+    buffers = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()} - {0}
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.untyped_storage().data_ptr() in buffers:
+            watch_packing(layer, lambda one: one.weight.data, lambda one, data: setattr(one.weight, "data", data))
 
 
 WAY_OUT = "Reload or send all weights of one model, or start the server again."
