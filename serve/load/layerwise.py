@@ -213,7 +213,7 @@ class Reloads:
                 `after` and `_wait_for_ranks`.
         """
         left = left_out(self.model, self.embeddings)
-        lacking = [path for path in without_weights(self.model) if is_awaited(self.model, path, self.embeddings)]
+        lacking = left_out(self.model, self.embeddings, others=True)
         if self.lacks_weights:
             lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
         tied = tied_layers(self.model)
@@ -367,29 +367,6 @@ def _ours(layer: torch.nn.Module) -> Any:
     return method if hasattr(method, "forget") else None
 
 
-def without_weights(model: torch.nn.Module) -> list[str]:
-    """Paths of the layers with parameters that got nothing in a reload that is about to end. Weights that are tied to
-    loaded ones are not among them."""
-    loaded, found = _loaded(model), []
-    for path, layer in model.named_modules():
-        info = layerwise.get_layerwise_info(layer)
-        if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
-            continue
-        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
-        if wanted and not any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values()):
-            found.append(path)
-    return found
-
-
-def is_awaited(model: torch.nn.Module, path: str, embeddings: bool) -> bool:
-    """Whether a layer that got nothing lacks something. A draft's embeddings and head may be its target's, and no file
-    has scales of a KV cache that is another layer's."""
-    layer = model.get_submodule(path)
-    if isinstance(layer, VocabParallelEmbedding):
-        return embeddings
-    return getattr(layer, "ria_needs_scales", True)
-
-
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The embeddings and heads that get their weights from another layer in a reload that is about to end."""
     loaded = _loaded(model)
@@ -404,18 +381,27 @@ def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
-    """Paths of the dense layers that got no weights in a reload that is about to end, and of attention layers that got
-    no scales of their fp8 KV cache.
+def left_out(model: torch.nn.Module, embeddings: bool = True, others: bool = False) -> list[str]:
+    """Paths of the layers that lack something, and got nothing in a reload that is about to end: dense layers, and
+    attention without the scales of its fp8 KV cache, see `KVCacheScales`.
 
-    vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
+    vLLM will give them what they had, and warns only. Weights that are tied to loaded ones are not among them.
+
+    Args:
+        embeddings: the model has embeddings and a head of its own.
+        others: also layers of other kinds, such as norms. Not all of them are in all files.
     """
-    dense = {path for path, _ in dense_layers(model, embeddings)}
-    return [
-        path
-        for path in without_weights(model)
-        if path in dense or getattr(model.get_submodule(path), "ria_needs_scales", False)  # see `KVCacheScales`
-    ]
+    dense, loaded, found = {path for path, _ in dense_layers(model, embeddings)}, _loaded(model), []
+    for path, layer in model.named_modules():
+        info = layerwise.get_layerwise_info(layer)
+        if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
+            continue
+        of_its_kind = path in dense or (others and not isinstance(layer, VocabParallelEmbedding))
+        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
+        tied = any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values())
+        if wanted and not tied and getattr(layer, "ria_needs_scales", of_its_kind):
+            found.append(path)
+    return found
 
 
 def _loaded(model: torch.nn.Module) -> set[int]:

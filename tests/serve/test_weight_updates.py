@@ -67,10 +67,12 @@ def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("updates")
     first, second = (str(FAMILIES[request.param](folder / str(seed), seed)) for seed in (1, 2))
     todo = sequences(first, second)
-    jobs = [job_of(place, {}) for place in (first, second)]
-    jobs += [job_of(first, {"loads": steps}) for steps, _ in todo.values()]
+    # In bfloat16 vLLM packs convolutions, too.
+    dtype = {"dtype": "bfloat16" if request.param == "Mamba-2" else "float32"}
+    jobs = [job_of(place, {"engine": dtype}) for place in (first, second)]
+    jobs += [job_of(first, {"engine": dtype, "loads": steps}) for steps, _ in todo.values()]
     sent = [({"send": second, "pieces": 3}, False)]
-    jobs.append(job_of(first, {"engine": {"load_format": "dummy"}, "loads": sent}))
+    jobs.append(job_of(first, {"engine": dtype | {"load_format": "dummy"}, "loads": sent}))
     results = dict(zip(("first", "second", *todo, "dummies, then sent"), generate(folder / "run", jobs), strict=True))
     return results, {name: "first" if end == first else "second" for name, (_, end) in todo.items()}
 
