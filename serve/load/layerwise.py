@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
+from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
@@ -101,6 +102,31 @@ def watch_sleep(worker: Any) -> None:
     worker.sleep = watched
 
 
+def watch_reloads_of(worker: Any) -> None:
+    """Have a class of vLLM's workers load the former files again after a reload from files that has failed, if these
+    are unchanged. A trainer's weights are in no files, and ranks do not fail together, so then nothing is computed."""
+    reload = _original(worker.reload_weights)
+
+    @functools.wraps(reload)
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        reloads, config = getattr(self.get_model(), "ria_reloads", None), self.model_config
+        before = {name: one for name, one in vars(config).items() if name in ("model", "revision", "model_weights")}
+        whole = reloads is not None and not reloads.lacks_weights
+        try:
+            return reload(self, *arguments, **named)
+        except Exception as error:
+            vars(config).update(before)  # vLLM leaves the refused ones there
+            alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+            with set_current_vllm_config(self.vllm_config):
+                if not (whole and reloads.stopped and alone and reloads.can_go_back()):
+                    raise
+            reload(self)
+            raise RiaError(f"{error} The server has its weights of {config.model} again.") from error
+
+    setattr(watched, _ORIGINAL, reload)
+    worker.reload_weights = watched
+
+
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
     """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
     named = function.__name__
@@ -127,6 +153,7 @@ class Reloads:
     Attributes:
         number: of the last reload, the same on all ranks.
         stopped: the model refuses to compute, because its weights are those of two models, or gone.
+        can_go_back: whether the files are those whose weights the model had last, as a whole.
     """
 
     def __init__(
@@ -146,6 +173,7 @@ class Reloads:
         self.dummies = dummies
         self.number = 0
         self.stopped: _Stopped | None = None
+        self.can_go_back: Callable[[], bool] = lambda: False
         self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         _leave_in_place(model)
 
