@@ -115,6 +115,8 @@ def watch_reloads_of(worker: Any) -> None:
         try:
             return reload(self, *arguments, **named)
         except Exception as error:
+            if reloads is None:
+                raise
             vars(config).update(before)  # vLLM leaves the refused ones there
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
             with set_current_vllm_config(self.vllm_config):
