@@ -272,6 +272,7 @@ class Prover:
             if isinstance(layer, kinds) and id(layer) not in known and id(_source(layer)) not in known
         ]
         dense = {id(layer) for _, layer in dense_layers(model, embeddings) if not is_in_int8(layer)}
+        dense -= {id(getattr(module, "kv_b_proj", None)) for module in model.modules()}  # attention may empty it
         self.given = [
             Given.watched(path, layer) for path, layer in self.unknown if id(layer) in dense and layer.weight.dim() == 2
         ]
