@@ -48,7 +48,7 @@ def watch_models() -> None:
     from vllm.model_executor.model_loader import utils
 
     from ria_vllm.serve.load.engine import models_being_built
-    from ria_vllm.serve.load.layerwise import watch_sleep
+    from ria_vllm.serve.load.layerwise import watch_reloads_of, watch_sleep
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
 
@@ -62,6 +62,7 @@ def watch_models() -> None:
                 from vllm.v1.worker.gpu_worker import Worker
 
                 watch_sleep(Worker)
+                watch_reloads_of(Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 

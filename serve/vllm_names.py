@@ -43,7 +43,7 @@ NAMES = {
     "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
     "vllm.model_executor.utils.get_packed_modules_mapping": "the linears of a fused layer, in adapters",
     "vllm.model_executor.utils.set_weight_attrs": "what a head's own tensors say of their axes to vLLM's loader",
-    "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights, so a model refuses to compute until a reload",
+    "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files the former ones come",
     "vllm.v1.worker.worker_base.WorkerBase": "`verify --served` asks each worker for its proofs",
 }
 """Module, or name in one -> what it is used for. All names below one in this table are covered."""

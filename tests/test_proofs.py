@@ -222,7 +222,7 @@ def matrices(folder) -> dict[str, torch.Tensor]:
     return {name.removesuffix(".weight"): weight for name, weight in state.items() if weight.dim() == 2}
 
 
-def written(like: Reader, out, format) -> Reader:
+def written(like: Reader, out, format, **more: torch.Tensor) -> Reader:
     """A folder that the writer has made, with the same model's weights in another format; a dense model in float32."""
     units = {name: like.tensor(name) for name in like.dense_names}
     for name in like.sparse_names:
@@ -234,7 +234,7 @@ def written(like: Reader, out, format) -> Reader:
     if format is FP8:
         quantization["input_activations"] = FP8_TOKENS.model_dump()
     writer = CheckpointWriter(out)
-    writer.write("all", units)
+    writer.write("all", units | more)
     writer.finish(["all"], {"config.json": like.config | {"quantization_config": quantization}}, [], 1 << 40, True)
     return Reader(out)
 
@@ -250,6 +250,21 @@ def test_a_folder_has_a_proof_of_every_matrix(pruned_llama, tmp_path, format):
     assert list(reader.problems()) == []
     entry = json.loads((reader.folder / "config.json").read_text())["quantization_config"]["proofs"]
     assert entry == {"seed": SEED, "digest": proofs.digest(reader.proofs())}
+
+
+def test_a_convolution_is_proved_as_a_matrix(pruned_llama, tmp_path, monkeypatch):
+    weight = torch.randn(300, 1, 4)
+    reader = written(Reader(pruned_llama.folder), tmp_path / "out", INT8, **{"model.conv1d.weight": weight})
+    r = torch.tensor(r_of(4, SEED, False), dtype=torch.float64)
+    torch.testing.assert_close(reader.proofs()["model.conv1d"][:, 0].double(), weight[:, 0].double() @ r)
+    assert list(reader.problems()) == []
+    monkeypatch.setattr(Reader, "tensor", damaged(Reader.tensor, "model.conv1d.weight"))
+    (problem,) = reader.problems()
+    assert problem.startswith("model.conv1d: its weights are not those")
+
+
+def damaged(tensor, name):
+    return lambda self, wanted: tensor(self, wanted).roll(1, 0) if wanted == name else tensor(self, wanted)
 
 
 def test_a_large_matrix_is_proved_block_by_block(pruned_llama, monkeypatch):

@@ -4,11 +4,14 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import resource
 import signal
 import struct
 import subprocess
 import sys
+import traceback
+from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open
 
+from ria_vllm.checkpoint import writer as writers
 from ria_vllm.checkpoint.writer import (
     CheckpointWriter,
     delete_locked,
@@ -276,6 +280,67 @@ def test_a_folder_has_no_other_owner_before_it_is_empty(tmp_path, how):
             writer.discard()
     assert deleted[0] == "activations" and {"t0.safetensors", "units"} <= set(deleted)
     assert (deleted[-1] == "lock") == (how != "begin again") == (not (tmp_path / "out.partial").exists())
+
+
+def process_that_may_die(out: Path, number: int, at: int) -> int:
+    """Another process, which writes `out` full of its number, unless it is refused, or dies at event `at` of its."""
+    child = os.fork()
+    if child:
+        return child
+    events = 0
+
+    def hook(event, _):
+        nonlocal events
+        events += event == "open" or event.startswith(("os.", "shutil.", "fcntl."))
+        if events == at:
+            os._exit(DIED)
+
+    def released(folder, lock):
+        os.close(owner)
+        delete_locked(folder, lock)
+
+    try:
+        owner = os.open(out.with_name("owner"), os.O_CREAT | os.O_RDWR)
+        os.fsync = lambda _: None  # nothing here is about the machine's end
+        sys.addaudithook(hook)
+        with suppress(RiaError):
+            writer = CheckpointWriter(out, overwrite=True)
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            writers.delete_locked = released
+            for unit in TENSORS:
+                writer.write(unit, {unit: torch.full((100,), float(number))})
+            writer.finish(list(TENSORS), {"config.json": {"number": number}}, [], 1000)
+            os._exit(DONE)
+        os._exit(REFUSED)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(WRONG)
+
+
+DONE, REFUSED, DIED, WRONG = range(4)
+
+
+@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_two_processes_that_die_at_any_moment_share_nothing(tmp_path, rounds):
+    """The result is whole and of one of them, and a finished one is there until the next is."""
+    out, draw, ends = tmp_path / "out", random.Random(rounds), Counter()
+    expected = None
+    for round_number in range(rounds):
+        numbers = [2 * round_number, 2 * round_number + 1]
+        children = [process_that_may_die(out, number, draw.randint(1, 150)) for number in numbers]
+        found = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        ends.update(found)
+        assert WRONG not in found
+        if DONE in found or expected is not None:
+            # Whoever died between two renames has left the former result where the next run finds it.
+            place = out if out.exists() else out.with_name("out.partial") / "replaced"
+            number = json.loads((place / "config.json").read_text())["number"]
+            tensors = [one for path in place.glob("model*.safetensors") for one in load_file(path).items()]
+            assert {name for name, _ in tensors} == set(TENSORS)
+            assert all(bool((tensor == number).all()) for _, tensor in tensors)
+            assert number in numbers or (number == expected and DONE not in found)
+            expected = number
+    assert set(ends) == {DONE, REFUSED, DIED} and min(ends.values()) >= rounds // 20, ends
 
 
 def test_who_opened_a_lock_before_it_was_deleted_does_not_have_the_new_folder(tmp_path, monkeypatch):

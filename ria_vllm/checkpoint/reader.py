@@ -224,14 +224,14 @@ class Reader:
         for name in self.dense_names:
             module, _, part = name.rpartition(".")
             shape = self._open.shape(self.files[name], name)
-            if part != "weight" or len(shape) != 2:
+            if part != "weight" or not proofs.is_matrix(shape):
                 continue
             if schema.proved_transposed(module):
                 weight = self.tensor(name)
                 yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
-            r, rows = schema.proof_vector(shape[1]), max(1, BLOCK // max(1, shape[1]))
+            r, rows = schema.proof_vector(shape[-1]), max(1, BLOCK // max(1, shape[-1]))
             blocks = (
-                proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)), r)
+                proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)).flatten(1), r)
                 for start in range(0, shape[0], rows)
             )
             yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
@@ -315,8 +315,8 @@ class Reader:
             tensor = self.tensor(name)
             if reason := not_finite(tensor):
                 yield f"{self.files[name]}: {name}: {reason}"
-            elif name.endswith(".weight") and tensor.dim() == 2:
-                yield from self._disproved(name.removesuffix(".weight"), tensor, stored)
+            elif name.endswith(".weight") and proofs.is_matrix(tensor.shape):
+                yield from self._disproved(name.removesuffix(".weight"), tensor.flatten(1), stored)
         here = sparse | {name.removesuffix(".weight") for name in dense} | set(self.int8_names)
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:

@@ -225,6 +225,10 @@ class CheckpointWriter:
             if join:
                 return
             self._lock = locked(self.work)
+            if self._replaced.is_dir() and not self.out.exists():
+                # A run was killed between its last two renames.
+                os.replace(self._replaced, self.out)
+                check_free(self.out, overwrite)
             if not resume:
                 self._empty()
             (self.work / UNITS).mkdir(exist_ok=True)
@@ -325,15 +329,19 @@ class CheckpointWriter:
             _sync(final)
             self._replace(final)
 
+    @property
+    def _replaced(self) -> Path:
+        """Where the former output folder waits for its successor."""
+        return self.work / "replaced"
+
     def _replace(self, final: Path) -> None:
         if self.out.exists() or self.out.is_symlink():
             if not self.overwrite:
                 raise RiaError(
                     f"{self.out}: appeared during the run; the result is in {final}. Move it where you want it."
                 ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
-            replaced = self.work / "replaced"
-            delete(replaced)  # by a run that was killed before it could
-            os.replace(self.out, replaced)
+            delete(self._replaced)  # by a run that was killed before it could
+            os.replace(self.out, self._replaced)
         os.replace(final, self.out)
         self._delete()
 

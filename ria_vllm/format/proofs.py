@@ -10,7 +10,7 @@ one, too, and a token's scale to int8 rounds nothing. Where inputs are rounded t
 
 `proofs/products.safetensors` holds NAME.proof, float32 [out, 2], for each matrix NAME: W r, and the root of the sum of
 (W_ij r_j)^2 over a row, its spread, which says how far sums may be off. W is what the checkpoint stores, decoded, with
-rows and columns in the model's own order.
+rows and columns in the model's own order; see also `is_matrix`.
 
 NAME.transposed.proof is that of the transposed matrix. The down projections of pruned experts have it, too: what they
 read is not r but what an activation makes of it, see `ria_vllm.serve.proving.experts`.
@@ -18,7 +18,7 @@ read is not r but what an activation makes of it, see `ria_vllm.serve.proving.ex
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -73,6 +73,12 @@ def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         found[start : start + rows, 0] = part @ r
         found[start : start + rows, 1] = (part.square() @ squares).sqrt_()
     return found
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor `weight` of this shape has a proof: a matrix, or a convolution [out, 1, kernel] of each channel
+    by itself, as the matrix [out, kernel]."""
+    return len(shape) == 2 or (len(shape) == 3 and shape[1] == 1)
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -59,9 +59,9 @@ def _matrices(
         if path in placements:
             for name, part in placements[path].split(weight):
                 yield name, part, rounded[name], None
-        elif path.endswith(".weight") and weight.dim() == 2 and path not in made:
+        elif path.endswith(".weight") and proofs.is_matrix(weight.shape) and path not in made:
             module = path.removesuffix(".weight")
             known = [name for name in (module, prefix + module, module.removeprefix(prefix)) if name in stored]
             if known:
                 padding = getattr(model.get_submodule(module), "padding_idx", None)
-                yield known[0], weight, weight.dtype, padding
+                yield known[0], weight.flatten(1), weight.dtype, padding

@@ -73,7 +73,7 @@ class ExpertsLoader:
     Attributes:
         loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
         scale_dtypes: those of the `weight_scale`s among them.
-        biases: (kind, expert) -> the whole bias [out] that was loaded last, for proofs.
+        biases: (kind, expert) -> the whole bias [out] of every one loaded since then.
     """
 
     def __init__(
@@ -227,4 +227,5 @@ class ExpertsLoader:
     def clear(self) -> None:
         """Forget what was loaded, before the next load."""
         self.loaded.clear()
+        self.biases.clear()
         self.scale_dtypes.clear()

@@ -65,6 +65,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     Attributes:
         choice: the kernel that serves the layer if its weights are 2:4; None if there is none.
         dense: vLLM's method if it serves the layer, which without a kernel is known from the start; else None.
+        biases: (kind, expert) -> the whole bias [out] of what is packed, for proofs.
 
     Raises:
         RiaError: vLLM's layer is not that of these experts, or does something that is not served.
@@ -84,6 +85,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.orders = orders
         self.report = report
         self.packed = PackedTensors()
+        self.biases: dict[tuple[str, int], torch.Tensor] = {}
         moe, name = layer.moe_config, experts.name
         if EngineOptions.current().lora:
             raise RiaError(
@@ -167,7 +169,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         stored = {name: layer._parameters[name].data for name in names}
         for name in names:
             delattr(layer, name)
-        scales = frozenset(self.loader.scale_dtypes)
+        scales, biases = frozenset(self.loader.scale_dtypes), dict(self.loader.biases)
         first = not hasattr(layer, "ria_experts")
         try:
             missing = self.loader.missing(self._local_experts(layer))
@@ -187,6 +189,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             packed = pack_experts(layer, self.choice, loaded)
             self.packed.check(self.experts.name, layer, packed.parameters)
             layer.ria_experts = packed
+        self.biases = biases
         if first and loaded.is_24:
             self._report(layer, layer.ria_experts)
         elif first:

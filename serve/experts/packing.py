@@ -133,7 +133,7 @@ def fill_dense(
             layer, count, layer.hidden_size, layer.intermediate_size_per_partition, layer.params_dtype
         )
     w13, w2 = layer.w13_weight.data.zero_(), layer.w2_weight.data.zero_()
-    rows = _rows_of_w13(layer, here, w13.shape[1], device)
+    rows = rows_of_w13(layer, here, w13.shape[1], device)
     for expert in range(count):
         matrix = _dense(experts.gate_up, expert, len(rows) * here, w13.dtype)
         for i, order in enumerate(experts.input_orders[expert]):
@@ -149,7 +149,7 @@ def fill_dense(
         layer.w2_bias.data[:, : sizes.hidden] = experts.down_bias
 
 
-def _rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.device) -> list[torch.Tensor]:
+def rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.device) -> list[torch.Tensor]:
     """Where vLLM's first product has the rows of gate and of up: each in a half, or alternating."""
     index = torch.arange(here, device=device)
     if not layer.moe_config.is_act_and_mul:

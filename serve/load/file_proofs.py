@@ -63,9 +63,9 @@ class FileProofs:
             return
         scheme = self.scheme_of(matrix)
         if scheme is None:
-            if part != "weight" or tensor.dim() != 2 or not tensor.is_floating_point():
+            if part != "weight" or not proofs.is_matrix(tensor.shape) or not tensor.is_floating_point():
                 return
-            scheme = PLAIN
+            tensor, scheme = tensor.flatten(1), PLAIN
         wanted = scheme.tensors(torch.float32)
         if part not in wanted:
             return

@@ -4,7 +4,7 @@ vLLM packs each layer as soon as its tensors have arrived, and replaces the old 
 care of
 
 - layers that share their weights with another: the head of a model with tied embeddings gets no tensor of its own, and
-  on CPUs keeps what it has packed;
+  on CPUs keeps what it has packed; Mamba-2's mixer keeps what the convolution held before it was packed;
 - layers that get a part of their tensors: the rest is memory that nobody has written;
 - reloads that fail, or are left by who began them: their tensors would go into the next one;
 - models that such a reload has left with new weights in some layers and old ones in others;
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
+from vllm.config import set_current_vllm_config
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
@@ -101,6 +102,33 @@ def watch_sleep(worker: Any) -> None:
     worker.sleep = watched
 
 
+def watch_reloads_of(worker: Any) -> None:
+    """Have a class of vLLM's workers load the former files again after a reload from files that has failed, if these
+    are unchanged. A trainer's weights are in no files, and ranks do not fail together, so then nothing is computed."""
+    reload = _original(worker.reload_weights)
+
+    @functools.wraps(reload)
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        reloads, config = getattr(self.get_model(), "ria_reloads", None), self.model_config
+        before = {name: one for name, one in vars(config).items() if name in ("model", "revision", "model_weights")}
+        whole = reloads is not None and not reloads.lacks_weights
+        try:
+            return reload(self, *arguments, **named)
+        except Exception as error:
+            if reloads is None:
+                raise
+            vars(config).update(before)  # vLLM leaves the refused ones there
+            alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+            with set_current_vllm_config(self.vllm_config):
+                if not (whole and reloads.stopped and alone and reloads.can_go_back()):
+                    raise
+            reload(self)
+            raise RiaError(f"{error} The server has its weights of {config.model} again.") from error
+
+    setattr(watched, _ORIGINAL, reload)
+    worker.reload_weights = watched
+
+
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
     """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
     named = function.__name__
@@ -127,6 +155,7 @@ class Reloads:
     Attributes:
         number: of the last reload, the same on all ranks.
         stopped: the model refuses to compute, because its weights are those of two models, or gone.
+        can_go_back: whether the files are those whose weights the model had last, as a whole.
     """
 
     def __init__(
@@ -146,7 +175,9 @@ class Reloads:
         self.dummies = dummies
         self.number = 0
         self.stopped: _Stopped | None = None
+        self.can_go_back: Callable[[], bool] = lambda: False
         self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        _leave_in_place(model)
 
     @property
     def lacks_weights(self) -> bool:
@@ -212,7 +243,7 @@ class Reloads:
                 `after` and `_wait_for_ranks`.
         """
         left = left_out(self.model, self.embeddings)
-        lacking = [path for path in without_weights(self.model) if is_awaited(self.model, path, self.embeddings)]
+        lacking = left_out(self.model, self.embeddings, others=True)
         if self.lacks_weights:
             lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
         tied = tied_layers(self.model)
@@ -265,6 +296,32 @@ class Reloads:
         renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
         if renewed or not alone:
             self.lose()
+
+
+def watch_packing(
+    layer: torch.nn.Module,
+    before: Callable[[torch.nn.Module], Any],
+    after: Callable[[torch.nn.Module, Any], None] = lambda layer, found: None,
+) -> None:
+    """Have functions called with a layer each time that its method packs what was loaded: one before, and then one that
+    gets what that returned, too."""
+    pack = layer.quant_method.process_weights_after_loading
+
+    def process(layer: torch.nn.Module) -> None:
+        found = before(layer)
+        pack(layer)
+        after(layer, found)
+
+    layer.quant_method.process_weights_after_loading = process
+
+
+def _leave_in_place(model: torch.nn.Module) -> None:
+    """Have weights stay where they are that something reads through a buffer, instead of by their layer's method."""
+    buffers = {buffer.untyped_storage().data_ptr() for buffer in model.buffers()} - {0}
+    for layer in model.modules():
+        weight = layer._parameters.get("weight")
+        if weight is not None and weight.untyped_storage().data_ptr() in buffers:
+            watch_packing(layer, lambda one: one.weight.data, lambda one, data: setattr(one.weight, "data", data))
 
 
 WAY_OUT = "Reload or send all weights of one model, or start the server again."
@@ -340,29 +397,6 @@ def _ours(layer: torch.nn.Module) -> Any:
     return method if hasattr(method, "forget") else None
 
 
-def without_weights(model: torch.nn.Module) -> list[str]:
-    """Paths of the layers with parameters that got nothing in a reload that is about to end. Weights that are tied to
-    loaded ones are not among them."""
-    loaded, found = _loaded(model), []
-    for path, layer in model.named_modules():
-        info = layerwise.get_layerwise_info(layer)
-        if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
-            continue
-        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
-        if wanted and not any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values()):
-            found.append(path)
-    return found
-
-
-def is_awaited(model: torch.nn.Module, path: str, embeddings: bool) -> bool:
-    """Whether a layer that got nothing lacks something. A draft's embeddings and head may be its target's, and no file
-    has scales of a KV cache that is another layer's."""
-    layer = model.get_submodule(path)
-    if isinstance(layer, VocabParallelEmbedding):
-        return embeddings
-    return getattr(layer, "ria_needs_scales", True)
-
-
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The embeddings and heads that get their weights from another layer in a reload that is about to end."""
     loaded = _loaded(model)
@@ -377,18 +411,27 @@ def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return found
 
 
-def left_out(model: torch.nn.Module, embeddings: bool = True) -> list[str]:
-    """Paths of the dense layers that got no weights in a reload that is about to end, and of attention layers that got
-    no scales of their fp8 KV cache.
+def left_out(model: torch.nn.Module, embeddings: bool = True, others: bool = False) -> list[str]:
+    """Paths of the layers that lack something, and got nothing in a reload that is about to end: dense layers, and
+    attention without the scales of its fp8 KV cache, see `KVCacheScales`.
 
-    vLLM will give them their old ones, and warns only. Weights that are tied to loaded ones are not among them.
+    vLLM will give them what they had, and warns only. Weights that are tied to loaded ones are not among them.
+
+    Args:
+        embeddings: the model has embeddings and a head of its own.
+        others: also layers of other kinds, such as norms. Not all of them are in all files.
     """
-    dense = {path for path, _ in dense_layers(model, embeddings)}
-    return [
-        path
-        for path in without_weights(model)
-        if path in dense or getattr(model.get_submodule(path), "ria_needs_scales", False)  # see `KVCacheScales`
-    ]
+    dense, loaded, found = {path for path, _ in dense_layers(model, embeddings)}, _loaded(model), []
+    for path, layer in model.named_modules():
+        info = layerwise.get_layerwise_info(layer)
+        if not info.can_load() or info.kernel_tensors is None or info.load_numel > 0:
+            continue
+        of_its_kind = path in dense or (others and not isinstance(layer, VocabParallelEmbedding))
+        wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
+        tied = any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values())
+        if wanted and not tied and getattr(layer, "ria_needs_scales", of_its_kind):
+            found.append(path)
+    return found
 
 
 def _loaded(model: torch.nn.Module) -> set[int]:

@@ -10,7 +10,7 @@ rest of both is zero.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log2
 
@@ -23,10 +23,11 @@ from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
-from ria_vllm.serve.experts.packing import activation_of
+from ria_vllm.serve.experts.packing import activation_of, rows_of_w13
 from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.kernels.reference_experts import activate
-from ria_vllm.serve.load.file_proofs import PLAIN, channels_of, rows_of
+from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
+from ria_vllm.serve.load.layerwise import watch_packing
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import layers_of
 
@@ -52,7 +53,10 @@ def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["Prove
             yield ProvedExperts(path, layer, method.experts, method.scheme)
         else:
             found = dense.get(path, []) if isinstance(method, DenseExpertsMethod) else []
-            yield ProvedExperts(path, layer, found[0] if len(found) == 1 else None, PLAIN)
+            if len(found) == 1 and not layer.moe_config.has_bias:
+                yield ProvedExperts(path, layer, found[0], PLAIN)
+            else:
+                yield GivenExperts.watched(path, layer)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class ProvedExperts:
     def _sizes(self) -> ExpertSizes:
         return ExpertSizes.of(self.layer.moe_config)
 
+    @property
+    def given(self) -> Mapping[str, torch.Tensor]:
+        """`FileProofs.found_of_experts` of what the layer held before it was packed."""
+        return {}
+
     def can_be_proved(self, stored: Mapping[str, torch.Tensor]) -> bool:
         """Whether the proofs tell what comes out."""
         if self.experts is None or self._biases is None or activation_of(self.layer) is None:
@@ -104,7 +113,7 @@ class ProvedExperts:
         """(kind, expert) -> its bias [out]; None if they have biases that nobody has seen."""
         if not self.layer.moe_config.has_bias:
             return {}
-        found = self.layer.quant_method.loader.biases if self.is_stored else {}
+        found = self.layer.quant_method.biases if self.is_stored else {}
         return (
             found if all((kind, expert) in found for kind in self.experts.patterns for expert in self._here) else None
         )
@@ -208,3 +217,58 @@ class ProvedExperts:
         # Nothing is known of what float16 cannot hold: h, or a channel of y, of which the columns of D say how large.
         too_large = (h.abs() * down[:, 1].clamp(min=1)).sum(1) > unit.max / 4
         return wanted, (SURE * total.sqrt()).masked_fill(too_large, torch.inf)
+
+
+@dataclass(frozen=True)
+class GivenExperts(ProvedExperts):
+    """Dense experts of this rank against what their layer held before it was packed.
+
+    Their biases, or tensors that stack them, pass through vLLM's model alone, which has a way of its own to store each
+    of them. So no proof tells what they should be; but that they compute what they were given can be shown.
+    """
+
+    @classmethod
+    def watched(cls, path: str, layer: RoutedExperts) -> "GivenExperts":
+        kinds = ("gate", "up", "down") if layer.moe_config.is_act_and_mul else ("up", "down")
+        names = {kind: f"{path}.{{e}}.{kind}" for kind in kinds}
+        found = cls(path, layer, StoredExperts(path, layer.moe_config.num_experts, names, {}), PLAIN)
+        watch_packing(layer, found.see)
+        return found
+
+    def see(self, layer: RoutedExperts) -> None:
+        experts, biases = self.experts, {}
+        made = FileProofs({}.get, {name: (kind, e) for name, kind, e in experts.linears()}, others=False)
+        here = self._sizes.here
+        rows = rows_of_w13(layer, here, layer.w13_weight.shape[1], layer.w13_weight.device)
+        places = dict(zip((kind for kind in experts.patterns if kind != "down"), rows))
+        for expert in self._here:
+            at = layer._map_global_expert_id_to_local_expert_id(expert)
+            for kind in experts.patterns:
+                weight, place = (layer.w2_weight, slice(None)) if kind == "down" else (layer.w13_weight, places[kind])
+                part = weight.data[at][place]
+                made.see(f"{experts.linear(kind, expert)}.weight", part[:, :here] if kind == "down" else part)
+                if layer.moe_config.has_bias:
+                    bias = layer.w2_bias if kind == "down" else layer.w13_bias
+                    biases[kind, expert] = bias.data[at][place].to("cpu", copy=True)
+        layer.__dict__["ria_given"] = made.found_of_experts, biases
+
+    @property
+    def given(self) -> Mapping[str, torch.Tensor]:
+        found, _ = self.layer.__dict__.get("ria_given", ({}, {}))
+        return found if self._can_be_asked and activation_of(self.layer) is not None else {}
+
+    def can_be_proved(self, stored: Mapping[str, torch.Tensor]) -> bool:
+        return False
+
+    @cached_property
+    def matrices(self) -> list[str]:
+        return []  # by what name they are stored is not known
+
+    @cached_property
+    def _sizes(self) -> ExpertSizes:
+        sizes = ExpertSizes.of(self.layer.moe_config)
+        return replace(sizes, intermediate=sizes.here, rank=0, ranks=1)
+
+    @property
+    def _biases(self) -> Mapping[tuple[str, int], torch.Tensor]:
+        return self.layer.__dict__["ria_given"][1]

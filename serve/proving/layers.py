@@ -22,6 +22,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.load.completeness import dense_layers, is_in_int8
+from ria_vllm.serve.load.file_proofs import foreign_vector, rows_of
+from ria_vllm.serve.load.layerwise import watch_packing
 from ria_vllm.serve.load.model_paths import destinations
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 from ria_vllm.serve.load.stream import Taker
@@ -197,6 +199,54 @@ class Absorbed(Proved):
         return torch.cat([y, values.float().unflatten(1, (heads, -1))], 2).flatten(1)
 
 
+@dataclass(frozen=True)
+class Convolution(Proved):
+    """The weight [out, 1, kernel] of a convolution of each channel by itself. Mixers read it where it was loaded."""
+
+    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        # What vLLM has packed, on some CPUs, no product tells.
+        return super().expected(stored) if self.layer.weight.dim() == 3 else None
+
+    def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x @ self.layer.weight.squeeze(1).float().T
+
+
+@dataclass(frozen=True)
+class Given(Proved):
+    """A dense layer of this rank against what it held before it was packed.
+
+    vLLM's models rearrange the rows of some linears as they load them, and scale those of some heads, so no proof of
+    the checkpoint is of what they then hold. But that it is what they compute can be shown of some rows of it.
+    """
+
+    @classmethod
+    def watched(cls, path: str, layer: torch.nn.Module) -> "Given":
+        """`layer`, of which a proof is made each time that its method packs it."""
+        looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+        found = cls(path, layer, (), *layer.weight.shape, layer.weight.dtype, looks_up)
+        watch_packing(layer, found.see)
+        return found
+
+    def see(self, layer: torch.nn.Module) -> None:
+        weight = layer.weight.data
+        if tuple(weight.shape) == (self.rows, self.columns):  # else vLLM has emptied it
+            here = rows_of(self.rows)
+            held = torch.full((self.rows, 2), torch.nan, dtype=torch.float32)
+            held[here] = proofs.proof(weight[here.to(weight.device)], foreign_vector(self.columns))
+            layer.__dict__["ria_given"] = held
+
+    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        return self.layer.__dict__.get("ria_given")
+
+    def input(self, vector: Vector) -> torch.Tensor:
+        return foreign_vector(self.columns)
+
+    def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if self.looks_up:
+            return super().products(x, rows)
+        return self.layer.quant_method.apply(self.layer, x.to(self.dtype), None).float()
+
+
 class Prover:
     """Proves the layers of one model.
 
@@ -220,6 +270,11 @@ class Prover:
             (path, layer)
             for path, layer in model.named_modules()
             if isinstance(layer, kinds) and id(layer) not in known and id(_source(layer)) not in known
+        ]
+        dense = {id(layer) for _, layer in dense_layers(model, embeddings) if not is_in_int8(layer)}
+        dense -= {id(getattr(module, "kv_b_proj", None)) for module in model.modules()}  # attention may empty it
+        self.given = [
+            Given.watched(path, layer) for path, layer in self.unknown if id(layer) in dense and layer.weight.dim() == 2
         ]
         self.experts = []
         if any(hasattr(layer, "expert_map_manager") for layer in model.modules()):
@@ -247,7 +302,7 @@ class Prover:
             RiaError: names the layers that compute something else.
         """
         start, proved = time.perf_counter(), set[str]()
-        problems, asked = [], set()
+        problems, asked, given = [], set(), 0
         unproved = [path for path, layer in self.unknown if _is_new(layer)]
         for layer in self.layers:
             expected = self._expected(layer, stored)
@@ -256,20 +311,25 @@ class Prover:
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
-            problem = layer.problem(vector, expected, tokens, self.before.get(layer.path))
-            self.before[layer.path] = expected
+            problems.append(self._problem(layer, vector, expected, tokens))
             proved.update(layer.matrices or [layer.path])
-            problems += [problem] if problem else []
+        for layer in self.given:
+            if (expected := layer.expected(stored)) is not None and _is_new(layer.layer):
+                problems.append(self._problem(layer, vector, expected, 1))
+                given += 1
         for experts in self.experts:
             if experts.can_be_proved(stored):
-                problem = experts.problem(vector, stored, whole=True)
+                problems.append(experts.problem(vector, stored, whole=True))
             elif made is not None and experts.can_be_proved(made[1]):
-                problem = experts.problem(*made, whole=False)
+                problems.append(experts.problem(*made, whole=False))
             else:
                 unproved += (experts.matrices or [experts.path]) if _is_new(experts.layer) else []
+                if experts.given and _is_new(experts.layer):
+                    problems.append(experts.problem(foreign_vector, experts.given, whole=False))
+                    given += 1
                 continue
-            problems += [problem] if problem else []
             proved.update(experts.matrices)
+        problems = [problem for problem in problems if problem is not None]
         if problems:
             more = f" And {len(problems) - 1} other layers." if len(problems) > 1 else ""
             raise RiaError(
@@ -278,8 +338,13 @@ class Prover:
             )
         took, others = time.perf_counter() - start, ", ".join(unproved[:3])
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
+        left += f"; of these, {given} layers compute what was loaded into them" if given else ""
         logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", len(proved), took, left)
         return len(proved)
+
+    def _problem(self, layer: Proved, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
+        before, self.before[layer.path] = self.before.get(layer.path), expected
+        return layer.problem(vector, expected, tokens, before)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:
@@ -324,7 +389,9 @@ def _layers(
             rows, columns = layer.weight.shape[0], getattr(layer, "input_size", layer.weight.shape[1])
             matrices = _linears(model, path, layer) if isinstance(layer, LinearBase) else tables.get(path, [])
             loads = tuple((name, partial(_send, layer.weight.weight_loader, shard)) for name, shard in matrices)
-            if loads or isinstance(layer, ParallelLMHead):
+            if layer.weight.dim() == 3:
+                yield Convolution(path, layer, loads, rows, layer.weight.shape[2], layer.weight.dtype)
+            elif loads or isinstance(layer, ParallelLMHead):
                 looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
                 yield Proved(path, layer, loads, rows, columns, layer.weight.dtype, looks_up)
 
@@ -351,11 +418,12 @@ def _source(layer: torch.nn.Module) -> torch.nn.Module | None:
 def _keeps_weight(config: RiaConfig, layer: torch.nn.Module) -> bool:
     """Whether a dense layer has its matrix as the checkpoint stores it.
 
-    Models may rearrange rows of linears, or scale those of the head; convolutions have no matrix.
+    Models may rearrange rows of linears, or scale those of the head.
     """
     scaled = config.scales_head and isinstance(layer, ParallelLMHead)
     rearranged = config.rearranged and isinstance(layer, LinearBase)
-    return layer.weight.dim() == 2 and not (rearranged or scaled)
+    is_convolution = layer.weight.dim() == 3 and layer.weight.shape[1] == 1
+    return (layer.weight.dim() == 2 or is_convolution) and not (rearranged or scaled)
 
 
 def _linears(model: torch.nn.Module, path: str, layer: LinearBase) -> list[tuple[str, ShardId]]:

@@ -4,7 +4,12 @@ import torch
 from torch.nn.functional import rms_norm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import composed_weight_loader, sharded_weight_loader
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
@@ -38,6 +43,19 @@ class Scan(torch.nn.Module):
         return x * self.D + torch.tanh(x) * self.A
 
 
+class Mixer(torch.nn.Module):
+    """A convolution that is read as in vLLM's mixer of Mamba-2. On CPUs with AVX-512 and BF16, vLLM packs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1d = ColumnParallelLinear(4, WIDTH, bias=False, params_dtype=torch.bfloat16)
+        self.conv1d.weight.data = self.conv1d.weight.data.unsqueeze(1)
+        self.register_buffer("conv_weights", self.conv1d.weight.view(WIDTH, 4), persistent=False)
+
+    def forward(self, x):
+        return x + x.roll(1, -1) * self.conv_weights.float().sum(1)
+
+
 class Norm(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -48,7 +66,7 @@ class Norm(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
-    """Embedding, pruned linears, dense ones, experts, a scan, norms and a head, one after the other.
+    """Embedding, pruned linears, dense ones, experts, a scan, a convolution, norms and a head, one after the other.
 
     `gate_up` and `qk` are fused of two linears each; `down` and `o` read them. `qk` and `o` stay dense.
     """
@@ -77,7 +95,7 @@ class Model(torch.nn.Module):
             num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
             prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
         )  # fmt: skip
-        self.scan, self.norm = Scan(), Norm()
+        self.scan, self.norm, self.mixer = Scan(), Norm(), Mixer()
         head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
         self.tied = settings["tied"]
         self.head = head.tie_weights(self.embed) if self.tied else head
@@ -106,7 +124,7 @@ class Model(torch.nn.Module):
         chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
         experts = self.moe[0].experts.routed_experts
         x = x + experts.quant_method.apply(experts, x.clone(), torch.rand(len(ids), TOP) * 0 + 0.5, chosen, None, None)
-        return self.scan(self.norm(x))
+        return self.mixer(self.scan(self.norm(x)))
 
     def compute_logits(self, x):
         return self.head.quant_method.apply(self.head, x)[:, :WORDS]
@@ -153,6 +171,7 @@ class Checkpoint:
         for e in range(EXPERTS):
             found |= {f"model.moe.0.experts.{e}.{end}.weight": random(WIDTH, INNER) for end in ENDS.values()}
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
+        found["model.mixer.conv1d.weight"] = random(WIDTH, 1, 4).bfloat16()
         if not self.tied:
             found["model.head.weight"] = random(WORDS, WIDTH)
         if self.weight_format != FLOAT:
@@ -180,8 +199,9 @@ class Checkpoint:
                 tensor[:, self.orders[module]] = stored
             elif part == "integers":
                 tensor = tensor * tensors[f"{module}.weight_scale"]
-            elif part != "weight" or tensor.dim() != 2:
+            elif part != "weight" or tensor.dim() < 2:
                 continue
+            tensor = tensor.flatten(1)
             found[module] = proofs.proof(tensor, schema.proof_vector(tensor.shape[1]))
             if schema.proved_transposed(module):
                 found[module + proofs.TRANSPOSED] = proofs.proof(tensor.T, schema.proof_vector(len(tensor)))

@@ -3,12 +3,15 @@
 `test_reload_table` has every kind of layer and sequence, without an engine.
 """
 
+from pathlib import Path
+
 import mixtures
 import pytest
 import tiny
 import torch
 from compare import generate, job_of
 from runs import ONE_THREAD_EACH, TWO_RANKS
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from zoo.family import calibration
 from zoo.toy import build
@@ -67,10 +70,12 @@ def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("updates")
     first, second = (str(FAMILIES[request.param](folder / str(seed), seed)) for seed in (1, 2))
     todo = sequences(first, second)
-    jobs = [job_of(place, {}) for place in (first, second)]
-    jobs += [job_of(first, {"loads": steps}) for steps, _ in todo.values()]
+    # In bfloat16 vLLM packs convolutions, too.
+    dtype = {"dtype": "bfloat16" if request.param == "Mamba-2" else "float32"}
+    jobs = [job_of(place, {"engine": dtype}) for place in (first, second)]
+    jobs += [job_of(first, {"engine": dtype, "loads": steps}) for steps, _ in todo.values()]
     sent = [({"send": second, "pieces": 3}, False)]
-    jobs.append(job_of(first, {"engine": {"load_format": "dummy"}, "loads": sent}))
+    jobs.append(job_of(first, {"engine": dtype | {"load_format": "dummy"}, "loads": sent}))
     results = dict(zip(("first", "second", *todo, "dummies, then sent"), generate(folder / "run", jobs), strict=True))
     return results, {name: "first" if end == first else "second" for name, (_, end) in todo.items()}
 
@@ -83,6 +88,22 @@ def test_an_engine_answers_as_if_started_with_its_weights(runs, name):
     if ends.get(name) != "first":
         assert torch.tensor([r["logprobs"] for r in want]).ne(torch.tensor([r["logprobs"] for r in other])).any()
     assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
+
+
+def test_after_refused_files_the_former_ones_are_served(tmp_path):
+    """The proof finds another embedding, when all layers are new. What a trainer has sent is in no files."""
+    first, second = (str(hybrid(tmp_path / str(seed), seed)) for seed in (1, 2))
+    path = Path(second, "model.safetensors")
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors["model.embed_tokens.weight"] += 1
+    save_file(tensors, path, metadata)
+    refused, sent = ({"reload": second}, True), ({"send": first, "pieces": 1}, False)
+    sequences = ([], [refused, refused], [sent, refused, ({"reload": first}, False)], [sent, refused])
+    results = generate(tmp_path / "run", [job_of(first, {"loads": steps}) for steps in sequences])
+    assert results[1] == results[0] and results[2] == results[0]
+    assert "the answers would be those of no model" in results[3]["error"]
 
 
 def test_what_one_rank_refuses_no_rank_serves(tmp_path):

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
-from ria_vllm.serve.load.layerwise import is_awaited, left_out, without_weights
+from ria_vllm.serve.load.layerwise import left_out
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.layer_matching import match_layers
 
@@ -155,7 +155,7 @@ def test_what_a_reload_leaves_out(ranks, one_rank, tied):
         assert left_out(model) == missing
         linears = [name for name in missing if name == "fc"]  # which a draft has of its own
         assert left_out(model, embeddings=False) == linears
-        assert [name for name in without_weights(model) if is_awaited(model, name, embeddings=False)] == linears
+        assert left_out(model, embeddings=False, others=True) == linears
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         assert left_out(model) == []
 

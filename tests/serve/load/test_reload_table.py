@@ -70,7 +70,9 @@ SEQUENCES = {
     "sent: the embedding, to which the head may be tied": part("model.embed."),
     "sent: the head": part("model.head."),
     "sent: all experts of a layer": part("model.moe.", pieces=3),
-    "sent: all tensors of a norm, or of a Mamba layer that is no linear": part("model.scan.", "model.norm."),
+    "sent: all tensors of a norm, or of a Mamba layer that is no linear": part(
+        "model.scan.", "model.norm.", "model.mixer."
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from ria_vllm.serve.load import layerwise
 from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.loading import LayerLoader
 
-ALL = 3 + 3 * 4 + 5  # gate, up, down; twelve of experts; q, k, o, embedding, head
+ALL = 3 + 3 * 4 + 6  # gate, up, down; twelve of experts; q, k, o, embedding, head, a convolution
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +54,41 @@ def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
         started()
 
 
-def test_where_a_model_rearranges_rows_its_dense_linears_are_counted(started, caplog, monkeypatch):
+def changes_weights(monkeypatch):
+    """A model that rearranges the rows of its linears and scales its head."""
     config = Checkpoint.config
 
-    def rearranged(self):
+    def changing(self):
         found = config(self)
-        found.rearranged = True
+        found.rearranged = found.scales_head = True
         return found
 
-    monkeypatch.setattr(Checkpoint, "config", rearranged)
+    monkeypatch.setattr(Checkpoint, "config", changing)
+
+
+def test_what_a_model_changes_as_it_loads_is_proved_from_there_on(started, caplog, monkeypatch):
+    changes_weights(monkeypatch)
     started()
-    assert f"{ALL - 3} matrices compute" in caplog.text
-    assert "without a proof: 2, the first of which are block.qk, block.o" in caplog.text
+    assert f"{ALL - 5} matrices compute" in caplog.text
+    assert "without a proof: 4, the first of which are " in caplog.text
+    assert "of these, 3 layers compute what was loaded into them" in caplog.text
+
+
+@pytest.mark.parametrize("layer", ["block.qk", "block.o", "head"])
+def test_a_copy_that_was_not_packed_again_is_found_whatever_a_model_changes(started, monkeypatch, layer):
+    changes_weights(monkeypatch)
+    server = started()
+    method = server.model.get_submodule(layer).quant_method
+    pack = method.process_weights_after_loading
+
+    def again(layer):
+        before = layer.cpu_linear
+        pack(layer)
+        layer.cpu_linear = before
+
+    monkeypatch.setattr(method, "process_weights_after_loading", again)
+    with pytest.raises(RiaError, match=f"vLLM's layer {layer} .* those of the weights before this reload"):
+        server.reload(2)
 
 
 def wrong_kernel(monkeypatch):

@@ -20,11 +20,11 @@ def ask(ranks, monkeypatch):
 
 
 def test_a_sound_server(ask):
-    """It has 20 matrices: gate, up, down, twelve of experts, q, k, o, embedding and head."""
+    """It has 21 matrices: gate, up, down, twelve of experts, q, k, o, a convolution, embedding and head."""
     checkpoint, _ = Server.read
     for _ in range(2):
         answer = ask[1]()
-        assert answer == {"digest": checkpoint.schema().proofs.digest, "matrices": 20, "problem": None}
+        assert answer == {"digest": checkpoint.schema().proofs.digest, "matrices": 21, "problem": None}
 
 
 @pytest.mark.parametrize("name", ["block.gate_up.weight_packed", "embed.weight"])
