@@ -12,11 +12,6 @@ from torch import nn
 # read the same tensor: w1 and w3, in_proj_qkv and in_proj_z, q_a_proj and kv_a_proj_with_mqa.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-# Those of the latter that vLLM fuses in some families: LFM2, Qwen 3.5, DeepSeek.
-FUSED_IN_FAMILIES = (
-    ("w1", "w3"), ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"), ("q_a_proj", "kv_a_proj_with_mqa"),
-)  # fmt: skip
-
 # vLLM's mixer passes no quantization method to its linears. (Its Mamba-2 mixer does.)
 MAMBA_1 = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 
@@ -60,15 +55,10 @@ def changes_head(hf_config: Any) -> bool:
     return bool(getattr(text_config, "norm_head", False))
 
 
-def fused_sets(linears: Iterable[str], families: bool = False) -> list[set[str]]:
-    """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`).
-
-    Args:
-        families: also those that it fuses in some families.
-    """
+def fused_sets(linears: Iterable[str]) -> list[set[str]]:
+    """The sets of linears in the modules of these `linears` that vLLM is known to fuse (see `FUSED`)."""
     parents = {linear.rpartition(".")[0] for linear in linears}
-    sets = FUSED + FUSED_IN_FAMILIES if families else FUSED
-    return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in sets]
+    return [{f"{parent}.{leaf}" if parent else leaf for leaf in fused} for parent in parents for fused in FUSED]
 
 
 def served_dense(layer: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from decoders import layers_of, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.offline.model.topology import decoder_layers, linears_of
-from ria_vllm.vllm_quirks import FUSED, FUSED_IN_FAMILIES, fused_sets, rearranged, served_dense
+from ria_vllm.vllm_quirks import FUSED, fused_sets, rearranged, served_dense
 
 MIXTURES = (
     "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
@@ -94,19 +94,17 @@ def test_rearranged_rows_are_expected_of_a_decoder_behind_a_wrapper_too():
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="reads vLLM's models")
-def test_what_is_fused_in_some_families_is_what_vllm_says():
-    """In the mappings of these models, which are lists of names in their sources."""
+def test_what_is_fused_is_what_vllm_says():
+    """In the mapping of Llama, which is lists of names in its source."""
     folder = Path(find_spec("vllm").origin).parent / "model_executor" / "models"
     found = set()
-    for name in ("llama", "lfm2", "qwen3_5", "deepseek_v2"):
-        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
-            if isinstance(node, ast.List) and all(isinstance(one, ast.Constant) for one in node.elts):
-                found.add(tuple(one.value for one in node.elts))
-    assert {*FUSED, *FUSED_IN_FAMILIES} <= found
+    for node in ast.walk(ast.parse((folder / "llama.py").read_text())):
+        if isinstance(node, ast.List) and all(isinstance(one, ast.Constant) for one in node.elts):
+            found.add(tuple(one.value for one in node.elts))
+    assert set(FUSED) <= found
 
 
 def test_fused_sets_are_those_of_the_modules_that_are_there():
-    linears = ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "w3"]
-    found = fused_sets(linears, families=True)
-    assert {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"} in found and {"w1", "w3"} in found
-    assert {"w1", "w3"} not in fused_sets(linears) and not any("layers.0.w1" in one for one in found)
+    found = fused_sets(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "q_proj"])
+    assert {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"} in found and {"q_proj", "k_proj", "v_proj"} in found
+    assert not any("layers.0.q_proj" in one for one in found)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student.places import places_of
 from ria_vllm.offline.distill.teacher.teacher import Origin
 from ria_vllm.offline.distill.text import same_tokens
@@ -36,7 +36,7 @@ def outline(name: str) -> Any:
     return model
 
 
-def check_models(start: Start, origin: Origin, sharded: bool = False) -> None:
+def check_models(reader: Reader, origin: Origin, sharded: bool = False) -> None:
     """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
 
     Args:
@@ -48,25 +48,25 @@ def check_models(start: Start, origin: Origin, sharded: bool = False) -> None:
             meant; other tokens, another number of them, or a linear that cannot be trained.
     """
     meant_weights(origin.folder, origin.name)
-    if digests.of_weights(origin.folder) == digests.of_weights(start.folder):
+    if digests.of_weights(origin.folder) == digests.of_weights(reader.folder):
         raise RiaError(
-            f"{origin.name}: has the weights of {start.folder}, so there is nothing to learn from it. Give the dense "
+            f"{origin.name}: has the weights of {reader.folder}, so there is nothing to learn from it. Give the dense "
             "model that it was pruned from as --teacher."
         )
-    mine, dense = outline(str(start.folder)), outline(str(origin.folder))
-    places = places_of(mine, start, Names(mine, start.dense_names, start.folder))
+    mine, dense = outline(str(reader.folder)), outline(str(origin.folder))
+    places = places_of(mine, reader, Names(mine, list(reader.dense_tensors()), reader.folder))
     experts = next((place.names[0] for place in places.values() if place.stacked), None)
     if sharded and experts is not None:
         raise RiaError(
-            f"--shard: {start.folder} has pruned experts ({experts} and others), which are not divided among "
+            f"--shard: {reader.folder} has pruned experts ({experts} and others), which are not divided among "
             "processes. Leave out --shard: each process then has the whole model."
         )
     if output_head(mine).weight.shape[0] != output_head(dense).weight.shape[0]:
         raise RiaError(
-            f"{start.folder}: predicts another number of tokens than {origin.name}. Give the model that it was pruned "
+            f"{reader.folder}: predicts another number of tokens than {origin.name}. Give the model that it was pruned "
             "from as --teacher."
         )
-    same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(start.folder)), (origin.name, start.folder))
+    same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(reader.folder)), (origin.name, reader.folder))
 
 
 def context_of(folders: Sequence[str]) -> int | None:

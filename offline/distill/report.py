@@ -3,21 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.hub.model_card import option_table, pruned_card
-from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.publish import published
 from ria_vllm.report import without_errors
 
 
-def with_training(start: Start, this: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
+def with_training(reader: Reader, this: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of the folder that training started from, with one more training.
 
     Args:
         this: what the recipe says of it.
         curve: points, see `Course.point`.
     """
-    found: dict[str, Any] = {"linears": {}} | without_errors(start.report)
-    recipe = start.schema.recipe
+    found: dict[str, Any] = {"linears": {}} | without_errors(reader.report())
+    recipe = reader.schema.recipe
     runs = recipe | {"distill": [*_entries(recipe), this]}
     return found | {"recipe": runs, "distill": [*_entries(found), {"curve": curve}]}
 
@@ -28,7 +28,7 @@ def _entries(story: Mapping[str, Any]) -> list[Any]:
     return earlier if isinstance(earlier, list) else []
 
 
-def card_of(start: Start, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:
+def card_of(reader: Reader, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:
     """The model card of the finished folder.
 
     Args:
@@ -36,9 +36,9 @@ def card_of(start: Start, teacher: str, report: dict[str, Any], warn: Callable[[
         report: as `with_training` gives it.
     """
     recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
-    recipe = {"source": published(teacher), "pattern": str(start.schema.pattern)} | recipe
-    zeros = start.schema.sparsity_config.global_sparsity
-    card = pruned_card(start.folder, report | {"recipe": recipe}, zeros, warn)
+    recipe = {"source": published(teacher), "pattern": str(reader.schema.pattern)} | recipe
+    zeros = reader.schema.sparsity_config.global_sparsity
+    card = pruned_card(reader.folder, report | {"recipe": recipe}, zeros, warn)
     return card + "\n" + recovery_section(report["recipe"]["distill"])
 
 

@@ -9,8 +9,9 @@ import torch
 
 from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.inputs import Inputs
-from ria_vllm.checkpoint.reader import is_compressed
+from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
+from ria_vllm.errors import RiaError
 from ria_vllm.export import kept_copies
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.format.weight_format import name_of
@@ -18,11 +19,9 @@ from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.checks import check_models, check_texts, context_of
-from ria_vllm.offline.distill.foreign import foreign_start
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
 from ria_vllm.offline.distill.sharding import shard
-from ria_vllm.offline.distill.start import Start, own_start
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace
 from ria_vllm.offline.distill.student.student import Student
@@ -84,26 +83,40 @@ def distill(
         inputs.stamps(place)
     with joined(settings.device) as ranks, monitor.live(), inputs.watched():
         settings = replace(settings, shard=settings.shard and ranks.size > 1)
-        start = own_start(folder) if is_compressed(folder) else foreign_start(folder)
+        reader = _opened(folder)
         begun = begun_run(out) if settings.resume and ranks.first else {}
-        origin = located(teacher, [begun, start.schema.recipe], ranks, monitor)
+        origin = located(teacher, [begun, reader.schema.recipe], ranks, monitor)
         inputs.stamps(origin.folder)
         longest = context_of([str(folder), str(origin.folder)])
         if longest is not None and recipe.seq_len > longest:
             monitor.warn(f"--seq-len {recipe.seq_len}: these models read at most {longest} tokens; so do sequences.")
             recipe = recipe.with_options(seq_len=longest)
-        dtype = _compute_dtype(start, origin.folder, recipe.compute_dtype, settings.device, monitor)
+        dtype = _compute_dtype(reader, origin.folder, recipe.compute_dtype, settings.device, monitor)
         recipe = recipe.with_options(compute_dtype=dtype).among(ranks.size)
-        check_models(start, origin, settings.shard)
-        run = fingerprint(start, origin, recipe, inputs) | rounding_of(settings, ranks)
+        check_models(reader, origin, settings.shard)
+        run = fingerprint(reader, origin, recipe, inputs) | rounding_of(settings, ranks)
         kept = ("*", "The text and the steps so far")
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(start, origin, recipe, settings, writer, ranks, monitor, inputs).distill()
+            return _Run(reader, origin, recipe, settings, writer, ranks, monitor, inputs).distill()
 
 
-def _compute_dtype(start: Start, teacher: Path, asked: str, device: torch.device, monitor: Monitor) -> str:
+def _opened(folder: Path) -> Reader:
+    """The folder that training starts from.
+
+    Raises:
+        RiaError: ria-vllm did not write it, or it is damaged.
+    """
+    if not is_compressed(folder):
+        raise RiaError(
+            f"{folder}: not a folder that `ria-vllm compress` wrote. If it is 2:4 already, `ria-vllm compress {folder} "
+            "-o NEW` keeps its zeros: distil NEW."
+        )
+    return Reader(folder)
+
+
+def _compute_dtype(reader: Reader, teacher: Path, asked: str, device: torch.device, monitor: Monitor) -> str:
     """The dtype to compute in: by default one that rounds no weight of a teacher in float32."""
-    stored, of_teacher = start.linear(start.linears[0]).dtype, stored_dtype(teacher)
+    stored, of_teacher = reader.linear(reader.sparse_names[0]).dtype, stored_dtype(teacher)
     if of_teacher is None and not is_compressed(teacher):  # config.json does not say
         of_teacher = SourceTensors(teacher, None).dtype
     if asked == "auto" and of_teacher == torch.float32:
@@ -119,14 +132,14 @@ def _files(recipe: Distillation) -> list[Path]:
     return [path for path in map(Path, (*recipe.eval_text, recipe.text)) if path.is_file()]
 
 
-def fingerprint(start: Start, origin: Origin, recipe: Distillation, inputs: Inputs) -> dict[str, Any]:
+def fingerprint(reader: Reader, origin: Origin, recipe: Distillation, inputs: Inputs) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
     stamps = {
         "state of the texts": [[path.name, inputs.stamps(path)] for path in _files(recipe)],
-        "state of the folder": inputs.stamps(start.folder),
+        "state of the folder": inputs.stamps(reader.folder),
         "state of the teacher": inputs.stamps(origin.folder) if origin.revision is None else {},
     }
-    full = {"folder": str(start.folder), "teacher": origin.name, "text": recipe.text}  # this stays in the work folder
+    full = {"folder": str(reader.folder), "teacher": origin.name, "text": recipe.text}  # this stays in the work folder
     return json.loads(json.dumps(recipe.dump(origin.name, origin.revision) | full | stamps))
 
 
@@ -139,7 +152,7 @@ def rounding_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 class _Run:
     """One distillation, and what its steps need."""
 
-    start: Start
+    reader: Reader
     teacher: Origin
     recipe: Distillation
     settings: Settings
@@ -149,9 +162,9 @@ class _Run:
     inputs: Inputs
 
     def distill(self) -> dict[str, Any]:
-        folders = str(self.start.folder), str(self.teacher.folder)
+        folders = str(self.reader.folder), str(self.teacher.folder)
         # First, so that an error in them shows at once.
-        copies = companions(self.start.folder)
+        copies = companions(self.reader.folder)
         texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
         self._draw()
         with self.monitor.phase("digests of files"):
@@ -178,17 +191,17 @@ class _Run:
         ).run()  # fmt: skip
         this = self.recipe.dump(self.teacher.name, self.teacher.revision) | rounding_of(self.settings, self.ranks)
         this |= of_files | {"steps": course.step} | ({"kept_step": course.kept} if course.best else {})
-        report = with_training(self.start, this, course.curve)
+        report = with_training(self.reader, this, course.curve)
         if self.ranks.first:
             with self.monitor.phase("writing"):
                 self._finish(work.results(student.trained, course.kept), report, copies)
         self.ranks.barrier()
         return report
 
-    def _loaded(self, name: str, state: dict[str, torch.Tensor] | None = None) -> TwoPart:
+    def _loaded(self, name: str) -> TwoPart:
         """A model on its device; on the CPU if it is yet to be divided."""
         device = torch.device("cpu") if self.settings.shard else self.settings.device
-        return TwoPart(load_model(name, device, self.recipe.compute_dtype, state, training=True), name)
+        return TwoPart(load_model(name, device, self.recipe.compute_dtype, training=True), name)
 
     @property
     def _drawn_key(self) -> str:
@@ -198,7 +211,7 @@ class _Run:
     def _draw(self) -> None:
         """Put the windows of a text into the work folder, unless they are there."""
         if self.ranks.first and self.recipe.text != "self" and not self.writer.has(self._drawn_key):
-            tokenizer, pruning = text_tokenizer(self.start.folder), self.start.schema.recipe
+            tokenizer, pruning = text_tokenizer(self.reader.folder), self.reader.schema.recipe
             windows, origin = training_text(self.recipe, tokenizer, pruning, self.monitor)
             self.writer.write(self._drawn_key, {"tokens": windows}, origin)
 
@@ -230,37 +243,37 @@ class _Run:
     def _student(self) -> Student:
         add = self.ranks.all_reduce
         pace = Pace(total=add) if self.settings.shard else Pace(reduce=add)
-        model = self._loaded(str(self.start.folder), self.start.state())
+        model = self._loaded(str(self.reader.folder))
         adamw = AdamW(weight_decay=self.recipe.weight_decay, clip=self.recipe.clip)
         rows_on = self.settings.device if self.settings.shard else None
-        return Student(self.start, model, adamw, pace, self.settings.save_memory, rows_on)
+        return Student(self.reader, model, adamw, pace, self.settings.save_memory, rows_on)
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
         found: dict[str, Any] = self.writer.record(self._drawn_key) if self.writer.has(self._drawn_key) else {}
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
-        found["student_weights_digest"] = digests.of_weights(self.start.folder)
+        found["student_weights_digest"] = digests.of_weights(self.reader.folder)
         if self.teacher.revision is None:
             found["teacher_weights_digest"] = digests.of_weights(self.teacher.folder)
         return found
 
     def _finish(self, results: dict[str, str], report: dict[str, Any], copies: list[Path]) -> None:
         """Join the trained tensors and all others into the finished folder."""
-        start, writer = self.start, self.writer
+        reader, writer = self.reader, self.writer
         keys = []
-        for number, name in enumerate([*start.linears, *start.others]):
+        for number, name in enumerate([*reader.sparse_names, *reader.dense_names]):
             if name not in results:
                 results[name] = f"other-{number:06d}"
-                writer.write(results[name], {name: start.others[name]})
+                writer.write(results[name], {name: reader.tensor(name)})
             keys.append(results[name])
-        config = start.config | {
-            "quantization_config": start.config["quantization_config"] | {"recipe": report["recipe"]}
+        config = reader.config | {
+            "quantization_config": reader.config["quantization_config"] | {"recipe": report["recipe"]}
         }
-        card = card_of(start, self.teacher.name, report, self.monitor.warn)
-        copies, copied_from = kept_copies(writer, copies, start.folder)
+        card = card_of(reader, self.teacher.name, report, self.monitor.warn)
+        copies, copied_from = kept_copies(writer, copies, reader.folder)
         self.inputs.check()
         writer.finish(
             keys, {"config.json": config, REPORT_FILE: report}, copies, self.settings.max_shard_size,
-            start.schema.permutes, {CARD_FILE: card}, copied_from,
+            reader.schema.permutes, {CARD_FILE: card}, copied_from,
         )  # fmt: skip

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ria_vllm.checkpoint.placement import Placement
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
-from ria_vllm.offline.distill.start import Start
 from ria_vllm.offline.distill.student.layouts import Kept, Whole
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.student.places import places_of
@@ -30,7 +30,7 @@ class Student:
     """A model whose kept weights, and the scales of quantized ones, are trained.
 
     Args:
-        start: the folder that training starts from.
+        reader: of the folder that training starts from.
         model: loaded from it; its parameters' data is trained in place.
         save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
         rows_on: the device of this process's rows, if the model is to be divided among processes.
@@ -44,7 +44,7 @@ class Student:
 
     def __init__(
         self,
-        start: Start,
+        reader: Reader,
         model: TwoPart,
         adamw: AdamW,
         pace: Pace,
@@ -56,17 +56,17 @@ class Student:
         self.trained: dict[str, TrainedParameter] = {}
         # What is stored beside what is trained; the files may be others when training ends.
         self._linears: dict[str, SparseLinear] = {}
-        places = places_of(model.model, start, Names(model.model, start.dense_names, start.folder))
+        places = places_of(model.model, reader, Names(model.model, reader.dense_tensors(), reader.folder))
         for inside, placement in places.items():
             for name, weight in placement.split(model.model.get_parameter(inside).detach()):
-                linear = start.linear(name)
-                _check_same(linear, weight, start)
+                linear = reader.linear(name)
+                _check_same(linear, weight, reader)
                 self._linears[name] = replace(linear, parts={})
         if rows_on is not None:
             shard(model, rows_on)
         for inside, placement in places.items():
             parameter = model.model.get_parameter(inside)
-            parts = _trained_linears(start, placement, parameter, adamw, pace)
+            parts = _trained_linears(reader, placement, parameter, adamw, pace)
             step_in_backward(parameter, list(parts.values()))
             self.trained |= parts
         if save_memory:
@@ -121,17 +121,17 @@ class Student:
         return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
 
 
-def _check_same(linear: SparseLinear, weight: torch.Tensor, start: Start) -> None:
+def _check_same(linear: SparseLinear, weight: torch.Tensor, reader: Reader) -> None:
     """Check that transformers has loaded this linear into this weight, and changed nothing."""
     if weight.shape != linear.shape or not torch.equal(weight.cpu(), linear.dense().to(weight.dtype)):
         raise RiaError(
-            f"{start.folder}: {linear.name}: transformers' model holds another weight than the folder. Please report "
+            f"{reader.folder}: {linear.name}: transformers' model holds another weight than the folder. Please report "
             "this bug in ria-vllm."
         )
 
 
 def _trained_linears(
-    start: Start, placement: Placement, parameter: nn.Parameter, adamw: AdamW, pace: Pace
+    reader: Reader, placement: Placement, parameter: nn.Parameter, adamw: AdamW, pace: Pace
 ) -> dict[str, TrainedParameter]:
     """Name -> what is trained, for the linears in one parameter."""
     kind = TrainedExpert if placement.stacked else TrainedParameter
@@ -139,7 +139,7 @@ def _trained_linears(
     found: dict[str, TrainedParameter] = {}
     for expert, names in enumerate(placement.experts):
         for number, name in enumerate(names):
-            linear, device = start.linear(name), local(parameter).device
+            linear, device = reader.linear(name), local(parameter).device
             parts = {part: tensor[rows].to(device) for part, tensor in linear.parts.items()}
             layout = Kept(
                 parts["bitmask"], linear.input_permutation, partial(placement.part, expert=expert, number=number)

@@ -145,7 +145,8 @@ def attention_options(config: Any) -> dict[str, Any]:
 
 
 def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
-    """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us.
+    """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us, if we read
+    them.
 
     While the model is loaded, what is dequantized is on the CPU a second time, in the model's own dtype: all weights
     where `dtype` is another one, else those that transformers merges, such as experts that are stored one by one.
@@ -158,7 +159,7 @@ def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **opti
         RiaError: see `SourceTensors`.
     """
     config = read_config(str(folder))
-    if getattr(config, "quantization_config", None) is None:
+    if dequantized_from(config) is None:
         return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
     tensors = SourceTensors(folder, configured_dtype(config))
     without_quantization(config)
@@ -171,7 +172,6 @@ def load_model(
     model: str,
     device: torch.device,
     compute_dtype: str | None = None,
-    state: dict[str, torch.Tensor] | None = None,
     training: bool = False,
 ) -> Any:
     """A transformers model that writes text, in evaluation mode. A compressed folder is decompressed in memory.
@@ -181,7 +181,6 @@ def load_model(
     Args:
         model: a folder or hub id.
         compute_dtype: the dtype to compute in, one of `ria_vllm.offline.model.run.dtypes.CHOICES`; None: as stored.
-        state: all tensors, if transformers is not to read them from the folder itself.
         training: see `choose_dtype`.
 
     Raises:
@@ -189,26 +188,22 @@ def load_model(
             meant, or a `compute_dtype` that would round its weights.
     """
     folder = folder_of(model)
-    if state is None and not is_compressed(folder):
+    if not is_compressed(folder):
         meant_weights(folder, model)
-    stored = None if compute_dtype is None else stored_dtype(folder, state)
+    stored = None if compute_dtype is None else stored_dtype(folder)
     if stored is not None:
-        return _load(folder, model, device, choose_dtype(stored, device, compute_dtype, training), state)
-    loaded = _load(folder, model, device, "auto", state)
+        return _load(folder, model, device, choose_dtype(stored, device, compute_dtype, training))
+    loaded = _load(folder, model, device, "auto")
     dtype = loaded.dtype if compute_dtype is None else choose_dtype(loaded.dtype, device, compute_dtype, training)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
-    return loaded if dtype == loaded.dtype else _load(folder, model, device, dtype, state)
+    return loaded if dtype == loaded.dtype else _load(folder, model, device, dtype)
 
 
-def stored_dtype(folder: Path, state: dict[str, torch.Tensor] | None = None) -> torch.dtype | None:
-    """The dtype that the weights of a folder are stored in, or are dequantized to; None: only loading tells.
-
-    Args:
-        state: see `load_model`.
-    """
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype that the weights of a folder are stored in, or are dequantized to; None: only loading tells."""
     config = read_config(str(folder))
     dtype = configured_dtype(config)
-    if dtype is None and state is None and dequantized_from(config) is not None:
+    if dtype is None and dequantized_from(config) is not None:
         return SourceTensors(folder, None).dtype
     return dtype
 
@@ -218,13 +213,7 @@ def dequantized_from(config: Any) -> str | None:
     return method_of(getattr(config, "quantization_config", None))
 
 
-def _load(
-    folder: Path,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype | str,
-    state: dict[str, torch.Tensor] | None = None,
-) -> Any:
+def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     """`name` is what the user called the model, for errors."""
     from transformers.utils import logging
 
@@ -235,14 +224,14 @@ def _load(
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
     with _loading(name):
         reader = Reader(folder) if is_compressed(folder) else None
-        if state is None and reader is None:
-            model, info = _load_plain(folder, config, architecture, dtype, options)
+        if reader is None:
+            model, info = load_dense(architecture, folder, dtype, **options)
         else:
-            state = dense_state(reader) if state is None else state
+            state = dense_state(reader)
             without_quantization(config)
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
-            if reader is not None and reader.schema.input_dtype is not None:
+            if reader.schema.input_dtype is not None:
                 round_inputs(model, _pruned_parameters(model, reader), name, reader.schema.input_dtype)
     if output_head(model) is None:
         raise RiaError(
@@ -251,15 +240,6 @@ def _load(
         )
     check_loaded(name, info, "config.json", "Get the files again.")
     return model.to(device).eval()
-
-
-def _load_plain(
-    folder: Path, config: Any, architecture: Any, dtype: torch.dtype | str, options: dict[str, Any]
-) -> tuple[Any, Any]:
-    """A model that we did not write, and what transformers says about loading it."""
-    if dequantized_from(config) is not None:
-        return load_dense(architecture, folder, dtype, **options)
-    return architecture.from_pretrained(folder, dtype=dtype, **FROM_FILES, **options)
 
 
 def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:

@@ -83,3 +83,9 @@ def test_the_card_says_which_step_was_kept_also_if_it_is_the_start():
     assert [line for line in first.splitlines() if line.startswith("| ")] == ["| --- | --- |", *rows]
     assert "the weights are those from before this training" in first
     assert "| kept_step | `4` |" in second and "before this training" not in second
+
+
+def test_a_folder_of_another_program_is_to_be_compressed_first(tiny, text, tmp_path):
+    with pytest.raises(RiaError, match="`ria-vllm compress .* keeps its zeros: distil NEW"):
+        run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

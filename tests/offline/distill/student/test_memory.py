@@ -16,9 +16,9 @@ PROBE = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace
-from ria_vllm.offline.distill.start import own_start
 from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher.teacher import read
 from ria_vllm.offline.model.run.hf import load_model
@@ -28,7 +28,7 @@ map_large_blocks()
 held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 folder, length = sys.argv[1], int(sys.argv[2])
 model, teacher = (TwoPart(load_model(folder, torch.device("cpu"), "bfloat16"), folder) for _ in range(2))
-student = Student(own_start(Path(folder)), model, AdamW(), Pace(lr=1e-4, number=1))
+student = Student(Reader(Path(folder)), model, AdamW(), Pace(lr=1e-4, number=1))
 tokens = torch.randint(2, 250, (1, length))
 answer = read(teacher, tokens)
 trim()

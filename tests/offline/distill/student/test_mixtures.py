@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from compressing import digests, run_small
 from moe import save_moe
-from safetensors.torch import load_file, save_file
 from sparse_llama import masks
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -16,12 +15,9 @@ from transformers import AutoModelForCausalLM
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.export import export_dense
 from ria_vllm.offline.distill.checks import check_models
-from ria_vllm.offline.distill.foreign import foreign_start
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
-from ria_vllm.offline.distill.start import own_start
 from ria_vllm.offline.distill.student import places
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert
 from ria_vllm.offline.distill.student.student import Student
@@ -114,11 +110,11 @@ def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
     """Where no token reaches an expert, torch gets no gradient, and so leaves it and its moments alone."""
     dense, folder = mixture(kind)
     wanted, reached = plain(folder, dense)
-    start, pace = own_start(folder), Pace(lr=RATE)
+    reader, pace = Reader(folder), Pace(lr=RATE)
     adamw = AdamW(first=torch.float32, second=torch.float32, clip=0.0, weight_decay=DECAY)
     model = TwoPart(load_model(str(folder), CPU, "float32"), "student")
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    student = Student(start, model, adamw, pace, save_memory)
+    student = Student(reader, model, adamw, pace, save_memory)
     teacher = TwoPart(load_model(str(dense), CPU, "float32"), "teacher")
     for number, tokens in enumerate(batches(), 1):
         pace.number = number
@@ -140,7 +136,7 @@ def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
     assert any(one[0] and not one[1] for one in reached.values())
     assert any(a and not b and c for one in reached.values() for a, b, c in zip(one, one[1:], one[2:]))
     stacks = {name for name in after if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
-    linears = {f"{name}.weight" for name in start.linears if ".experts." not in name}
+    linears = {f"{name}.weight" for name in reader.sparse_names if ".experts." not in name}
     assert all(torch.equal(after[name], before[name]) for name in after.keys() - stacks - linears)
 
 
@@ -148,7 +144,7 @@ def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
 def test_as_many_bytes_for_each_kept_weight_as_elsewhere(kind, mixture):
     """Beside a number of 8 bytes for each linear of an expert."""
     _, folder = mixture(kind)
-    student = Student(own_start(folder), TwoPart(load_model(str(folder), CPU), "student"), AdamW(), Pace())
+    student = Student(Reader(folder), TwoPart(load_model(str(folder), CPU), "student"), AdamW(), Pace())
     for name, trained in student.trained.items():
         held = sum(tensor.nbytes for tensor in trained.state().values())
         assert held == 10 * trained.values.numel() + 8 * (".experts." in name)
@@ -217,51 +213,9 @@ def test_stopped_and_resumed_it_writes_the_same_bytes(mixture, students, text, t
 
 def test_experts_are_not_divided_among_processes(mixture):
     dense, folder = mixture("mixtral")
-    check_models(own_start(folder), Origin(str(dense), dense))
+    check_models(Reader(folder), Origin(str(dense), dense))
     with pytest.raises(RiaError, match=r"--shard: .*experts\.0\.w\d and others.* Leave out --shard"):
-        check_models(own_start(folder), Origin(str(dense), dense), sharded=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("mixtral", r"experts\.0\.w\d"),
-        ("gpt_oss", r"layers\.0\.mlp\.experts\.\w+_proj"),
-        ("llama4_text", r"layers\.0\.feed_forward\.experts\.\w+_proj"),
-    ],
-)
-def test_experts_of_others_folders_are_refused(kind, name, mixture, text, tmp_path):
-    dense, folder = mixture(kind, permute="none")
-    export_dense(Reader(folder), tmp_path / "theirs", 10**9)
-    with pytest.raises(RiaError, match=rf"{name}: .* experts of folders that `ria-vllm compress` wrote"):
-        run(dense, tmp_path / "theirs", tmp_path / "out", text)
-    assert not (tmp_path / "out.partial").exists()
-
-
-@pytest.mark.parametrize("some", [False, True], ids=["all of them", "one of them"])
-def test_stacked_experts_of_others_are_found_in_either_orientation(some, mixture, text, tmp_path):
-    """[experts, in, out] is how gpt-oss stores them, [experts, out, in] how most others do."""
-    _, folder = mixture("gpt_oss", permute="none")
-    export_dense(Reader(folder), tmp_path / "theirs", 10**9)
-    path, name = tmp_path / "theirs" / "model.safetensors", "model.layers.1.mlp.experts.down_proj"
-    tensors = load_file(path)
-    stacks = [key for key, tensor in tensors.items() if ".experts." in key and tensor.dim() == 3]
-    pruned = tensors[name].mT.contiguous()
-    if some:
-        pruned[torch.arange(EXPERTS) != 3] = 1.0
-    save_file(tensors | {key: torch.ones_like(tensors[key]) for key in stacks} | {name: pruned}, path)
-    with pytest.raises(RiaError, match=f"{name}: "):
-        foreign_start(tmp_path / "theirs")
-
-
-def test_stacked_experts_of_others_that_stayed_dense_are_left_as_they_are(mixture, text, tmp_path):
-    dense, folder = mixture("gpt_oss", permute="none", ignore=(".experts",))
-    export_dense(Reader(folder), tmp_path / "theirs", 10**9)
-    run(dense, tmp_path / "theirs", tmp_path / "out", text)
-    before, after = Reader(folder), Reader(tmp_path / "out")
-    assert list(after.problems()) == [] and after.sparse_names == before.sparse_names
-    stacks = [name for name in before.files if ".experts." in name and before.tensor(name).dim() == 3]
-    assert len(stacks) == 4 and all(torch.equal(before.tensor(name), after.tensor(name)) for name in stacks)
+        check_models(Reader(folder), Origin(str(dense), dense), sharded=True)
 
 
 def test_experts_that_stay_dense_are_not_trained(mixture, students, text, tmp_path):
@@ -279,4 +233,4 @@ def test_experts_that_this_transformers_holds_otherwise_are_refused(mixture, mon
     monkeypatch.setattr(places, "experts_modules", lambda _: {})
     model = TwoPart(load_model(str(folder), CPU, "float32"), "student")
     with pytest.raises(RiaError, match=r"layers\.0\.block_sparse_moe\.experts: .* does not hold these 8 experts"):
-        Student(own_start(folder), model, AdamW(), Pace())
+        Student(Reader(folder), model, AdamW(), Pace())

@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.distill.start import own_start
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace
 from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher.teacher import read
@@ -55,7 +54,7 @@ def plain(folder, dense, text_loss: float, lr: float, steps: int) -> dict[str, t
 def ours(folder, dense, text_loss: float, lr: float, steps: int, save_memory: bool) -> Student:
     teacher = TwoPart(load_model(str(dense), CPU, "float32"), "teacher")
     pace, model = Pace(lr=lr), TwoPart(load_model(str(folder), CPU, "float32"), "student")
-    student = Student(own_start(folder), model, EXACT, pace, save_memory)
+    student = Student(Reader(folder), model, EXACT, pace, save_memory)
     for number, tokens in enumerate(batches(steps), 1):
         pace.number = number
         total, _ = student.loss(tokens, read(teacher, tokens), teacher, text_loss)
@@ -70,8 +69,8 @@ def ours(folder, dense, text_loss: float, lr: float, steps: int, save_memory: bo
 def test_weights_become_those_of_a_plain_loop(family, text_loss, save_memory, pruned):
     dense, folder = pruned(family)
     mine = ours(folder, dense, text_loss, 1e-3, 6, save_memory)
-    wanted, start = plain(folder, dense, text_loss, 1e-3, 6), own_start(folder)
-    assert set(start.linears) == set(mine.trained) == {name.removesuffix(".weight") for name in wanted}
+    wanted, reader = plain(folder, dense, text_loss, 1e-3, 6), Reader(folder)
+    assert set(reader.sparse_names) == set(mine.trained) == {name.removesuffix(".weight") for name in wanted}
     before = dict(load_model(str(folder), CPU, "float32").named_parameters())
     for name, parameter in mine.two.model.named_parameters():
         if name not in wanted:
@@ -88,10 +87,10 @@ def test_weights_become_those_of_a_plain_loop(family, text_loss, save_memory, pr
 @pytest.mark.parametrize("weights", ["float", "int8", "int4-g32"])
 def test_what_is_stored_is_what_the_model_reads(weights, pruned):
     dense, folder = pruned(weights=weights)
-    mine, start = ours(folder, dense, 0.0, 2e-3, 3, False), own_start(folder)
+    mine, reader = ours(folder, dense, 0.0, 2e-3, 3, False), Reader(folder)
     changed = 0
     for name in mine.trained:
-        stored, before = mine.tensors(name), start.linear(name)
+        stored, before = mine.tensors(name), reader.linear(name)
         parts = {part: stored[f"{name}.{part}"] for part in before.parts}
         assert torch.equal(parts["bitmask"], before.parts["bitmask"])
         assert before.format.check(parts, before.shape) is None
