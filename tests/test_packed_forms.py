@@ -4,7 +4,6 @@ import pytest
 import torch
 from compressed_tensors_writer import Writer, needs_writer, random_24, scales_of
 from test_marlin24 import arguments, tensors
-from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
 from ria_vllm.compressed_tensors.packed_forms import Marlin24, PackQuantized, Translation
 from ria_vllm.errors import RiaError
@@ -48,26 +47,6 @@ def test_pieces_that_a_trainer_sends():
     pieces = [[item] for item in marlin().items()]
     got = [[name for name, _ in one.translate(piece, whole=False)] for piece in pieces]
     assert got == [[], [], ["fc.compressed", "fc.bitmask", "fc.weight_scale"]]
-
-
-def test_experts_of_other_ranks_need_not_be_whole():
-    """`--enable-ep-weight-filter`: vLLM drops some of their tensors by the ends of the names, and hands on the rest."""
-    form = Marlin24(INTEGERS[4, 128])
-    one = Translation(lambda name: form, lambda name: form.format)
-    experts = [f"layers.0.experts.{number}.up_proj" for number in range(4)]
-    stored = {f"{expert}.{part}": tensor for expert in experts for part, tensor in tensors().items()}
-    kept = {name: tensor for name, tensor in stored.items() if not should_skip_weight(name, {0, 2})}
-    assert 0 < len(stored) - len(kept) < len(stored) / 2
-    mine, elsewhere = experts[::2], set(experts[1::2])
-    for given in (kept, stored):
-        got = [name for name, _ in one.translate(given.items(), whole=True, elsewhere=elsewhere)]
-        assert sorted(got) == sorted(f"{expert}.{part}" for expert in mine for part in form.gives)
-    for lost in ("weight_packed", "meta"):
-        given = {name: tensor for name, tensor in kept.items() if name != f"{mine[1]}.{lost}"}
-        with pytest.raises(RiaError, match=rf"{mine[1]}\.{lost} is in none of the weight files"):
-            list(one.translate(given.items(), whole=True, elsewhere=elsewhere))
-    with pytest.raises(RiaError, match=rf"{experts[1]}\.weight_packed is in none"):
-        list(one.translate(kept.items(), whole=True))
 
 
 def test_a_load_that_failed_leaves_nothing_behind():

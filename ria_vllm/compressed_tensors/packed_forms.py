@@ -5,7 +5,7 @@ and columns. `Translation` stands before vLLM's model in the stream of weights: 
 those of `ria_vllm.format.formats`, or a plain weight with its zeros.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -131,15 +131,11 @@ class Translation:
             translated += [f"{linear}.{part}" for part in form.gives]
         return translated
 
-    def translate(
-        self, weights: Iterable[Named], whole: bool, elsewhere: Collection[str] = frozenset()
-    ) -> Iterator[Named]:
+    def translate(self, weights: Iterable[Named], whole: bool) -> Iterator[Named]:
         """The same weights, unpacked. A tensor that others are needed for is copied, and waits for them.
 
         Args:
             whole: these are all weights. Otherwise others may follow in another call.
-            elsewhere: linears that this process does not serve; other names in it have no effect. Their packed tensors
-                are left out, because some may never come (`--enable-ep-weight-filter`).
 
         Raises:
             RiaError: a damaged tensor, columns in another order, zero points, or a tensor that never came.
@@ -147,8 +143,6 @@ class Translation:
         try:
             for name, tensor in weights:
                 linear, form, part = self._split(name)
-                if form is not None and linear in elsewhere:
-                    continue
                 if form is not None:
                     yield from self._unpacked(linear, form, part, tensor)
                 elif self._is_dropped(linear, part):

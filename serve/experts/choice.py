@@ -6,12 +6,11 @@ import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.packing import activation_of
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT, ExpertOrders, StoredExperts
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
@@ -31,8 +30,7 @@ def layer_config(
     return ExpertsLayerConfig(
         device=torch.device(moe.device),
         act_dtype=moe.in_dtype,
-        # With fp8 weights, kernels for linears round the input, too. None for experts does.
-        weight_format=FLOAT if scheme.format == FP8 else scheme.format,
+        weight_format=scheme.format,
         num_experts=sizes.local,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.here,
@@ -71,6 +69,6 @@ def choose(
     if choice is None:
         raise RiaError(
             f"{experts.name}: no kernel serves these experts {config}, and they cannot be served dense either: "
-            f"{dense.unserved}. {experts.way_out}"
+            f"{dense.unserved}. {WAY_OUT}"
         )
     return choice, None

@@ -25,7 +25,7 @@ BIAS = "bias"
 """The parameters that experts are loaded into are called gate_up_PART and down_PART, PART being one of the format."""
 
 # What the files may hold besides, see `parameters.IGNORED_TENSORS`.
-IGNORED_PARTS = (SHAPE, "input_permutation", "input_scale", "input_zero_point")
+IGNORED_PARTS = (SHAPE, "input_permutation")
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,6 @@ class ExpertsLoader:
         if part == BIAS:
             self.biases[kind, expert] = tensor.to("cpu", copy=True)
         sizes = self.sizes
-        if part in self.specs and self.specs[part].per_tensor:
-            tensor = tensor.reshape(1, 1).expand(sizes.shape(kind)[0], 1)  # one for each row, as the parameter has it
         target = param.data[local_expert]
         if kind == "down":
             channels = self.specs[part].part.channels if part != BIAS else None

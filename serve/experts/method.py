@@ -1,6 +1,5 @@
-"""Sparse24MoEMethod: the routed experts of one of vLLM's MoE layers, pruned or quantized."""
+"""Sparse24MoEMethod: the pruned routed experts of one of vLLM's MoE layers."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 from ria_vllm.serve.experts.choice import choose, layer_config
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
@@ -49,9 +47,7 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
-    """Loads experts in stored form. A kernel serves them so if all of them on this rank are 2:4.
-
-    Without a kernel, or if they are not 2:4, vLLM's own method serves them dense.
+    """Loads experts in stored form, and a kernel serves them so; without one, vLLM's own method serves them dense.
 
     vLLM's router chooses the experts. Its model does not see their weights, see `experts_loading`.
 
@@ -63,8 +59,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         report: where the layer is counted.
 
     Attributes:
-        choice: the kernel that serves the layer if its weights are 2:4; None if there is none.
-        dense: vLLM's method if it serves the layer, which without a kernel is known from the start; else None.
+        choice: the kernel that serves the layer; None if there is none.
+        dense: vLLM's method if it serves the layer; else None.
         biases: (kind, expert) -> the whole bias [out] of what is packed, for proofs.
 
     Raises:
@@ -127,8 +123,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
         self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, orders, self.sizes))
-        if self.choice is not None and scheme.format == FP8:
-            self.choice = replace(self.choice, widened_from=FP8)
         if self.dense is not None:
             self.experts_cls = self.dense.experts_cls
 
@@ -177,43 +171,23 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         finally:
             self.forget()
         loaded = self._loaded(layer, stored, dummy, scales)
-        dense = self.choice is None or not loaded.is_24
-        if not first and dense != (layer.ria_experts is None):
-            raise RiaError(
-                f"{self.experts.name}: its new weights are {'2:4' if loaded.is_24 else 'not 2:4'}, unlike those that "
-                "this server started with. Start the server again instead of reloading."
-            )
-        if dense:
+        if self.choice is None:
             self._serve_dense(layer, loaded)
         else:
             packed = pack_experts(layer, self.choice, loaded)
             self.packed.check(self.experts.name, layer, packed.parameters)
             layer.ria_experts = packed
         self.biases = biases
-        if first and loaded.is_24:
+        if first:
             self._report(layer, layer.ria_experts)
-        elif first:
-            self.report.leave_out(self.experts.name, self.experts.claims_24, self.scheme.format)
-            reason = f"{self.experts.name} and others like it are not 2:4 and served dense"
-            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
 
     def forget(self) -> None:
         """Start from nothing: what was loaded is packed, or the load has failed."""
         self.loader.clear()
 
     def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
-        """Serve with vLLM's own method.
-
-        Raises:
-            RiaError: it cannot.
-        """
-        # A new one each time: vLLM's own packs the weights for the CPU on its first load only.
+        """Serve with vLLM's own method, a new one each time: it packs weights for CPUs on its first load only."""
         self.dense = DenseExpertsMethod(layer)
-        if self.dense.unserved is not None:
-            raise RiaError(
-                f"{self.experts.name}: these experts are not 2:4, and cannot be served dense here: "
-                f"{self.dense.unserved}. {self.experts.way_out}"
-            )
         fill_dense(layer, self.dense, loaded, self.sizes)
         self.dense.process_weights_after_loading(layer)
         self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
@@ -242,22 +216,22 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     def _weights(
         self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool, scales: frozenset[torch.dtype]
-    ) -> Weights | torch.Tensor:
-        """The experts' matrices below each other, as one; a plain matrix if the checkpoint stores one that is not 2:4.
+    ) -> Weights:
+        """The experts' matrices below each other, as one.
 
         Raises:
             RiaError: damaged scales or a damaged bitmask.
         """
         parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
         sizes = [len(next(iter(parts.values())))]
-        # A checkpoint with one scale per tensor has one for each expert, so the parameter has one for each row.
         try:
             weights = self.scheme.weights(parts, sizes, self.moe.in_dtype, dummy, scales)
         except ValueError as error:
             raise RiaError(
                 f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."
             ) from None
-        return self.scheme.dense_weight(parts, sizes, self.moe.in_dtype) if weights is None else weights
+        assert weights is not None  # only plain ones may not have the pattern
+        return weights
 
     def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
         moe, sizes = self.moe, self.sizes

@@ -1,6 +1,6 @@
 """From the loaded weights of an MoE layer's experts to what computes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,21 +45,17 @@ class LoadedExperts:
 
     Attributes:
         gate_up: of a weight [E * rows, H]; an expert's rows of gate are followed by those of up, both in the order in
-            which its down projection takes them. A matrix if the checkpoint stores plain weights that are not 2:4.
-        down: of a weight [E * H, I], or the matrix itself.
+            which its down projection takes them.
+        down: of a weight [E * H, I].
         gate_up_bias, down_bias: [E, rows] and [E, H], or None.
         input_orders: for each expert of this rank, int32 [H] of gate (if there is one) and of up; None: the model's.
     """
 
-    gate_up: Weights | torch.Tensor
-    down: Weights | torch.Tensor
+    gate_up: Weights
+    down: Weights
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     input_orders: Sequence[tuple[np.ndarray | None, ...]]
-
-    @property
-    def is_24(self) -> bool:
-        return isinstance(self.gate_up, Weights) and isinstance(self.down, Weights)
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
     """Pack `experts`, which are pruned and all take their input in one order, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
-        {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}
+        {name: part.unflatten(0, (config.num_experts, -1)) for name, part in weights.parts.items()}
         for weights in (experts.gate_up, experts.down)
     )
     packed = choice.kernel.pack(config, gate_up, down, experts.gate_up_bias, experts.down_bias)
@@ -112,12 +108,6 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
         return PackedExperts(choice, names, None)
     set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device, copy=True))
     return PackedExperts(choice, names, "experts_input_permutation")
-
-
-def _in_format(weights: Weights, choice: Choice) -> Mapping[str, torch.Tensor]:
-    if choice.widened_from is not None:
-        weights = weights.widened(choice.config.act_dtype)
-    return weights.parts
 
 
 def fill_dense(
@@ -159,9 +149,7 @@ def rows_of_w13(layer: RoutedExperts, here: int, rows: int, device: torch.device
     return [index, rows // 2 + index]
 
 
-def _dense(weights: Weights | torch.Tensor, expert: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weights: Weights, expert: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
     """[rows, in] of an expert, columns in the stored order, without their padding."""
-    if isinstance(weights, torch.Tensor):
-        return weights[expert * rows : (expert + 1) * rows]
     matrix = weights.format.decode(weights.rows(expert * rows, rows).parts, dtype)
     return matrix[:, : weights.in_features - weights.padding]

@@ -11,6 +11,9 @@ from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.stacks import LayerExperts, layers_of_experts
 from ria_vllm.serve.load.folding import Folding
 
+# Where they cannot be served.
+WAY_OUT = "`ria-vllm export` makes a dense folder."
+
 
 @dataclass(frozen=True)
 class StoredExperts:
@@ -21,16 +24,12 @@ class StoredExperts:
         num_experts: E.
         patterns: "gate" (if there is one), "up" and "down" -> the name of an expert's linear, with {e} for its number.
         biases: name of a tensor with biases [E, out] -> how it is stacked.
-        claims_24: config.json says that they are 2:4.
-        way_out: what to do where they cannot be served, for errors.
     """
 
     name: str
     num_experts: int
     patterns: Mapping[str, str]
     biases: Mapping[str, Stacked]
-    claims_24: bool = True
-    way_out: str = "`ria-vllm export` makes a dense folder."
 
     @classmethod
     def of(cls, layer: LayerExperts) -> "StoredExperts":
@@ -112,7 +111,7 @@ class ExpertOrders:
                     if kind == "down" or not wanted.for_all or not np.array_equal(wanted.order, order):
                         raise RiaError(
                             f"{linear}: a fold reorders its rows for another linear than the expert's own down "
-                            "projection, which is not served. `ria-vllm export` makes a dense folder."
+                            f"projection, which is not served. {WAY_OUT}"
                         )
             first = [experts.linear(kind, expert) for kind in experts.patterns if kind != "down"]
             rows.append(order)

@@ -137,8 +137,7 @@ class WeightStream:
         self.loaded = True
         weights = self._once(weights, all_files or first)
         if hooks.translation is not None:
-            elsewhere = {name for name, taker in hooks.takers.items() if taker is None}
-            weights = hooks.translation.translate(weights, lazy, elsewhere)
+            weights = hooks.translation.translate(weights, lazy)
         result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
         if not self.reloads.is_on:
             self.seen.clear()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
@@ -21,7 +22,7 @@ from ria_vllm.format import fp8
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
-from ria_vllm.serve.experts.names import check_stacked, experts_by_name, plain_experts
+from ria_vllm.serve.experts.names import check_plain, plain_experts
 from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
@@ -37,6 +38,8 @@ from ria_vllm.serve.model.checkpoint_files import (
     permutations_of,
     stored_modules,
 )
+
+logger = init_logger("vllm.ria")
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."
@@ -64,7 +67,7 @@ class RiaConfig(QuantizationConfig):
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
-        experts: name of an MoE layer's experts -> these, if they are pruned, or quantized by compressed-tensors.
+        experts: name of an MoE layer's experts -> these, if they are pruned.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
         served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
@@ -157,7 +160,7 @@ class RiaConfig(QuantizationConfig):
 
     def _read_names(self, tensors: list[str]) -> None:
         if self.translation is not None:
-            check_stacked(tensors, self.where)
+            check_plain(tensors, self.where)
             tensors = self.translation.names(tensors)
         stored = stored_modules(tensors)
         self.stored = set(stored)
@@ -167,11 +170,16 @@ class RiaConfig(QuantizationConfig):
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
         if self.compressed_tensors is None:
             self.experts = stored_experts(self.schema, self.pruned or (), self.where)
-        else:
-            self.experts = experts_by_name(tensors, self.scheme, self.is_pruned, self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
         self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
+        theirs = self.compressed_tensors
+        if theirs and any(one.linear("up", 0) in theirs.pruned for one in self.dense_experts().values()):
+            logger.warning_once(
+                "%s: config.json says that experts are 2:4. Those of other programs are served dense: the answers are "
+                "right, without the savings. `ria-vllm compress` makes a folder of which they are served pruned.",
+                self.where,
+            )
 
     def _read_permutations(self, headers: WeightHeaders) -> None:
         try:
@@ -347,25 +355,14 @@ class RiaConfig(QuantizationConfig):
             if self.schema.proofs is None or not kinds:
                 return None
             return FileProofs({}.get, kinds, self.schema.proof_vector, others=False)
-        ours = {name: self.scheme(name) for name in self.required | self.expert_linears}
+        ours = {name: self.scheme(name) for name in self.required}
         signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
-        kinds |= {name: (kind, e) for one in self.experts.values() for name, kind, e in one.linears()}
         return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))
 
     def dense_experts(self) -> dict[str, StoredExperts]:
         """Those that vLLM's own layers serve, by their names, as far as they are stored one by one."""
         found = plain_experts((self.stored or set()) - self.required)
         return {name: experts for name, experts in found.items() if name not in self.experts}
-
-    def is_plain(self, experts: StoredExperts) -> bool:
-        """Whether they are stored in plain floating point, so that vLLM can load them, too."""
-        return self.scheme(experts.linear("up", 0)) == WeightScheme(dense=True)
-
-    def leave_to_vllm(self, experts: StoredExperts) -> None:
-        """Forget that these plain experts may be 2:4; vLLM's model gets their tensors."""
-        del self.experts[experts.name]
-        self.expert_linears -= {linear for linear, _, _ in experts.linears()}
-        self.expert_layers = {layer: name for layer, name in self.expert_layers.items() if name != experts.name}
 
     def folding_under(self, engine: EngineOptions) -> Folding:
         """What is folded.

@@ -11,7 +11,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
-from ria_vllm.serve.experts.stored import StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
 from ria_vllm.serve.load.model_paths import place_of
 from ria_vllm.serve.load.stream import Taker
 from ria_vllm.serve.model.config import RiaConfig
@@ -20,8 +20,7 @@ from ria_vllm.serve.model.config import RiaConfig
 def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     """Give every MoE layer of a model that was just built the experts that belong to its path.
 
-    Must be called before any weight is loaded. Experts in plain floating point for which the model has no layer that
-    takes them (those of an MTP layer, say) are taken out of `config` and stay vLLM's own.
+    Must be called before any weight is loaded.
 
     Returns:
         The names of the experts that our layers serve, or that belong to a part of the model that is elsewhere.
@@ -33,28 +32,26 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
     served: set[str] = set()
     by_path: dict[str, str] = {}
-    for name, experts in list(config.experts.items()):
+    for name, experts in config.experts.items():
         if name in taken:
             continue
         paths = layers_of(model, experts, layers)
         if paths is None:
             served.add(name)
-        elif config.is_plain(experts) and not (len(paths) == 1 and _takes_pruned(layers[paths[0]])):
-            config.leave_to_vllm(experts)
         elif len(paths) == 1 and paths[0] not in by_path:
             by_path[paths[0]] = name
             served.add(name)
         elif len(paths) == 1:
             raise RiaError(
                 f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
-                f"{experts.way_out}"
+                + WAY_OUT
             )
         elif not config.model_built:  # a second model need not use all of them
             others = [path for path in layers if path not in by_path]
             raise RiaError(
                 f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "
                 f"{'no layer' if not paths else 'the layers ' + ', '.join(paths)} at this path (left are: "
-                f"{', '.join(others) or 'none'}). {experts.way_out}"
+                f"{', '.join(others) or 'none'}). {WAY_OUT}"
             )
     for path, layer in layers.items():
         _serve(config, layer, by_path.get(path))
@@ -93,7 +90,7 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
     elif not _takes_pruned(layer):
         raise RiaError(
             f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
-            f"{config.experts[name].way_out}"
+            + WAY_OUT
         )
     for parameter in method.created:
         delattr(layer, parameter)

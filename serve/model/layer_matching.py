@@ -126,10 +126,7 @@ def _check_all_served(
             reason = f"no layer of vLLM's {type(model).__name__} takes it"
         way_out = "Compress the model again with these in --ignore, or make a dense folder with `ria-vllm export`."
         if config.compressed_tensors is not None:
-            way_out = (
-                "In a checkpoint of compressed-tensors, every quantized linear needs a layer in vLLM, or a place among "
-                f"its experts. {WAY_OUT}"
-            )
+            way_out = f"In a checkpoint of compressed-tensors, every quantized linear needs a layer in vLLM. {WAY_OUT}"
         raise RiaError(
             f"{config.where}: pruned linears that would not be served: {_shorten(lost)}. {lost[0]}: {reason}. {way_out}"
         )

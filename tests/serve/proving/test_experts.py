@@ -1,14 +1,10 @@
 """Experts that prove themselves, as any of our kernels and vLLM's own compute them: nothing that is right is refused,
 and whatever they have of another expert, another order or another scale is found."""
 
-import foreign_mixtures
 import mixture_layers
 import pytest
 import torch
-from compressed_tensors_writer import needs_writer
-from foreign_mixtures import BITMASK, SPARSE
 from mixture_layers import EXPERTS, INNER, LAYER, Model, StoredMixture, attached, play_rank
-from packed_checkpoints import Packed, arguments
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
@@ -253,27 +249,3 @@ def test_dense_experts_that_vllm_alone_loads(monkeypatch, dtype, settings, store
         experts = of(vllms)
         assert loaded(experts, 1) is None
         assert "4 of 4 experts" in loaded(experts, 2)
-
-
-CASES = {
-    "bitmask": Packed("dense", None, sparsity=BITMASK, dtype=torch.float32),
-    "plain": Packed("dense", None, sparsity=SPARSE, dtype=torch.float32),
-    "bitmask, fp8": Packed("float-quantized", arguments(8, kind="float"), sparsity=BITMASK),
-    "int8 by tensor": Packed("int-quantized", arguments(8, strategy="tensor"), sparsity=SPARSE, dtype=torch.float32),
-    "pack, int4 in groups of 64": Packed("pack-quantized", arguments(4, 64), sparsity=SPARSE, dtype=torch.float32),
-    "marlin, int4": Packed("marlin-24", arguments(4)),
-}
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    return foreign_mixtures.layers(tmp_path_factory.mktemp("foreign"), CASES)
-
-
-@needs_writer
-@pytest.mark.parametrize("name", CASES)
-def test_experts_of_compressed_tensors(foreign, experts_path, name):
-    stored = foreign[name]
-    assert problem(stored, whole=False) is None
-    for bug in ("two experts swapped", "gate and up swapped", "the down of another expert"):
-        assert problem(stored, BUGS[bug](stored.tensors), whole=False) is not None, bug
