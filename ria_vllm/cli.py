@@ -16,7 +16,6 @@ COMMANDS = {
     "verify": ("ria_vllm.folder_commands", "verify", "Check every invariant of a compressed checkpoint."),
     "export": ("ria_vllm.folder_commands", "export", "Write a plain dense Hugging Face folder."),
     "eval": ("ria_vllm.offline.evaluation.evaluate", "evaluate", "Measure perplexity on a text, or task scores."),
-    "push": ("ria_vllm.hub.push", "push", "Upload a compressed checkpoint to the Hugging Face Hub."),
     "doctor": ("ria_vllm.serve.doctor", "doctor", "Show which kernels this machine runs, and why."),
     "bench": (
         "ria_vllm.serve.benchmark.command",

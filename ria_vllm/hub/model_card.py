@@ -19,7 +19,6 @@ from ria_vllm.installing import FOR_CPUS, FOR_GPUS
 from ria_vllm.report import HELD_OUT, report_linears, report_number
 
 CARD_FILE = "README.md"
-SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
 
 Warn = Callable[[str], None]
 FrontMatter = dict[str, str | list[str]]
@@ -109,8 +108,8 @@ def _use(pattern: str) -> list[str]:
         "## Serve",
         f"With ria-vllm, {where}",
         "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
-        "Then:",
-        f"```sh\n{SERVE_HERE}\n```",
+        "Then, in this folder:",
+        "```sh\nvllm serve .\n```",
         "transformers loads it as well, after `import ria_vllm`.",
     ]
 

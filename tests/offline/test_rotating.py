@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
 from ria_vllm.format.schema import ROTATIONS_FILE
-from ria_vllm.hub.push import files_to_push
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings as DistillSettings
 from ria_vllm.offline.distill.run import distill
@@ -187,4 +186,3 @@ def test_what_is_made_of_the_folder_keeps_the_rotations(model, text, tmp_path):
         assert (tmp_path / name / ROTATIONS_FILE).read_bytes() == want
         assert found.schema.rotations_digest == Reader(tmp_path / "out").schema.rotations_digest
         assert list(found.problems()) == []
-    assert files_to_push(Reader(tmp_path / "saved"))[ROTATIONS_FILE] == tmp_path / "saved" / ROTATIONS_FILE
