@@ -1,6 +1,6 @@
 """From the loaded weights of an MoE layer's experts to what computes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +96,7 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
     """Pack `experts`, which are pruned and all take their input in one order, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
-        {name: part.unflatten(0, (config.num_experts, -1)) for name, part in weights.parts.items()}
+        {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}
         for weights in (experts.gate_up, experts.down)
     )
     packed = choice.kernel.pack(config, gate_up, down, experts.gate_up_bias, experts.down_bias)
@@ -108,6 +108,12 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
         return PackedExperts(choice, names, None)
     set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device, copy=True))
     return PackedExperts(choice, names, "experts_input_permutation")
+
+
+def _in_format(weights: Weights, choice: Choice) -> Mapping[str, torch.Tensor]:
+    if choice.widened_from is not None:
+        weights = weights.widened(choice.config.act_dtype)
+    return weights.parts
 
 
 def fill_dense(
