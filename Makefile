@@ -153,7 +153,7 @@ test-gpu:
 
 .venv/ready: pyproject.toml $(KERNEL_SOURCES) .venv/vllm-$(VLLM_VERSION)
 	$(CHECK_COMPILER)
-	$(INSTALL) -e ".[test,bench,gguf]"
+	$(INSTALL) -e ".[test,bench]"
 	if command -v nvcc >/dev/null; then $(INSTALL) --no-deps nvidia-cutlass==4.2.0; fi
 	$(REMOVE_AUDIO)
 	touch $@

