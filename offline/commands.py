@@ -133,12 +133,6 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
-@expert(
-    "--activation-cache",
-    type=click.Choice(["cpu", "disk"]),
-    default="cpu",
-    help="Where calibration activations are kept.",
-)
 @expert("--max-shard-size", default="5GB", help="Of weight files.")
 @expert("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
 def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
@@ -158,7 +152,7 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
 
-    how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
+    how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
     options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}

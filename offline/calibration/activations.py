@@ -1,19 +1,13 @@
-"""Where activations live: the residual streams of this rank, in memory or in files, and the chunks of all ranks.
+"""Where activations live: the residual streams of this rank, and the chunks of all ranks.
 
 Calibration samples are grouped into chunks. Each rank holds a consecutive share of them (`Ranks.share`).
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.offline.runtime.ranks import Ranks
 
 
@@ -21,65 +15,36 @@ class Activations:
     """The residual stream between two layers, for this rank's chunks: one tensor [samples, tokens, hidden] each.
 
     Args:
-        folder: where chunks are written; None: they stay in memory.
         dtype: of the tensors that it returns; None: as they are stored.
         stored_dtype: of the tensors that it stores; None: as they come.
     """
 
-    def __init__(
-        self,
-        folder: Path | None = None,
-        dtype: torch.dtype | None = None,
-        stored_dtype: torch.dtype | None = None,
-    ):
-        self.folder, self.dtype, self.stored_dtype = folder, dtype, stored_dtype
-        self.chunks: list[torch.Tensor | Path] = []
-        if folder is not None:
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, dtype: torch.dtype | None = None, stored_dtype: torch.dtype | None = None):
+        self.dtype, self.stored_dtype = dtype, stored_dtype
+        self.chunks: list[torch.Tensor] = []
 
     def __len__(self) -> int:
         return len(self.chunks)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        chunk = self.chunks[index]
-        stream = chunk if isinstance(chunk, torch.Tensor) else load_file(chunk)["stream"]
-        return stream.to(self.dtype or stream.dtype)
+        return self.chunks[index].to(self.dtype or self.chunks[index].dtype)
 
     def __setitem__(self, index: int, stream: torch.Tensor) -> None:
-        self.chunks[index] = self._store(index, stream)
+        self.chunks[index] = self._stored(stream)
 
     def add(self, index: int, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Add float32 values [n, ...] to rows (int64 [n]) of a float32 chunk, in place; no others are written."""
-        chunk = self.chunks[index]
-        if isinstance(chunk, torch.Tensor):
-            chunk[rows] += values
-            return
-        with disk_errors(chunk), chunk.open("rb") as file, safe_open(chunk, framework="np") as header:
-            start = 8 + int.from_bytes(file.read(8), "little")  # the file's one tensor comes right after its header
-            shape = header.get_slice("stream").get_shape()
-            stored = np.memmap(chunk, np.float32, "r+", start, tuple(shape))
-            stored[rows.numpy()] += values.numpy()
+        """Add float32 values [n, ...] to rows (int64 [n]) of a float32 chunk, in place."""
+        self.chunks[index][rows] += values
 
     def append(self, stream: torch.Tensor) -> None:
-        self.chunks.append(self._store(len(self.chunks), stream))
+        self.chunks.append(self._stored(stream))
 
     def remove(self) -> None:
-        """Free the memory or the files of all chunks."""
+        """Free the memory of all chunks."""
         self.chunks.clear()
-        if self.folder is not None:
-            with disk_errors(self.folder):
-                shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _store(self, index: int, stream: torch.Tensor) -> torch.Tensor | Path:
-        stream = stream.to("cpu", self.stored_dtype or stream.dtype).contiguous()
-        if self.folder is None:
-            return stream
-        path = self.folder / f"{index}.safetensors"
-        with disk_errors(path):
-            path.unlink(missing_ok=True)  # the old content may still be mapped
-            save_file({"stream": stream}, path)
-        return path
+    def _stored(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream.to("cpu", self.stored_dtype or stream.dtype).contiguous()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@ layers have left."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, Slot, tensors_mapped
 from ria_vllm.offline.model.run.sharing import Sharing
@@ -21,44 +19,30 @@ class LeftBehind:
     """What layers leave for later ones, for this rank's chunks of one residual stream.
 
     Args:
-        folder: where it is kept; None: in memory.
-        stored_dtype: of its floats there; None: as they come.
+        stored_dtype: of its floats; None: as they come.
     """
 
-    def __init__(self, folder: Path | None = None, stored_dtype: torch.dtype | None = None):
-        self.folder, self.stored_dtype = folder, stored_dtype
+    def __init__(self, stored_dtype: torch.dtype | None = None):
+        self.stored_dtype = stored_dtype
         self.stored: dict[Entry, dict[int, Any]] = {}
-        self.numbers: dict[Entry, int] = {}
 
     def of(self, chunk: int, entries: Sequence[Entry]) -> Left:
         """These entries, as they were left for a chunk, on the CPU."""
-        found = {entry: self.stored[entry][chunk] for entry in entries}
-        return found if self.folder is None else {entry: torch.load(path) for entry, path in found.items()}
+        return {entry: self.stored[entry][chunk] for entry in entries}
 
     def put(self, chunk: int, left: Mapping[Entry, Any]) -> None:
         """Keep what a layer has left for a chunk: tensors, and tuples of them."""
         for entry, value in left.items():
-            self.stored.setdefault(entry, {})[chunk] = self._kept(entry, chunk, tensors_mapped(value, self._narrow))
+            self.stored.setdefault(entry, {})[chunk] = tensors_mapped(value, self._narrow)
 
     def drop(self, entries: set[Entry]) -> None:
         """Free what no layer reads any more."""
         for entry in entries & self.stored.keys():
-            for kept in self.stored.pop(entry).values():
-                if self.folder is not None:
-                    kept.unlink()
+            del self.stored[entry]
 
     def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
         # A copy, because it may be a view of something larger.
         return tensor.to("cpu", self.stored_dtype if tensor.is_floating_point() else None, copy=True)
-
-    def _kept(self, entry: Entry, chunk: int, value: Any) -> Any:
-        if self.folder is None:
-            return value
-        path = self.folder / f"{self.numbers.setdefault(entry, len(self.numbers))}-{chunk}.pt"
-        with disk_errors(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(value, path)
-        return path
 
 
 @dataclass(frozen=True)

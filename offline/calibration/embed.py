@@ -5,7 +5,6 @@ The forward pass of one batch is in `ria_vllm.offline.model.run.embedding`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -41,7 +40,6 @@ def embed(
     model: StreamedModel,
     recipe: Recipe,
     tokens: torch.Tensor,
-    cache: Path | None,
     ranks: Ranks,
     monitor: Monitor,
     topologies: Topologies | None = None,
@@ -53,7 +51,6 @@ def embed(
         recipe: it says how many tokens are in one forward pass of a layer, one sample at least, and whether the dense
             model is followed on its own path. Chunks do not depend on the number of ranks, so neither do results.
         tokens: int64 [samples, seq_len], the same on all ranks.
-        cache: a folder for activations; None: they stay in memory.
         topologies: found by the interrupted run that is resumed; None: they are found now.
         held_out: to so many of the samples, the last ones, nothing is to be fitted.
 
@@ -71,14 +68,13 @@ def embed(
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
 
-    def empty(name: str, floats: bool = True) -> Activations:
-        folder = None if cache is None else cache / f"{name}-{ranks.rank}"
-        return Activations(folder, model.dtype, stored_dtype) if floats else Activations(folder)
+    def empty(floats: bool = True) -> Activations:
+        return Activations(model.dtype, stored_dtype) if floats else Activations()
 
     own = [chunks[index] for index in ranks.share(len(chunks))]
     measured = [others[index] for index in ranks.share(len(others))]
-    streams = Streams(empty("pruned"), empty("dense") if recipe.follows_dense else None, len(chunks), len(measured))
-    left = {dense: LeftBehind(cache and cache / f"left-{dense}-{ranks.rank}", stored_dtype) for dense in (False, True)}
+    streams = Streams(empty(), empty() if recipe.follows_dense else None, len(chunks), len(measured))
+    left = {dense: LeftBehind(stored_dtype) for dense in (False, True)}
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
@@ -88,8 +84,7 @@ def embed(
         known = {stream.shape: (calls, stream) for stream, calls in map(embedder, ends)}
         first, stream = next(iter(known.values()))
         made = [
-            {slot: empty(f"{index}-{slot}", call[slot].is_floating_point()) for slot in sorted(call.varying, key=str)}
-            for index, call in enumerate(first)
+            {slot: empty(call[slot].is_floating_point()) for slot in sorted(call.varying, key=str)} for call in first
         ]
         calls = {shape: calls for shape, (calls, _) in known.items()}
         sharing = find_sharing(model.layers, first, stream)

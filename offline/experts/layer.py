@@ -86,7 +86,9 @@ class ExpertsPass:
         kept = self.ranks.broadcast([store.has(index, path, expert) for expert in numbers])
         trainer = None
         if self.recipe.trains_experts and not experts.kept and not all(kept):
-            trainer = ExpertsTrainer(experts, self._lacking(index, path), self.monitor)
+            lacking = Activations()
+            self._kept.append(lacking)
+            trainer = ExpertsTrainer(experts, lacking, self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
             if not kept[expert]:
                 pruned = prune_expert(experts, expert, order)
@@ -110,14 +112,7 @@ class ExpertsPass:
         set_weights(self.model.layers[index].get_submodule(path), weights)
 
     def _reads(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
-        experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream, f"{index}-{path}")
+        experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream)
         self._kept.append(reads)
         read_by(experts, sublayer_pass, stream, reads, f"{self.model.folder}: {self.model.experts[index][path].module}")
         return reads
-
-    def _lacking(self, index: int, path: str) -> Activations:
-        """For what the experts' output lacks, where the streams are, too."""
-        folder = self.streams.pruned.folder
-        lacking = Activations(folder and folder.with_name(f"{folder.name}-{index}-{path}-lacking"))
-        self._kept.append(lacking)
-        return lacking

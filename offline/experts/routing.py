@@ -20,16 +20,15 @@ class Reads:
     shares: float32 [tokens, top_k] each: the router's weights of these choices.
     """
 
-    def __init__(self, like: Activations, name: str):
-        folder = None if like.folder is None else like.folder.with_name(f"{like.folder.name}-{name}")
-        self.inputs = Activations(folder, None, like.stored_dtype)
-        self.choices, self.shares = Activations(None), Activations(None)
+    def __init__(self, like: Activations):
+        self.inputs = Activations(None, like.stored_dtype)
+        self.choices, self.shares = Activations(), Activations()
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def remove(self) -> None:
-        """Free the memory or the files that they take."""
+        """Free the memory that they take."""
         for kept in (self.inputs, self.choices, self.shares):
             kept.remove()
 

@@ -52,7 +52,6 @@ class Settings:
     """How a compression runs. Nothing here changes the result, except that devices round differently."""
 
     device: torch.device = torch.device("cpu")
-    activation_cache: str = "cpu"
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
     resume: bool = False
@@ -147,10 +146,9 @@ class _Run:
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         tokens = self._tokens()
-        cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
-        layers = LayerPass(store, tokens, cache, self.monitor, self._kept_topologies(), self.recipe.held_out)
+        layers = LayerPass(store, tokens, self.monitor, self._kept_topologies(), self.recipe.held_out)
         self._keep(layers.topologies)
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
         for warning in plan.warnings:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -46,7 +45,6 @@ class LayerPass:
     Args:
         store: where pruned experts are kept, of the model, by the recipe.
         tokens: int64 [samples, seq_len], those of all ranks.
-        cache: a folder for activations; None: they stay in memory.
         topologies: found by the interrupted run that is resumed; None: they are found now.
         held_out: to so many of the samples, the last ones, nothing is fitted.
 
@@ -58,14 +56,13 @@ class LayerPass:
         self,
         store: ExpertStore,
         tokens: torch.Tensor,
-        cache: Path | None,
         monitor: Monitor,
         topologies: Topologies | None = None,
         held_out: int = 0,
     ):
         self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
         self.monitor = monitor
-        self.embedded = embed(self.model, self.recipe, tokens, cache, self.ranks, monitor, topologies, held_out)
+        self.embedded = embed(self.model, self.recipe, tokens, self.ranks, monitor, topologies, held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
 

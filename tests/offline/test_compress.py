@@ -187,10 +187,9 @@ def test_files_of_two_runs_without_permutations(tiny, text, tmp_path, changes):
             read(tmp_path / "out")
 
 
-@pytest.mark.parametrize("cache", ["disk"])
-def test_same_bytes_again(cache, tiny, text, tmp_path):
+def test_same_bytes_again(tiny, text, tmp_path):
     run(tiny("llama"), tmp_path / "one", text)
-    run(tiny("llama"), tmp_path / "two", text, Settings(activation_cache=cache))
+    run(tiny("llama"), tmp_path / "two", text)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     run(tiny("llama"), tmp_path / "other", text, seed=1)
     assert digests(tmp_path / "one") != digests(tmp_path / "other")

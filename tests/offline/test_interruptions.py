@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import resource
-import signal
 import time
 from pathlib import Path
 
@@ -76,17 +74,17 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
     with interrupted_after_a_layer():
         run(tiny(family), tmp_path / "out", text, **options)
     assert not (tmp_path / "out").exists()
-    run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), **options)
+    run(tiny(family), tmp_path / "out", text, Settings(resume=True), **options)
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
 
 
 def test_what_layers_read_of_earlier_ones_is_there_again(tiny, text, tmp_path):
-    """Stopped where the keys and values of the first layer are left, and resumed with them on disk."""
+    """Stopped where the keys and values of the first layer are left."""
     family, options = "gemma4-e2b", WAYS[2]
     run(tiny(family), tmp_path / "whole", text, samples=4, **options)
     with interrupted_after_a_layer():
         run(tiny(family), tmp_path / "out", text, samples=4, **options)
-    run(tiny(family), tmp_path / "out", text, Settings(resume=True, activation_cache="disk"), samples=4, **options)
+    run(tiny(family), tmp_path / "out", text, Settings(resume=True), samples=4, **options)
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
     assert list(Reader(tmp_path / "out").problems()) == []
 
@@ -186,19 +184,6 @@ def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, te
     assert (tmp_path / "out.partial" / "units" / "layer-00000.safetensors").is_file()
     run(model, tmp_path / "out", text, Settings(resume=True))
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
-
-
-def test_a_disk_too_full_for_activations_is_named_and_finished_work_is_kept(tiny, text, tmp_path):
-    model, old = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))  # a chunk of activations has 262144 bytes
-    try:
-        with pytest.raises(RiaError, match="activations/pruned-0/0.safetensors: cannot write .*too large"):
-            run(model, tmp_path / "out", text, Settings(activation_cache="disk"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert (tmp_path / "out.partial" / "units" / "calibration.safetensors").is_file()
 
 
 @pytest.mark.slow

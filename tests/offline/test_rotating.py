@@ -88,7 +88,7 @@ def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, t
     assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     with interrupted_after_a_layer():
         run_small(source, tmp_path / "out", text, rotate="heads", **options)
-    resumed = Settings(resume=True, activation_cache="disk")
+    resumed = Settings(resume=True)
     run_small(source, tmp_path / "out", text, resumed, rotate="heads", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert digests((tmp_path / "out" / ROTATIONS_FILE).parent) == digests((tmp_path / "whole" / ROTATIONS_FILE).parent)

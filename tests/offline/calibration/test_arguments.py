@@ -21,9 +21,8 @@ def same(one: tuple, other: tuple) -> bool:
     return type(one) is type(other) and all(map(torch.equal, one, other))
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
-    left = LeftBehind(tmp_path / "left" if on_disk else None)
+def test_what_is_left_is_kept_replaced_and_dropped():
+    left = LeftBehind()
     for chunk in range(3):
         left.put(chunk, {ENTRY: pair(chunk + 1), OTHER: torch.full((2,), float(chunk))})
     for chunk in range(3):  # a later layer replaces it
@@ -32,7 +31,6 @@ def test_what_is_left_is_kept_replaced_and_dropped(on_disk, tmp_path):
         assert same(found[ENTRY], pair(chunk + 11)) and torch.equal(found[OTHER], torch.full((2,), float(chunk)))
     left.drop({ENTRY, (5, "never left")})
     assert set(left.stored) == {OTHER}
-    assert len(list(tmp_path.glob("left/*"))) == (3 if on_disk else 0)
     left.put(0, {ENTRY: pair(7)})  # left anew, beside what is still there
     found = left.of(0, [ENTRY, OTHER])
     assert same(found[ENTRY], pair(7)) and torch.equal(found[OTHER], torch.zeros(2))

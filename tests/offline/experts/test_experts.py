@@ -127,7 +127,7 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
             run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=resume), **options)
-    settings = Settings(resume=True, activation_cache="disk")
+    settings = Settings(resume=True)
     run_small(moe("qwen2_moe"), tmp_path / "out", text, settings, **options)
     assert len(done) == 8 == len(set(done))  # no expert was pruned twice
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")

@@ -16,7 +16,7 @@ SIZES = (40, 40, 20)
 
 
 def reads() -> Reads:
-    draw, made = torch.Generator().manual_seed(0), Reads(Activations(), "x")
+    draw, made = torch.Generator().manual_seed(0), Reads(Activations())
     for start, size in zip((0, 40, 80), SIZES, strict=True):
         made.inputs.append(torch.arange(start, start + size, dtype=torch.float32)[:, None].expand(-1, 8))
         choices = torch.randint(0, 3, (size, 2), generator=draw).to(torch.int16)

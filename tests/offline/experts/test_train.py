@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +39,7 @@ def draw_weights(layout, seed: int) -> list[dict[str, torch.Tensor]]:
 
 def draw_reads(width: int, seed: int) -> Reads:
     """Expert 3 is chosen for one token only; expert number 9 means none."""
-    draw, made = torch.Generator().manual_seed(seed), Reads(Activations(), "x")
+    draw, made = torch.Generator().manual_seed(seed), Reads(Activations())
     for size in SIZES:
         choices = torch.rand(size, 3, generator=draw).argsort(1)[:, :2]
         choices[3, 1], choices[5, 0] = (3, 9) if size == SIZES[0] else (choices[3, 1], 9)
@@ -99,7 +98,7 @@ def mixture(request, tmp_path) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_dense: bool = True) -> ExpertsTrainer:
+def trainer_of(mixture, enough: int = 8, follows_dense: bool = True) -> ExpertsTrainer:
     tokens = RoutedTokens(
         mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
     )
@@ -108,13 +107,12 @@ def trainer_of(mixture, enough: int = 8, folder: Path | None = None, follows_den
         mixture.experts, mixture.files, mixture.dense.__getitem__, tokens, recipe, Ranks(), torch.device("cpu"),
         torch.float32, torch.float32, str,
     )  # fmt: skip
-    return ExpertsTrainer(experts, Activations(folder), Monitor(shown=False))
+    return ExpertsTrainer(experts, Activations(), Monitor(shown=False))
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_what_is_lacking_is_the_dense_models_output_less_the_own(mixture, on_disk, tmp_path):
+def test_what_is_lacking_is_the_dense_models_output_less_the_own(mixture):
     """Through another choice of the router, another input, and the experts that are pruned so far."""
-    trainer = trainer_of(mixture, folder=tmp_path if on_disk else None)
+    trainer = trainer_of(mixture)
     now = list(mixture.dense)
     for expert in (None, 0, 3, 2):
         if expert is not None:
@@ -125,7 +123,6 @@ def test_what_is_lacking_is_the_dense_models_output_less_the_own(mixture, on_dis
             summed, lacking = mixture.formula.summed, trainer.lacking[index]
             expected = summed(mixture.dense, mixture.in_dense, index) - summed(now, mixture.reads, index)
             torch.testing.assert_close(lacking.double(), expected, rtol=1e-5, atol=1e-5)
-    assert len(list(tmp_path.glob("[01].safetensors"))) == (2 if on_disk else 0)
 
 
 @pytest.mark.parametrize("follows_dense", [True, False])
