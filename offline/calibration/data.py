@@ -8,7 +8,6 @@ columns beside the text.
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -41,27 +40,6 @@ LEAST_BATCH, MOST_BATCH = 8, 256
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Samples that `from_text` once drew from a text, with these arguments."""
-
-    samples: int
-    seq_len: int
-    seed: int
-
-    def enough(self, special: int) -> int:
-        """The tokens after which reading stopped; `special`: how many special tokens start a sample."""
-        return self.samples * max(1, self.seq_len - special) * OVERSAMPLING
-
-    def used(self, read: int, total: int, special: int) -> torch.Tensor:
-        """bool [total]: which tokens of a text are in the samples, if they were drawn from its first `read` ones."""
-        width = max(1, self.seq_len - special)
-        windows = read // width
-        used = torch.zeros(total, dtype=torch.bool)
-        used[: windows * width].view(windows, width)[_order(windows, self.seed)[: self.samples]] = True
-        return used
-
-
 def opened(source: str, monitor: Monitor) -> str | HubText:
     """A data set of the hub, which then knows its commit; any other source as it is.
 
@@ -79,7 +57,6 @@ def from_text(
     seed: int,
     asked: str | None = None,
     most: int | None = None,
-    earlier: Drawn | None = None,
 ) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
@@ -91,7 +68,6 @@ def from_text(
         seq_len: tokens in a sample, special tokens included.
         asked: which option asks for so many, for errors; --samples, if it is None.
         most: read no more tokens than this beyond those that are asked for; None: OVERSAMPLING decides alone.
-        earlier: samples that were drawn from the same text; windows that have tokens in common with them come last.
 
     Returns:
         int32 [samples, seq_len]. Besides them, the tokens that are read are in memory, in 4 bytes each.
@@ -106,12 +82,9 @@ def from_text(
     wanted = samples * width
     tokens = array("i")
     enough = wanted * OVERSAMPLING if most is None else min(wanted * OVERSAMPLING, wanted + most)
-    read_earlier = None
     for text in documents(source, tokenizer):
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
-        if earlier and read_earlier is None and len(tokens) >= earlier.enough(len(start)):
-            read_earlier = len(tokens)
-        if len(tokens) >= enough and not (earlier and read_earlier is None):
+        if len(tokens) >= enough:
             break
     windows = len(tokens) // width
     if windows < samples:
@@ -121,24 +94,13 @@ def from_text(
             f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
             f"more text, or a smaller {asked.split()[0]} or --seq-len."
         )
-    order = _order(windows, seed)
-    if earlier:
-        used = earlier.used(len(tokens) if read_earlier is None else read_earlier, len(tokens), len(start))
-        again = used[: windows * width].view(windows, width).any(1)[order]
-        order = torch.cat([order[~again], order[again]])
-        del used, again
-    chosen = order[:samples]
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     read = torch.frombuffer(tokens, dtype=torch.int32, count=windows * width).view(windows, width)
     found = torch.empty(samples, seq_len, dtype=torch.int32)
     found[:, : len(start)] = torch.tensor(start, dtype=torch.int32)
     for first in range(0, samples, 1024):  # so few at a time are in memory twice
         found[first : first + 1024, len(start) :] = read[chosen[first : first + 1024]]
     return found
-
-
-def _order(windows: int, seed: int) -> torch.Tensor:
-    """int64 [windows]: the order in which a seed draws them."""
-    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
 
 
 def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:

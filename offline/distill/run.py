@@ -211,8 +211,7 @@ class _Run:
     def _draw(self) -> None:
         """Put the windows of a text into the work folder, unless they are there."""
         if self.ranks.first and self.recipe.text != "self" and not self.writer.has(self._drawn_key):
-            tokenizer, pruning = text_tokenizer(self.reader.folder), self.reader.schema.recipe
-            windows, origin = training_text(self.recipe, tokenizer, pruning, self.monitor)
+            windows, origin = training_text(self.recipe, text_tokenizer(self.reader.folder), self.monitor)
             self.writer.write(self._drawn_key, {"tokens": windows}, origin)
 
     def _windows(self, dense: TwoPart) -> torch.Tensor:

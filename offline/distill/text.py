@@ -1,6 +1,6 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.self_written import written_of
 from ria_vllm.progress import Monitor
 
 # Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
@@ -28,16 +27,10 @@ SAMPLES = (
 )
 
 
-def training_text(
-    recipe: Distillation, tokenizer: Any, calibrated: Mapping[str, Any], monitor: Monitor
-) -> tuple[torch.Tensor, dict[str, str]]:
+def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tuple[torch.Tensor, dict[str, str]]:
     """Windows of the text, packed without padding, drawn and ordered by the seed.
 
-    Those that the teacher writes beside it are not among them. Windows that the model was calibrated on come last: it
-    already predicts them better than other text.
-
-    Args:
-        calibrated: the recipe by which the model was pruned.
+    Those that the teacher writes beside it are not among them.
 
     Returns:
         int32 [windows, seq_len]; and for the recipe what they are from (`digests.of_text`), while it is still what was
@@ -48,34 +41,12 @@ def training_text(
     """
     count = recipe.windows - recipe.windows_written
     options = "--tokens and --self-written ask" if recipe.windows_written else "--tokens asks"
-    earlier = _calibration(calibrated) if Path(recipe.text).name == calibrated.get("calibration") else None
     with monitor.phase("reading the text"):
         text = data.opened(recipe.text, monitor)
-        windows = data.from_text(
-            text, tokenizer, count, recipe.seq_len, recipe.seed, f"{options} for {count}", MOST_BEYOND, earlier
-        )
+        asked = f"{options} for {count}"
+        windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
     with monitor.phase("digests of files"):
         return windows, digests.of_text(text, "text")
-
-
-def _calibration(recipe: Mapping[str, Any]) -> data.Drawn | None:
-    """What `compress` drew, or None if this recipe, which another program may have written, does not say."""
-    names = ("samples", "held_out", "seq_len", "seed")
-    samples, held_out, seq_len, seed = (recipe.get(name) for name in names)
-    if not all(type(number) is int for number in (samples, held_out, seq_len, seed)):
-        return None
-    written = recipe.get("self_written", 0.0)
-    known = (
-        samples > 0
-        and 0 <= held_out <= samples
-        and seq_len > 1
-        and samples * seq_len <= MOST_BEYOND
-        and 0 <= seed < 1 << 63
-    )
-    if not known or type(written) is not float or not 0 <= written < 1:
-        return None
-    texts = sum(count - written_of(count, written) for count in (samples, held_out))
-    return data.Drawn(texts, seq_len, seed)
 
 
 def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:

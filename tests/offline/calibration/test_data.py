@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.calibration.data import Drawn, from_model, from_text
+from ria_vllm.offline.calibration.data import from_model, from_text
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.progress import Monitor
 
@@ -49,30 +49,6 @@ def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_pa
     assert len(set(starts)) == 20 and all(start % 50 == 0 for start in starts)
     assert torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 3))
     assert not torch.equal(tokens, from_text(str(path), tokenizer, 20, 50, 4))
-
-
-@pytest.mark.parametrize(("samples", "oversampling"), [(20, 8), (40, 8), (20, 1)])
-def test_what_an_earlier_draw_has_used_comes_last(samples, oversampling, tokenizer, tmp_path, monkeypatch):
-    """Windows of another length share a token with an earlier one only if no others are left."""
-    monkeypatch.setattr(data, "OVERSAMPLING", oversampling)
-    path = str(write(tmp_path / "text.jsonl", DOCUMENTS))
-    texts = [f"{text}\n\n" for text in DOCUMENTS]
-    whole, read = "".join(texts), 0
-    while oversampling == 8 or read < 20 * 50:  # as much as is read for 20 samples of 50 tokens, or everything
-        if not texts:
-            break
-        read += len(texts.pop(0))
-
-    def spans(tokens):
-        starts = [whole.index(tokenizer.decode(row)) for row in tokens]
-        return [range(start, start + tokens.shape[1]) for start in starts]
-
-    used = {place for span in spans(from_text(path, tokenizer, 20, 30, 0)) for place in span}
-    again = [
-        bool(used & set(span)) for span in spans(from_text(path, tokenizer, samples, 50, 0, earlier=Drawn(20, 30, 0)))
-    ]
-    fresh = sum(not used & set(range(start, start + 50)) for start in range(0, read - 49, 50))
-    assert again == sorted(again) and again.count(False) == min(samples, fresh) and 0 < fresh < 40
 
 
 @pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>"])
@@ -202,7 +178,7 @@ def print_peak(small: Path, large: Path, samples: int) -> None:
     """Bytes that reading `large` takes at its peak, more than the process holds after `small`."""
     map_large_blocks()
     from_text(str(small), Bytes(), 1000, 512, 0)
-    print(peak_of(lambda: from_text(str(large), Bytes(), samples, 512, 0, earlier=Drawn(1000, 512, 0))), flush=True)
+    print(peak_of(lambda: from_text(str(large), Bytes(), samples, 512, 0)), flush=True)
 
 
 def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path):

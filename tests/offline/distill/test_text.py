@@ -1,13 +1,9 @@
 """Windows of text and their order."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 import pytest
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.data import from_text
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.text import (
     batch_of,
@@ -17,12 +13,11 @@ from ria_vllm.offline.distill.text import (
     training_text,
 )
 from ria_vllm.offline.model.run.hf import load_tokenizer
-from ria_vllm.offline.recipe import Recipe
 from ria_vllm.progress import Monitor
 
 
-def drawn(recipe: Distillation, tokenizer, calibrated: Mapping = MappingProxyType({})) -> torch.Tensor:
-    return training_text(recipe, tokenizer, calibrated, Monitor(shown=False))[0]
+def drawn(recipe: Distillation, tokenizer) -> torch.Tensor:
+    return training_text(recipe, tokenizer, Monitor(shown=False))[0]
 
 
 def test_each_pass_reads_every_window_once_in_another_order():
@@ -63,25 +58,6 @@ def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, tex
     tokenizer = load_tokenizer(str(tiny("llama")))
     recipe = Distillation(tokens=640, seq_len=32, batch=2, text=str(text), self_written=share)
     assert recipe.windows_written == written and len(drawn(recipe, tokenizer)) == 20 - written
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_training_windows_are_not_those_of_the_calibration(share, tiny, text):
-    """Though both draw with the same seed, by default. What the dense model wrote beside them is not of the text."""
-    tokenizer = load_tokenizer(str(tiny("llama")))
-    calibration = Recipe(samples=16, seq_len=32, calibration=str(text), self_written=share).dump("model")
-    used = from_text(str(text), tokenizer, round(16 * (1 - share)), 32, 0)
-    recipe = Distillation(tokens=len(used) * 32, seq_len=32, text=str(text))
-    windows = drawn(recipe, tokenizer, calibration)
-    assert not {*map(tuple, used.tolist())} & {*map(tuple, windows.tolist())}
-    for other in (
-        {"calibration": "other.txt"},
-        {"samples": "16"},
-        {"seq_len": 1 << 70},
-        {"seed": None},
-        {"self_written": "all"},
-    ):
-        assert torch.equal(drawn(recipe, tokenizer, calibration | other), used.int())
 
 
 def test_held_out_windows_follow_each_other_from_the_start(tiny, text):
