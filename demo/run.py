@@ -79,13 +79,15 @@ def fetch_model() -> None:
     print(f"converting {gguf.name} into a Hugging Face folder")
     monitor, environment = Monitor(), dict(os.environ)
     import torch  # takes seconds, which a second run saves
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     unfinished = WORK / "unfinished"
     unfinished.mkdir(exist_ok=True)
     with monitor.live(), monitor.phase("converting"):
         options = {"gguf_file": gguf.name, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **options
+        )
         del model.config.quantization_config
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(unfinished)

@@ -82,12 +82,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
-@expert("--permute", default="lsa", help="Channel permutation: lsa, heuristic or none.")
-@expert(
-    "--permute-scope",
-    default="shared",
-    help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
-)
+@expert("--permute", default="lsa", help="Channel permutation: lsa (linear sum assignment) or none.")
 @expert(
     "--self-written",
     default=0.0,

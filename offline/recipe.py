@@ -1,7 +1,7 @@
 """What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,8 +57,7 @@ class Recipe:
 
     method: Literal["ria", "ri", "wanda", "magnitude", "sparsegpt"] = "ria"
     exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
-    permute: Literal["lsa", "heuristic", "none"] = "lsa"
-    permute_scope: Literal["shared", "linear"] = "shared"
+    permute: Literal["lsa", "none"] = "lsa"
     calibration: str = "self"
     self_written: float = 0.0
     samples: Annotated[int, Field(ge=1)] = 32
@@ -232,11 +231,7 @@ class Recipe:
     @property
     def of_search(self) -> dict[str, Any]:
         """Arguments of `permute.search`."""
-        return {"method": self.permute, "seed": self.seed, "dtype": self.matmul_dtype, "pattern": self.pattern}
-
-    def shared_orders(self, linears: Sequence[str]) -> list[Sequence[str]]:
-        """The linears of a group, divided into those that share a channel order."""
-        return [linears] if self.permute_scope == "shared" else [(name,) for name in linears]
+        return {"seed": self.seed, "dtype": self.matmul_dtype, "pattern": self.pattern}
 
     def within(self, longest: int | None) -> "Recipe":
         """With samples that a model can read, if `longest` tokens are the most; None: any number."""

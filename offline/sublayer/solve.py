@@ -46,23 +46,20 @@ def find_orders(
     """Search the order of the input channels of each linear. The searches are divided among the ranks.
 
     Args:
-        groups: linears with a common input; the recipe says whether they share an order.
+        groups: linears with a common input, which share an order.
         weights: linear -> [out, in] on the device.
         statistics: linear -> statistics of its input.
 
     Returns:
         linear -> int64 [in] on the CPU; None for the model's own order.
     """
-    problems = [(group, names) for group in groups for names in recipe.shared_orders(group.linears)]
-    costs = [weights[names[0]].shape[1] ** 2 * sum(len(weights[n]) for n in names) for _, names in problems]
-    owners = ranks.partition_by_cost(costs)
+    costs = [weights[group.linears[0]].shape[1] ** 2 * sum(len(weights[n]) for n in group.linears) for group in groups]
     orders = {}
-    for (group, names), owner in zip(problems, owners, strict=True):
+    for group, owner in zip(groups, ranks.partition_by_cost(costs), strict=True):
         p = None
         if owner == ranks.rank and recipe.permute != "none":
-            p = _find_order(group, names, weights, statistics, recipe)
-        p = ranks.broadcast(p, owner)
-        orders |= dict.fromkeys(names, p)
+            p = _find_order(group, weights, statistics, recipe)
+        orders |= dict.fromkeys(group.linears, ranks.broadcast(p, owner))
     return orders
 
 
@@ -168,12 +165,11 @@ def _keeps_to_blocks(group: Group, width: int, pattern: Pattern) -> bool:
 
 def _find_order(
     group: Group,
-    names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, Statistics],
     recipe: Recipe,
 ) -> torch.Tensor | None:
-    S = _stacked_scores(names, weights, statistics, recipe)
+    S = _stacked_scores(group.linears, weights, statistics, recipe)
     if _keeps_to_blocks(group, S.shape[1], recipe.pattern):
         p = permute.search_heads(S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.of_search)
     elif group.heads is None:

@@ -14,7 +14,6 @@ from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.offline.pruning.masks import check_divides
 from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
 
-METHODS = ("lsa", "heuristic", "none")
 # After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
 WORTHWHILE = 2e-4
 # Up to this many groups, the exact gain matrix is the faster one.
@@ -24,7 +23,6 @@ LADDER_STEPS = 4
 
 def search(
     S: torch.Tensor,
-    method: str = "lsa",
     rounds: int = 8,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -32,9 +30,9 @@ def search(
 ) -> torch.Tensor:
     """Search for the order of input channels that retains the most score.
 
-    heuristic: sort the channels by their summed score and deal them out to the groups in passes, every second pass
-    reversed. lsa: start there and solve linear sum assignments, for one position of the groups at a time, in rounds,
-    as long as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
+    Sort the channels by their summed score and deal them out to the groups in passes, every second pass reversed (the
+    paper's heuristic). Then solve linear sum assignments, for one position of the groups at a time, in rounds, as long
+    as they gain. Between rounds, channels are shuffled within their groups, so that the next round can move
     what the last one could not. A round is kept only if the score that it really retains is higher.
 
     Args:
@@ -48,23 +46,19 @@ def search(
         own order or the heuristic's.
 
     Raises:
-        RiaError: unknown method, or channels that do not divide into the pattern's groups.
+        RiaError: channels that do not divide into the pattern's groups.
     """
     channels = S.shape[1]
-    if method not in METHODS:
-        raise RiaError(f"unknown permutation method {method!r}; choose one of {', '.join(METHODS)}")
     check_divides(channels, pattern)
     index = torch.arange(channels, device=S.device).view(-1, pattern.of)
-    if method == "none" or channels == pattern.of:
+    if channels == pattern.of:
         return index.flatten()
     columns = S.T.float().contiguous()
     best = retained_score(columns, index)
     dealt = deal(columns, pattern)
     if (score := retained_score(columns, dealt)) >= best:
         index, best = dealt, score
-    if method == "lsa":
-        index = _improve(columns, index, best, rounds, seed, dtype)
-    return index.flatten()
+    return _improve(columns, index, best, rounds, seed, dtype).flatten()
 
 
 def search_heads(

@@ -26,7 +26,7 @@ def layer_config(
     if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
         return "with data, sequence or context parallel"
     if not orders.shared_input:
-        return "in different channel orders (compress with --permute-scope shared)"
+        return "in different channel orders (compress the model again)"
     return ExpertsLayerConfig(
         device=torch.device(moe.device),
         act_dtype=moe.in_dtype,

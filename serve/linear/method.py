@@ -201,7 +201,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if len(permutations) != len(self.output_sizes):
             raise RiaError(
                 f"{self.prefix}: vLLM divides it into {len(self.output_sizes)} outputs, unlike the checkpoint, whose "
-                f"linears ({', '.join(self.names)}) have different permutations. Compress with --permute-scope shared."
+                f"linears ({', '.join(self.names)}) have different permutations. Compress the model again."
             )
         starts = np.cumsum([0, *self.output_sizes]).tolist()
         return [RowGroup(*group) for group in zip(starts, self.output_sizes, permutations)]

@@ -113,7 +113,7 @@ def pack_linear(
             if len(groups) > 1:
                 raise RiaError(
                     "linears of one layer have different permutations that need channels of other ranks. Use "
-                    "--tensor-parallel-size 1, or compress the model with --permute-scope shared."
+                    "--tensor-parallel-size 1, or compress the model again."
                 )
             input_channels = "input_channels"
             set_parameter(layer, input_channels, torch.from_numpy(permutation).to(device))

@@ -124,14 +124,6 @@ def test_what_a_folded_checkpoint_computes(family, tiny, text, tmp_path):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
-def test_scope_linear_gives_each_its_own(tiny, text, tmp_path):
-    run(tiny("llama"), tmp_path / "out", text, reconstruct="none", permute_scope="linear")
-    reader = Reader(tmp_path / "out")
-    q, k = (reader.permutations[f"model.layers.0.self_attn.{x}_proj"] for x in "qk")
-    assert not torch.equal(q, k)
-    assert list(reader.problems()) == []
-
-
 def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tmp_path):
     """Heads of 6 channels do not divide into groups of four, so o_proj, the only pruned linear, keeps its order."""
     from transformers import AutoModelForCausalLM

@@ -190,7 +190,7 @@ def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, te
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llama", ("--permute-scope", "linear")), ("llama", ("--scheme", "W8A8")),
+        ("llama", ("--scheme", "W8A8")),
         ("gemma4-e2b", ("--reconstruct", "block")),
     ],
     ids=str,

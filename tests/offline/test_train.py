@@ -94,8 +94,7 @@ def test_what_was_trained_is_rounded_on_what_it_reads(options, reconstruct, tiny
     """The oracle is transformers' forward pass on the calibration text, in float32: of the result, or for int8 of the
     trained model, of which only one sublayer is rounded."""
     source = tiny("llama")
-    common = {"reconstruct": reconstruct, "permute_scope": "linear"}
-    reader, records = compressed(source, tmp_path / "int", text, **common, **options)
+    reader, records = compressed(source, tmp_path / "int", text, reconstruct=reconstruct, **options)
     names = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in IN_ORDER]
     assert len(rounding.grams) == len(names) == len(records)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "int", dtype=torch.float32)
