@@ -36,12 +36,11 @@ def outline(name: str) -> Any:
     return model
 
 
-def check_models(reader: Reader, origin: Origin, sharded: bool = False) -> None:
+def check_models(reader: Reader, origin: Origin) -> None:
     """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
 
     Args:
         origin: the teacher.
-        sharded: whether the student is to be divided among processes.
 
     Raises:
         RiaError: the teacher's weights are the student's, missing, damaged or pickled, or it is unknown which are
@@ -54,13 +53,7 @@ def check_models(reader: Reader, origin: Origin, sharded: bool = False) -> None:
             "model that it was pruned from as --teacher."
         )
     mine, dense = outline(str(reader.folder)), outline(str(origin.folder))
-    places = places_of(mine, reader, Names(mine, list(reader.dense_tensors()), reader.folder))
-    experts = next((place.names[0] for place in places.values() if place.stacked), None)
-    if sharded and experts is not None:
-        raise RiaError(
-            f"--shard: {reader.folder} has pruned experts ({experts} and others), which are not divided among "
-            "processes. Leave out --shard: each process then has the whole model."
-        )
+    places_of(mine, reader, Names(mine, list(reader.dense_tensors()), reader.folder))
     if output_head(mine).weight.shape[0] != output_head(dense).weight.shape[0]:
         raise RiaError(
             f"{reader.folder}: predicts another number of tokens than {origin.name}. Give the model that it was pruned "

@@ -86,12 +86,11 @@ from ria_vllm.offline.runtime import options
     show_default=True,
     help="Compute each layer again in the backward pass instead of keeping what it computed.",
 )
-@click.option("--shard", is_flag=True, help="Divide both models and the optimizer state among the processes (FSDP2).")
 @click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
 @options.max_shard_size
 @options.overwrite
 @options.resume
-def distill(folder, teacher, out, device, save_memory, shard, save_every, max_shard_size, overwrite, resume, **recipe):
+def distill(folder, teacher, out, device, save_memory, save_every, max_shard_size, overwrite, resume, **recipe):
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
@@ -106,9 +105,7 @@ def distill(folder, teacher, out, device, save_memory, shard, save_every, max_sh
 
     if not recipe["eval_text"]:
         _refuse_given("eval_tokens", "evals", "patience")
-    settings = Settings(
-        choose_device(device), save_memory, shard, save_every, parse_size(max_shard_size), overwrite, resume
-    )
+    settings = Settings(choose_device(device), save_memory, save_every, parse_size(max_shard_size), overwrite, resume)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
         report = run(folder, teacher, out, Distillation(**recipe), settings, monitor)

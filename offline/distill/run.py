@@ -1,7 +1,7 @@
 """A whole distillation: a pruned folder and its dense parent in, a better folder out."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.checks import check_models, check_texts, context_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
-from ria_vllm.offline.distill.sharding import shard
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace
 from ria_vllm.offline.distill.student.student import Student
@@ -44,15 +43,10 @@ DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a distillation runs. Nothing here changes the result, except that devices round differently, and so do sums
-    over the parts of a divided model.
-
-    shard: divide the models and the optimizer state among the processes, by rows; otherwise each has all of them.
-    """
+    """How a distillation runs. Nothing here changes the result, except that devices round differently."""
 
     device: torch.device = torch.device("cpu")
     save_memory: bool = True
-    shard: bool = False
     save_every: float = 600.0
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
@@ -82,7 +76,6 @@ def distill(
     for place in (folder, *_files(recipe)):
         inputs.stamps(place)
     with joined(settings.device) as ranks, monitor.live(), inputs.watched():
-        settings = replace(settings, shard=settings.shard and ranks.size > 1)
         reader = _opened(folder)
         begun = begun_run(out) if settings.resume and ranks.first else {}
         origin = located(teacher, [begun, reader.schema.recipe], ranks, monitor)
@@ -93,7 +86,7 @@ def distill(
             recipe = recipe.with_options(seq_len=longest)
         dtype = _compute_dtype(reader, origin.folder, recipe.compute_dtype, settings.device, monitor)
         recipe = recipe.with_options(compute_dtype=dtype).among(ranks.size)
-        check_models(reader, origin, settings.shard)
+        check_models(reader, origin)
         run = fingerprint(reader, origin, recipe, inputs) | rounding_of(settings, ranks)
         kept = ("*", "The text and the steps so far")
         with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
@@ -145,7 +138,7 @@ def fingerprint(reader: Reader, origin: Origin, recipe: Distillation, inputs: In
 
 def rounding_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     """What results are rounded by besides the recipe's options: sums over processes have another order."""
-    return {"processes": ranks.size, "shard": settings.shard, "device": settings.device.type}
+    return {"processes": ranks.size, "device": settings.device.type}
 
 
 @dataclass(frozen=True)
@@ -172,8 +165,6 @@ class _Run:
         with self.monitor.phase("loading the teacher"):
             dense = self._loaded(folders[1])
             dense.model.requires_grad_(False)
-            if self.settings.shard:
-                shard(dense, self.settings.device)
         windows = self._windows(dense)
         vocabulary = output_head(dense.model).weight.shape[0]
         check_vocabulary([windows, *texts.values()], vocabulary, self.teacher.name)
@@ -183,11 +174,10 @@ class _Run:
             held_out[name].append((window, read(dense, window[None].to(dense.model.device))))
         with self.monitor.phase("loading the pruned model"):
             student = self._student()
-        part = f"-{self.ranks.rank}-of-{self.ranks.size}" if self.settings.shard else ""
-        work = Work(self.writer, part, self.ranks.first)
+        work = Work(self.writer, self.ranks.first)
         course = Training(
             self.recipe, student, dense, windows, held_out, work, self.ranks, self.monitor, self.inputs,
-            self.settings.save_every, self.settings.shard,
+            self.settings.save_every,
         ).run()  # fmt: skip
         this = self.recipe.dump(self.teacher.name, self.teacher.revision) | rounding_of(self.settings, self.ranks)
         this |= of_files | {"steps": course.step} | ({"kept_step": course.kept} if course.best else {})
@@ -199,9 +189,8 @@ class _Run:
         return report
 
     def _loaded(self, name: str) -> TwoPart:
-        """A model on its device; on the CPU if it is yet to be divided."""
-        device = torch.device("cpu") if self.settings.shard else self.settings.device
-        return TwoPart(load_model(name, device, self.recipe.compute_dtype, training=True), name)
+        """A model on its device."""
+        return TwoPart(load_model(name, self.settings.device, self.recipe.compute_dtype, training=True), name)
 
     @property
     def _drawn_key(self) -> str:
@@ -215,7 +204,7 @@ class _Run:
             self.writer.write(self._drawn_key, {"tokens": windows}, origin)
 
     def _windows(self, dense: TwoPart) -> torch.Tensor:
-        """The windows to train on, once the teacher has written its part. If it is divided, all processes ask.
+        """The windows to train on, once the teacher has written its part.
 
         They are a part of a file in the work folder, which is in memory as far as there is room.
 
@@ -225,11 +214,10 @@ class _Run:
         recipe = self.recipe
         if not self.ranks.broadcast(self.writer.has(TEXT_KEY)):
             count = recipe.windows_written or recipe.windows
-            if self.ranks.first or self.settings.shard:
+            if self.ranks.first:
                 with self.monitor.phase("writing the text"):
                     bos = getattr(text_config(dense.model.config), "bos_token_id", None)
                     found = data.from_model(dense.model, bos, count, recipe.seq_len, recipe.text_seed, self.monitor)
-            if self.ranks.first:
                 found = found.int()
                 if recipe.windows_written:
                     found = spread_among(self.writer.read(DRAWN_KEY)[0]["tokens"], found)
@@ -240,12 +228,10 @@ class _Run:
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _student(self) -> Student:
-        add = self.ranks.all_reduce
-        pace = Pace(total=add) if self.settings.shard else Pace(reduce=add)
+        pace = Pace(reduce=self.ranks.all_reduce)
         model = self._loaded(str(self.reader.folder))
         adamw = AdamW(weight_decay=self.recipe.weight_decay, clip=self.recipe.clip)
-        rows_on = self.settings.device if self.settings.shard else None
-        return Student(self.reader, model, adamw, pace, self.settings.save_memory, rows_on)
+        return Student(self.reader, model, adamw, pace, self.settings.save_memory)
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""

@@ -95,12 +95,11 @@ class Work:
     """The state of a run in the work folder.
 
     Args:
-        part: the end of the keys under which this process keeps its rows of the parameters; "" if it has all of them.
         first: whether this process writes what all have.
     """
 
-    def __init__(self, writer: CheckpointWriter, part: str = "", first: bool = True):
-        self.writer, self.part, self.first = writer, part, first
+    def __init__(self, writer: CheckpointWriter, first: bool = True):
+        self.writer, self.first = writer, first
 
     def save_parameters(self, student: Student, step: int) -> None:
         """The parameters after a step. `save_course` makes them count."""
@@ -131,19 +130,18 @@ class Work:
             trained.restore(self.writer.read(self._key(step, number))[0])
 
     def save_result(self, student: Student, step: int) -> None:
-        """The tensors of a step that is the best so far, or the last. All processes must call."""
-        for number, name in enumerate(student.trained):
+        """The tensors of a step that is the best so far, or the last."""
+        for number, name in enumerate(student.trained if self.first else ()):
             tensors = student.tensors(name)
             _check_finite(tensors, step)
-            if self.first:
-                self.writer.write(f"{_best(step)}-{number:06d}", tensors)
+            self.writer.write(f"{_best(step)}-{number:06d}", tensors)
 
     def results(self, names: Iterable[str], step: int) -> dict[str, str]:
         """Trained linear -> the key of what `save_result` wrote for it."""
         return {name: f"{_best(step)}-{number:06d}" for number, name in enumerate(names)}
 
     def _key(self, step: int, number: int) -> str:
-        return f"{STATE}-{step:09d}-{number:06d}{self.part}"
+        return f"{STATE}-{step:09d}-{number:06d}"
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], step: int) -> None:

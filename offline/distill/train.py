@@ -33,7 +33,6 @@ class Training:
         reads of it [tokens, hidden]: the teacher is asked only once.
     inputs: what must not have changed when a state is saved.
     save_every: seconds between two states in the work folder.
-    sharded: whether each process has only some rows of the parameters.
     """
 
     recipe: Distillation
@@ -46,7 +45,6 @@ class Training:
     monitor: Monitor
     inputs: Inputs
     save_every: float
-    sharded: bool = False
 
     def run(self) -> Course:
         """All steps, or those that an interrupted run has left; the result is in the work folder.
@@ -113,8 +111,7 @@ class Training:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise diverged(step + 1, f"loss {value}")
-            # FSDP takes the mean of what the processes' losses give; they are parts of a sum.
-            (loss * (self.ranks.size if self.sharded else 1) / (recipe.batch * recipe.seq_len)).backward()
+            (loss / (recipe.batch * recipe.seq_len)).backward()
             total += terms.to(total.device)
         self.ranks.all_reduce(total)
         total[TERMS.index("text")] *= recipe.seq_len / (recipe.seq_len - 1)
@@ -161,7 +158,7 @@ class Training:
         """Save what a resumed run needs. If training is `over`, it needs no parameters: the result is saved already."""
         self.inputs.check()
         with self.monitor.phase("saving the state"):
-            if not over and (self.ranks.first or self.sharded):
+            if not over and self.ranks.first:
                 self.work.save_parameters(self.student, course.step)
             self.ranks.barrier()
             if self.ranks.first:

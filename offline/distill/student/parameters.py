@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.sharding import local
 from ria_vllm.offline.distill.student.layouts import GPU_BLOCK, Kept, Whole
 from ria_vllm.offline.distill.student.rounding import StraightThrough
 
@@ -46,16 +45,13 @@ class Pace:
     """What all parameters must know of the current step.
 
     number: of the step, from 1. last: whether the gradients of this backward pass are the last of the step.
-    reduce: adds a gradient up over all processes, in place; nothing to do where each has other rows.
-    total: adds up over all processes what each has summed over its own rows, in place; nothing to do where all have
-        the same.
+    reduce: adds a gradient up over all processes, in place.
     """
 
     lr: float = 0.0
     number: int = 0
     last: bool = True
     reduce: Callable[[torch.Tensor], None] = field(default=lambda gradient: None)
-    total: Callable[[torch.Tensor], None] = field(default=lambda sums: None)
 
 
 def diverged(step: int, what: str) -> RiaError:
@@ -74,8 +70,7 @@ class TrainedParameter:
     Each scale that is trained takes 16.
 
     Args:
-        parameter: of the model; its data is changed in place, where the layout says. If it is divided among processes,
-            all else here is about the rows of this one.
+        parameter: of the model; its data is changed in place, where the layout says.
         layout: where the trained entries lie.
         values: float32, of the layout's shape: the entries to start from.
         rounding: for quantized formats; the gradient passes straight through it.
@@ -118,7 +113,7 @@ class TrainedParameter:
     def write(self) -> None:
         """Put the current entries, rounded, into the model's tensor."""
         for rows in self.layout.rows():
-            self.layout.put(self._rounded(rows), local(self.parameter), rows)
+            self.layout.put(self._rounded(rows), self.parameter.detach(), rows)
 
     def rounded(self) -> torch.Tensor:
         """The entries as the model reads them, but in float32."""
@@ -174,7 +169,6 @@ class TrainedParameter:
             mean.copy_(wide)
             ratio[0] += part.square().div_(wide.clamp(min=adamw.eps**2 * correct2)).sum()
         lr = self.pace.lr * adamw.speed
-        self.pace.total(ratio)
         squares, count = ratio.tolist()
         if not math.isfinite(squares):
             raise diverged(self.pace.number, "a gradient is not finite")
@@ -189,7 +183,7 @@ class TrainedParameter:
             root = square.float().sqrt().add_(adamw.eps * correct2**0.5)
             value.addcdiv_(wide, root, value=-lr * correct2**0.5 / correct1)
         for rows in self.layout.rows():
-            self.layout.put(self._rounded(rows), local(self.parameter), rows)
+            self.layout.put(self._rounded(rows), self.parameter.detach(), rows)
 
 
 class TrainedExpert(TrainedParameter):
@@ -226,7 +220,7 @@ def step_in_backward(parameter: torch.nn.Parameter, parts: Sequence[TrainedParam
     """
 
     def arrived(parameter: torch.Tensor) -> None:
-        dense, parameter.grad = local(parameter.grad), None
+        dense, parameter.grad = parameter.grad, None
         for part in parts:
             part.arrived(dense)
 

@@ -12,7 +12,6 @@ from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.sharding import gathered, local, rows_here, shard
 from ria_vllm.offline.distill.student.layouts import Kept, Whole
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.student.places import places_of
@@ -33,7 +32,6 @@ class Student:
         reader: of the folder that training starts from.
         model: loaded from it; its parameters' data is trained in place.
         save_memory: keep only the input of each decoder layer in the forward pass, and compute the rest again.
-        rows_on: the device of this process's rows, if the model is to be divided among processes.
 
     Attributes:
         trained: name of a linear -> what is trained.
@@ -49,7 +47,6 @@ class Student:
         adamw: AdamW,
         pace: Pace,
         save_memory: bool = True,
-        rows_on: torch.device | None = None,
     ):
         self.two, self.pace = model, pace
         model.model.requires_grad_(False)
@@ -62,8 +59,6 @@ class Student:
                 linear = reader.linear(name)
                 _check_same(linear, weight, reader)
                 self._linears[name] = replace(linear, parts={})
-        if rows_on is not None:
-            shard(model, rows_on)
         for inside, placement in places.items():
             parameter = model.model.get_parameter(inside)
             parts = _trained_linears(reader, placement, parameter, adamw, pace)
@@ -108,16 +103,10 @@ class Student:
         return in_chunks(compared, hidden, CHUNK), terms
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """All that is stored of a linear, as it is now, on the CPU.
-
-        If the model is divided among processes, all of them must call.
-        """
+        """All that is stored of a linear, as it is now, on the CPU."""
         trained, linear = self.trained[name], self._linears[name]
-        values = gathered(trained.rounded(), trained.parameter).cpu()
-        scales = None
-        if trained.rounding is not None:
-            scales = gathered(trained.rounding.scales, trained.parameter).cpu()
-        bitmask = gathered(trained.layout.bitmask, trained.parameter).cpu()
+        values, bitmask = trained.rounded().cpu(), trained.layout.bitmask.cpu()
+        scales = None if trained.rounding is None else trained.rounding.scales.cpu()
         return replace(linear, parts=linear.format.encode_kept(values.to(linear.dtype), bitmask, scales)).tensors()
 
 
@@ -135,12 +124,11 @@ def _trained_linears(
 ) -> dict[str, TrainedParameter]:
     """Name -> what is trained, for the linears in one parameter."""
     kind = TrainedExpert if placement.stacked else TrainedParameter
-    rows = slice(None) if placement.stacked else rows_here(parameter)
     found: dict[str, TrainedParameter] = {}
     for expert, names in enumerate(placement.experts):
         for number, name in enumerate(names):
-            linear, device = reader.linear(name), local(parameter).device
-            parts = {part: tensor[rows].to(device) for part, tensor in linear.parts.items()}
+            linear, device = reader.linear(name), parameter.device
+            parts = {part: tensor.to(device) for part, tensor in linear.parts.items()}
             layout = Kept(
                 parts["bitmask"], linear.input_permutation, partial(placement.part, expert=expert, number=number)
             )

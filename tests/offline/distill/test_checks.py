@@ -76,7 +76,7 @@ def test_a_pruned_model_teaches_its_quantized_version(pruned, text, tmp_path):
 
 
 def test_the_card_says_which_step_was_kept_also_if_it_is_the_start():
-    start = {"steps": 8, "kept_step": 0, "seed": 0, "clip": 0.0, "shard": False, "micro_batch": None, "eval_text": []}
+    start = {"steps": 8, "kept_step": 0, "seed": 0, "clip": 0.0, "micro_batch": None, "eval_text": []}
     card = recovery_section([start, start | {"kept_step": 4}])
     first, second = card.split("| option | value |")[1:]
     rows = ["| steps | `8` |", "| kept_step | `0` |", "| seed | `0` |", "| clip | `0.0` |"]

@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import check_models
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.student import places
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert
 from ria_vllm.offline.distill.student.student import Student
-from ria_vllm.offline.distill.teacher.teacher import Origin, read
+from ria_vllm.offline.distill.teacher.teacher import read
 from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.hf import load_model
@@ -209,13 +208,6 @@ def test_stopped_and_resumed_it_writes_the_same_bytes(mixture, students, text, t
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0), **options)
     run(dense, folder, tmp_path / "out", text, Settings(resume=True), **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-def test_experts_are_not_divided_among_processes(mixture):
-    dense, folder = mixture("mixtral")
-    check_models(Reader(folder), Origin(str(dense), dense))
-    with pytest.raises(RiaError, match=r"--shard: .*experts\.0\.w\d and others.* Leave out --shard"):
-        check_models(Reader(folder), Origin(str(dense), dense), sharded=True)
 
 
 def test_experts_that_stay_dense_are_not_trained(mixture, students, text, tmp_path):
