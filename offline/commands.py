@@ -1,6 +1,5 @@
 """`ria-vllm compress`."""
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -129,8 +128,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
 @expert("--max-shard-size", default="5GB", help="Of weight files.")
-@expert("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
-def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
+def compress(model: str, out: Path, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder or a hub id) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
@@ -139,7 +137,6 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     """
     from torch import cuda
 
-    from ria_vllm.checkpoint.writer import check_file_place, disk_errors
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.offline.run.compress import Settings
@@ -153,21 +150,15 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}
     effort = EFFORTS[options.pop("effort")]
     recipe = Recipe.of_options(options | {name: value for name, value in effort.items() if options[name] is None})
-    if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
-        check_file_place(timings)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
         report = run(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
-    seconds = {name: round(value, 3) for name, value in monitor.seconds.items()}
-    monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]
     free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
     monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
-    if timings and monitor.shown:
-        with disk_errors(timings):
-            timings.write_text(json.dumps(seconds, indent=2) + "\n")

@@ -88,16 +88,6 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
 
 
-def check_file_place(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it will hold."""
-    if path.is_dir():
-        raise RiaError(f"{path}: a folder. Give the name of a file.")
-    if not path.parent.is_dir():
-        raise RiaError(
-            f"{path}: there is no folder {path.parent} to write it into. Make the folder, or choose another."
-        )
-
-
 def is_free(folder: Path, sign: str) -> bool:
     """Whether a folder is missing, or empty but for a lock, or holds what shows that it is ours.
 

@@ -1,7 +1,5 @@
 """The command itself: defaults, messages, exit codes."""
 
-import json
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,17 +14,17 @@ def invoke(*arguments: object):
 
 
 def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
-    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2, "--timings", tmp_path / "out" / "t.json")
+    result = invoke(tiny("llama"), "-o", tmp_path / "out", "--samples", 2)
     assert result.exit_code == 0, result.output
     recipe = Reader(tmp_path / "out").schema.recipe
     assert recipe["calibration"] == "self" and recipe["reconstruct"] == "short" and recipe["permute"] == "lsa"
     assert recipe["seq_len"] == 128  # as long as this model reads, not the 2048 of the default
     assert "at most 128 tokens" in result.stderr
     assert "model.layers.1.mlp.down_proj: retained score" in result.stderr
-    seconds = json.loads((tmp_path / "out" / "t.json").read_text())
+    seconds = next(line for line in result.stderr.splitlines() if "seconds: " in line)
     phases = {"reading the headers", "loading the whole model", "sampling the model", "embedding", "calibration passes"}
     phases |= {"structure of the layers", "permutations", "masks and weights", "block training", "writing"}
-    assert phases <= set(seconds)
+    assert all(phase in seconds for phase in phases)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +35,6 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
         (["--ignore", "proj"], "nothing is left to prune"),
         (["--max-shard-size", "big"], "size 'big'"),
         (["--calibration", "absent.txt"], "no such file"),
-        (["--timings", "absent/t.json"], "absent"),
     ],
 )
 def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
