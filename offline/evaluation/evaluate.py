@@ -98,7 +98,6 @@ class Options:
     baseline: str | None
     tasks: str | None
     include_path: Path | None
-    engine: str
     limit: int | None
     device: str
     compute_dtype: str
@@ -131,9 +130,6 @@ class Options:
     "--include-path",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder with more tasks for --tasks, as YAML files.",
-)
-@click.option(
-    "--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="The engine for --tasks."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most this many examples of each task.")
 @options.device
@@ -200,20 +196,16 @@ def evaluate_text(asked: Options, text: Path) -> None:
 
 def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
     """`eval --tasks`."""
-    if asked.engine == "vllm" and asked.compute_dtype != "auto":
-        raise RiaError("eval: --compute-dtype is for --engine hf; vLLM takes the model's own. Leave one of them out.")
     model, baseline, own_tasks, device = asked.model, asked.baseline, asked.include_path, choose_device(asked.device)
     inputs = Inputs(*(path for path in (own_tasks.rglob("*") if own_tasks else ()) if path.is_file()))
-    transformers = asked.engine == "hf"
-    # vLLM fetches what is on the hub itself, and serves quantized weights as they are.
-    folders = folders_of([name for name in asked.models if transformers or Path(name).is_dir()], inputs)
-    configs = {name: read_config(folder) for name, folder in folders.items()} if transformers else {}
-    dtype = common_dtype(list(configs.values()), device, asked.compute_dtype) if configs else "auto"
-    harness, monitor, dense = Harness(tasks, asked.engine, asked.limit, device, own_tasks, dtype), Monitor(), None
+    folders = folders_of(asked.models, inputs)
+    configs = {name: read_config(folder) for name, folder in folders.items()}
+    dtype = common_dtype(list(configs.values()), device, asked.compute_dtype)
+    harness, monitor, dense = Harness(tasks, asked.limit, device, own_tasks, dtype), Monitor(), None
     with inputs.watched():
-        found = run_tasks(folders.get(model, model), harness, monitor)
+        found = run_tasks(folders[model], harness, monitor)
         if baseline is not None:
-            dense = run_tasks(folders.get(baseline, baseline), harness, monitor, "the baseline")
+            dense = run_tasks(folders[baseline], harness, monitor, "the baseline")
     inputs.check()
     program = f"lm-evaluation-harness {version('lm_eval')}"
     rows, mean = compare(found, dense), None if dense is None else average(found, dense)
@@ -221,7 +213,6 @@ def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
     if asked.as_json:
         about = {
             "model": model,
-            "engine": asked.engine,
             "harness": program,
             **_dequantized(configs),
             "tasks": {task: scores.metrics for task, scores in found.items()},

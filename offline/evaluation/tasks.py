@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -45,14 +44,12 @@ class Harness:
 
     Attributes:
         tasks: by their names.
-        engine: `hf` decompresses a compressed folder, `vllm` serves it as it is.
         limit: examples per task; None: all.
         folder: with tasks of the user's own, besides those of the harness.
-        compute_dtype: for the engine `hf`; see `load_model`.
+        compute_dtype: see `load_model`.
     """
 
     tasks: list[str]
-    engine: str = "hf"
     limit: int | None = None
     device: torch.device = torch.device("cpu")
     folder: Path | None = None
@@ -87,21 +84,14 @@ def run_tasks(
         unknown = [task for task in harness.tasks if not manager.match_tasks([task])]
         if unknown:
             raise RiaError(f"lm-evaluation-harness knows no task {', '.join(unknown)}. `lm_eval ls tasks` lists them.")
-    if harness.engine == "vllm":
-        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results
-        harness_model: Any = "vllm"
-        arguments = {"pretrained": model}
-    else:
-        with monitor.live(), monitor.phase(f"loading {words}"):
-            loaded = load_model(model, harness.device, harness.compute_dtype)
-        harness_model = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model))
-        del loaded
-        arguments = {}
+    with monitor.live(), monitor.phase(f"loading {words}"):
+        loaded = load_model(model, harness.device, harness.compute_dtype)
+    harness_model: Any = HFLM(pretrained=loaded, tokenizer=load_tokenizer(model))
+    del loaded
     # Not live, because the harness has bars of its own. It also prints as it computes standard errors.
     with monitor.phase(f"tasks for {words}"), contextlib.redirect_stdout(sys.stderr):
         output = lm_eval.simple_evaluate(
             model=harness_model,
-            model_args=arguments,
             tasks=harness.tasks,
             limit=harness.limit,
             task_manager=manager,
