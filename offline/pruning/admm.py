@@ -50,14 +50,18 @@ class AdmmSolver:
         cross_term: torch.Tensor | None = None,
         choose: Choice | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like `admm`, but the mask may change.
+        """The weights on the mask that bring the layer's output closest to Y: min ||Y - X W'^T||_F (Boza, 2024).
 
         Args:
+            weight: [out, in], any floating dtype; damping keeps W' close to it.
+            mask: bool [out, in], True = kept.
+            cross_term: [out, in] float32 (Y - X W^T)^T X; None for Y = X W^T.
             choose: chooses the mask anew in each of the first iterations, from the weights that ADMM would have then
                 if none were pruned; afterwards the mask is fixed. None: the mask is fixed from the start.
 
         Returns:
-            (W' [out, in] float32, mask bool [out, in]); W' is zero outside the mask.
+            (W' [out, in] float32, mask bool [out, in]); W' is zero outside the mask, and no row has a larger error than
+            the masked weight.
         """
         solved, kept = torch.empty(weight.shape, device=weight.device), torch.empty_like(mask)
         for start in range(0, len(weight), ROWS_AT_ONCE):
@@ -163,30 +167,6 @@ def _inverse(
     system /= scale
     system.diagonal().add_(added)
     return inverted_in_place(system)
-
-
-def admm(
-    weight: torch.Tensor,
-    gram: torch.Tensor | SymmetricMatrix,
-    mask: torch.Tensor,
-    iterations: int = 20,
-    damping: float = DAMPING,
-    rho: float = 1.0,
-    cross_term: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The weights on the mask that bring the layer's output closest to Y: min ||Y - X W'^T||_F (Boza, 2024).
-
-    Args:
-        weight: [out, in], any floating dtype.
-        gram: [in, in] X^T X.
-        mask: bool [out, in], True = kept.
-        damping, rho: see `admm_solver`; damping keeps W' close to `weight`.
-        cross_term: [out, in] float32 (Y - X W^T)^T X; None for Y = X W^T.
-
-    Returns:
-        W' [out, in] float32, zero outside the mask. No row of it has a larger error than the masked weight.
-    """
-    return admm_solver(gram, damping, rho).solve(weight, mask, iterations, cross_term)[0]
 
 
 def output_error(

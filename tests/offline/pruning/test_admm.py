@@ -1,7 +1,8 @@
 import pytest
 import torch
+from solving import admm
 
-from ria_vllm.offline.pruning.admm import admm, admm_solver, output_error
+from ria_vllm.offline.pruning.admm import admm_solver, output_error
 from ria_vllm.offline.pruning.drift import InputDrift, OutputDrift
 from ria_vllm.offline.pruning.masks import mask
 

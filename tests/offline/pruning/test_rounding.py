@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from solving import admm
 
 from ria_vllm.format import formats
 from ria_vllm.offline.pruning import rounding
-from ria_vllm.offline.pruning.admm import admm
 from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix

@@ -1,0 +1,11 @@
+"""ADMM for one linear alone."""
+
+import torch
+
+from ria_vllm.offline.pruning.admm import DAMPING, admm_solver
+
+
+def admm(
+    weight: torch.Tensor, gram, mask: torch.Tensor, iterations: int = 20, damping: float = DAMPING, cross_term=None
+) -> torch.Tensor:
+    return admm_solver(gram, damping).solve(weight, mask, iterations, cross_term)[0]
