@@ -88,7 +88,6 @@ def fetch_model() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **options
         )
-        del model.config.quantization_config
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(unfinished)
     # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what

@@ -99,7 +99,7 @@ def _opened(folder: Path) -> Reader:
     Raises:
         RiaError: ria-vllm did not write it, or it is damaged.
     """
-    if not is_compressed(folder):
+    if (folder / "config.json").is_file() and not is_compressed(folder):
         raise RiaError(
             f"{folder}: not a folder that `ria-vllm compress` wrote. If it is 2:4 already, `ria-vllm compress {folder} "
             "-o NEW` keeps its zeros: distil NEW."
