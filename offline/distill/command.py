@@ -90,7 +90,7 @@ from ria_vllm.offline.runtime import options
 @options.max_shard_size
 @options.overwrite
 @options.resume
-def distill(folder, teacher, out, device, save_memory, save_every, max_shard_size, overwrite, resume, **recipe):
+def distill(folder, teacher, out, device, max_shard_size, **recipe):
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
@@ -105,7 +105,8 @@ def distill(folder, teacher, out, device, save_memory, save_every, max_shard_siz
 
     if not recipe["eval_text"]:
         _refuse_given("eval_tokens", "evals", "patience")
-    settings = Settings(choose_device(device), save_memory, save_every, parse_size(max_shard_size), overwrite, resume)
+    how = {name: recipe.pop(name) for name in ("save_memory", "save_every", "overwrite", "resume")}
+    settings = Settings(choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
         report = run(folder, teacher, out, Distillation(**recipe), settings, monitor)

@@ -5,6 +5,7 @@ import re
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -66,17 +67,10 @@ def bench(
     outs: tuple[str, ...],
     baselines: tuple[str, ...],
     output: Path | None,
-    concurrency: str,
-    input_len: int,
-    output_len: int,
-    data: Path | None,
-    requests: int,
-    repetitions: int,
     text: Path | None,
-    seq_len: int,
-    max_tokens: int,
     serve_args: str,
     serve_args_of: tuple[tuple[str, str], ...],
+    **load: Any,
 ) -> None:
     """Compare the compressed folders OUT with their dense model and others under the same load.
 
@@ -99,13 +93,13 @@ def bench(
         arguments += ["--max-logprobs", str(TOP)]
     comparison = Comparison(
         sides=sides,
-        workload=Workload(input_len, output_len, requests, data),
-        concurrency=parse_concurrency(concurrency),
-        repetitions=repetitions,
+        workload=Workload(load["input_len"], load["output_len"], load["requests"], load["data"]),
+        concurrency=parse_concurrency(load["concurrency"]),
+        repetitions=load["repetitions"],
         folder=folder,
         tokenizer=sides[len(baselines)].model,
         serve_arguments=arguments,
-        text=None if text is None else TextQuality(text, seq_len, max_tokens),
+        text=None if text is None else TextQuality(text, load["seq_len"], load["max_tokens"]),
         options=click.get_current_context().params | {"serve_args": " ".join(arguments)},
     )
     measured = comparison.measured
