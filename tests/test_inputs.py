@@ -84,7 +84,7 @@ def test_what_is_gone_may_come_back(folder, tmp_path):
 
 
 def test_what_no_run_reads_may_change(folder, tmp_path):
-    """Somebody writes the card, and a log or an output folder may lie in the model's folder."""
+    """`eval --update-card` changes the card, and a log or an output folder may lie in the model's folder."""
     (folder / "README.md").write_text("card")
     inputs = Inputs(folder)
     (folder / "README.md").write_text("other card")

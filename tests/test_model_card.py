@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ria_vllm.folder_commands import export
 from ria_vllm.hub.model_card import (
     base_repository,
+    note_perplexity,
     pruned_card,
     read_front_matter,
 )
@@ -171,3 +172,18 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     assert "vllm serve" not in text and "loads it without ria-vllm" in text
     assert "| pruned linears | 14 |" in text and "| sparsity | 2:4; 50.0% of the weights" in text
     assert "| retained score, mean | 0.6250 |" in text and "worst | 0.5000, `model.layers.0.mlp.up_proj` |" in text
+
+
+def test_perplexities_are_noted_one_row_a_text(tmp_path):
+    (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
+    before = (tmp_path / "README.md").read_text()
+    note_perplexity(tmp_path, "brown.txt", (1000, 64), (70.0, 40.0))
+    note_perplexity(tmp_path, "wiki.txt", (500, 64), (30.5, None))
+    note_perplexity(tmp_path, "brown.txt", (1000, 64), (69.5, 40.0))
+    after = (tmp_path / "README.md").read_text()
+    rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
+    assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
+    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in after and after.count("## Perplexity") == 1
+    head, tail = "## Perplexity", "## Options"
+    assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

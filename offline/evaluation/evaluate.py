@@ -16,7 +16,8 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.offline.evaluation.recovery import TITLES, average, cells, compare, comparison
+from ria_vllm.hub.model_card import check_card, note_perplexity
+from ria_vllm.offline.evaluation.recovery import TITLES, average, cells, compare, comparison, note_tasks
 from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
@@ -96,6 +97,7 @@ class Options:
     seq_len: int | None
     max_tokens: int | None
     baseline: str | None
+    update_card: bool
     tasks: str | None
     include_path: Path | None
     limit: int | None
@@ -125,6 +127,9 @@ class Options:
     help="Also measure this model, the dense one that MODEL was pruned from, on the same text or tasks; with --tasks, "
     "also say how many percent of its scores MODEL has recovered.",
 )
+@click.option(
+    "--update-card", is_flag=True, help="Add what was measured to MODEL's README.md; MODEL must then be a folder."
+)
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
 @click.option(
     "--include-path",
@@ -146,6 +151,8 @@ def evaluate(**options: Any) -> None:
     asked = Options(**options)
     if (asked.text is None) == (asked.tasks is None):
         raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
+    if asked.update_card:
+        check_card(Path(asked.model))
     if asked.text is not None:
         evaluate_text(asked, asked.text)
     else:
@@ -192,6 +199,9 @@ def evaluate_text(asked: Options, text: Path) -> None:
         click.echo(f"perplexity {own.perplexity:.4f} ({own.tokens} tokens, {windows}, computed in {dtype})")
         if dense is not None:
             click.echo(f"{asked.baseline}: perplexity {dense.perplexity:.4f}")
+    if asked.update_card:
+        values = own.perplexity, None if dense is None else dense.perplexity
+        note_perplexity(Path(asked.model), text.name, (own.tokens, own.seq_len), values)
 
 
 def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
@@ -223,6 +233,8 @@ def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
     else:
         _say_dequantized(configs)
         print_table(TITLES, shown)
+    if asked.update_card:
+        note_tasks(Path(model), shown, program)
 
 
 def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:

@@ -26,8 +26,8 @@ class ChangedInput(RiaError):
 class Inputs:
     """Files and models' folders, with their stamps from before the run has read anything of them.
 
-    Of a folder, these are the weights and the files that go with them, but for the model card, which somebody
-    may write meanwhile, and which is read once.
+    Of a folder, these are the weights and the files that go with them, but for the model card, which `eval
+    --update-card` may change meanwhile, and which is read once.
     """
 
     def __init__(self, *places: Path):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.checkpoint.writer import disk_errors, write_whole
 from ria_vllm.errors import RiaError, printable
+from ria_vllm.files.text_file import read_text
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
@@ -60,7 +62,7 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
         values = (f"{loss[key]:.2f}" for key in ("perplexity", "perplexity_dense"))
         text = ", ".join(["calibration text, held out", *([loss["measured"]] if "measured" in loss else [])])
         row = (text, str(loss["tokens"]), str(recipe["seq_len"]), *values)
-        body += ["## Perplexity", card_table(_PERPLEXITY, [row])]
+        body += _section("Perplexity", card_table(_PERPLEXITY, [row]))
     return _card(base, recipe, "", body)
 
 
@@ -271,3 +273,61 @@ def _line(text: Any) -> str:
     Lone surrogates, which JSON allows, are replaced, and control characters are escaped.
     """
     return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
+
+
+def _marks(title: str) -> tuple[str, str]:
+    """What the content of a section begins and ends with, so that `note` finds it."""
+    return f"<!-- ria-vllm: {title.lower()} -->", f"<!-- ria-vllm: end of {title.lower()} -->"
+
+
+def _section(title: str, content: str) -> list[str]:
+    begin, end = _marks(title)
+    return [f"## {title}", f"{begin}\n{content}\n{end}"]
+
+
+def check_card(folder: Path) -> None:
+    """Refuse a folder without a card before anything is measured."""
+    if not (folder / CARD_FILE).is_file():
+        raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
+
+
+def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
+    """Replace the content of a section of the card, or add the section at its end. The rest of the card stays.
+
+    Args:
+        content: takes what was there before, and returns what is to be there.
+
+    Raises:
+        RiaError: there is no card, or it cannot be read or replaced.
+    """
+    check_card(folder)
+    path = folder / CARD_FILE
+    card = read_text(path)
+    begin, end = _marks(title)
+    before, begun, rest = card.partition(begin)
+    old, ended, after = rest.partition(end)
+    if not begun or not ended:
+        before, old, after = f"{card.rstrip()}\n\n## {title}\n\n", "", "\n"
+    with disk_errors(path):
+        write_whole(path, before + _section(title, content(old))[1] + after)
+
+
+def note_perplexity(folder: Path, text: str, counts: tuple[int, int], values: tuple[float, float | None]) -> None:
+    """Add a row to the card's table of perplexities, or replace the one on the same text.
+
+    Args:
+        text: the name of its file.
+        counts: how many tokens were predicted, in windows of how many.
+        values: the model's perplexity, and the base model's.
+
+    Raises:
+        RiaError: as `note`.
+    """
+    same = (plain(text), *map(str, counts))
+    row = (*same, *("" if value is None else f"{value:.2f}" for value in values))
+
+    def table(old: str) -> str:
+        rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in old.splitlines()[3:]]
+        return card_table(_PERPLEXITY, [*(each for each in rows if len(each) == 5 and each[:3] != same), row])
+
+    note(folder, "Perplexity", table)

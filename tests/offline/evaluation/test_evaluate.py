@@ -103,19 +103,30 @@ def test_a_model_that_only_gives_nan(damage, text):
         run(damage.folder, "--text", text)
 
 
-def test_the_base_model_is_measured_as_it_is_alone(pruned_llama, text):
-    arguments = ("--text", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--json")
-    found = json.loads(run(pruned_llama.folder, *arguments).stdout)
+def test_the_card_shows_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(pruned_llama.folder, out)
+    (out / "README.md").write_text("# Mine\n")
+    arguments = ("--text", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--update-card", "--json")
+    found = json.loads(run(out, *arguments).stdout)
     alone = json.loads(run(pruned_llama.source, "--text", text, "--seq-len", 64, "--json").stdout)
     assert found["baseline"]["model"] == str(pruned_llama.source)
     assert {key: found["baseline"][key] for key in ("perplexity", "tokens", "seq_len")} == {
         key: alone[key] for key in ("perplexity", "tokens", "seq_len")
     }
-    assert f"perplexity {alone['perplexity']:.4f}" in run(pruned_llama.folder, *arguments[:-1]).stdout
+    row = f"| text.txt | {found['tokens']} | 64 | {found['perplexity']:.2f} | {alone['perplexity']:.2f} |"
+    card = (out / "README.md").read_text()
+    assert row in card.splitlines() and card.startswith("# Mine\n") and str(tmp_path) not in card
+    assert f"perplexity {alone['perplexity']:.4f}" in run(out, *arguments[:-2]).stdout
 
 
-def test_nothing_is_measured_that_cannot_be_compared(pruned_llama, text, tmp_path, monkeypatch):
+def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.load_model", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RiaError, match="no model card"):
+        run(pruned_llama.folder, "--text", text, "--update-card")
+    monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.run_tasks", lambda *_: pytest.fail("measured"))
+    with pytest.raises(RiaError, match="no model card"):
+        run(pruned_llama.folder, "--tasks", "x", "--update-card")
     other = tmp_path / "other"
     shutil.copytree(pruned_llama.source, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())

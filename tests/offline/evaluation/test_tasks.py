@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +115,11 @@ def right_answers(folder: Path, source: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_task_with_what_is_recovered(pruned_llama, own_tasks):
-    command = [sys.executable, "-m", "ria_vllm", "eval", str(pruned_llama.folder), "--json", "--device", "cpu"]
+def test_a_task_with_what_is_recovered(pruned_llama, own_tasks, tmp_path):
+    out = shutil.copytree(pruned_llama.folder, tmp_path / "out")
+    (out / "README.md").write_text("# Mine
+")
+    command = [sys.executable, "-m", "ria_vllm", "eval", str(out), "--json", "--device", "cpu", "--update-card"]
     command += ["--tasks", "colours", "--include-path", str(own_tasks)]
     command += ["--baseline", str(pruned_llama.source)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -128,6 +132,8 @@ def test_a_task_with_what_is_recovered(pruned_llama, own_tasks):
     assert math.isclose(found["baseline"]["tasks"]["colours"]["acc"], dense / 8)
     assert math.isclose(found["recovery"]["colours"]["acc"], 100 * right / dense)
     assert math.isclose(found["average"]["recovery"], 100 * right / dense)
+    rows = [line.split(" | ") for line in (out / "README.md").read_text().splitlines()]
+    assert [row[-1] for row in rows if row[0] == "| colours"] == [f"{100 * right / dense:.1f}% |"]
 
 
 def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatch, capsys):
