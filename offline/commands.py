@@ -37,15 +37,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.command()
 @click.argument("model")
 @shared.out
-@click.option(
-    "--scheme",
-    type=click.Choice(list(SCHEMES), case_sensitive=False),
-    default="BF16",
-    show_default=True,
-    metavar="|".join(SCHEMES),
-    help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
-    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale.",
-)
+@shared.scheme
 @click.option(
     "--effort",
     type=click.Choice(list(EFFORTS)),

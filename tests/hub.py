@@ -14,7 +14,8 @@ COMMIT = "a" * 40
 
 
 class Hub:
-    """branches: name -> file -> content. fails: path pattern -> status to answer with. requests: what was asked for."""
+    """branches: name -> file -> content. fails: path pattern -> status to answer with. requests: what was asked for.
+    sent: bytes of all answers."""
 
     def __init__(self):
         self.branches: dict[str, dict[str, bytes]] = {}
@@ -25,12 +26,15 @@ class Hub:
         self.messages: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.address = ""
+        self.sent = 0
 
     def answer(self, method: str, path: str, query: str, body: bytes) -> tuple[int, object]:
         for pattern, status in self.fails.items():
             if re.search(pattern, path):
                 return status, {"error": f"refused with {status}"}
         repository = {"url": f"{self.address}/user/model", "id": "user/model", "private": self.private}
+        if found := re.fullmatch(r"/user/model/resolve/main/(.+)", path):
+            return (200, files[found[1]]) if found[1] in (files := self.branches["main"]) else (404, {})
         if path == "/api/repos/create":
             asked = json.loads(body)
             if self.branches:
@@ -102,14 +106,22 @@ def running(hub: Hub):
             if not address.path.startswith("/store/"):  # there the URL itself is the credential
                 assert self.headers["Authorization"] == f"Bearer {TOKEN}"
             status, content = hub.answer(self.command, address.path, address.query, body)
-            text = json.dumps(content).encode()
+            text = content if isinstance(content, bytes) else json.dumps(content).encode()
+            if asked := re.fullmatch("bytes=([0-9]+)-([0-9]+)", self.headers.get("Range", "")):
+                status, text = 206, text[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            if isinstance(content, bytes):
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            else:
+                self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(text)
+            if self.command != "HEAD":
+                hub.sent += len(text)
+                self.wfile.write(text)
 
-        do_GET = do_POST = do_PUT = respond
+        do_GET = do_HEAD = do_POST = do_PUT = respond
 
         def log_message(self, *arguments: object) -> None:
             pass

@@ -26,6 +26,7 @@ from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
 from ria_vllm.offline.run.held_out import held_out_loss, not_rounded, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
@@ -146,6 +147,9 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
+        if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
+            taken = forecast.about(forecast.pruning_seconds(self.model, self.recipe))
+            self.monitor.say(f"about {taken}, estimated from how fast this machine multiplies; the ETA is measured")
         tokens = self._tokens()
         cache = self.writer.work / "activations" if self.settings.activation_cache == "disk" else None
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
