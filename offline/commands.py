@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
@@ -21,6 +22,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 
 
+COMMANDLINE = ParameterSource.COMMANDLINE
 expert = partial(click.option, show_default=True, hidden=True)
 
 
@@ -72,11 +74,24 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size; they are "
     "for W8A8 and W4A8 on CPUs. GPUs multiply 2:4 only.",
 )
-@expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
+@expert(
+    "--recipe",
+    "saved",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Repeat what the ria_report.json of an earlier folder says, but for the options that you give beside it.",
+)
+@expert(
+    "--method",
+    type=click.Choice(["ria", "ri", "wanda", "magnitude", "sparsegpt"]),
+    default="ria",
+    help="How weights are scored; sparsegpt also updates them.",
+)
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
-@expert("--permute", default="lsa", help="Channel permutation: lsa, heuristic or none.")
+@expert("--permute", type=click.Choice(["lsa", "heuristic", "none"]), default="lsa", help="Channel permutation.")
 @expert(
     "--permute-scope",
+    type=click.Choice(["shared", "linear"]),
     default="shared",
     help="shared: one order for q, k, v and one for gate, up. linear: each its own; better, but slower to serve.",
 )
@@ -90,6 +105,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @expert("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="For all random choices.")
 @expert(
     "--reconstruct",
+    type=click.Choice(["none", "admm", "short", "block"]),
     show_default="by --effort",
     help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
     "routed experts; or block: a longer training of all. Linears are rounded to integers after that.",
@@ -121,8 +137,9 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @expert(
     "--compute-dtype",
+    type=click.Choice(["auto", "bfloat16", "float32", "float16"]),
     default="auto",
-    help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
+    help="The dtype to compute in. auto: the model's own, unless the device "
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
 @expert(
@@ -133,7 +150,15 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @expert("--max-shard-size", default="5GB", help="Of weight files.")
 @expert("--timings", type=click.Path(path_type=Path), help="Also write the seconds of each phase to a JSON file.")
-def compress(model: str, out: Path, timings: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
+def compress(
+    model: str,
+    out: Path,
+    saved: Path | None,
+    timings: Path | None,
+    device: str,
+    max_shard_size: str,
+    **options: Any,
+) -> None:
     """Prune MODEL (a Hugging Face folder, a hub id or a .gguf file) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
@@ -153,9 +178,17 @@ def compress(model: str, out: Path, timings: Path | None, device: str, max_shard
     how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
-    options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}
-    effort = EFFORTS[options.pop("effort")]
-    recipe = Recipe.of_options(options | {name: value for name, value in effort.items() if options[name] is None})
+    options |= {"group_size": int(size) if size and size.isdigit() else size}
+    source, wanted = click.get_current_context().get_parameter_source, {}
+    for name, words in (("scheme", SCHEMES), ("effort", EFFORTS)):
+        meant = words[options.pop(name)]
+        options |= {key: value for key, value in meant.items() if options.get(key) is None}
+        wanted |= dict.fromkeys(meant, source(name))
+    if saved is not None:
+        wanted |= {name: source(name) for name in options if name not in wanted or source(name) is COMMANDLINE}
+        given = {name: value for name, value in options.items() if wanted[name] is COMMANDLINE}
+        options = Recipe.saved(saved) | given
+    recipe = Recipe.of_options(options)
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)

@@ -68,7 +68,7 @@ def plan(model: str, scheme: str, device: str) -> None:
     click.echo(f"result:  {scheme}, {human_size(size)}; twice that on the disk while it is written{fetched}")
     click.echo(f"kernel:  {kernel}")
     speed = expected(sizes, scheme, instructions)
-    click.echo(f"speed:   {speed or 'nothing was measured on such a device'}")
+    click.echo(f"tokens/s {speed or 'unknown: nothing was measured on such a device'}")
     if place.type == "cpu":
         click.echo(EIGHT)
     whole = human_size(round(forecast.LIBRARIES + streamed.model.num_parameters() * streamed.dtype.itemsize))

@@ -1,11 +1,11 @@
 """How fast a pruned model should be served, against the dense one: an estimate from measured products."""
 
 import importlib
-import time
 from dataclasses import dataclass
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import Pattern
 
 # Instruction set -> scheme -> how many times as fast as vLLM's fastest dense product in floating point a linear is with
@@ -29,8 +29,9 @@ RATIOS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }  # fmt: skip
 USERS = (1, 8)
-# Milliseconds of a layer besides its products, and with each user more: SmolLM2 on a Zen 5, docs/lab/rivals.md.
-LAYER, LAYER_OF_USER = 0.3, 0.05
+# Milliseconds to read a dense weight in 16 bits, and those of a layer besides its products, and with each user more:
+# SmolLM2 on two cores of a Zen 5, docs/lab/rivals.md.
+WEIGHT, LAYER, LAYER_OF_USER = 6e-8, 0.3, 0.05
 INT8_HEAD = 2.0
 
 
@@ -55,22 +56,24 @@ def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.de
 
 
 def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
-    """How many times the tokens of the dense model, and of dense W8A8; empty where nothing was measured."""
+    """How many times the tokens a second of the dense model, and of dense W8A8; empty where nothing was measured."""
     table = RATIOS.get({"avx512": "avx512_vnni", "avx_vnni": "avx2"}.get(str(instructions), str(instructions)))
     if table is None:
         return ""
-    long, found = torch.ones(1 << 24), []
-    long.sum()
-    begun = time.thread_time()
-    long.sum()
-    each = 2e3 * (time.thread_time() - begun) / long.nbytes  # milliseconds to read a weight in 16 bits
+    found = []
     for number, users in enumerate(USERS):
-        rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + each * (sizes.dense + sizes.head)
-        saved = each * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0
-        ours = rest - saved + each * sizes.pruned / table[scheme][number]
-        dense, w8a8 = (rest + each * sizes.pruned / ratio for ratio in (1.0, table["dense W8A8"][number]))
+        rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
+        saved = WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0
+        ours = rest - saved + WEIGHT * sizes.pruned / table[scheme][number]
+        dense, w8a8 = (rest + WEIGHT * sizes.pruned / ratio for ratio in (1.0, table["dense W8A8"][number]))
         who = "1 user" if users == 1 else f"{users} users"
-        found.append(
-            f"{who}: {dense / ours:.1f} times the tokens/s of the dense model, {w8a8 / ours:.1f} of dense W8A8"
-        )
+        found.append(f"{who}: {dense / ours:.1f} times dense, {w8a8 / ours:.1f} times dense W8A8")
     return "; ".join(found)
+
+
+def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
+    """The same of linears that are served where this runs; empty, too, if no kernel can."""
+    try:
+        return expected(sizes, scheme, served_by(scheme, pattern, dtype, place)[1])
+    except RiaError:
+        return ""

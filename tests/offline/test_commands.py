@@ -32,7 +32,7 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "best"], "--method 'best'"),
+        (["--recipe", "absent.json"], "absent.json"),
         (["--samples", "0"], "--samples 0"),
         (["--ignore", "proj"], "nothing is left to prune"),
         (["--max-shard-size", "big"], "size 'big'"),
@@ -88,3 +88,22 @@ def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     assert result.exit_code == 0, result.output
     schema = Reader(tmp_path / "out").schema
     assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32
+
+
+def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
+    common = [tiny("llama"), "--calibration", text]
+    first = ["--scheme", "W4A16", "--group-size", 32, "--samples", 3, "--seq-len", 32, "--reconstruct", "none"]
+    first += ["--permute-scope", "linear", "--ignore", "0.*q_proj", "--seed", 4]
+    assert invoke(*common, "-o", tmp_path / "one", *first).exit_code == 0
+    again = ["--recipe", tmp_path / "one" / "ria_report.json"]
+    found = {"one": Reader(tmp_path / "one").schema.recipe}
+    for name, given in {"same": [], "faster": ["--effort", "fast"], "fewer": ["--samples", 2]}.items():
+        result = invoke(*common, "-o", tmp_path / name, *again, *given)
+        assert result.exit_code == 0, result.output
+        found[name] = Reader(tmp_path / name).schema.recipe
+    changed = {
+        name: {key: value for key, value in recipe.items() if value != found["one"][key]}
+        for name, recipe in found.items()
+    }
+    assert changed["same"] == {} and changed["fewer"] == {"samples": 2}
+    assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 4}

@@ -32,7 +32,8 @@ from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE, librar
     help="How many compilers to run at once. Default: what cores and memory allow.",
 )
 @click.option(
-    "--output",
+    "--out",
+    "output",
     type=click.Path(file_okay=False, path_type=Path),
     help=f"Folder for the libraries; then set {LIBRARY_FOLDER_VARIABLE} to it. Default: inside the package.",
 )
