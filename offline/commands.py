@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     default="default",
     show_default=True,
     help="fast: minutes for a model of a billion weights; default: and then a short training of each layer; best: a "
-    "longer training on 16 times the text.",
+    "longer training on 16 times the text, and the `distill` command that should follow it.",
 )
 @click.option(
     "--calibration",
@@ -203,7 +204,19 @@ def compress(
     free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
+    if recipe.reconstruct == "block" and "kept" not in report and not Path(model).is_file():
+        monitor.say(_next(model, out, recipe.calibration))
     monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
     if timings and monitor.shown:
         with disk_errors(timings):
             timings.write_text(json.dumps(seconds, indent=2) + "\n")
+
+
+def _next(model: str, out: Path, text: str) -> str:
+    """What should follow the longest training of single layers."""
+    words = ["ria-vllm", "distill", str(out), "--teacher", model, "-o", f"{out}-distilled", "--tokens", "262144"]
+    words += [] if text == "self" else ["--calibration", text, "--self-written", "0.5"]
+    return (
+        f"next, where both models fit into memory: {shlex.join(words)}\nThat took SmolLM2's perplexity from 57.7 to "
+        "51.5, and on other text from 34.4 to 24.9"
+    )

@@ -1,6 +1,7 @@
 """The command itself: defaults, messages, exit codes."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill.command import distill
 
 
 def invoke(*arguments: object):
@@ -107,3 +109,14 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     }
     assert changed["same"] == {} and changed["fewer"] == {"samples": 2}
     assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 4}
+
+
+def test_the_longest_training_names_the_command_that_should_follow(tiny, text, tmp_path):
+    options = ["--calibration", text, "--samples", 2, "--seq-len", 32]
+    done = invoke(tiny("llama"), "-o", tmp_path / "an out", *options, "--effort", "best")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("next"))
+    program, command, *words = shlex.split(line.partition(": ")[2])
+    asked = distill.make_context(command, words).params
+    assert program == "ria-vllm" and asked["folder"] == tmp_path / "an out" and asked["teacher"] == str(tiny("llama"))
+    assert asked["text"] == str(text) and asked["self_written"] == 0.5
+    assert "next" not in invoke(tiny("llama"), "-o", tmp_path / "fast", *options, "--effort", "fast").stderr
