@@ -64,6 +64,10 @@ def plan(model: str, scheme: str, device: str) -> None:
         monitor.warn(warning)
     click.echo(f"model:   {printable(model)}, {human_size(dense)}")
     _say_linears(topologies, found)
+    if not is_here:
+        click.echo(
+            "         Headers do not tell whether linears are 2:4 already: such ones keep their zeros, in less time"
+        )
     fetched = "" if is_here else f", and {human_size(dense)} to fetch the model"
     click.echo(f"result:  {scheme}, {human_size(size)}; twice that on the disk while it is written{fetched}")
     click.echo(f"kernel:  {kernel}")

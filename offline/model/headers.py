@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
@@ -38,21 +37,14 @@ def without_weights(model: str) -> Iterator[Path]:
             f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
     with TemporaryDirectory(prefix="ria-plan-") as scratch, disk_errors(Path(scratch)):
-        folder = Path(scratch, *model.split("/"))
+        folder, header, end = Path(scratch, *model.split("/")), {}, 0
+        for name, info in (one for file in found.files_metadata.values() for one in file.tensors.items()):
+            begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
+            header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
         folder.mkdir(parents=True)
         copyfile(config, folder / "config.json")
-        tensors = {name: info for file in found.files_metadata.values() for name, info in file.tensors.items()}
-        _write_header(folder / "model.safetensors", tensors)
+        with open(folder / "model.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
         yield folder
-
-
-def _write_header(path: Path, tensors: dict[str, Any]) -> None:
-    """A safetensors file with these tensors, as huggingface_hub describes them, and a hole in the place of values."""
-    header, end = {}, 0
-    for name, info in tensors.items():
-        begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
-        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)

@@ -29,7 +29,7 @@ from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
-from ria_vllm.offline.run.held_out import held_out_loss, not_rounded, verdict
+from ria_vllm.offline.run.held_out import held_out_loss, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
@@ -307,12 +307,12 @@ class _Run:
             found["copied"] = copied
         judged = self._size_and_speed(plan)
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
-            before = not_rounded(self.recipe)
-            found[HELD_OUT] = loss | ({"measured": before} if before else {})
+            found[HELD_OUT] = loss
             judged = verdict(loss, self.recipe) | judged
-        for line in (lines := {key: judged[key] for key in VERDICT_KEYS if key in judged}).values():
+        judged = {key: judged[key] for key in VERDICT_KEYS if key in judged}
+        for line in judged.values():
             self.monitor.say(line)
-        return {VERDICT: lines} | found
+        return {VERDICT: judged} | found
 
     def _size_and_speed(self, plan: Plan) -> dict[str, str]:
         """What the result weighs, and how fast it should be served here."""

@@ -16,7 +16,7 @@ from ria_vllm.files.text_file import read_text
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
-from ria_vllm.report import HELD_OUT, VERDICT, report_linears, report_number
+from ria_vllm.report import VERDICT, report_linears, report_number
 
 CARD_FILE = "README.md"
 SERVE_HERE = "vllm serve ."  # `push` puts the repository's name there
@@ -59,13 +59,8 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}
     lines = [f"- {plain(line)}" for line in report.get(VERDICT, {}).values()]
-    body = [_origin(recipe, identity), *(["\n".join(lines)] if lines else [])]
-    if loss := report.get(HELD_OUT):
-        values = (f"{loss[key]:.2f}" for key in ("perplexity", "perplexity_dense"))
-        text = ", ".join(["calibration text, held out", *([loss["measured"]] if "measured" in loss else [])])
-        row = (text, str(loss["tokens"]), str(recipe["seq_len"]), *values)
-        body += _section("Perplexity", card_table(_PERPLEXITY, [row]))
-    body += [*_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
+    verdict = ["\n".join(lines)] if lines else []
+    body = [_origin(recipe, identity), *verdict, *_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
     return _card(base, recipe, "", body)
 
 
