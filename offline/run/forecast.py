@@ -19,11 +19,11 @@ from ria_vllm.speed import Sizes
 
 # Fitted to the phases of SmolLM2-135M on a Xeon with AMX (docs/lab/figures.md). A linear [out, in] takes multiply-adds
 # in the dtype of the layers, in float32, and bytes of memory: for each token and weight, square of `in`, and channel
-PASSED, GRAMS, TOUCHED = 5, 1.7, 60
+PASSED, GRAMS, TOUCHED, AROUND = 5, 1.7, 40, 1024
 # for each weight times `in` (orders of channels, and ADMM), and each weight
 ORDERED, SOLVED, SEARCHED = 20, 22, 30_000
 # and in training for each token and weight, channel, and for each weight in a step.
-TRAINED, FELT, STEPPED = 3, 35, 300
+TRAINED, FELT, STEPPED = 3, 23, 300
 # Bytes of the process before it has loaded anything; layers in memory at the peak, in bfloat16 and float32.
 LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.5, 8.5
 
@@ -36,8 +36,9 @@ def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
     for rows, columns, copies, share in _shapes(model, recipe):
         weights, reached, taught = rows * columns, copies * share, trained * (copies == 1 or recipe.trains_experts)
         fast += weights * (reached * (PASSED * tokens + TRAINED * taught) + copies * ORDERED * columns)
-        exact += GRAMS * tokens * reached * columns**2 + copies * SOLVED * weights * columns
-        memory += 4 * (rows + columns) * reached * (TOUCHED * tokens + FELT * taught)
+        exact += recipe.needs_gram * columns * (GRAMS * tokens * reached * columns + copies * SOLVED * weights)
+        around = 1 + recipe.seq_len / AROUND  # attention
+        memory += 4 * (rows + columns) * reached * around * (TOUCHED * tokens + FELT * taught)
         searched = SEARCHED if recipe.pattern == TWO_OF_FOUR else 2 * SEARCHED  # other masks take longer to choose
         memory += copies * weights * (searched + STEPPED * taught / recipe.schedule.tokens_in_step)
     rates = _rates(model.device, model.dtype)
