@@ -13,6 +13,7 @@ from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.commands import EFFORTS
 from ria_vllm.offline.model.headers import without_weights
+from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.model.topology import Topologies
@@ -27,7 +28,6 @@ from ria_vllm.progress import Monitor
 from ria_vllm.speed import expected, served_by
 from ria_vllm.table import print_table
 
-TOKENS = 512  # of the text by which layers are tried
 EIGHT = (
     "8:16:    --pattern 8:16, which no GPU multiplies, is as large and on most CPUs about as fast, and loses less: of "
     "SmolLM2 in W8A8 28% less in KL"
@@ -48,16 +48,17 @@ def plan(model: str, scheme: str, device: str) -> None:
     with torch.no_grad(), monitor.live(), without_weights(model) as folder:
         with opened(str(folder), folder, Ranks(), monitor) as source:
             streamed = StreamedModel(source.folder, source.config, place)
-        recipe = Recipe.of_options(SCHEMES[scheme] | EFFORTS["default"])
+        longest = getattr(text_config(source.config), "max_position_embeddings", None)
+        recipe = Recipe.of_options(SCHEMES[scheme] | EFFORTS["default"]).within(longest)
         kept = find_kept(streamed, recipe, monitor) if is_here else Kept()
         recipe = keeping(recipe.fitting(widths(streamed, recipe)), kept, monitor)
-        topologies = embed(streamed, recipe, torch.zeros(1, TOKENS).long(), None, Ranks(), monitor).topologies
+        topologies = embed(streamed, recipe, torch.zeros(1, recipe.seq_len).long(), None, Ranks(), monitor).topologies
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
         rows = []
         for effort, chosen in EFFORTS.items():
-            asked = replace(recipe, **chosen) if recipe.reads_text else recipe
+            asked = replace(recipe, **chosen).within(longest) if recipe.reads_text else recipe
             time = forecast.about(forecast.pruning_seconds(streamed, asked))
             rows.append((effort, time, human_size(round(forecast.peak_bytes(streamed, asked)))))
     for warning in found.warnings:

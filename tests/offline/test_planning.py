@@ -25,7 +25,7 @@ def size_in(said: str, before: str) -> float:
     return float(number) * {"kB": 1e3, "MB": 1e6}[unit]
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "BF16"), ("gemma3", "W8A8"), ("qwen3-moe", "W4A16")])
+@pytest.mark.parametrize(("family", "scheme"), [("opt", "BF16"), ("gemma3", "W8A8"), ("qwen3-moe", "W4A16")])
 def test_what_compress_then_does(family, scheme, tiny, text, tmp_path):
     said = planned(tiny(family), "--scheme", scheme)
     run_small(tiny(family), tmp_path / "out", text, **SCHEMES[scheme])
