@@ -23,7 +23,6 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 
 
-COMMANDLINE = ParameterSource.COMMANDLINE
 expert = partial(click.option, show_default=True, hidden=True)
 
 
@@ -175,20 +174,20 @@ def compress(
     from ria_vllm.offline.run.compress import compress as run
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
+    from ria_vllm.report import VERDICT
 
     how = {name: options.pop(name) for name in ("activation_cache", "overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
     options |= {"group_size": int(size) if size and size.isdigit() else size}
-    source, wanted = click.get_current_context().get_parameter_source, {}
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) is ParameterSource.COMMANDLINE}
     for name, words in (("scheme", SCHEMES), ("effort", EFFORTS)):
         meant = words[options.pop(name)]
         options |= {key: value for key, value in meant.items() if options.get(key) is None}
-        wanted |= dict.fromkeys(meant, source(name))
+        given |= meant.keys() if name in given else set()
     if saved is not None:
-        wanted |= {name: source(name) for name in options if name not in wanted or source(name) is COMMANDLINE}
-        given = {name: value for name, value in options.items() if wanted[name] is COMMANDLINE}
-        options = Recipe.saved(saved) | given
+        options = Recipe.saved(saved) | {name: options[name] for name in given & options.keys()}
     recipe = Recipe.of_options(options)
     if timings and timings.parent.resolve() != out.resolve():  # OUT itself does not exist yet
         check_file_place(timings)
@@ -204,9 +203,11 @@ def compress(
     free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
+    monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
+    for line in report[VERDICT].values():
+        monitor.say(line)
     if recipe.reconstruct == "block" and "kept" not in report and not Path(model).is_file():
         monitor.say(_next(model, out, recipe.calibration))
-    monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
     if timings and monitor.shown:
         with disk_errors(timings):
             timings.write_text(json.dumps(seconds, indent=2) + "\n")

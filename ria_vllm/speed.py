@@ -8,26 +8,16 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import Pattern
 
-# Instruction set -> scheme -> how many times as fast as vLLM's fastest dense product in floating point a linear is with
+# Instruction set -> how many times as fast as vLLM's fastest dense product in floating point linears are, by WAYS, with
 # one token, and with eight. Medians of docs/lab/kernels-cpu.md; dense W8A8 with AMX by its bytes.
-RATIOS: dict[str, dict[str, tuple[float, float]]] = {
-    "amx": {
-        "dense W8A8": (1.9, 1.8), "BF16": (2.0, 1.65), "W8A16": (3.0, 1.8), "W8A8": (3.2, 2.5), "W4A16": (3.8, 2.8),
-        "W4A8": (4.5, 3.2),
-    },
-    "avx512_bf16": {
-        "dense W8A8": (1.75, 1.55), "BF16": (2.4, 2.1), "W8A16": (3.5, 1.8), "W8A8": (4.2, 3.3), "W4A16": (7.0, 2.1),
-        "W4A8": (6.2, 3.4),
-    },
-    "avx512_vnni": {
-        "dense W8A8": (2.8, 2.4), "BF16": (3.3, 2.2), "W8A16": (5.0, 2.2), "W8A8": (6.4, 4.7), "W4A16": (7.0, 2.2),
-        "W4A8": (10.0, 6.5),
-    },
-    "avx2": {
-        "dense W8A8": (0.2, 0.3), "BF16": (2.0, 1.7), "W8A16": (2.5, 2.0), "W8A8": (4.8, 4.0), "W4A16": (3.5, 1.8),
-        "W4A8": (6.5, 4.2),
-    },
-}  # fmt: skip
+WAYS = ("dense W8A8", "BF16", "W8A16", "W8A8", "W4A16", "W4A8")
+RATIOS = {
+    "amx": ((1.9, 2.0, 3.0, 3.2, 3.8, 4.5), (1.8, 1.65, 1.8, 2.5, 2.8, 3.2)),
+    "avx512_bf16": ((1.75, 2.4, 3.5, 4.2, 7.0, 6.2), (1.55, 2.1, 1.8, 3.3, 2.1, 3.4)),
+    "avx512_vnni": ((2.8, 3.3, 5.0, 6.4, 7.0, 10.0), (2.4, 2.2, 2.2, 4.7, 2.2, 6.5)),
+    "avx2": ((0.2, 2.0, 2.5, 4.8, 3.5, 6.5), (0.3, 1.7, 2.0, 4.0, 1.8, 4.2)),
+}
+ALIKE = {"avx512": "avx512_vnni", "avx_vnni": "avx2"}
 USERS = (1, 8)
 # Milliseconds to read a dense weight in 16 bits, and those of a layer besides its products, and with each user more:
 # SmolLM2 on two cores of a Zen 5, docs/lab/rivals.md.
@@ -57,23 +47,23 @@ def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.de
 
 def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
     """How many times the tokens a second of the dense model, and of dense W8A8; empty where nothing was measured."""
-    table = RATIOS.get({"avx512": "avx512_vnni", "avx_vnni": "avx2"}.get(str(instructions), str(instructions)))
-    if table is None:
-        return ""
     found = []
-    for number, users in enumerate(USERS):
+    for users, ratios in zip(USERS, RATIOS.get(ALIKE.get(str(instructions), str(instructions)), ()), strict=False):
+        of = dict(zip(WAYS, ratios, strict=True)) | {"dense": 1.0}
         rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
-        saved = WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0
-        ours = rest - saved + WEIGHT * sizes.pruned / table[scheme][number]
-        dense, w8a8 = (rest + WEIGHT * sizes.pruned / ratio for ratio in (1.0, table["dense W8A8"][number]))
+        times = {way: rest + WEIGHT * sizes.pruned / ratio for way, ratio in of.items()}
+        ours = times[scheme] - (WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0)
+        dense, w8a8 = times["dense"], times["dense W8A8"]
         who = "1 user" if users == 1 else f"{users} users"
         found.append(f"{who}: {dense / ours:.1f} times dense, {w8a8 / ours:.1f} times dense W8A8")
     return "; ".join(found)
 
 
 def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
-    """The same of linears that are served where this runs; empty, too, if no kernel can."""
+    """The same where this runs, in a sentence; empty, too, if no kernel can serve the linears."""
     try:
-        return expected(sizes, scheme, served_by(scheme, pattern, dtype, place)[1])
+        instructions = served_by(scheme, pattern, dtype, place)[1]
     except RiaError:
         return ""
+    found = expected(sizes, scheme, instructions)
+    return found and f"tokens/s on CPUs with {instructions}, estimated: {found}"

@@ -93,9 +93,9 @@ class Options:
     """The arguments of the command; see its help."""
 
     model: str
-    text: Path | None
+    eval_text: Path | None
     seq_len: int | None
-    max_tokens: int | None
+    eval_tokens: int | None
     baseline: str | None
     update_card: bool
     tasks: str | None
@@ -114,17 +114,14 @@ class Options:
 
 @click.command()
 @click.argument("model")
-@click.option("--eval-text", "text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
+@click.option("--eval-text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
 @click.option(
     "--seq-len",
     type=click.IntRange(min=2),
     help="Tokens per window; by default 1024, or the model's context if that is shorter.",
 )
 @click.option(
-    "--eval-tokens",
-    "max_tokens",
-    type=click.IntRange(min=2),
-    help="Use at most this many tokens, from the start of the text.",
+    "--eval-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
 )
 @click.option(
     "--baseline",
@@ -158,12 +155,12 @@ class Options:
 def evaluate(**options: Any) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
     asked = Options(**options)
-    if (asked.text is None) == (asked.tasks is None):
+    if (asked.eval_text is None) == (asked.tasks is None):
         raise RiaError("eval: give --eval-text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if asked.update_card:
         check_card(Path(asked.model))
-    if asked.text is not None:
-        evaluate_text(asked, asked.text)
+    if asked.eval_text is not None:
+        evaluate_text(asked, asked.eval_text)
     else:
         evaluate_tasks(asked, str(asked.tasks).split(","))
     if asked.update_card:
@@ -180,7 +177,7 @@ def evaluate_text(asked: Options, text: Path) -> None:
     found: dict[str, Perplexity] = {}
     with monitor.live(), inputs.watched():
         with monitor.phase("reading the text"):
-            tokens, *others = (read_tokens(folder, text, asked.max_tokens) for folder in folders.values())
+            tokens, *others = (read_tokens(folder, text, asked.eval_tokens) for folder in folders.values())
         if not all(torch.equal(tokens, other) for other in others):
             raise RiaError(
                 f"{asked.baseline}: splits the text into different tokens than {asked.model}, so the perplexities are "

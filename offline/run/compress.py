@@ -309,10 +309,7 @@ class _Run:
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
             found[HELD_OUT] = loss
             judged = verdict(loss, self.recipe) | judged
-        judged = {key: judged[key] for key in VERDICT_KEYS if key in judged}
-        for line in judged.values():
-            self.monitor.say(line)
-        return {VERDICT: judged} | found
+        return {VERDICT: {key: judged[key] for key in VERDICT_KEYS if key in judged}} | found
 
     def _size_and_speed(self, plan: Plan) -> dict[str, str]:
         """What the result weighs, and how fast it should be served here."""
@@ -321,7 +318,7 @@ class _Run:
         speed = expected_here(
             sizes, self.recipe.scheme, self.recipe.pattern, self.model.stored_dtype, self.model.device
         )
-        return found | ({"speed": f"tokens/s on such a processor, estimated: {speed}"} if speed else {})
+        return found | ({"speed": speed} if speed else {})
 
     def _finish(
         self,

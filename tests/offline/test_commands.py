@@ -117,6 +117,10 @@ def test_the_longest_training_names_the_command_that_should_follow(tiny, text, t
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("next"))
     program, command, *words = shlex.split(line.partition(": ")[2])
     asked = distill.make_context(command, words).params
+    said = "".join(done.stderr.splitlines(keepends=True)[-7:])
+    report = json.loads((tmp_path / "an out" / "ria_report.json").read_text())
+    assert next(iter(report)) == "verdict" and "\n".join(report["verdict"].values()) in said
+    assert {"quality", "size", "advice"} <= report["verdict"].keys()
     assert program == "ria-vllm" and asked["folder"] == tmp_path / "an out" and asked["teacher"] == str(tiny("llama"))
     assert asked["text"] == str(text) and asked["self_written"] == 0.5
     assert "next" not in invoke(tiny("llama"), "-o", tmp_path / "fast", *options, "--effort", "fast").stderr
