@@ -58,8 +58,10 @@ def plan(model: str, scheme: str, device: str) -> None:
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
         rows = []
         for effort, chosen in EFFORTS.items():
-            asked = replace(recipe, **chosen).within(longest) if recipe.reads_text else recipe
-            time = forecast.about(forecast.pruning_seconds(streamed, asked))
+            asked = replace(recipe, **chosen).within(longest)
+            asked = asked.keeping() if recipe.only_keeps else asked
+            taken = forecast.about(forecast.pruning_seconds(streamed, asked))
+            time = taken if asked.reads_text else "that of copying"
             rows.append((effort, time, human_size(round(forecast.peak_bytes(streamed, asked)))))
     for warning in found.warnings:
         monitor.warn(warning)

@@ -110,6 +110,8 @@ def running(hub: Hub):
             if asked := re.fullmatch("bytes=([0-9]+)-([0-9]+)", self.headers.get("Range", "")):
                 status, text = 206, text[int(asked[1]) : int(asked[2]) + 1]
             self.send_response(status)
+            if status == 404 and "/resolve/" in address.path:
+                self.send_header("X-Error-Code", "EntryNotFound")
             if isinstance(content, bytes):
                 self.send_header("X-Repo-Commit", COMMIT)
                 self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')

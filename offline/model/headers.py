@@ -36,15 +36,16 @@ def without_weights(model: str) -> Iterator[Path]:
             f"{model}: no such folder here, and its headers could not be read from the hub either "
             f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
-    with TemporaryDirectory(prefix="ria-plan-") as scratch, disk_errors(Path(scratch)):
+    with TemporaryDirectory(prefix="ria-plan-") as scratch:
         folder, header, end = Path(scratch, *model.split("/")), {}, 0
         for name, info in (one for file in found.files_metadata.values() for one in file.tensors.items()):
             begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
             header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
-        folder.mkdir(parents=True)
-        copyfile(config, folder / "config.json")
-        with open(folder / "model.safetensors", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + end)
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
+            copyfile(config, folder / "config.json")
+            with open(folder / "model.safetensors", "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + end)
         yield folder

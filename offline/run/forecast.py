@@ -29,7 +29,7 @@ LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.5, 8.5
 
 
 def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
-    """All that `compress` takes on the model's device, but for text that the model writes."""
+    """What `compress` takes on the model's device where it reads text, but for text that the model writes."""
     tokens, trained = recipe.drawn * recipe.seq_len, RECONSTRUCTIONS[recipe.reconstruct]
     trained = max(trained, 2 * recipe.samples * recipe.seq_len) if trained else 0  # it passes twice at least
     fast = exact = memory = 0.0
@@ -111,8 +111,8 @@ def sizes_of(model: StreamedModel, plan: Plan, recipe: Recipe) -> tuple[Sizes, i
         experts = [model.experts[index][path].layout for path in plan.experts[index]]
         pruned += own + sum(layout.weights for layout in experts)
         used += own + sum(layout.weights * _share(model, layout.num_experts) for layout in experts)
-    head = output_head(model.model)
-    sizes = Sizes(len(model.layers), used, 0 if head is None else head.weight.numel(), model.linear_weights - pruned)
+    head = getattr(output_head(model.model), "weight", None)
+    sizes = Sizes(len(model.layers), used, 0 if head is None else head.numel(), model.linear_weights - pruned)
     saved = pruned * (itemsize - recipe.weight_format.bits_per_weight(model.stored_dtype) / 8)
     in_int8 = [model.names.files[name] for name in heads_in_int8(model, recipe)]
     saved += sum(prod(shape) for _, shape in model.tensors.shapes(in_int8)) * (itemsize - 1)

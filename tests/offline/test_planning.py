@@ -6,6 +6,7 @@ import hub as stand_in
 import pytest
 from click.testing import CliRunner
 from compressing import run_small
+from recovered import save_recovered
 
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
@@ -41,8 +42,14 @@ def test_what_compress_then_does(family, scheme, tiny, text, tmp_path):
     assert len(re.findall(r"^ *(?:fast|default|best) +\d+ s +[0-9.]+ [MG]B", said, re.M)) == 3
 
 
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    return save_recovered(tmp_path_factory.mktemp("recovered") / "dense")
+
+
 @pytest.fixture
-def hub(tiny, tmp_path, monkeypatch):
+def hub(recovered, tmp_path, monkeypatch):
+    """The model in several files."""
     with stand_in.running(stand_in.Hub()) as hub:
         monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
@@ -50,21 +57,23 @@ def hub(tiny, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        hub.branches["main"] = {path.name: path.read_bytes() for path in tiny("llama").iterdir() if path.is_file()}
+        hub.branches["main"] = {path.name: path.read_bytes() for path in recovered.iterdir() if path.is_file()}
         yield hub
 
 
-def test_of_a_hub_id_it_reads_headers_only(hub, tiny):
-    folder = planned(tiny("llama"))
-    found = planned("user/model")
-    assert (
-        hub.sent < 110_000 + len(hub.branches["main"]["config.json"]) < len(hub.branches["main"]["model.safetensors"])
-    )
-    same = ("pruned:", "dense:", "kernel:")
-    for name in same:
-        lines = [[line for line in said.splitlines() if line.startswith(name)] for said in (folder, found)]
+def test_of_a_hub_id_it_reads_headers_only(hub, recovered):
+    folder, found = planned(recovered), planned("user/model")
+    sizes = {name: len(content) for name, content in hub.branches["main"].items() if name.endswith(".safetensors")}
+    assert hub.sent < 101_000 * len(sizes) + 20_000 < sum(sizes.values()) / 2
+    for name in ("pruned:", "dense:", "kernel:", "result:"):
+        lines = [
+            [line.split(";")[0] for line in said.splitlines() if line.startswith(name)] for said in (folder, found)
+        ]
         assert lines[0] and lines[0] == lines[1]
     assert size_in(found, "user/model") == size_in(folder, "dense") and "to fetch" in found and "to fetch" not in folder
+    # Weights alone tell that it is 2:4 already, and has to be copied only.
+    assert folder.count("that of copying") == 3 and "that of copying" not in found
+    assert "do not tell" in found and "do not tell" not in folder
 
 
 def test_names_that_lead_nowhere(hub, tmp_path):
