@@ -84,8 +84,8 @@ def bench(
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
     llama.cpp serves. All are compared with the first baseline. Each repetition serves them one after the other, and the
-    one that goes first changes. With --eval-text, the table and the plot also have what each way costs in quality. Servers
-    ask for the key in VLLM_API_KEY, if set.
+    one that goes first changes. With --eval-text, the table and the plot also have what each way costs in quality.
+    Servers ask for the key in VLLM_API_KEY, if set.
     """
     check_environment()
     refuse_secrets(" ".join([serve_args, *(own for _, own in serve_args_of)]))
