@@ -40,7 +40,7 @@ CALIBRATION, TEXT = (
 )
 COMPRESS_ARGUMENTS = ["--scheme", "W8A8", "--effort", "fast", "--samples", "16", "--calibration", str(CALIBRATION)]
 COMPRESS_ARGUMENTS += ["--resume"]
-EVAL_ARGUMENTS = ["--seq-len", "512", "--max-tokens", "2048", "--json"]
+EVAL_ARGUMENTS = ["--seq-len", "512", "--eval-tokens", "2048", "--json"]
 # For both sides: no torch.compile, which takes minutes per server, and no prefix cache, which would know the prompts.
 SERVE_ARGUMENTS = ["--max-model-len", "1024", "--no-enable-prefix-caching", "--enforce-eager"]
 WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
@@ -185,8 +185,8 @@ def perplexity(model: Path) -> float:
     if file.exists():
         value, again = json.loads(file.read_text())["perplexity"], ", measured before"
     else:
-        command = [*RIA_VLLM, "eval", str(model), "--text", str(TEXT), *EVAL_ARGUMENTS]
-        print(f"$ ria-vllm eval {shown(model)} --text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
+        command = [*RIA_VLLM, "eval", str(model), "--eval-text", str(TEXT), *EVAL_ARGUMENTS]
+        print(f"$ ria-vllm eval {shown(model)} --eval-text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if found.returncode:
             sys.exit(found.returncode)

@@ -1,11 +1,13 @@
 """`ria-vllm compress`."""
 
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
@@ -36,22 +38,14 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.command()
 @click.argument("model")
 @shared.out
-@click.option(
-    "--scheme",
-    type=click.Choice(list(SCHEMES), case_sensitive=False),
-    default="BF16",
-    show_default=True,
-    metavar="|".join(SCHEMES),
-    help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
-    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale.",
-)
+@shared.scheme
 @click.option(
     "--effort",
     type=click.Choice(list(EFFORTS)),
     default="default",
     show_default=True,
     help="fast: minutes for a model of a billion weights; default: and then a short training of each layer; best: a "
-    "longer training on 16 times the text.",
+    "longer training on 16 times the text, and the `distill` command that should follow it.",
 )
 @click.option(
     "--calibration",
@@ -79,9 +73,23 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size; they are "
     "for W8A8 and W4A8 on CPUs. GPUs multiply 2:4 only.",
 )
-@expert("--method", default="ria", help="Score: ria, ri, wanda, magnitude; or sparsegpt.")
+@expert(
+    "--recipe",
+    "saved",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Repeat what the ria_report.json of an earlier folder says, but for the options that you give beside it.",
+)
+@expert(
+    "--method",
+    type=click.Choice(["ria", "ri", "wanda", "magnitude", "sparsegpt"]),
+    default="ria",
+    help="How weights are scored; sparsegpt also updates them.",
+)
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
-@expert("--permute", default="lsa", help="Channel permutation: lsa (linear sum assignment) or none.")
+@expert(
+    "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation, by linear sum assignment."
+)
 @expert(
     "--self-written",
     default=0.0,
@@ -92,6 +100,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @expert("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="For all random choices.")
 @expert(
     "--reconstruct",
+    type=click.Choice(["none", "admm", "short", "block"]),
     show_default="by --effort",
     help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
     "routed experts; or block: a longer training of all. Linears are rounded to integers after that.",
@@ -123,12 +132,13 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @expert(
     "--compute-dtype",
+    type=click.Choice(["auto", "bfloat16", "float32", "float16"]),
     default="auto",
-    help="The dtype to compute in: auto, bfloat16, float32 or float16. auto: the model's own, unless the device "
+    help="The dtype to compute in. auto: the model's own, unless the device "
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
 @expert("--max-shard-size", default="5GB", help="Of weight files.")
-def compress(model: str, out: Path, device: str, max_shard_size: str, **options: Any) -> None:
+def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder or a hub id) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
@@ -143,13 +153,21 @@ def compress(model: str, out: Path, device: str, max_shard_size: str, **options:
     from ria_vllm.offline.run.compress import compress as run
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
+    from ria_vllm.report import VERDICT
 
     how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
-    options = SCHEMES[options.pop("scheme")] | options | {"group_size": int(size) if size and size.isdigit() else size}
-    effort = EFFORTS[options.pop("effort")]
-    recipe = Recipe.of_options(options | {name: value for name, value in effort.items() if options[name] is None})
+    options |= {"group_size": int(size) if size and size.isdigit() else size}
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) is ParameterSource.COMMANDLINE}
+    for name, words in (("scheme", SCHEMES), ("effort", EFFORTS)):
+        meant = words[options.pop(name)]
+        options |= {key: value for key, value in meant.items() if options.get(key) is None}
+        given |= meant.keys() if name in given else set()
+    if saved is not None:
+        options = Recipe.saved(saved) | {name: options[name] for name in given & options.keys()}
+    recipe = Recipe.of_options(options)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
@@ -162,3 +180,17 @@ def compress(model: str, out: Path, device: str, max_shard_size: str, **options:
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
     monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
+    for line in report[VERDICT].values():
+        monitor.say(line)
+    if recipe.reconstruct == "block" and "kept" not in report:
+        monitor.say(_next(model, out, recipe.calibration))
+
+
+def _next(model: str, out: Path, text: str) -> str:
+    """What should follow the longest training of single layers."""
+    words = ["ria-vllm", "distill", str(out), "--teacher", model, "-o", f"{out}-distilled", "--tokens", "262144"]
+    words += [] if text == "self" else ["--calibration", text, "--self-written", "0.5"]
+    return (
+        f"next, where both models fit into memory: {shlex.join(words)}\nThat took SmolLM2's perplexity from 57.7 to "
+        "51.5, and on other text from 34.4 to 24.9"
+    )

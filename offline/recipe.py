@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,8 +12,10 @@ from pydantic import Field, ValidationError
 
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
+from ria_vllm.files.json_file import read_json
 from ria_vllm.format import formats
-from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
+from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.pruning.admm import DAMPING
@@ -92,6 +94,21 @@ class Recipe:
             raise RiaError(f"--pattern {recipe.pattern} needs inputs in int8: give --scheme W8A8 or W4A8.")
         return recipe
 
+    @classmethod
+    def saved(cls, path: Path) -> dict[str, Any]:
+        """The options of the run that wrote this report; of a text it knows the name, but not the folder.
+
+        Raises:
+            RiaError: not a report of `compress`.
+        """
+        found = read_json(path).get("recipe")
+        if not isinstance(found, dict) or found.get("pattern") not in PATTERNS:
+            raise RiaError(f"--recipe {path}: not a ria_report.json of `ria-vllm compress`.")
+        # What follows from a model that has the pattern already is found in the model that it is repeated with.
+        derived = {"only_keeps", "method"} if found.get("only_keeps") else {"only_keeps"}
+        options = {field.name: found[field.name] for field in fields(cls) if field.name in found.keys() - derived}
+        return options | {"pattern": PATTERNS[found["pattern"]]}
+
     def __post_init__(self) -> None:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
             option = "activations" if self.group_size is None else "--group-size"
@@ -104,6 +121,11 @@ class Recipe:
                 re.compile(expression)
             except re.error as error:
                 raise RiaError(f"--ignore {expression!r}: not a regular expression ({error}).") from None
+
+    @property
+    def scheme(self) -> str:
+        words = {"weights": self.weights, "activations": self.activations}
+        return next(name for name, scheme in SCHEMES.items() if scheme == words)
 
     @property
     def needs_gram(self) -> bool:

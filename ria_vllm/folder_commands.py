@@ -140,7 +140,7 @@ def _proved(url: str, reader: Reader) -> list[str]:
 
 @click.command()
 @click.argument("out", type=FOLDER)
-@click.option("-o", "--output", "dense", type=FOLDER, required=True, help="The folder to write.")
+@click.option("-o", "--out", "dense", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 500MB or 5GB.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 def export(out: Path, dense: Path, max_shard_size: str, overwrite: bool) -> None:

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 HELD_OUT = "held_out"  # see `ria_vllm.offline.run.held_out`
+VERDICT = "verdict"  # key -> a line that is said at the end, and with which the card begins
+VERDICT_KEYS = ("quality", "size", "speed", "advice")
 # Of linears' outputs: training changes them.
 _ERRORS = ("error_before", "error_after", "rounding_error")
 
@@ -28,5 +30,5 @@ def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def without_errors(report: dict[str, Any]) -> dict[str, Any]:
     """ria_report.json without what training the weights has changed: errors of the linears' outputs, and the loss."""
     linears = report_linears(report).items()
-    report = {key: value for key, value in report.items() if key != HELD_OUT}
+    report = {key: value for key, value in report.items() if key not in (HELD_OUT, VERDICT)}
     return report | {"linears": {name: {k: v for k, v in e.items() if k not in _ERRORS} for name, e in linears}}

@@ -17,7 +17,7 @@ from ria_vllm import __version__
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
-from ria_vllm.format.pattern import TWO_OF_FOUR
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
@@ -108,6 +108,18 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
             note = f"chosen{choice.how}: the first that can serve this layer"
         lines.append(f"{name:14} {note}")
     return lines
+
+
+def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
+    """The kernel for pruned linears of a model in `dtype` here; the instruction set that it runs, None on a GPU.
+
+    Raises:
+        RiaError: none can serve them.
+    """
+    weight_format, input_dtype = STORED[scheme]
+    chosen = registry.choose(LinearLayerConfig(place, dtype, weight_format, SIDE, SIDE, input_dtype, pattern))
+    instructions = instruction_set() if place.type == "cpu" and not chosen.kernel.is_fallback else None
+    return f"{chosen} on {instructions or place.type}", instructions
 
 
 def missing_for_compile() -> list[str]:

@@ -10,6 +10,7 @@ from ria_vllm.folder_commands import export
 from ria_vllm.hub.model_card import (
     base_repository,
     note_perplexity,
+    note_speed,
     pruned_card,
     read_front_matter,
 )
@@ -28,7 +29,7 @@ REPORT = {
         "layers.1.o_proj": {"retained_after": float("nan")},
     },
     "dense": {"lm_head": "not in a decoder layer"},
-    "held_out": {"tokens": 8176, "perplexity": 25.504, "perplexity_dense": 18.25, "kl": 0.3},
+    "verdict": {"quality": "perplexity 25.50, dense 18.25", "size": "9 MB", "advice": "Try `best` <b>"},
 }
 BASE = """---
 license: other
@@ -75,6 +76,9 @@ def test_license_language_and_tags_are_the_base_models(tmp_path):
 
 def test_what_it_says(tmp_path):
     text = card(tmp_path)
+    verdict = "- perplexity 25.50, dense 18.25\n- 9 MB\n- Try  best   b \n"
+    parts = ["# Base-1B, pruned", verdict, "## Serve", "## What was pruned", "## Options"]
+    assert sorted(parts, key=text.index) == parts
     assert "# Base-1B, pruned to 2:4\n" in text and "`Base-1B`, pruned by ria-vllm with RIA ([Zhang" in text
     assert "| pruned linears | 4 |" in text and "43.8% of the weights" in text
     assert "| retained score, mean | 0.7500 |" in text  # of the three that are numbers
@@ -84,7 +88,6 @@ def test_what_it_says(tmp_path):
     assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
     assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
-    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in text
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
@@ -183,7 +186,21 @@ def test_perplexities_are_noted_one_row_a_text(tmp_path):
     after = (tmp_path / "README.md").read_text()
     rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
     assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
-    assert "| calibration text, held out | 8176 | 512 | 25.50 | 18.25 |" in after and after.count("## Perplexity") == 1
-    head, tail = "## Perplexity", "## Options"
-    assert after.split(head)[0] == before.split(head)[0] and after.split(tail)[1] == before.split(tail)[1]
+    assert after.count("## Perplexity") == 1
+    above, _, below = before.partition("\n## Serve")
+    assert after.startswith(above.rstrip()) and after.endswith(below)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_the_table_of_a_benchmark_is_noted_above_how_to_serve(tmp_path):
+    (tmp_path / "README.md").write_text(before := card(tmp_path))
+    note_speed(tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench.md").write_text("# One\n\n| users | side |\n|---|---|\n| 1 | a`<b |\n\nMedians.\n")
+    note_speed(tmp_path)
+    note_speed(tmp_path)
+    after = (tmp_path / "README.md").read_text()
+    assert after.count("## Speed") == 1 and "| users | side |\n| --- | --- |\n| 1 | a  b |" in after
+    assert after.index("25.50") < after.index("## Speed") < after.index("## Serve")
+    assert after.split("## Serve")[1] == before.split("## Serve")[1]

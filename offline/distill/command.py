@@ -75,9 +75,10 @@ from ria_vllm.offline.runtime import options
 @options.device
 @click.option(
     "--compute-dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
     default="auto",
     show_default=True,
-    help="The dtype that the models compute in: auto, bfloat16 or float32. auto: the folder's own (for float16 "
+    help="The dtype that the models compute in. auto: the folder's own (for float16 "
     "bfloat16), unless the device computes slowly in it; then float32. Weights are updated in float32 in any case.",
 )
 @click.option(

@@ -16,7 +16,7 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.hub.model_card import check_card, note_perplexity
+from ria_vllm.hub.model_card import check_card, note_perplexity, note_speed
 from ria_vllm.offline.evaluation.recovery import TITLES, average, cells, compare, comparison, note_tasks
 from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
 from ria_vllm.offline.model.run.architecture import text_config
@@ -93,9 +93,9 @@ class Options:
     """The arguments of the command; see its help."""
 
     model: str
-    text: Path | None
+    eval_text: Path | None
     seq_len: int | None
-    max_tokens: int | None
+    eval_tokens: int | None
     baseline: str | None
     update_card: bool
     tasks: str | None
@@ -113,14 +113,14 @@ class Options:
 
 @click.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
+@click.option("--eval-text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
 @click.option(
     "--seq-len",
     type=click.IntRange(min=2),
     help="Tokens per window; by default 1024, or the model's context if that is shorter.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
+    "--eval-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
 )
 @click.option(
     "--baseline",
@@ -128,7 +128,9 @@ class Options:
     "also say how many percent of its scores MODEL has recovered.",
 )
 @click.option(
-    "--update-card", is_flag=True, help="Add what was measured to MODEL's README.md; MODEL must then be a folder."
+    "--update-card",
+    is_flag=True,
+    help="Add what was measured to MODEL's README.md, and the table of `bench -o MODEL/bench`. MODEL must be a folder.",
 )
 @click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
 @click.option(
@@ -149,18 +151,20 @@ class Options:
 def evaluate(**options: Any) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
     asked = Options(**options)
-    if (asked.text is None) == (asked.tasks is None):
-        raise RiaError("eval: give --text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
+    if (asked.eval_text is None) == (asked.tasks is None):
+        raise RiaError("eval: give --eval-text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if asked.update_card:
         check_card(Path(asked.model))
-    if asked.text is not None:
-        evaluate_text(asked, asked.text)
+    if asked.eval_text is not None:
+        evaluate_text(asked, asked.eval_text)
     else:
         evaluate_tasks(asked, str(asked.tasks).split(","))
+    if asked.update_card:
+        note_speed(Path(asked.model))
 
 
 def evaluate_text(asked: Options, text: Path) -> None:
-    """`eval --text`."""
+    """`eval --eval-text`."""
     monitor, device, inputs = Monitor(), choose_device(asked.device), Inputs(text)
     folders = folders_of(asked.models, inputs)
     configs = {name: read_config(folder) for name, folder in folders.items()}
@@ -169,7 +173,7 @@ def evaluate_text(asked: Options, text: Path) -> None:
     found: dict[str, Perplexity] = {}
     with monitor.live(), inputs.watched():
         with monitor.phase("reading the text"):
-            tokens, *others = (read_tokens(folder, text, asked.max_tokens) for folder in folders.values())
+            tokens, *others = (read_tokens(folder, text, asked.eval_tokens) for folder in folders.values())
         if not all(torch.equal(tokens, other) for other in others):
             raise RiaError(
                 f"{asked.baseline}: splits the text into different tokens than {asked.model}, so the perplexities are "

@@ -10,6 +10,7 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
+from ria_vllm.files.sizes import human_size
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.format.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.weight_format import name_of
@@ -26,8 +27,9 @@ from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
-from ria_vllm.offline.run.held_out import held_out_loss, not_rounded, verdict
+from ria_vllm.offline.run.held_out import held_out_loss, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
@@ -38,7 +40,8 @@ from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
-from ria_vllm.report import HELD_OUT
+from ria_vllm.report import HELD_OUT, VERDICT, VERDICT_KEYS
+from ria_vllm.speed import expected_here
 
 CALIBRATION_KEY = "calibration"
 HELD_OUT_KEY = "held-out"
@@ -145,6 +148,9 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
+        if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
+            taken = forecast.about(forecast.pruning_seconds(self.model, self.recipe))
+            self.monitor.say(f"about {taken}, estimated from how fast this machine multiplies; the ETA is measured")
         tokens = self._tokens()
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
@@ -295,11 +301,20 @@ class _Run:
             )
         if copied := self.model.copied():
             found["copied"] = copied
+        judged = self._size_and_speed(plan)
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
-            before = not_rounded(self.recipe)
-            found[HELD_OUT] = loss | ({"measured": before} if before else {})
-            self.monitor.say(verdict(loss, self.recipe))
-        return found
+            found[HELD_OUT] = loss
+            judged = verdict(loss, self.recipe) | judged
+        return {VERDICT: {key: judged[key] for key in VERDICT_KEYS if key in judged}} | found
+
+    def _size_and_speed(self, plan: Plan) -> dict[str, str]:
+        """What the result weighs, and how fast it should be served here."""
+        sizes, dense, size = forecast.sizes_of(self.model, plan, self.recipe)
+        found = {"size": f"{human_size(size)} of weights, dense {human_size(dense)}"}
+        speed = expected_here(
+            sizes, self.recipe.scheme, self.recipe.pattern, self.model.stored_dtype, self.model.device
+        )
+        return found | ({"speed": speed} if speed else {})
 
     def _finish(
         self,

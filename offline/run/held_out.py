@@ -87,8 +87,8 @@ def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pr
     return found
 
 
-def verdict(found: dict[str, Any], recipe: Recipe) -> str:
-    """What `compress` says of it at the end."""
+def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """What `compress` says of it at the end: what was measured, and what to think of that."""
     ratio = found["perplexity"] / found["perplexity_dense"]
     text = (
         f"on {found['tokens']} tokens of the calibration text to which nothing was fitted: perplexity "
@@ -96,13 +96,13 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> str:
     )
     if unrounded := not_rounded(recipe):
         text += f", {unrounded}"
-    if ratio <= NEAR:
-        return f"{text}. That is near the dense model."
     longer = recipe.reconstruct != "block" and not recipe.only_keeps
-    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''} would bring it closer"
-    if ratio <= FAR:
-        return f"{text}. {way[0].upper() + way[1:]}."
-    return f"{text}. Much is lost: {way}. Dense W8A8 loses next to nothing."
+    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''} would bring it closer."
+    if ratio <= NEAR:
+        way = "That is near the dense model."
+    elif ratio > FAR:
+        way = f"Much is lost: {way} Dense W8A8 loses next to nothing."
+    return {"quality": text, "advice": way[0].upper() + way[1:]}
 
 
 def not_rounded(recipe: Recipe) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from ria_vllm.format.schemes import SCHEMES
+
 out = click.option(
     "-o",
     "--out",
@@ -15,3 +17,12 @@ device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
 max_shard_size = click.option("--max-shard-size", default="5GB", show_default=True)
 overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
 resume = click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
+scheme = click.option(
+    "--scheme",
+    type=click.Choice(list(SCHEMES), case_sensitive=False),
+    default="BF16",
+    show_default=True,
+    metavar="|".join(SCHEMES),
+    help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
+    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale.",
+)

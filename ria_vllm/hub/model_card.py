@@ -16,7 +16,7 @@ from ria_vllm.files.text_file import read_text
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
-from ria_vllm.report import HELD_OUT, report_linears, report_number
+from ria_vllm.report import VERDICT, report_linears, report_number
 
 CARD_FILE = "README.md"
 
@@ -57,12 +57,9 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
     if identity is not None:
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}
-    body = [_origin(recipe, identity), *_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
-    if loss := report.get(HELD_OUT):
-        values = (f"{loss[key]:.2f}" for key in ("perplexity", "perplexity_dense"))
-        text = ", ".join(["calibration text, held out", *([loss["measured"]] if "measured" in loss else [])])
-        row = (text, str(loss["tokens"]), str(recipe["seq_len"]), *values)
-        body += _section("Perplexity", card_table(_PERPLEXITY, [row]))
+    lines = [f"- {plain(line)}" for line in report.get(VERDICT, {}).values()]
+    verdict = ["\n".join(lines)] if lines else []
+    body = [_origin(recipe, identity), *verdict, *_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
     return _card(base, recipe, "", body)
 
 
@@ -292,7 +289,8 @@ def check_card(folder: Path) -> None:
 
 
 def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
-    """Replace the content of a section of the card, or add the section at its end. The rest of the card stays.
+    """Replace the content of a section of the card, or add the section before the one on serving, or at the end. The
+    rest of the card stays.
 
     Args:
         content: takes what was there before, and returns what is to be there.
@@ -307,7 +305,8 @@ def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
     before, begun, rest = card.partition(begin)
     old, ended, after = rest.partition(end)
     if not begun or not ended:
-        before, old, after = f"{card.rstrip()}\n\n## {title}\n\n", "", "\n"
+        above, serving, below = card.partition("\n## Serve\n")
+        before, old, after = f"{above.rstrip()}\n\n## {title}\n\n", "", f"\n{serving}{below}"
     with disk_errors(path):
         write_whole(path, before + _section(title, content(old))[1] + after)
 
@@ -331,3 +330,16 @@ def note_perplexity(folder: Path, text: str, counts: tuple[int, int], values: tu
         return card_table(_PERPLEXITY, [*(each for each in rows if len(each) == 5 and each[:3] != same), row])
 
     note(folder, "Perplexity", table)
+
+
+def note_speed(folder: Path) -> None:
+    """Put the table of a `bench.md` in the folder, or in a folder in it, into the card; of several, the last by name.
+
+    Raises:
+        RiaError: as `note`.
+    """
+    found = sorted([*folder.glob("bench.md"), *folder.glob("*/bench.md")])
+    if found:
+        rows = [line.strip("| ").split("|") for line in read_text(found[-1]).splitlines() if line.startswith("|")]
+        table = "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
+        note(folder, "Speed", lambda _: table)

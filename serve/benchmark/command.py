@@ -51,23 +51,25 @@ def check_environment() -> None:
 @click.command()
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True)
 @click.option("--baseline", "baselines", required=True, multiple=True, help="The dense model; again for its rivals.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for results. [default: bench-DATE]")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for results. [default: bench-DATE]")
 @click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
 @click.option("--input-len", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens per prompt.")
 @click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per answer.")
 @click.option("--data", type=FILE, help="ShareGPT-style JSON instead of random prompts.")
 @click.option("--requests", type=click.IntRange(min=1), default=4, show_default=True, help="Requests per user.")
 @click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each side.")
-@click.option("--text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
+@click.option("--eval-text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
 @click.option("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start.")
+@click.option(
+    "--eval-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start."
+)
 @click.option("--serve-args", default="", help="More arguments for each `vllm serve`, in one string.")
 @click.option("--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGS", help="More for one of them.")
 def bench(
     outs: tuple[str, ...],
     baselines: tuple[str, ...],
-    output: Path | None,
-    text: Path | None,
+    out: Path | None,
+    eval_text: Path | None,
     serve_args: str,
     serve_args_of: tuple[tuple[str, str], ...],
     **load: Any,
@@ -76,12 +78,12 @@ def bench(
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
     llama.cpp serves. All are compared with the first baseline. Each repetition serves them one after the other, and the
-    one that goes first changes. With --text, the table and the plot also have what each way costs in quality. Servers
-    ask for the key in VLLM_API_KEY, if set.
+    one that goes first changes. With --eval-text, the table and the plot also have what each way costs in quality.
+    Servers ask for the key in VLLM_API_KEY, if set.
     """
     check_environment()
     refuse_secrets(" ".join([serve_args, *(own for _, own in serve_args_of)]))
-    folder = output or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = out or Path(f"bench-{time.strftime('%Y%m%d-%H%M%S')}")
     if (folder / "bench.json").exists():
         raise RiaError(f"{folder} holds results already. Choose another folder with -o.")
     sides = sides_of([*baselines, *outs], serve_args_of)
@@ -89,7 +91,7 @@ def bench(
     if not any("prefix-caching" in a for a in arguments):
         # Warm-up requests repeat the first prompt, and a load from --data repeats those of loads before it.
         arguments.append("--no-enable-prefix-caching")
-    if text is not None and not any(a.startswith("--max-logprobs") for a in arguments):
+    if eval_text is not None and not any(a.startswith("--max-logprobs") for a in arguments):
         arguments += ["--max-logprobs", str(TOP)]
     comparison = Comparison(
         sides=sides,
@@ -99,7 +101,7 @@ def bench(
         folder=folder,
         tokenizer=sides[len(baselines)].model,
         serve_arguments=arguments,
-        text=None if text is None else TextQuality(text, load["seq_len"], load["max_tokens"]),
+        text=None if eval_text is None else TextQuality(eval_text, load["seq_len"], load["eval_tokens"]),
         options=click.get_current_context().params | {"serve_args": " ".join(arguments)},
     )
     measured = comparison.measured

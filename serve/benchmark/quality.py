@@ -67,7 +67,7 @@ class TextQuality:
     """
 
     def __init__(self, text: Path, seq_len: int, max_tokens: int):
-        self._content = read_text(text, "--text")
+        self._content = read_text(text, "--eval-text")
         self._text, self.seq_len, self._max_tokens = text, seq_len, max_tokens
         self._tokens: list[int] = []
         self._reference: list[Listed] = []
@@ -87,7 +87,9 @@ class TextQuality:
             tokens, context = answer["tokens"], answer["max_model_len"]
         tokens = tokens[: self._max_tokens]
         if len(tokens) < self.seq_len:
-            raise RiaError(f"--text {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}.")
+            raise RiaError(
+                f"--eval-text {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}."
+            )
         if context <= self.seq_len:  # the request asks for one more token
             raise RiaError(
                 f"{name}: a window of {self.seq_len} tokens and one more do not fit the server's context of "
@@ -97,7 +99,7 @@ class TextQuality:
         if tokens != self._tokens:
             raise RiaError(
                 f"{name}: splits {self._text} into different tokens than the first side, so their perplexities are "
-                "not comparable. Leave out this side, or --text."
+                "not comparable. Leave out this side, or --eval-text."
             )
 
     def measure(self, name: str, server: Server, monitor: Monitor) -> Quality:

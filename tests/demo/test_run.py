@@ -249,7 +249,7 @@ def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, 
     """A second run reuses everything."""
     demo.DENSE.symlink_to(tiny_llama)
     demo.COMPRESS_ARGUMENTS = ["--samples", "2", "--seq-len", "64"]
-    demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--max-tokens", "512", "--json"]
+    demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--eval-tokens", "512", "--json"]
     demo.SERVE_ARGUMENTS = ["--max-model-len", "256", "--enforce-eager"]
     demo.WORKLOAD, demo.USERS = Workload(16, 8, 1), (2,)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no worker process beside the engine's

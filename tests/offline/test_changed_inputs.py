@@ -52,8 +52,8 @@ def run_export(place: Path, out: Path) -> Any:
 
 
 def run_eval(place: Path, out: Path) -> Any:
-    arguments = [place / "folder", "--baseline", place / "dense", "--text", place / "text.txt"]
-    words = ["--max-tokens", "200", "--seq-len", "64", "--json"]
+    arguments = [place / "folder", "--baseline", place / "dense", "--eval-text", place / "text.txt"]
+    words = ["--eval-tokens", "200", "--seq-len", "64", "--json"]
     found = json.loads(CliRunner().invoke(evaluate, [*map(str, arguments), *words], catch_exceptions=False).stdout)
     return found["perplexity"], found["baseline"]["perplexity"]
 
@@ -211,7 +211,7 @@ def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, 
 def test_a_model_on_the_hub_is_one_commit_whatever_is_pushed_meanwhile(place, world, monkeypatch):
     commits = iter([place / "dense", *[world.other / "dense"] * 9])
     monkeypatch.setattr("ria_vllm.offline.model.run.hf.from_hub", lambda name: next(commits))
-    words = ["--text", str(place / "text.txt"), "--seq-len", "64", "--max-tokens", "200", "--json"]
+    words = ["--eval-text", str(place / "text.txt"), "--seq-len", "64", "--eval-tokens", "200", "--json"]
     found = [
         json.loads(CliRunner().invoke(evaluate, [model, *words], catch_exceptions=False).stdout)["perplexity"]
         for model in ("user/model", str(place / "dense"))

@@ -1,5 +1,8 @@
 """The command itself: defaults, messages, exit codes."""
 
+import json
+import shlex
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -7,6 +10,7 @@ from click.testing import CliRunner
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill.command import distill
 
 
 def invoke(*arguments: object):
@@ -30,7 +34,7 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "best"], "--method 'best'"),
+        (["--recipe", "absent.json"], "absent.json"),
         (["--samples", "0"], "--samples 0"),
         (["--ignore", "proj"], "nothing is left to prune"),
         (["--max-shard-size", "big"], "size 'big'"),
@@ -85,3 +89,37 @@ def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     assert result.exit_code == 0, result.output
     schema = Reader(tmp_path / "out").schema
     assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32
+
+
+def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
+    common = [tiny("llama"), "--calibration", text]
+    first = ["--scheme", "W4A16", "--group-size", 32, "--samples", 3, "--seq-len", 32, "--reconstruct", "none"]
+    first += ["--permute-scope", "linear", "--ignore", "0.*q_proj", "--seed", 4]
+    assert invoke(*common, "-o", tmp_path / "one", *first).exit_code == 0
+    again = ["--recipe", tmp_path / "one" / "ria_report.json"]
+    found = {"one": Reader(tmp_path / "one").schema.recipe}
+    for name, given in {"same": [], "faster": ["--effort", "fast"], "fewer": ["--samples", 2]}.items():
+        result = invoke(*common, "-o", tmp_path / name, *again, *given)
+        assert result.exit_code == 0, result.output
+        found[name] = Reader(tmp_path / name).schema.recipe
+    changed = {
+        name: {key: value for key, value in recipe.items() if value != found["one"][key]}
+        for name, recipe in found.items()
+    }
+    assert changed["same"] == {} and changed["fewer"] == {"samples": 2}
+    assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 4}
+
+
+def test_the_longest_training_names_the_command_that_should_follow(tiny, text, tmp_path):
+    options = ["--calibration", text, "--samples", 2, "--seq-len", 32]
+    done = invoke(tiny("llama"), "-o", tmp_path / "an out", *options, "--effort", "best")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("next"))
+    program, command, *words = shlex.split(line.partition(": ")[2])
+    asked = distill.make_context(command, words).params
+    said = "".join(done.stderr.splitlines(keepends=True)[-7:])
+    report = json.loads((tmp_path / "an out" / "ria_report.json").read_text())
+    assert next(iter(report)) == "verdict" and "\n".join(report["verdict"].values()) in said
+    assert {"quality", "size", "advice"} <= report["verdict"].keys()
+    assert program == "ria-vllm" and asked["folder"] == tmp_path / "an out" and asked["teacher"] == str(tiny("llama"))
+    assert asked["text"] == str(text) and asked["self_written"] == 0.5
+    assert "next" not in invoke(tiny("llama"), "-o", tmp_path / "fast", *options, "--effort", "fast").stderr

@@ -58,6 +58,7 @@ def test_nothing_is_fitted_to_them(tiny, text, tmp_path, monkeypatch):
         folders.append(compress(str(tiny("qwen3-moe")), tmp_path / name, recipe, Settings(), Monitor(shown=False)))
     one, other = folders
     assert one.pop("held_out") != other.pop("held_out")
+    assert one.pop("verdict") != other.pop("verdict")
     assert one == other
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
     assert weights[0] == weights[1]
@@ -68,4 +69,4 @@ def test_nothing_is_fitted_to_them(tiny, text, tmp_path, monkeypatch):
 )
 def test_the_verdict_says_what_to_do(perplexity, said):
     found = {"tokens": 100, "perplexity": perplexity, "perplexity_dense": 10.0, "kl": 0.1}
-    assert said in verdict(found, Recipe())
+    assert said in verdict(found, Recipe())["advice"]

@@ -32,13 +32,13 @@ from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE, librar
     help="How many compilers to run at once. Default: what cores and memory allow.",
 )
 @click.option(
-    "--output",
+    "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help=f"Folder for the libraries; then set {LIBRARY_FOLDER_VARIABLE} to it. Default: inside the package.",
 )
-def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, output: Path | None) -> None:
+def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, out: Path | None) -> None:
     """Compile the CUDA kernels. Needs nvcc and `pip install nvidia-cutlass==4.2.0`, but no GPU."""
-    folder, monitor = output or library_folder(), Monitor()
+    folder, monitor = out or library_folder(), Monitor()
     try:
         targets = [find_architecture(name) for name in names] or build.visible_architectures()
         if not targets:

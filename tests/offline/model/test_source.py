@@ -68,7 +68,7 @@ def test_weights_that_are_copied_without_being_run_are_checked(family, name, par
         run_small(model, tmp_path / "out", text, ignore=(r"layers\.1\.",))
 
 
-COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--text", "text.txt"]}
+COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--eval-text", "text.txt"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -42,7 +42,7 @@ def served(pruned_llama, tmp_path_factory):
         f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}",
         "--baseline", folder / "W8A8", "--baseline", f"llama.cpp={folder / 'llama.gguf'}", "-o", folder / "out",
         "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1",
-        "--text", TEXT, "--seq-len", SEQ_LEN, "--max-tokens", TOKENS,
+        "--eval-text", TEXT, "--seq-len", SEQ_LEN, "--eval-tokens", TOKENS,
         "--serve-args", "--max-model-len 256 --enforce-eager",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -29,7 +29,7 @@ def test_it_compiles_the_requested_tiles(monkeypatch, tmp_path, option, tiles):
         return path
 
     monkeypatch.setattr(build, "compile_library", compile_library)
-    arguments = ["--arch", "9.0", "--tiles", option, "--jobs", "3", "--output", str(tmp_path)]
+    arguments = ["--arch", "9.0", "--tiles", option, "--jobs", "3", "--out", str(tmp_path)]
     result = CliRunner().invoke(build_kernels, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
     assert "... compiling sm_90a (0:00)" in result.stderr and "compiling" not in result.stdout

@@ -1,0 +1,51 @@
+"""A folder that stands in for a model on the hub: its config.json, and a weight file with nothing but a header.
+
+The values are a hole in the file: they read as zeros and take no space. What does not depend on them can be found out.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+
+from ria_vllm.checkpoint.writer import disk_errors
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.model.run.hf import first_line
+
+
+@contextmanager
+def without_weights(model: str) -> Iterator[Path]:
+    """The folder of a model: its own or, of a hub id, one made from what a few small requests say; it is removed.
+
+    Raises:
+        RiaError: a single file, or neither a folder nor on the hub with its weights in safetensors.
+    """
+    if Path(model).is_dir():
+        yield Path(model)
+        return
+    if Path(model).exists():
+        raise RiaError(f"{model}: plan reads Hugging Face folders and hub ids. `compress` takes this file as it is.")
+    from huggingface_hub import HfApi
+
+    try:
+        config, found = HfApi().hf_hub_download(model, "config.json"), HfApi().get_safetensors_metadata(model)
+    except Exception as error:
+        raise RiaError(
+            f"{model}: no such folder here, and its headers could not be read from the hub either "
+            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
+        ) from None
+    with TemporaryDirectory(prefix="ria-plan-") as scratch:
+        folder, header, end = Path(scratch, *model.split("/")), {}, 0
+        for name, info in (one for file in found.files_metadata.values() for one in file.tensors.items()):
+            begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
+            header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        with disk_errors(folder):
+            folder.mkdir(parents=True)
+            copyfile(config, folder / "config.json")
+            with open(folder / "model.safetensors", "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(8 + len(text) + end)
+        yield folder

@@ -1,0 +1,119 @@
+"""What a compression takes, estimated from the shapes of the linears and from what this machine does in a second."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from math import prod
+
+import torch
+
+from ria_vllm.format.pattern import TWO_OF_FOUR
+from ria_vllm.hf.experts_layout import experts_modules
+from ria_vllm.offline.experts.plan import experts_to_prune
+from ria_vllm.offline.model.run.architecture import output_head, text_config
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
+from ria_vllm.offline.run.heads import heads_in_int8
+from ria_vllm.offline.run.plan import Plan, linears_to_prune
+from ria_vllm.speed import Sizes
+
+# Fitted to the phases of SmolLM2-135M on a Xeon with AMX (docs/lab/figures.md). A linear [out, in] takes multiply-adds
+# in the dtype of the layers, in float32, and bytes of memory: for each token and weight, square of `in`, and channel
+PASSED, GRAMS, TOUCHED, AROUND = 5, 1.7, 40, 1024
+# for each weight times `in` (orders of channels, and ADMM), and each weight
+ORDERED, SOLVED, SEARCHED = 20, 22, 30_000
+# and in training for each token and weight, channel, and for each weight in a step.
+TRAINED, FELT, STEPPED = 3, 23, 300
+# Bytes of the process before it has loaded anything; layers in memory at the peak, in bfloat16 and float32.
+LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.5, 8.5
+
+
+def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
+    """What `compress` takes on the model's device where it reads text, but for text that the model writes."""
+    tokens, trained = recipe.drawn * recipe.seq_len, RECONSTRUCTIONS[recipe.reconstruct]
+    trained = max(trained, 2 * recipe.samples * recipe.seq_len) if trained else 0  # it passes twice at least
+    fast = exact = memory = 0.0
+    for rows, columns, copies, share in _shapes(model, recipe):
+        weights, reached, taught = rows * columns, copies * share, trained * (copies == 1 or recipe.trains_experts)
+        fast += weights * (reached * (PASSED * tokens + TRAINED * taught) + copies * ORDERED * columns)
+        exact += recipe.needs_gram * columns * (GRAMS * tokens * reached * columns + copies * SOLVED * weights)
+        around = 1 + recipe.seq_len / AROUND  # attention
+        memory += 4 * (rows + columns) * reached * around * (TOUCHED * tokens + FELT * taught)
+        searched = SEARCHED if recipe.pattern == TWO_OF_FOUR else 2 * SEARCHED  # other masks take longer to choose
+        memory += copies * weights * (searched + STEPPED * taught / recipe.schedule.tokens_in_step)
+    rates = _rates(model.device, model.dtype)
+    return fast / rates[0] + exact / rates[1] + memory / rates[2]
+
+
+@cache
+def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, float]:
+    """In a second: multiply-adds in `dtype` and in float32, and bytes that are read and written."""
+    x, w, long = (torch.ones(shape, device=device) for shape in ((2048, 1024), (1024, 1024), (1 << 24,)))
+    narrow, size = (x.to(dtype), w.to(dtype)), x.numel() * len(w)
+    fast, exact = _seconds(lambda: narrow[0] @ narrow[1], device), _seconds(lambda: x @ w, device)
+    return size / fast, size / exact, 2 * long.nbytes / _seconds(lambda: long.mul_(1.0), device)
+
+
+def _shapes(model: StreamedModel, recipe: Recipe) -> Iterator[tuple[int, int, int, float]]:
+    """(out, in, copies, share of the tokens that reach each) of what may be pruned. Linears of experts have copies."""
+    for index in range(len(model.layers)):
+        for linear in linears_to_prune(model, index, recipe).values():
+            yield linear.out_features, linear.in_features, 1, 1.0
+        for files in experts_to_prune(model, index, recipe).values():
+            for kind in files.layout.kinds:
+                yield *files.layout.shape(kind), files.layout.num_experts, _share(model, files.layout.num_experts)
+
+
+def _share(model: StreamedModel, experts: int) -> float:
+    """Of the tokens, which reach an expert."""
+    return min(1.0, (getattr(text_config(model.config), "num_experts_per_tok", None) or 1) / experts)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The least of several runs; on a CPU its own time, so that other work on the machine does not count."""
+    clock, found = time.thread_time if device.type == "cpu" else time.perf_counter, []
+    while sum(found) < 0.1:
+        begun = clock()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(clock() - begun)
+    return min(found)
+
+
+def about(seconds: float) -> str:
+    """As exact as an estimate is."""
+    minutes = seconds / 60
+    if minutes < 1.5:
+        return f"{max(1, round(seconds / 10)) * 10} s"
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.{0 if minutes > 600 else 1}f} h"
+
+
+def peak_bytes(model: StreamedModel, recipe: Recipe) -> float:
+    """The most memory that is in use at a time; without that of a model that writes its own text."""
+    routed = [sum(layout.weights for layout in experts_modules(layer).values()) for layer in model.layers]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.layers]
+    layer = max(size - own for size, own in zip(sizes, routed, strict=True)) * model.stored_dtype.itemsize
+    embedding = model.model.get_input_embeddings().weight
+    activations = recipe.drawn * recipe.seq_len * embedding.shape[1] * (8 if any(routed) else 4)
+    heads = 1 if model.model.all_tied_weights_keys else 2
+    factor = WIDE_LAYERS if model.dtype == torch.float32 else LAYERS
+    return LIBRARIES + factor * layer + heads * embedding.numel() * model.dtype.itemsize + activations
+
+
+def sizes_of(model: StreamedModel, plan: Plan, recipe: Recipe) -> tuple[Sizes, int, int]:
+    """(What each token multiplies; bytes of all weights, and of those that will be stored, both without the smallest
+    tensors)."""
+    itemsize, pruned, used = model.stored_dtype.itemsize, 0.0, 0.0
+    dense = sum(prod(shape) for _, shape in model.tensors.shapes(model.files)) * itemsize
+    for index, layer in enumerate(model.layers):
+        own = sum(layer.get_submodule(name).weight.numel() for name in plan.pruned[index])
+        experts = [model.experts[index][path].layout for path in plan.experts[index]]
+        pruned += own + sum(layout.weights for layout in experts)
+        used += own + sum(layout.weights * _share(model, layout.num_experts) for layout in experts)
+    head = getattr(output_head(model.model), "weight", None)
+    sizes = Sizes(len(model.layers), used, 0 if head is None else head.numel(), model.linear_weights - pruned)
+    saved = pruned * (itemsize - recipe.weight_format.bits_per_weight(model.stored_dtype) / 8)
+    in_int8 = [model.names.files[name] for name in heads_in_int8(model, recipe)]
+    saved += sum(prod(shape) for _, shape in model.tensors.shapes(in_int8)) * (itemsize - 1)
+    return sizes, dense, round(dense - saved)

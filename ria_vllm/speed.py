@@ -1,0 +1,69 @@
+"""How fast a pruned model should be served, against the dense one: an estimate from measured products."""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+
+from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import Pattern
+
+# Instruction set -> how many times as fast as vLLM's fastest dense product in floating point linears are, by WAYS, with
+# one token, and with eight. Medians of docs/lab/kernels-cpu.md; dense W8A8 with AMX by its bytes.
+WAYS = ("dense W8A8", "BF16", "W8A16", "W8A8", "W4A16", "W4A8")
+RATIOS = {
+    "amx": ((1.9, 2.0, 3.0, 3.2, 3.8, 4.5), (1.8, 1.65, 1.8, 2.5, 2.8, 3.2)),
+    "avx512_bf16": ((1.75, 2.4, 3.5, 4.2, 7.0, 6.2), (1.55, 2.1, 1.8, 3.3, 2.1, 3.4)),
+    "avx512_vnni": ((2.8, 3.3, 5.0, 6.4, 7.0, 10.0), (2.4, 2.2, 2.2, 4.7, 2.2, 6.5)),
+    "avx2": ((0.2, 2.0, 2.5, 4.8, 3.5, 6.5), (0.3, 1.7, 2.0, 4.0, 1.8, 4.2)),
+}
+ALIKE = {"avx512": "avx512_vnni", "avx_vnni": "avx2"}
+USERS = (1, 8)
+# Milliseconds to read a dense weight in 16 bits, and those of a layer besides its products, and with each user more:
+# SmolLM2 on two cores of a Zen 5, docs/lab/rivals.md.
+WEIGHT, LAYER, LAYER_OF_USER = 6e-8, 0.3, 0.05
+INT8_HEAD = 2.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights that each token multiplies: of the pruned linears, of the head, and of what else stays dense."""
+
+    layers: int
+    pruned: float
+    head: int
+    dense: float
+
+
+def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
+    """The kernel that serves linears here, and the instruction set that it runs; None on a GPU.
+
+    Raises:
+        RiaError: none can.
+    """
+    # Whoever prunes must not depend on what serves: the name is looked up, as the command line does.
+    return importlib.import_module("ria_vllm.serve.doctor").served_by(scheme, pattern, dtype, place)
+
+
+def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
+    """How many times the tokens a second of the dense model, and of dense W8A8; empty where nothing was measured."""
+    found = []
+    for users, ratios in zip(USERS, RATIOS.get(ALIKE.get(str(instructions), str(instructions)), ()), strict=False):
+        of = dict(zip(WAYS, ratios, strict=True)) | {"dense": 1.0}
+        rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
+        times = {way: rest + WEIGHT * sizes.pruned / ratio for way, ratio in of.items()}
+        ours = times[scheme] - (WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0)
+        dense, w8a8 = times["dense"], times["dense W8A8"]
+        who = "1 user" if users == 1 else f"{users} users"
+        found.append(f"{who}: {dense / ours:.1f} times dense, {w8a8 / ours:.1f} times dense W8A8")
+    return "; ".join(found)
+
+
+def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
+    """The same where this runs, in a sentence; empty, too, if no kernel can serve the linears."""
+    try:
+        instructions = served_by(scheme, pattern, dtype, place)[1]
+    except RiaError:
+        return ""
+    found = expected(sizes, scheme, instructions)
+    return found and f"tokens/s on CPUs with {instructions}, estimated: {found}"

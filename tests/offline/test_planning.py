@@ -1,0 +1,85 @@
+"""`plan`: what it says of a model is what `compress` then makes of it, and of one on the hub only headers are read."""
+
+import re
+
+import hub as stand_in
+import pytest
+from click.testing import CliRunner
+from compressing import run_small
+from recovered import save_recovered
+
+from ria_vllm.checkpoint.inventory import take_inventory
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.offline.planning import plan
+
+
+def planned(*arguments: object) -> str:
+    result = CliRunner().invoke(plan, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def size_in(said: str, before: str) -> float:
+    number, unit = re.search(rf"{before}, ([0-9.]+) (.B)", said).groups()
+    return float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("opt", "BF16"), ("gemma3", "W8A8"), ("qwen3-moe", "W4A16")])
+def test_what_compress_then_does(family, scheme, tiny, text, tmp_path):
+    said = planned(tiny(family), "--scheme", scheme)
+    run_small(tiny(family), tmp_path / "out", text, **SCHEMES[scheme])
+    made = take_inventory(Reader(tmp_path / "out"))
+    plain = [entry for entry in made.linears if entry.experts is None]
+    count, folded = map(int, re.search(r"pruned: +(\d+) linears.*orders of (\d+) fold", said).groups())
+    assert (count, folded) == (len(plain), sum(entry.permutation == "folded" for entry in plain))
+    assert ("and the experts of" in said) == (len(plain) < len(made.linears))
+    assert made.dense_linears and all(f"dense:   {name}" in said for name in made.dense_linears[:1])
+    # Orders and scales, which it leaves out, are much beside values as few as these.
+    assert 0.95 < made.totals.bytes / size_in(said, scheme) < 1.2
+    assert made.totals.dense_bytes == pytest.approx(size_in(said, "dense"), rel=0.02)
+    assert len(re.findall(r"^ *(?:fast|default|best) +\d+ s +[0-9.]+ [MG]B", said, re.M)) == 3
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory):
+    return save_recovered(tmp_path_factory.mktemp("recovered") / "dense")
+
+
+@pytest.fixture
+def hub(recovered, tmp_path, monkeypatch):
+    """The model in several files."""
+    with stand_in.running(stand_in.Hub()) as hub:
+        monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        hub.branches["main"] = {path.name: path.read_bytes() for path in recovered.iterdir() if path.is_file()}
+        yield hub
+
+
+def test_of_a_hub_id_it_reads_headers_only(hub, recovered):
+    folder, found = planned(recovered), planned("user/model")
+    sizes = {name: len(content) for name, content in hub.branches["main"].items() if name.endswith(".safetensors")}
+    assert hub.sent < 101_000 * len(sizes) + 20_000 < sum(sizes.values()) / 2
+    for name in ("pruned:", "dense:", "kernel:", "result:"):
+        lines = [
+            [line.split(";")[0] for line in said.splitlines() if line.startswith(name)] for said in (folder, found)
+        ]
+        assert lines[0] and lines[0] == lines[1]
+    assert size_in(found, "user/model") == size_in(folder, "dense") and "to fetch" in found and "to fetch" not in folder
+    # Weights alone tell that it is 2:4 already, and has to be copied only.
+    assert folder.count("that of copying") == 3 and "that of copying" not in found
+    assert "do not tell" in found and "do not tell" not in folder
+
+
+def test_names_that_lead_nowhere(hub, tmp_path):
+    hub.branches["main"] = {"config.json": b"{}"}
+    with pytest.raises(RiaError, match="user/model: .*headers could not be read"):
+        planned("user/model")
+    (tmp_path / "a.gguf").write_text("")
+    with pytest.raises(RiaError, match="plan reads Hugging Face folders and hub ids"):
+        planned(tmp_path / "a.gguf")
