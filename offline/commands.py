@@ -88,7 +88,7 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 )
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
 @expert(
-    "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation, by linear sum assignment."
+    "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation: linear sum assignment."
 )
 @expert(
     "--self-written",

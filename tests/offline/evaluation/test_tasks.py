@@ -117,8 +117,7 @@ def right_answers(folder: Path, source: Path) -> int:
 @pytest.mark.slow
 def test_a_task_with_what_is_recovered(pruned_llama, own_tasks, tmp_path):
     out = shutil.copytree(pruned_llama.folder, tmp_path / "out")
-    (out / "README.md").write_text("# Mine
-")
+    (out / "README.md").write_text("# Mine\n")
     command = [sys.executable, "-m", "ria_vllm", "eval", str(out), "--json", "--device", "cpu", "--update-card"]
     command += ["--tasks", "colours", "--include-path", str(own_tasks)]
     command += ["--baseline", str(pruned_llama.source)]
