@@ -119,6 +119,11 @@ class Recipe:
         return formats.INTEGERS[int(self.weights.removeprefix("int")), self._columns]
 
     @property
+    def of_dense(self) -> "Recipe":
+        """For linears that stay dense: in int8 by rows where pruned ones have integers."""
+        return self if self.weights == "float" else replace(self, weights="int8", group_size=None)
+
+    @property
     def _columns(self) -> int | None:
         return self.group_size if isinstance(self.group_size, int) else None
 

@@ -36,6 +36,7 @@ from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
+from ria_vllm.offline.sublayer.pruned_linear import DENSE
 from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 from ria_vllm.report import HELD_OUT
@@ -225,7 +226,7 @@ class _Run:
         if finished <= plan.last or (self.recipe.held_out and not self._has(HELD_OUT_KEY)):
             for index in self.monitor.steps(range(finished), "resuming", finished):
                 stored, _ = self.writer.read(layer_key(index))
-                names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
+                names = {self.model.written_linear(index, name): name for name in sorted(plan.changed(index))}
                 tensors, recipe = stored, self.recipe
                 if recipe.continues_exactly and index <= plan.last:
                     tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
@@ -275,19 +276,22 @@ class _Run:
         return recipe.dump(self.source.name) | found | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
-        linears: dict[str, Any] = {}
+        records: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
-            linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
-            linears |= store.records(index, plan.experts[index])
-        count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
+            records |= dict(sorted(self.writer.record(layer_key(index)).items()))
+            records |= store.records(index, plan.experts[index])
+        count, rotated = (sum(key in record for record in records.values()) for key in ("smoothed", "rotated"))
         recipe = self._dumped_recipe(topologies, count, rotated)
+        linears = {name: record for name, record in records.items() if DENSE not in record}
         found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense)}
+        if in_int8 := {name: record for name, record in records.items() if DENSE in record}:
+            found["dense_in_int8"] = in_int8
         if kept := sum("kept" in record for record in linears.values()):
             found["kept"] = {"linears": kept, "pruned": len(linears) - kept}
         if self.recipe.migration_strength:
-            found["smoothed"] = {"linears": count, "left": len(linears) - count}
+            found["smoothed"] = {"linears": count, "left": len(records) - count}
             self.monitor.say(
-                f"scales of inputs migrated for {count} of {len(linears)} linears; those of the others stay"
+                f"scales of inputs migrated for {count} of {len(records)} linears; those of the others stay"
             )
         if self.recipe.rotates_heads:
             self.monitor.say(f"heads rotated before {rotated} of {len(linears)} linears")
@@ -338,7 +342,7 @@ class _Run:
         schema = RiaSchema(
             sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
             input_activations=None if recipe.activations == "none" else INT8_TOKENS,
-            recipe=report["recipe"],
+            int8_linears=list(report.get("dense_in_int8", ())), recipe=report["recipe"],
         )  # fmt: skip
         json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
@@ -351,9 +355,12 @@ class _Run:
 
 def _say_layer(records: dict[str, dict[str, Any]], pattern: Pattern, monitor: Monitor) -> None:
     for name, record in records.items():
-        text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
-        if "kept" in record:
+        if DENSE in record:
+            text = f"{name}: dense in int8"
+        elif "kept" in record:
             text = f"{name}: {pattern} already"
+        else:
+            text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         if "rounding_error" in record:

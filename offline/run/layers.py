@@ -33,11 +33,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage of a sublayer: its number, its groups with only what is pruned, and what of them keeps its mask."""
+    """A stage of a sublayer: its number, its groups with only what is pruned or rounded, what of them keeps its mask,
+    and what is only rounded."""
 
     number: int
     groups: Sequence[Group]
     kept: Collection[str]
+    dense: Collection[str]
+
+    @property
+    def pruned(self) -> list[Group]:
+        return [replace(group, linears=tuple(n for n in group.linears if n not in self.dense)) for group in self.groups]
 
 
 class LayerPass:
@@ -171,7 +177,8 @@ class LayerPass:
             sublayer_pass.advance(self.streams.dense)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found = self._solve_stage(index, sublayer_pass, _Stage(number, groups, kept), dense, scale)
+            stage = _Stage(number, groups, kept, plan.in_int8[index])
+            found = self._solve_stage(index, sublayer_pass, stage, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
                     sublayer_pass.advance(self.streams.dense)
@@ -189,7 +196,7 @@ class LayerPass:
                     self.experts.use_pruned(index, group.experts)
             pruned |= found
         if recipe.trains and pruned:
-            free = {name: linear for name, linear in pruned.items() if name not in kept}
+            free = {name: linear for name, linear in pruned.items() if name not in kept and not linear.is_dense}
             if free:
                 pruned |= train_sublayer(sublayer_pass, free, recipe, self._share(index, sublayer_pass))
             if self.recipe.weights != "float":
@@ -234,11 +241,15 @@ class LayerPass:
         shared = self.recipe.permute_scope == "shared"
         with self.monitor.phase("permutations"):
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
-            fixed = [group for group in stage.groups if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
-            alone = [group for group in plain if not (group.experts and shared) and group not in fixed]
+            fixed = [group for group in stage.pruned if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
+            alone = [
+                group
+                for group in stage.pruned
+                if group.linears and not (group.experts and shared) and group not in fixed
+            ]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
-        for group in (group for group in stage.groups if group.experts):
+        for group in (group for group in stage.pruned if group.experts):
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
             experts = replace(experts, kept=group.experts in stage.kept)
             order = None
@@ -251,7 +262,8 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             linears = {
-                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept) for name in names
+                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept, name in stage.dense)
+                for name in names
             }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
             solved = solve(linears, recipe, self.ranks, dtype, sublayer_pass.place, recipe.damping)

@@ -93,6 +93,8 @@ class Reader:
                     f"{self.folder}: {name} is stored in int8, which config.json does not say of this model's weights, "
                     "or in another way besides. Get all files of one run."
                 )
+        if lost := sorted(set(self.schema.int8_linears) - set(self.int8_names)):
+            raise RiaError(f"{self.folder}: {lost[0]}.integers is missing. Get the weight files again.")
         for name in self.files:
             layer, _, part = name.rpartition(".")
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
