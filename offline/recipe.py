@@ -75,6 +75,7 @@ class Recipe:
     prune_rest: bool = False
     only_keeps: bool = False
     pattern: Pattern = TWO_OF_FOUR
+    max_loss: Annotated[float, Field(gt=0)] | None = None
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
@@ -97,6 +98,8 @@ class Recipe:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
             option = "activations" if self.group_size is None else "--group-size"
             raise RiaError(f"{option}: for integer weights only; give a --scheme that has them.")
+        if self.max_loss is not None and not self.follows_dense:
+            raise RiaError("--max-loss: for weights that are reconstructed; leave out --reconstruct none.")
         if self.smooth and self.activations == "none":
             raise RiaError("--smooth is for rounded inputs; give --scheme W8A8 or W4A8.")
         check_fraction(self.self_written, self.samples, self.calibration)

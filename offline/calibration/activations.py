@@ -64,6 +64,12 @@ class Activations:
     def append(self, stream: torch.Tensor) -> None:
         self.chunks.append(self._store(len(self.chunks), stream))
 
+    def copy(self) -> "Activations":
+        """The same chunks, in memory."""
+        found = Activations(None, self.dtype, self.stored_dtype)
+        found.chunks = list(self.chunks)
+        return found
+
     def remove(self) -> None:
         """Free the memory or the files of all chunks."""
         self.chunks.clear()

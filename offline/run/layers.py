@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
+from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
@@ -19,6 +21,7 @@ from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies
+from ria_vllm.offline.run.budget import EachAlone, Unit
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
@@ -74,6 +77,7 @@ class LayerPass:
         self.embedded = embed(self.model, self.recipe, tokens, cache, self.ranks, monitor, topologies, held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
+        self.alone: EachAlone | None = None
 
     def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
         """Prune layer `index`, and take the activations through it: the held-out ones only, if no later one is pruned.
@@ -119,17 +123,46 @@ class LayerPass:
         """
         if chunks is not None and not chunks:
             return
-        sublayer_passes = self._load(index)
+        sublayer_passes, layer = self._load(index), self.model.layers[index]
+        own = {name: layer.get_parameter(name).data for name in parameters if self.alone is not None}
         if self.streams.dense is not None:
             for sublayer_pass in sublayer_passes:
-                sublayer_pass.advance(self.streams.dense, chunks)
-        for name, value in parameters.items():
-            set_parameter(self.model.layers[index], name, value)
+                self._advance_dense(index, sublayer_pass, chunks)
+                if self.alone is not None and parameters:
+                    _set_parameters(layer, parameters)
+                    self.alone.pass_pruned((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
+                    _set_parameters(layer, own)
+        _set_parameters(layer, parameters)
         for path in experts:
             self.experts.use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
             sublayer_pass.advance(self.streams.pruned, chunks)
         self._free(index)
+
+    def mixed(
+        self, stream: Activations, parameters: Callable[[int], Mapping[str, torch.Tensor]], pruned: Collection[Unit]
+    ) -> None:
+        """Take the held-out chunks of a stream through all layers, in some of whose sublayers everything is pruned.
+
+        Args:
+            parameters: of a layer, by their names relative to it, as pruning has left them.
+        """
+        for index in range(len(self.model.layers)):
+            sublayer_passes, layer = self._load(index), self.model.layers[index]
+            found = parameters(index) if any(unit[0] == index for unit in pruned) else {}
+            own = {name: layer.get_parameter(name).data for name in found}
+            for sublayer_pass in sublayer_passes:
+                is_pruned = (index, sublayer_pass.runner.sublayer.name) in pruned
+                _set_parameters(layer, found if is_pruned else own)
+                for chunk in self.streams.measured:
+                    stream[chunk] = sublayer_pass.run(stream, chunk)
+            self._free(index)
+
+    def _advance_dense(self, index: int, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
+        assert self.streams.dense is not None
+        if self.alone is not None:
+            self.alone.pass_dense((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
+        sublayer_pass.advance(self.streams.dense, chunks)
 
     def _free(self, index: int) -> None:
         self.model.free_layer(index)
@@ -174,14 +207,14 @@ class LayerPass:
             paths = [group.experts for groups in stages for group in groups if group.experts]
             dense = self.experts.dense_reads(index, sublayer_pass, paths)
         if not stages and self.streams.dense is not None:
-            sublayer_pass.advance(self.streams.dense)
+            self._advance_dense(index, sublayer_pass)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             stage = _Stage(number, groups, kept, plan.in_int8[index])
             found = self._solve_stage(index, sublayer_pass, stage, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
-                    sublayer_pass.advance(self.streams.dense)
+                    self._advance_dense(index, sublayer_pass)
             if rotator is not None:
                 rotator.forget()
             for name, linear in found.items():
@@ -202,6 +235,8 @@ class LayerPass:
             if self.recipe.weights != "float":
                 scales = {} if smoother is None else smoother.scales
                 pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
+        if self.alone is not None and pruned:
+            self.alone.pass_pruned((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
         return pruned
 
     def _share(self, index: int, sublayer_pass: SublayerPass) -> float:
@@ -279,3 +314,8 @@ class LayerPass:
 
     def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
         return {self.model.written_linear(index, name): value for name, value in found.items()}
+
+
+def _set_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        set_parameter(layer, name, value)

@@ -13,6 +13,7 @@ from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, Topology, linears_of, rank_blocks
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.budget import REASON, Unit
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
 IGNORED = "--ignore"
@@ -82,8 +83,17 @@ class Plan:
         return [group for group in left if group.linears or group.experts]
 
 
-def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept: Kept) -> Plan:
+def make_plan(
+    model: StreamedModel,
+    topologies: Topologies,
+    recipe: Recipe,
+    kept: Kept,
+    chosen: frozenset[Unit] | None = None,
+) -> Plan:
     """Decide for every linear of the model.
+
+    Args:
+        chosen: the sublayers that are pruned; None: all.
 
     Raises:
         RiaError: nothing is left to prune, or layers differ in their experts.
@@ -100,7 +110,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
         linears, topology = _linears(layer), topologies.of(index)
         unlike = kept.reasons(index, recipe)
         reasons = {name: why for name, why in unlike.items() if name in linears}
-        reasons |= _reasons(model, index, topology, recipe)
+        reasons |= _beyond(topology, index, chosen) | _reasons(model, index, topology, recipe)
         misfits.update(f"{name}: {why}" for name, why in reasons.items() if name in unlike or "in-features" in why)
         fixed = {name for name, why in reasons.items() if not _can_be_rounded(linears[name], why, unlike.get(name))}
         for name, (partner, how) in _partners(topology, linears, reasons).items():
@@ -118,7 +128,7 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
         mixtures[index], left = plan_experts(model, index, topology, recipe, unlike)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
-    if not any(pruned.values()) and not any(mixtures.values()):
+    if not any(pruned.values()) and not any(mixtures.values()) and not any(in_int8.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
     describe_experts(model, mixtures)  # which refuses experts that differ
@@ -127,6 +137,12 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
     return Plan(pruned, in_int8, outside | dense, tuple(warnings), mixtures, blocks, kept)
+
+
+def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None) -> dict[str, str]:
+    """The linears of the sublayers that are not among those that are pruned, and why they stay dense."""
+    left = [one for one in topology.sublayers if chosen is not None and (index, one.name) not in chosen]
+    return {name: REASON for sublayer in left for name in sublayer.linears}
 
 
 def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recipe) -> dict[str, str]:
@@ -145,7 +161,7 @@ def _can_be_rounded(linear: nn.Linear, why: str, unlike: str | None) -> bool:
     Args:
         unlike: the reason if it only lacks the pattern that others have.
     """
-    return (why in (IGNORED, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
+    return (why in (IGNORED, REASON, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
 
 
 def _partners(

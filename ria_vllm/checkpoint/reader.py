@@ -109,7 +109,7 @@ class Reader:
             for name in tensor_names(path):
                 if self.files.get(name) != path:
                     raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
-        if not self.sparse_names:
+        if not self.sparse_names and not self.schema.int8_linears:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         check_prefix(self.files, self.schema, "model.", self.folder)
         path = self.folder / PERMUTATIONS_FILE

@@ -50,7 +50,6 @@ ALONE = {
     "float16": ("qwen3", FP16, SERVED_FP16),
     "int8": ("llama-gqa", {"weights": "int8"} | BF16, SERVED_BF16),
     "int8, dense ones too": ("llama-bias", DENSE_INT8 | BF16, SERVED_BF16),
-    "int8, dense ones too, rearranged rows": (FALCON, DENSE_INT8 | {"dense": ("query_key_value",)}, {}),
     "fp8": ("llama-gqa", {"weights": "fp8"} | BF16, SERVED_BF16),
     "int4-g64": ("llama-gqa", {"weights": "int4-g64"} | BF16, SERVED_BF16),
     "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64"} | FP16, SERVED_FP16),
@@ -65,6 +64,9 @@ ROUNDED = {
         "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
     ),
     "int8, dense ones too": ("qwen2", DENSE_INT8 | {"rounded": True}, {}),
+    "int8, dense ones too, rearranged rows": (
+        FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
+    ),
     "int8, 8:16": ("llama-gqa", {"rounded": True, "weights": "int8", "pattern": "8:16"}, {}),
 }  # fmt: skip
 SPREAD = {
