@@ -72,7 +72,7 @@ ROUNDED = {
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
-    "two ranks, dense in int8": ("llama-gqa", DENSE_INT8, TWO_RANKS),
+    "two ranks, dense in int8": ("llama-gqa", DENSE_INT8 | BF16, TWO_RANKS | SERVED_BF16),
     "two ranks, latent attention": ("deepseek-v3", {}, TWO_RANKS | LATENT_ATTENTION),
     "two ranks, int4-g32 with padding": ("qwen2", {"weights": "int4-g32", "intermediate_size": 192}, TWO_RANKS),
     "two stages": ("llama-gqa", {}, TWO_STAGES),
@@ -108,7 +108,7 @@ def test_rounded_inputs(runs, name):
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_several_processes(runs, name):
-    check(*runs.get(SPREAD, name, **ONE_THREAD_EACH))
+    check(*runs.get(SPREAD, name, **ONE_THREAD_EACH), half="dtype" in SPREAD[name][1])
 
 
 def test_permutations_that_cross_ranks_are_warned_of(runs):
