@@ -56,7 +56,7 @@ class RiaConfig(QuantizationConfig):
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
         dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
-        pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
+        pruned: those that are stored compressed; None if no weight file could tell, or has any linear of ours.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         weightless: the model has no weight files here.
@@ -162,7 +162,9 @@ class RiaConfig(QuantizationConfig):
             tensors = self.translation.names(tensors)
         stored = stored_modules(tensors)
         self.stored = set(stored)
-        self.pruned = {name for name, pruned in stored.items() if pruned} or None
+        self.pruned = {name for name, pruned in stored.items() if pruned} or (
+            set() if self.schema.int8_linears else None
+        )
         int8 = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{INTEGERS}")}
         if lost := sorted(set(self.schema.int8_linears) - int8):
             raise RiaError(f"{self.where}: {lost[0]}.{INTEGERS} is missing. Get all files of one run.")
