@@ -35,6 +35,14 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         context.exit()
 
 
+def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """5% is 0.05."""
+    try:
+        return None if text is None else float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a percentage, such as 5%.", param=parameter) from None
+
+
 @click.command()
 @click.argument("model")
 @shared.out
@@ -53,6 +61,13 @@ def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     show_default=True,
     help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
+)
+@click.option(
+    "--max-loss",
+    metavar="PERCENT",
+    callback=parse_percent,
+    help="Prune only as much as raises the perplexity by this at most, such as 5%; the rest stays dense, in int8 "
+    "if the scheme has integers. Takes twice as long.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
 @shared.device
@@ -179,7 +194,8 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
-    monitor.say(f"{out}: {len(kept)} linears pruned, mean retained score {sum(kept) / len(kept):.4f}")
+    score = f", mean retained score {sum(kept) / len(kept):.4f}" if kept else ""
+    monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():
         monitor.say(line)
     if recipe.reconstruct == "block" and "kept" not in report:

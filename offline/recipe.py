@@ -76,6 +76,7 @@ class Recipe:
     prune_rest: bool = False
     only_keeps: bool = False
     pattern: Pattern = TWO_OF_FOUR
+    max_loss: Annotated[float, Field(gt=0)] | None = None
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
@@ -113,6 +114,8 @@ class Recipe:
         if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
             option = "activations" if self.group_size is None else "--group-size"
             raise RiaError(f"{option}: for integer weights only; give a --scheme that has them.")
+        if self.max_loss is not None and not self.follows_dense:
+            raise RiaError("--max-loss: for weights that are reconstructed; leave out --reconstruct none.")
         if self.smooth and self.activations == "none":
             raise RiaError("--smooth is for rounded inputs; give --scheme W8A8 or W4A8.")
         check_fraction(self.self_written, self.samples, self.calibration)
@@ -138,6 +141,11 @@ class Recipe:
             return formats.FLOAT
         assert self.weights != "int4" or self.group_size is not None
         return formats.INTEGERS[int(self.weights.removeprefix("int")), self._columns]
+
+    @property
+    def of_dense(self) -> "Recipe":
+        """For linears that stay dense: in int8 by rows where pruned ones have integers."""
+        return self if self.weights == "float" else replace(self, weights="int8", group_size=None)
 
     @property
     def _columns(self) -> int | None:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
-from ria_vllm.format import permutation
+from ria_vllm.format import int8_rows, permutation
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
@@ -46,13 +46,18 @@ def layer_tensors(
 
 
 def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, torch.Tensor]:
-    """All tensors of pruned linears in the checkpoint.
+    """All tensors of pruned linears in the checkpoint, and of rounded ones.
 
     Args:
         pruned: written name -> pruned linear.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, linear in pruned.items():
+        if linear.is_dense:
+            exact = linear.scale is None
+            parts = {"weight": linear.weight} if exact else int8_rows.encode(linear.weight, linear.scale)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            continue
         order = slice(None) if linear.p is None else linear.p
         parts = recipe.weight_format.encode(
             linear.weight[:, order], linear.mask[:, order], linear.scale, recipe.pattern
@@ -82,6 +87,9 @@ def pruned_weights(
     for name in names:
         if f"{name}.weight" in tensors:
             weights[name] = tensors[f"{name}.weight"]
+            continue
+        if f"{name}.{int8_rows.INTEGERS}" in tensors:
+            weights[name] = int8_rows.decode({part: tensors[f"{name}.{part}"] for part in int8_rows.TENSORS}, dtype)
             continue
         parts = {part.name: tensors[f"{name}.{part.name}"] for part in recipe.weight_format.parts}
         stored = recipe.weight_format.decode(parts, dtype)

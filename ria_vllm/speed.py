@@ -27,12 +27,14 @@ INT8_HEAD = 2.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Weights that each token multiplies: of the pruned linears, of the head, and of what else stays dense."""
+    """Weights that each token multiplies: of the pruned linears, of the head, of what else stays dense, and of what
+    stays dense in int8."""
 
     layers: int
     pruned: float
     head: int
     dense: float
+    int8: int = 0
 
 
 def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
@@ -51,7 +53,8 @@ def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
     for users, ratios in zip(USERS, RATIOS.get(ALIKE.get(str(instructions), str(instructions)), ()), strict=False):
         of = dict(zip(WAYS, ratios, strict=True)) | {"dense": 1.0}
         rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
-        times = {way: rest + WEIGHT * sizes.pruned / ratio for way, ratio in of.items()}
+        rounded = {way: sizes.int8 / of["dense" if way == "dense" else "dense W8A8"] for way in of}
+        times = {way: rest + WEIGHT * (sizes.pruned / ratio + rounded[way]) for way, ratio in of.items()}
         ours = times[scheme] - (WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0)
         dense, w8a8 = times["dense"], times["dense W8A8"]
         who = "1 user" if users == 1 else f"{users} users"

@@ -75,7 +75,8 @@ class ServedModel:
         if self.config.rearranged and self.config.stored is not None:
             from ria_vllm.serve.model import rearranged
 
-            found |= rearranged.takers(self.model, self.config.required)
+            linears = self.config.required | (set(self.config.schema.int8_linears) - self.config.int8)
+            found |= rearranged.takers(self.model, linears)
         if self.config.experts:
             from ria_vllm.serve.model import experts_matching
 

@@ -39,6 +39,12 @@ class Activations:
     def append(self, stream: torch.Tensor) -> None:
         self.chunks.append(self._stored(stream))
 
+    def copy(self) -> "Activations":
+        """The same chunks, in memory."""
+        found = Activations(self.dtype, self.stored_dtype)
+        found.chunks = list(self.chunks)
+        return found
+
     def remove(self) -> None:
         """Free the memory of all chunks."""
         self.chunks.clear()

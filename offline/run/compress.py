@@ -8,6 +8,7 @@ import torch
 
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
+from ria_vllm.errors import RiaError
 from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.sizes import human_size
@@ -17,6 +18,7 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.experts.plan import describe_experts, folds_of_experts
 from ria_vllm.offline.experts.store import ExpertStore
@@ -28,6 +30,7 @@ from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import forecast
+from ria_vllm.offline.run.budget import EachAlone, Unit, choose
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
 from ria_vllm.offline.run.held_out import held_out_loss, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
@@ -38,6 +41,7 @@ from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
+from ria_vllm.offline.sublayer.pruned_linear import DENSE
 from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 from ria_vllm.report import HELD_OUT, VERDICT, VERDICT_KEYS
@@ -46,6 +50,7 @@ from ria_vllm.speed import expected_here
 CALIBRATION_KEY = "calibration"
 HELD_OUT_KEY = "held-out"
 TOPOLOGY_KEY = "topology"
+BUDGET_KEY = "budget"
 LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
 
@@ -157,6 +162,12 @@ class _Run:
         layers = LayerPass(store, tokens, self.monitor, self._kept_topologies(), self.recipe.held_out)
         self._keep(layers.topologies)
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
+        if self.recipe.max_loss is not None:
+            if not self._has(BUDGET_KEY):
+                self._spend(self.recipe.max_loss, layers, plan, store)
+                layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+            chosen = frozenset((index, name) for index, name in self.writer.record(BUDGET_KEY)["pruned"])
+            plan = make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         if copied := self.model.copied():
@@ -216,6 +227,73 @@ class _Run:
         if self.ranks.first:
             self.writer.write(HELD_OUT_KEY, {}, found or {})
 
+    def _spend(self, max_loss: float, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
+        """Prune everything, to find out what to leave dense.
+
+        Raises:
+            RiaError: a mixture of experts, or a model that is pruned already.
+        """
+        if any(plan.experts.values()) or self.kept.names:
+            what = "this model is pruned already" if self.kept.names else "layers with experts have to be pruned alike"
+            raise RiaError(f"--max-loss: {what}. Leave it out; --ignore keeps linears dense.")
+        layers.alone = alone = EachAlone(layers.streams)
+        self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
+
+        def measure(stream: Activations) -> dict[str, Any] | None:
+            tokens = layers.embedded.held_out
+            return held_out_loss(self.model, alone.with_pruned(stream), tokens, self.ranks, self.monitor)
+
+        def with_pruned(units: frozenset[Unit]) -> dict[str, Any] | None:
+            stream = alone.start.copy()
+            layers.mixed(stream, lambda index: self._finished(index, plan), units)
+            return measure(stream)
+
+        with self.monitor.phase("--max-loss"):
+            losses = {unit: found for unit, stream in alone.found.items() if (found := measure(stream)) is not None}
+            weights = {unit: self._pruned_weights(unit, layers.topologies, plan) for unit in losses}
+            choice = choose(losses, weights, with_pruned, max_loss)
+        sublayers = {
+            f"{self.model.layer_prefix(index)}{name}": {
+                "kl": losses[index, name]["kl"],
+                "weights": weights[index, name],
+                "pruned": (index, name) in choice.pruned,
+            }
+            for index, name in losses
+        }
+        self.monitor.say(
+            f"--max-loss: {len(choice.pruned)} of {len(losses)} sublayers are pruned; the others would lose too much"
+        )
+        self.ranks.barrier()  # all have read them
+        if self.ranks.first:
+            for index in range(len(self.model.layers)):
+                self.writer.remove(layer_key(index))
+            record = {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured}
+            self.writer.write(BUDGET_KEY, {}, record)
+        self.ranks.barrier()
+
+    def _pruned_weights(self, unit: Unit, topologies: Topologies, plan: Plan) -> int:
+        index, name = unit
+        (sublayer,) = [one for one in topologies.of(index).sublayers if one.name == name]
+        names = plan.pruned[index].intersection(sublayer.linears)
+        return sum(self.model.layers[index].get_submodule(linear).weight.numel() for linear in names)
+
+    def _finished(self, index: int, plan: Plan) -> dict[str, torch.Tensor]:
+        """The parameters of a finished layer that pruning has changed, by their names relative to it."""
+        stored, _ = self.writer.read(layer_key(index))
+        names = {self.model.written_linear(index, name): name for name in sorted(plan.changed(index))}
+        tensors, recipe = stored, self.recipe
+        if recipe.continues_exactly and index <= plan.last:
+            tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
+        weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
+        found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
+        # What stays dense may have been changed, too: scales migrate, and biases are rotated.
+        prefix = self.model.layer_prefix(index)
+        for name, _ in self.model.layers[index].named_parameters():
+            written = self.model.names.direct.get(prefix + name)
+            if written in stored:
+                found[name] = stored[written]
+        return found
+
     def _replay_finished(self, layers: LayerPass, plan: Plan) -> int:
         """Take the activations through the layers that an interrupted run has finished; returns their number."""
         total = len(self.model.layers)
@@ -226,20 +304,7 @@ class _Run:
         chunks = None if finished <= plan.last else layers.streams.measured
         if finished <= plan.last or (self.recipe.held_out and not self._has(HELD_OUT_KEY)):
             for index in self.monitor.steps(range(finished), "resuming", finished):
-                stored, _ = self.writer.read(layer_key(index))
-                names = {self.model.written_linear(index, name): name for name in sorted(plan.pruned[index])}
-                tensors, recipe = stored, self.recipe
-                if recipe.continues_exactly and index <= plan.last:
-                    tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
-                weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
-                found = {f"{names[written]}.weight": weight for written, weight in weights.items()}
-                # What stays dense may have been changed, too: scales migrate, and biases are rotated.
-                prefix = self.model.layer_prefix(index)
-                for name, _ in self.model.layers[index].named_parameters():
-                    written = self.model.names.direct.get(prefix + name)
-                    if written in stored:
-                        found[name] = stored[written]
-                layers.replay(index, found, plan.experts[index], chunks)
+                layers.replay(index, self._finished(index, plan), plan.experts[index], chunks)
         return finished
 
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
@@ -277,19 +342,22 @@ class _Run:
         return recipe.dump(self.source.name) | found | {TOPOLOGY: topologies.dump()}
 
     def _report(self, topologies: Topologies, plan: Plan, store: ExpertStore) -> dict[str, Any]:
-        linears: dict[str, Any] = {}
+        records: dict[str, Any] = {}
         for index in range(len(self.model.layers)):
-            linears |= dict(sorted(self.writer.record(layer_key(index)).items()))
-            linears |= store.records(index, plan.experts[index])
-        count, rotated = (sum(key in record for record in linears.values()) for key in ("smoothed", "rotated"))
+            records |= dict(sorted(self.writer.record(layer_key(index)).items()))
+            records |= store.records(index, plan.experts[index])
+        count, rotated = (sum(key in record for record in records.values()) for key in ("smoothed", "rotated"))
         recipe = self._dumped_recipe(topologies, count, rotated)
+        linears = {name: record for name, record in records.items() if DENSE not in record}
         found = {"recipe": recipe, "linears": linears, "dense": dict(plan.dense)}
+        if in_int8 := {name: record for name, record in records.items() if DENSE in record}:
+            found["dense_in_int8"] = in_int8
         if kept := sum("kept" in record for record in linears.values()):
             found["kept"] = {"linears": kept, "pruned": len(linears) - kept}
         if self.recipe.migration_strength:
-            found["smoothed"] = {"linears": count, "left": len(linears) - count}
+            found["smoothed"] = {"linears": count, "left": len(records) - count}
             self.monitor.say(
-                f"scales of inputs migrated for {count} of {len(linears)} linears; those of the others stay"
+                f"scales of inputs migrated for {count} of {len(records)} linears; those of the others stay"
             )
         if self.recipe.rotates_heads:
             self.monitor.say(f"heads rotated before {rotated} of {len(linears)} linears")
@@ -301,6 +369,8 @@ class _Run:
             )
         if copied := self.model.copied():
             found["copied"] = copied
+        if self.recipe.max_loss is not None:
+            found["max_loss"] = {key: self.writer.record(BUDGET_KEY)[key] for key in ("sublayers", "measured")}
         judged = self._size_and_speed(plan)
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
             found[HELD_OUT] = loss
@@ -349,7 +419,7 @@ class _Run:
         schema = RiaSchema(
             sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
             input_activations=None if recipe.activations == "none" else INT8_TOKENS,
-            recipe=report["recipe"],
+            int8_linears=list(report.get("dense_in_int8", ())), recipe=report["recipe"],
         )  # fmt: skip
         json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
         json_files = json_files | {REPORT_FILE: report}
@@ -362,9 +432,12 @@ class _Run:
 
 def _say_layer(records: dict[str, dict[str, Any]], pattern: Pattern, monitor: Monitor) -> None:
     for name, record in records.items():
-        text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
-        if "kept" in record:
+        if DENSE in record:
+            text = f"{name}: dense in int8"
+        elif "kept" in record:
             text = f"{name}: {pattern} already"
+        else:
+            text = f"{name}: retained score {record['retained_before']:.4f} -> {record['retained_after']:.4f}"
         if "error_after" in record:
             text += f", output error {record['error_before']:.4f} -> {record['error_after']:.4f}"
         if "rounding_error" in record:

@@ -7,7 +7,9 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import nn
 
+from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
@@ -18,6 +20,7 @@ from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies
+from ria_vllm.offline.run.budget import EachAlone, Unit
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
@@ -32,11 +35,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage of a sublayer: its number, its groups with only what is pruned, and what of them keeps its mask."""
+    """A stage of a sublayer: its number, its groups with only what is pruned or rounded, what of them keeps its mask,
+    and what is only rounded."""
 
     number: int
     groups: Sequence[Group]
     kept: Collection[str]
+    dense: Collection[str]
+
+    @property
+    def pruned(self) -> list[Group]:
+        return [replace(group, linears=tuple(n for n in group.linears if n not in self.dense)) for group in self.groups]
 
 
 class LayerPass:
@@ -65,6 +74,7 @@ class LayerPass:
         self.embedded = embed(self.model, self.recipe, tokens, self.ranks, monitor, topologies, held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
+        self.alone: EachAlone | None = None
 
     def prune(self, index: int, plan: Plan) -> tuple[dict[str, Pruned], dict[str, torch.Tensor]]:
         """Prune layer `index`, and take the activations through it: the held-out ones only, if no later one is pruned.
@@ -110,17 +120,46 @@ class LayerPass:
         """
         if chunks is not None and not chunks:
             return
-        sublayer_passes = self._load(index)
+        sublayer_passes, layer = self._load(index), self.model.layers[index]
+        own = {name: layer.get_parameter(name).data for name in parameters if self.alone is not None}
         if self.streams.dense is not None:
             for sublayer_pass in sublayer_passes:
-                sublayer_pass.advance(self.streams.dense, chunks)
-        for name, value in parameters.items():
-            set_parameter(self.model.layers[index], name, value)
+                self._advance_dense(index, sublayer_pass, chunks)
+                if self.alone is not None and parameters:
+                    _set_parameters(layer, parameters)
+                    self.alone.pass_pruned((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
+                    _set_parameters(layer, own)
+        _set_parameters(layer, parameters)
         for path in experts:
             self.experts.use_pruned(index, path)
         for sublayer_pass in sublayer_passes:
             sublayer_pass.advance(self.streams.pruned, chunks)
         self._free(index)
+
+    def mixed(
+        self, stream: Activations, parameters: Callable[[int], Mapping[str, torch.Tensor]], pruned: Collection[Unit]
+    ) -> None:
+        """Take the held-out chunks of a stream through all layers, in some of whose sublayers everything is pruned.
+
+        Args:
+            parameters: of a layer, by their names relative to it, as pruning has left them.
+        """
+        for index in range(len(self.model.layers)):
+            sublayer_passes, layer = self._load(index), self.model.layers[index]
+            found = parameters(index) if any(unit[0] == index for unit in pruned) else {}
+            own = {name: layer.get_parameter(name).data for name in found}
+            for sublayer_pass in sublayer_passes:
+                is_pruned = (index, sublayer_pass.runner.sublayer.name) in pruned
+                _set_parameters(layer, found if is_pruned else own)
+                for chunk in self.streams.measured:
+                    stream[chunk] = sublayer_pass.run(stream, chunk)
+            self._free(index)
+
+    def _advance_dense(self, index: int, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
+        assert self.streams.dense is not None
+        if self.alone is not None:
+            self.alone.pass_dense((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
+        sublayer_pass.advance(self.streams.dense, chunks)
 
     def _free(self, index: int) -> None:
         self.model.free_layer(index)
@@ -165,13 +204,14 @@ class LayerPass:
             paths = [group.experts for groups in stages for group in groups if group.experts]
             dense = self.experts.dense_reads(index, sublayer_pass, paths)
         if not stages and self.streams.dense is not None:
-            sublayer_pass.advance(self.streams.dense)
+            self._advance_dense(index, sublayer_pass)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            found = self._solve_stage(index, sublayer_pass, _Stage(number, groups, kept), dense, scale)
+            stage = _Stage(number, groups, kept, plan.in_int8[index])
+            found = self._solve_stage(index, sublayer_pass, stage, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
-                    sublayer_pass.advance(self.streams.dense)
+                    self._advance_dense(index, sublayer_pass)
             if rotator is not None:
                 rotator.forget()
             for name, linear in found.items():
@@ -186,12 +226,14 @@ class LayerPass:
                     self.experts.use_pruned(index, group.experts)
             pruned |= found
         if recipe.trains and pruned:
-            free = {name: linear for name, linear in pruned.items() if name not in kept}
+            free = {name: linear for name, linear in pruned.items() if name not in kept and not linear.is_dense}
             if free:
                 pruned |= train_sublayer(sublayer_pass, free, recipe, self._share(index, sublayer_pass))
             if self.recipe.weights != "float":
                 scales = {} if smoother is None else smoother.scales
                 pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
+        if self.alone is not None and pruned:
+            self.alone.pass_pruned((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
         return pruned
 
     def _share(self, index: int, sublayer_pass: SublayerPass) -> float:
@@ -230,11 +272,11 @@ class LayerPass:
             scale(plain, statistics, weights)
         with self.monitor.phase("permutations"):
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
-            fixed = [group for group in stage.groups if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
-            alone = [group for group in plain if not group.experts and group not in fixed]
+            fixed = [group for group in stage.pruned if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
+            alone = [group for group in stage.pruned if group.linears and not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
-        for group in (group for group in stage.groups if group.experts):
+        for group in (group for group in stage.pruned if group.experts):
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
             experts = replace(experts, kept=group.experts in stage.kept)
             order = None
@@ -247,7 +289,8 @@ class LayerPass:
         with self.monitor.phase("masks and weights"):
             trim()
             linears = {
-                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept) for name in names
+                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept, name in stage.dense)
+                for name in names
             }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
             solved = solve(linears, recipe, self.ranks, dtype, sublayer_pass.place, recipe.damping)
@@ -263,3 +306,8 @@ class LayerPass:
 
     def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
         return {self.model.written_linear(index, name): value for name, value in found.items()}
+
+
+def _set_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        set_parameter(layer, name, value)

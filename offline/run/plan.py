@@ -13,7 +13,11 @@ from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, Topology, linears_of, rank_blocks
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.budget import REASON, Unit
 from ria_vllm.vllm_quirks import fused_sets, served_dense
+
+IGNORED = "--ignore"
+INT8_MULTIPLE = 16  # of in-features: what kernels for dense matrices in int8 take
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
 
     kept: what keeps the mask that it has.
     pruned: layer index -> names of linears, relative to the layer.
+    in_int8: the same of dense linears that are stored in int8.
     dense: written name -> why.
     warnings: for the user.
     experts: layer index -> paths of the experts that are pruned, relative to the layer.
@@ -47,6 +52,7 @@ class Plan:
     """
 
     pruned: Mapping[int, frozenset[str]]
+    in_int8: Mapping[int, frozenset[str]]
     dense: Mapping[str, str]
     warnings: tuple[str, ...]
     experts: Mapping[int, frozenset[str]]
@@ -55,16 +61,20 @@ class Plan:
 
     @property
     def last(self) -> int:
-        """The last layer of which anything is pruned."""
-        return max(index for index in self.pruned if self.pruned[index] or self.experts[index])
+        """The last layer of which anything is pruned or rounded."""
+        return max(index for index in self.pruned if self.changed(index) or self.experts[index])
+
+    def changed(self, index: int) -> frozenset[str]:
+        """The linears of a layer that are pruned, or rounded."""
+        return self.pruned[index] | self.in_int8[index]
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
-        """The groups of a stage without the linears that stay dense."""
-        blocks = self.blocks[index]
+        """The groups of a stage without the linears that stay as they are."""
+        blocks, changed = self.blocks[index], self.changed(index)
         left = [
             replace(
                 group,
-                linears=tuple(n for n in group.linears if n in self.pruned[index]),
+                linears=tuple(n for n in group.linears if n in changed),
                 experts=group.experts if group.experts in self.experts[index] else None,
                 blocks=blocks.get(group.linears[0], group.blocks) if group.linears else group.blocks,
             )
@@ -73,13 +83,23 @@ class Plan:
         return [group for group in left if group.linears or group.experts]
 
 
-def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept: Kept) -> Plan:
+def make_plan(
+    model: StreamedModel,
+    topologies: Topologies,
+    recipe: Recipe,
+    kept: Kept,
+    chosen: frozenset[Unit] | None = None,
+) -> Plan:
     """Decide for every linear of the model.
+
+    Args:
+        chosen: the sublayers that are pruned; None: all.
 
     Raises:
         RiaError: nothing is left to prune, or layers differ in their experts.
     """
     pruned: dict[int, frozenset[str]] = {}
+    in_int8: dict[int, frozenset[str]] = {}
     mixtures: dict[int, frozenset[str]] = {}
     blocks: dict[int, dict[str, int]] = {}
     dense: dict[str, str] = {}
@@ -90,19 +110,25 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
         linears, topology = _linears(layer), topologies.of(index)
         unlike = kept.reasons(index, recipe)
         reasons = {name: why for name, why in unlike.items() if name in linears}
-        reasons |= _reasons(model, index, topology, recipe)
+        reasons |= _beyond(topology, index, chosen) | _reasons(model, index, topology, recipe)
         misfits.update(f"{name}: {why}" for name, why in reasons.items() if name in unlike or "in-features" in why)
+        fixed = {name for name, why in reasons.items() if not _can_be_rounded(linears[name], why, unlike.get(name))}
         for name, (partner, how) in _partners(topology, linears, reasons).items():
             one, other = (model.written_linear(index, either) for either in (name, partner))
             fuses = "fuses it" if how == "served" else "may fuse it"
             warnings.append(f"{one} stays dense too: vLLM {fuses} with {other}.")
             reasons[name] = f"{how} as one with {partner}"
         pruned[index] = frozenset(linears) - frozenset(reasons)
+        in_int8[index] = frozenset(
+            name
+            for name in reasons
+            if recipe.weights != "float" and fixed.isdisjoint(topology.fused_with(name, linears))
+        )
         blocks[index] = _blocks(topology, linears, pruned[index])
         mixtures[index], left = plan_experts(model, index, topology, recipe, unlike)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
-    if not any(pruned.values()) and not any(mixtures.values()):
+    if not any(pruned.values()) and not any(mixtures.values()) and not any(in_int8.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
     describe_experts(model, mixtures)  # which refuses experts that differ
@@ -110,7 +136,13 @@ def make_plan(model: StreamedModel, topologies: Topologies, recipe: Recipe, kept
     warnings += [*experts_left_dense(left_dense), *_unknown_tensors(model)]
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
-    return Plan(pruned, outside | dense, tuple(warnings), mixtures, blocks, kept)
+    return Plan(pruned, in_int8, outside | dense, tuple(warnings), mixtures, blocks, kept)
+
+
+def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None) -> dict[str, str]:
+    """The linears of the sublayers that are not among those that are pruned, and why they stay dense."""
+    left = [one for one in topology.sublayers if chosen is not None and (index, one.name) not in chosen]
+    return {name: REASON for sublayer in left for name in sublayer.linears}
 
 
 def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recipe) -> dict[str, str]:
@@ -121,6 +153,15 @@ def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recip
         if name not in reasons and reason:
             reasons[name] = reason
     return reasons
+
+
+def _can_be_rounded(linear: nn.Linear, why: str, unlike: str | None) -> bool:
+    """Whether a linear that stays dense for the reason `why` can be stored in int8.
+
+    Args:
+        unlike: the reason if it only lacks the pattern that others have.
+    """
+    return (why in (IGNORED, REASON, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
 
 
 def _partners(
@@ -181,7 +222,7 @@ def _reason(model: StreamedModel, index: int, name: str, module: nn.Linear, reci
     if not model.names.is_found_compressed(full):
         return "transformers renames its weight, and would not find it compressed"
     if recipe.ignores(model.written_linear(index, name)):
-        return "--ignore"
+        return IGNORED
     if width % IN_FEATURES_MULTIPLE:
         return f"its {width} in-features are not a multiple of {IN_FEATURES_MULTIPLE}"
     return None

@@ -12,10 +12,12 @@ from ria_vllm.offline.pruning.admm import ROWS_AT_ONCE
 from ria_vllm.offline.pruning.rounding import nearest_scales
 from ria_vllm.offline.recipe import Recipe
 
+DENSE = "int8"  # in the records of linears that keep all weights, and are only rounded
+
 
 @dataclass(frozen=True)
 class Pruned:
-    """One pruned linear, with its channels in the model's own order.
+    """One pruned linear, or one that stays dense and is rounded, with its channels in the model's own order.
 
     weight: [out, in] in the checkpoint's dtype, zero outside the mask.
     packed_mask: uint8, one bit per entry of the mask, row by row (all masks of a layer are in memory until it is
@@ -43,6 +45,10 @@ class Pruned:
         assert self.exact is not None
         weight = torch.zeros_like(self.weight).masked_scatter_(self.mask, self.exact)
         return replace(self, weight=weight, scale=None, exact=None, rotations=None)
+
+    @property
+    def is_dense(self) -> bool:
+        return DENSE in self.record
 
     @property
     def mask(self) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ria_vllm.offline.pruning.sparsegpt import sparsegpt
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed, stored_weight
+from ria_vllm.offline.sublayer.pruned_linear import DENSE, Pruned, packed, stored_weight
 from ria_vllm.offline.transforms import permute
 
 
@@ -68,12 +68,14 @@ class ToPrune:
     """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it.
 
     kept: it has the pattern already in the model's own order, and keeps its mask and its zeros.
+    dense: it keeps all of its weights, and is only rounded.
     """
 
     weight: torch.Tensor
     statistics: Statistics
     order: torch.Tensor | None
     kept: bool = False
+    dense: bool = False
 
 
 def solve(
@@ -102,10 +104,10 @@ def solve(
     owners = dict(zip(linears, ranks.partition_by_cost(costs), strict=True))
     solved: dict[str, Pruned] = {}
     own = {name: one for name, one in linears.items() if owners[name] == ranks.rank}
-    solvers = _Solvers((one.statistics.gram for one in own.values() if not one.kept), damping)
+    solvers = _Solvers((one.statistics.gram for one in own.values() if not (one.kept or one.dense)), damping)
     for name, one in own.items():
-        if one.kept:
-            solved[name] = _keep(one.weight, one.statistics, dtype, recipe)
+        if one.kept or one.dense:
+            solved[name] = _keep(one.weight, one.statistics, dtype, recipe, one.dense)
         else:
             solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
@@ -233,24 +235,28 @@ def _prune(
     return Pruned(W, packed(mask), p, record, scales)
 
 
-def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe) -> Pruned:
-    """A linear that has the pattern already: only rounded, if it becomes integers. Its zeros stay, even where a group
-    has more than it loses and some have to be stored."""
-    bitmask = plain24.bitmask_of(weight, recipe.pattern)
-    assert bitmask is not None
+def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe, dense: bool) -> Pruned:
+    """A linear that has the pattern already, or stays dense: only rounded, if it becomes integers. Zeros of the former
+    stay, even where a group has more than it loses and some have to be stored."""
+    if dense:
+        mask, recipe = torch.ones_like(weight, dtype=torch.bool), recipe.of_dense
+    else:
+        bitmask = plain24.bitmask_of(weight, recipe.pattern)
+        assert bitmask is not None
+        mask = sparse24.mask_from_bitmask(bitmask)
     W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram
     if gram is not None and isinstance(weight_format, IntFormat):
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         start = weight.to(torch.float32, copy=True)  # whose memory the result takes
         W, scales = round_on_mask(
-            weight, start, weight != 0, gram, weight_format, cross_term, divided_by=statistics.scales
+            weight, start, (weight != 0) | dense, gram, weight_format, cross_term, divided_by=statistics.scales
         )
     W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
-    record: dict[str, Any] = {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
+    record: dict[str, Any] = {DENSE: True} if dense else {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
     record |= {"shape": list(weight.shape), "permuted": False}
     if scales is not None and gram is not None:
         record["rounding_error"] = output_error(weight, W.to(weight.device), gram)
-    return Pruned(W, packed(sparse24.mask_from_bitmask(bitmask)), None, record, scales)
+    return Pruned(W, packed(mask), None, record, scales)
 
 
 def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, recipe: Recipe) -> Choice:

@@ -215,6 +215,7 @@ def _rounded(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Pruned:
+    recipe = recipe.of_dense if linear.is_dense else recipe
     weight_format = recipe.weight_format
     assert isinstance(weight_format, IntFormat)
     exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)

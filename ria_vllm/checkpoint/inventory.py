@@ -141,15 +141,15 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
         bytes=linear_bytes + other,
         dense_bytes=linear_dense + other + saved,
         ratio=(linear_bytes + other) / (linear_dense + other + saved),
-        linear_ratio=linear_bytes / linear_dense,
-        sparsity=zeros / sum(e.shape[0] * e.shape[1] for e in entries),
+        linear_ratio=linear_bytes / max(1, linear_dense),
+        sparsity=zeros / max(1, sum(e.shape[0] * e.shape[1] for e in entries)),
     )
     values = Values(
         scheme=schema.scheme,
         pattern=str(schema.pattern),
         format=", ".join(sorted({e.dtype for e in entries})),
         group_size=schema.weight_format.group_size,
-        bits_per_weight=8 * linear_bytes / sum(e.shape[0] * e.shape[1] for e in entries),
+        bits_per_weight=8 * linear_bytes / max(1, sum(e.shape[0] * e.shape[1] for e in entries)),
         inputs=None if schema.input_dtype is None else name_of(schema.input_dtype),
     )
     dense_linears = sorted(schema.sparsity_config.ignore)

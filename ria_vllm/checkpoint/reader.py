@@ -93,6 +93,8 @@ class Reader:
                     f"{self.folder}: {name} is stored in int8, which config.json does not say of this model's weights, "
                     "or in another way besides. Get all files of one run."
                 )
+        if lost := sorted(set(self.schema.int8_linears) - set(self.int8_names)):
+            raise RiaError(f"{self.folder}: {lost[0]}.integers is missing. Get the weight files again.")
         for name in self.files:
             layer, _, part = name.rpartition(".")
             if part == "bitmask" and f"{layer}.compressed" not in self.files:
@@ -107,7 +109,7 @@ class Reader:
             for name in tensor_names(path):
                 if self.files.get(name) != path:
                     raise RiaError(f"{path}: the index does not say that {name} is here. Get the files of one run.")
-        if not self.sparse_names:
+        if not self.sparse_names and not self.schema.int8_linears:
             raise RiaError(f"{self.folder}: no pruned linear in it.")
         check_prefix(self.files, self.schema, "model.", self.folder)
         path = self.folder / PERMUTATIONS_FILE

@@ -314,7 +314,9 @@ class CheckpointWriter:
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             _write_shards(weights, final, max_shard_size, metadata)
-            if metadata and any(name.endswith(".compressed") for name, *_ in weights):  # a checkpoint of ours
+            if metadata and any(
+                name.endswith((".compressed", ".integers")) for name, *_ in weights
+            ):  # a checkpoint of ours
                 _add_proofs(final)
             _sync(final)
             self._replace(final)

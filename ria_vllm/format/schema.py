@@ -117,7 +117,11 @@ class Proofs(BaseModel):
 
 
 class RiaSchema(BaseModel):
-    """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable."""
+    """The whole `quantization_config`. Unknown keys are kept, so that newer minor versions stay readable.
+
+    int8_linears: those of the dense linears that are stored in int8 (`ria_vllm.format.int8_rows`). They round their
+        inputs as pruned ones do; heads in int8 do not.
+    """
 
     model_config = ConfigDict(extra="allow")
     quant_method: Literal["ria"] = QUANT_METHOD
@@ -131,11 +135,14 @@ class RiaSchema(BaseModel):
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     rotations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    int8_linears: list[str] = []
     proofs: Proofs | None = None
     recipe: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _rounded_alike(self) -> "RiaSchema":
+        if self.int8_linears and self.weights is None:
+            raise ValueError("int8_linears without weights: linears are in int8 only where pruned ones have integers")
         if self.input_activations is not None and self.weights is None:
             raise ValueError("input_activations without weights: inputs are rounded for quantized weights only")
         if self.input_activations and self.weights and self.input_activations.type != self.weights.type:

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from ria_vllm.format import plain24, sparse24
-from ria_vllm.format.formats import FLOAT, FP8, IntFormat
+from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.weight_format import BITMASK, Part, WeightFormat, name_of
@@ -99,6 +100,7 @@ class WeightScheme:
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
         scale_dtype: of scales of groups in the checkpoint; float32, which holds the others, if only its tensors tell.
         pattern: of each row; 2:4 in the checkpoints of others.
+        plain: the name of the tensor with the values if they are `dense`. As `integers`, they are served dense.
     """
 
     format: WeightFormat = FLOAT
@@ -107,6 +109,7 @@ class WeightScheme:
     activations: torch.dtype | None = None
     scale_dtype: torch.dtype = torch.float32
     pattern: Pattern = TWO_OF_FOUR
+    plain: str = "weight"
 
     def __str__(self) -> str:
         values = f"{self.format.name} weights{' with their zeros' if self.dense else ''}"
@@ -120,6 +123,11 @@ class WeightScheme:
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
         return cls(schema.weight_format, activations=schema.input_dtype, pattern=schema.pattern)
+
+    @classmethod
+    def of_dense(cls, schema: RiaSchema) -> "WeightScheme":
+        """That of `RiaSchema.int8_linears`."""
+        return cls(INT8, dense=True, activations=schema.input_dtype, plain=INTEGERS)
 
     @property
     def column_multiple(self) -> int:
@@ -155,7 +163,7 @@ class WeightScheme:
             elif not self.dense:
                 found[part.name] = TensorSpec(part, dtype)
             elif part.name == "compressed" and part.channels:
-                found["weight"] = TensorSpec(Part("weight", part.dtypes, part.channels // 2), dtype)
+                found[self.plain] = TensorSpec(Part(self.plain, part.dtypes, part.channels // 2), dtype)
         return found
 
     def _scales(self, part: Part) -> TensorSpec:
@@ -184,7 +192,7 @@ class WeightScheme:
                 that their dtype does not depend on their values. Dummies are as if it were `served`.
 
         Returns:
-            None if the linear was stored plain and is not 2:4, see `dense_weight`.
+            None if the linear was stored plain and is not 2:4, or is not to be, see `dense_weight`.
 
         Raises:
             ValueError: a scale that is not finite, or a bitmask without the pattern. Scales of zero or less are as good
@@ -201,6 +209,8 @@ class WeightScheme:
             if self.format.group_size is not None and self.scale_dtype == torch.float32:
                 dtypes = {served} if dummy else set(stored_scales)
                 parts["weight_scale"] = parts["weight_scale"].to(*(dtypes if len(dtypes) == 1 else ()))
+        if self.plain == INTEGERS:
+            return None
         if self.dense:
             values = loaded["weight"]
             if isinstance(self.format, IntFormat):
@@ -222,7 +232,7 @@ class WeightScheme:
         self, loaded: Mapping[str, torch.Tensor], sizes: Sequence[int], served: torch.dtype
     ) -> torch.Tensor:
         """[out, in] in the dtype `served`, of a linear that was stored plain."""
-        parts = {"compressed": loaded["weight"]}
+        parts = {"compressed": loaded[self.plain]}
         if "weight_scale" in loaded:
             parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
         return self.format.values(parts, served)

@@ -61,6 +61,7 @@ class Loading:
         self.rounded: dict[str, torch.dtype] = {}  # see `ria_vllm.hf.proofs`
         self.pruned: set[str] = set()
         self.int8: set[str] = set()  # matrices that are stored in int8
+        self.int8_linears: list[str] = []  # parameters of the model
         self.claimed: set[str] = set()
         self.shapes: dict[str, torch.Size] = {}
         self.conversions: list[Any] = []  # transformers' own
@@ -135,7 +136,7 @@ class Loading:
         model._weight_conversions = conversions
         setattr(model, ORIGIN_ATTRIBUTE, Origin(Path(self.where), self.placements, conversions))
         if self.schema.input_dtype is not None:
-            round_inputs(model, list(self.placements), self.where, self.schema.input_dtype)
+            round_inputs(model, [*self.placements, *self.int8_linears], self.where, self.schema.input_dtype)
 
     def prove(self, model: torch.nn.Module, used: list[Any]) -> None:
         """Check that the model, loaded and complete, holds the matrices that the checkpoint was written with.
@@ -173,7 +174,7 @@ class Loading:
         ]
 
     def _wanted(self, model: torch.nn.Module) -> set[str]:
-        """What the model should have used: all that is pruned, and a head in int8 if it has one."""
+        """What the model should have used: all that is pruned or in int8, but a head only if it has one."""
         paths, prefix = {path for path, _ in model.named_modules()}, f"{model.base_model_prefix}."
         has_head = model.get_output_embeddings() is not None
         heads = {name for name in self.int8 if has_head or {name, prefix + name, name.removeprefix(prefix)} & paths}
@@ -203,13 +204,18 @@ class Loading:
         self.rounded[name] = torch.float32 if exact else dtype
         return replace(linear, dtype=dtype).dense()
 
-    def int8_matrix(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A matrix that is stored in int8, from the tensors that the checkpoint calls `sources`."""
+    def int8_matrix(
+        self, parameter: str, sources: Collection[str], tensors: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """A matrix that is stored in int8, for a parameter of the model, from the tensors that the checkpoint calls
+        `sources`."""
         name, *others = sorted({source.rpartition(".")[0] for source in sources})
         reason = f"transformers takes it for one matrix with {others[0]}" if others else int8_rows.problem(tensors)
         if reason:
             raise RiaError(f"{self.where}: {name}.{reason}. Get the weight files again.")
         self.claimed.add(name)
+        if name in self.schema.int8_linears:
+            self.int8_linears.append(parameter)
         stored = self.schema.weights and getattr(torch, self.schema.weights.dtype)
         return int8_rows.decode(tensors, self.dtype or stored or torch.float32)
 
@@ -289,7 +295,7 @@ class Decompress(ConversionOps):
         }
         try:
             if int8_rows.INTEGERS in tensors:
-                return {full_layer_name: self.loading.int8_matrix(self.sources, tensors)}
+                return {full_layer_name: self.loading.int8_matrix(full_layer_name, self.sources, tensors)}
             dense = self.loading.linear(self.sources, tensors)
         except RiaError as error:  # transformers would bury it in a table; `close` raises it
             self.loading.errors.append(error)

@@ -68,6 +68,21 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     together(lambda: _keep_sparse(model, like))
 
 
+def _in_int8(model: nn.Module, reader: Reader) -> list[str]:
+    """The weights of dense linears that the folder has in int8, in a model that was not loaded from it.
+
+    Raises:
+        RiaError: one has another name there.
+    """
+    names = [f"{name}.weight" for name in reader.schema.int8_linears]
+    if lost := sorted(set(names) - {name for name, _ in model.named_parameters()}):
+        raise RiaError(
+            f"{reader.folder}: {lost[0]} has another name in the model, so its inputs would not be rounded. Load the "
+            "folder itself instead of a dense one."
+        )
+    return names
+
+
 def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
     base, origin = origin_of(model, like)
     if getattr(base, ATTRIBUTE, None) is not None:
@@ -90,7 +105,8 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         weights.append(weight)
     rounded = reader.schema.input_dtype
     if rounded is not None and getattr(base, ORIGIN_ATTRIBUTE, None) is None:
-        round_inputs(base, origin.placements, origin.folder, rounded)  # as loading the folder itself would have done
+        # As loading the folder itself would have done.
+        round_inputs(base, [*origin.placements, *_in_int8(base, reader)], origin.folder, rounded)
     kept = KeptWeights(weights, base, origin)
     kept.mask_gradients()
     setattr(base, ATTRIBUTE, kept)

@@ -14,7 +14,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.int8_rows import INTEGERS, SCALE
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
+from ria_vllm.serve.linear.dense_int8 import DenseInt8Method, dense_int8
 from ria_vllm.serve.linear.packing import PackedLinear, RowGroup, pack_linear
 from ria_vllm.serve.linear.parameters import (
     Creation,
@@ -82,7 +84,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.linears = linears
         self.names = tuple(linear.name for linear in linears)
         self.report = report
-        self.dense: UnquantizedLinearMethod | None = None
+        self.dense: UnquantizedLinearMethod | DenseInt8Method | None = None
         self.packed = PackedTensors()
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +145,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not first:
             self._check_reload(layer.ria_packed, weights)
         if weights is None:
-            self._serve_dense(layer, self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
+            self._serve_dense(layer, loaded)
         else:
             packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
             self.packed.check(self.prefix, layer, packed.parameters)
@@ -182,13 +184,18 @@ class Sparse24LinearMethod(LinearMethodBase):
                 "server started with. Start the server again instead of reloading."
             )
 
-    def _serve_dense(self, layer: LinearBase, weight: torch.Tensor) -> None:
-        """Serve with vLLM's own method.
+    def _serve_dense(self, layer: LinearBase, loaded: dict[str, torch.Tensor]) -> None:
+        """Serve in int8, or with vLLM's own method.
 
         This method stays in front of it, because a reload delivers the weights in stored form again.
         """
-        set_parameter(layer, "weight", weight)
         layer.ria_packed = None
+        if self.scheme.plain == INTEGERS:
+            rounds = self.scheme.activations == torch.int8
+            self.dense = dense_int8(layer, loaded[INTEGERS], loaded[SCALE], self.dtype, rounds)
+            if self.dense is not None:
+                return
+        set_parameter(layer, "weight", self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
         self.dense = UnquantizedLinearMethod()
         self.dense.process_weights_after_loading(layer)
 
@@ -209,7 +216,10 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _report(self, layer: LinearBase, weights: Weights | None) -> None:
         packed = layer.ria_packed
         if weights is None:
-            self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format)
+            kernel = self.dense.kernel_name if isinstance(self.dense, DenseInt8Method) else None
+            self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format, kernel)
+            if kernel is not None:
+                return
             reason = f"{self.prefix} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return

@@ -28,6 +28,7 @@ class LoadReport:
         expected: layers that will be loaded.
         loaded: layers that have been loaded.
         kernels: kernel, and how it serves its layers -> number of calls in a forward pass.
+        dense: kernel -> number of layers that are dense in int8.
         folded: permutations that other linears absorb.
         gathered: permutations that linears apply to their inputs themselves.
         dense_bytes: what the weights would take dense, in the dtype that is served.
@@ -39,6 +40,7 @@ class LoadReport:
     expected: int = 0
     loaded: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     gathered: int = 0
     dense_bytes: int = 0
@@ -71,14 +73,17 @@ class LoadReport:
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
 
-    def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat) -> None:
-        """Leave out a layer that turned out not to be 2:4 on this rank, perhaps on no other.
+    def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat, kernel: str | None = None) -> None:
+        """Leave out a layer that is not 2:4 on this rank, perhaps on no other.
 
         Args:
             claims_24: config.json says that it is.
             stored: the format of its weights in the checkpoint.
+            kernel: multiplies these weights as they are stored; None: they are widened.
         """
-        if claims_24:
+        if kernel is not None:
+            self.dense[kernel] += 1
+        elif claims_24:
             logger.warning(
                 "%s: config.json says 2:4, but some groups of four have more than two non-zeros: served dense", prefix
             )
@@ -88,7 +93,7 @@ class LoadReport:
                 "dense: the answers are right, but the weights take the memory of a dense model.", stored.name,
             )  # fmt: skip
         self.expected -= 1
-        self.graph = hashlib.sha256(f"{self.graph} {prefix} dense".encode()).hexdigest()
+        self.graph = hashlib.sha256(f"{self.graph} {prefix} dense {kernel}".encode()).hexdigest()
         self._finish()
 
     def _finish(self) -> None:
@@ -174,6 +179,8 @@ class LoadReport:
 
     def log(self) -> None:
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.most_common())
+        for name, count in self.dense.items():
+            logger.info("%d dense layers in int8, by %s", count, name)
         logger.info(
             "%d pruned layers, kernels: %s; permutations: %d folded, %d gathered; %.1f MB of weights, %.1f MB saved",
             self.loaded, kernels, self.folded, self.gathered,

@@ -22,7 +22,7 @@ from ria_vllm.serve.load.layerwise import Reloads
 CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
 
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
-WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale")
+WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale", "integers")
 
 # Where vLLM reads files.
 LOADERS = Path(model_loader.__file__).parent

@@ -56,9 +56,10 @@ class RiaConfig(QuantizationConfig):
         compressed_tensors: the configuration of a checkpoint that compressed-tensors wrote; None for one of ours.
         where: folder or repository.
         stored: linears and other modules with a weight, pruned or not; None if no weight file could tell.
-        int8: heads and embeddings that are stored in int8.
+        int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
+            `RiaSchema.int8_linears`, see `match_layers`.
         dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
-        pruned: those that are stored compressed; None if there are none, or if no weight file could tell.
+        pruned: those that are stored compressed; None if no weight file could tell, or has any linear of ours.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         weightless: the model has no weight files here.
@@ -164,15 +165,21 @@ class RiaConfig(QuantizationConfig):
             tensors = self.translation.names(tensors)
         stored = stored_modules(tensors)
         self.stored = set(stored)
-        self.pruned = {name for name, pruned in stored.items() if pruned} or None
-        self.int8 = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{INTEGERS}")}
+        self.pruned = {name for name, pruned in stored.items() if pruned} or (
+            set() if self.schema.int8_linears else None
+        )
+        int8 = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{INTEGERS}")}
+        if lost := sorted(set(self.schema.int8_linears) - int8):
+            raise RiaError(f"{self.where}: {lost[0]}.{INTEGERS} is missing. Get all files of one run.")
+        self.int8 = int8 - set(self.schema.int8_linears)
         self.dense_tensors = dense_tensors(tensors)
         scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
         if self.compressed_tensors is None:
             self.experts = stored_experts(self.schema, self.pruned or (), self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
-        self.required = (self.pruned or set()) | {name for name in scaled if self._is_quantized(name)}
+        quantized = set() if self.compressed_tensors is None else set(filter(self.is_quantized, scaled))
+        self.required = (self.pruned or set()) | quantized
         theirs = self.compressed_tensors
         if theirs and any(one.linear("up", 0) in theirs.pruned for one in self.dense_experts().values()):
             logger.warning_once(
@@ -301,12 +308,12 @@ class RiaConfig(QuantizationConfig):
         return Sparse24LinearMethod(layer, stored, self.report)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
-        """Whether one of our layers serves these linears, because they are pruned, or quantized by compressed-tensors.
+        """Whether one of our layers serves these linears, because they are pruned or quantized.
 
         Raises:
             RiaError: that holds for some of them, but not for all.
         """
-        ours = [self.is_pruned(linear) or self._is_quantized(linear) for linear in linears]
+        ours = [self.is_pruned(linear) or self.is_quantized(linear) for linear in linears]
         if any(ours) and not all(ours):
             dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
             raise RiaError(
@@ -337,15 +344,19 @@ class RiaConfig(QuantizationConfig):
             return name in self.compressed_tensors.pruned
         return not self.schema.ignored(name)
 
-    def _is_quantized(self, name: str) -> bool:
-        """Whether compressed-tensors stored integers or fp8 values for this linear, which then may be dense."""
-        return self.compressed_tensors is not None and self.compressed_tensors.scheme(name).quantized
+    def is_quantized(self, name: str) -> bool:
+        """Whether integers or fp8 values are stored for this linear, which may be dense."""
+        if self.compressed_tensors is not None:
+            return self.compressed_tensors.scheme(name).quantized
+        return name in self.schema.int8_linears
 
     def scheme(self, name: str) -> WeightScheme:
         """How the linear `name` is stored."""
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
             return scheme if self.is_pruned(name) else replace(scheme, dense=True)
+        if name in self.schema.int8_linears:
+            return WeightScheme.of_dense(self.schema)
         return WeightScheme.of(self.schema)
 
     def file_proofs(self) -> FileProofs | None:
@@ -382,5 +393,6 @@ class RiaConfig(QuantizationConfig):
             self.permutations.get(name),
             name in folding.folded,
             tuple(folding.row_orders.get(name, ())),
-            claims_24=self.compressed_tensors is None or name in self.compressed_tensors.pruned,
+            claims_24=name not in self.schema.int8_linears
+            and (self.compressed_tensors is None or name in self.compressed_tensors.pruned),
         )

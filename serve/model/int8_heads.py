@@ -1,4 +1,5 @@
-"""Which layers serve the heads and embeddings that a checkpoint stores in int8, and which of these are widened."""
+"""Which layers serve the heads and embeddings that a checkpoint stores in int8, and which of these are widened. So are
+linears in int8 to which vLLM gives no method of ours."""
 
 from functools import partial
 

@@ -28,7 +28,7 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
 
     Must be called before any weight is loaded. A second model that is built with the same config (the draft of a
     multi-token prediction) may use other tensors of the checkpoint, and need not use all of them. `model.ria_linears`
-    then has what `linears_by_path` has found.
+    then has what `linears_by_path` has found. Dense linears in int8 that no layer of ours serves join `config.int8`.
 
     Raises:
         RiaError: no layer serves a pruned linear, or more than one does; or a layer is partly dense.
@@ -75,6 +75,8 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     if config.stored is not None:
         _check_all_served(config, model, served, unserved - elsewhere, unquantized)
     config.served_by |= dict.fromkeys(elsewhere | of_experts | set(served), type(model))
+    if config.stored is not None:
+        config.int8 |= set(config.schema.int8_linears) - set(config.served_by)
     config.model_built = True
 
 

@@ -119,7 +119,9 @@ class Proved:
         """How it is computed, for errors; the same for layers that are computed alike."""
         packed = getattr(self.layer, "ria_packed", None)
         if packed is None:
-            return f"vLLM's {type(self.layer.quant_method).__name__}"
+            method = self.layer.quant_method
+            dense = getattr(method, "dense", None)
+            return getattr(dense, "kernel_name", None) or f"vLLM's {type(dense or method).__name__}"
         return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
 
     def problem(

@@ -19,17 +19,15 @@ from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.progress import Monitor
 
 
-@pytest.mark.parametrize("weights", ["float", "int8"])
-def test_layers_behind_the_last_pruned_one_are_written_but_not_run(weights, tiny, text, tmp_path, monkeypatch):
+def test_layers_behind_the_last_pruned_one_are_written_but_not_run(tiny, text, tmp_path, monkeypatch):
     ran, load = [], LayerPass._load
     monkeypatch.setattr(LayerPass, "_load", lambda self, index: ran.append(index) or load(self, index))
-    options = {"weights": weights}
-    run_small(tiny("llama"), tmp_path / "all", text, **options)
+    run_small(tiny("llama"), tmp_path / "all", text)
     assert ran == [0, 1]
-    run_small(tiny("llama"), tmp_path / "first", text, ignore=(r"layers\.1\.",), **options)
+    run_small(tiny("llama"), tmp_path / "first", text, ignore=(r"layers\.1\.",))
     with interrupted_after_a_layer():
-        run_small(tiny("llama"), tmp_path / "again", text, ignore=(r"layers\.1\.",), **options)
-    run_small(tiny("llama"), tmp_path / "again", text, Settings(resume=True), ignore=(r"layers\.1\.",), **options)
+        run_small(tiny("llama"), tmp_path / "again", text, ignore=(r"layers\.1\.",))
+    run_small(tiny("llama"), tmp_path / "again", text, Settings(resume=True), ignore=(r"layers\.1\.",))
     assert ran == [0, 1, 0, 0]
     assert digests(tmp_path / "again") == digests(tmp_path / "first")
     whole, first = Reader(tmp_path / "all"), Reader(tmp_path / "first")

@@ -33,6 +33,7 @@ FALCON = tiny.Family(
 BF16, FP16 = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
 SERVED_BF16, SERVED_FP16 = {"dtype": "bfloat16"}, {"dtype": "float16"}
 SOME_DENSE = tuple(f"0.self_attn.{n}_proj" for n in "qkv") + ("1.mlp.down_proj", "0.mlp.gate_proj", "0.mlp.up_proj")
+DENSE_INT8 = {"weights": "int8", "dense": SOME_DENSE, "int8": True}
 
 # Name of the run: (family, how the checkpoint is written, engine arguments)
 ALONE = {
@@ -48,6 +49,7 @@ ALONE = {
     "some linears dense": ("llama-gqa", {"dense": SOME_DENSE}, {}),
     "float16": ("qwen3", FP16, SERVED_FP16),
     "int8": ("llama-gqa", {"weights": "int8"} | BF16, SERVED_BF16),
+    "int8, dense ones too": ("llama-bias", DENSE_INT8 | BF16, SERVED_BF16),
     "fp8": ("llama-gqa", {"weights": "fp8"} | BF16, SERVED_BF16),
     "int4-g64": ("llama-gqa", {"weights": "int4-g64"} | BF16, SERVED_BF16),
     "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64"} | FP16, SERVED_FP16),
@@ -61,11 +63,17 @@ ROUNDED = {
     "int4-g64 compiled, tied head": (
         "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
     ),
+    "int8, dense ones too": ("qwen2", DENSE_INT8 | {"rounded": True}, {}),
+    "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "scope": "none"}, {}),
+    "int8, dense ones too, rearranged rows": (
+        FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
+    ),
     "int8, 8:16": ("llama-gqa", {"rounded": True, "weights": "int8", "pattern": "8:16"}, {}),
 }  # fmt: skip
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
+    "two ranks, dense in int8": ("llama-gqa", DENSE_INT8 | BF16, TWO_RANKS | SERVED_BF16),
     "two ranks, latent attention": ("deepseek-v3", {}, TWO_RANKS | LATENT_ATTENTION),
     "two ranks, int4-g32 with padding": ("qwen2", {"weights": "int4-g32", "intermediate_size": 192}, TWO_RANKS),
     "two stages": ("llama-gqa", {}, TWO_STAGES),
@@ -101,7 +109,7 @@ def test_rounded_inputs(runs, name):
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_several_processes(runs, name):
-    check(*runs.get(SPREAD, name, **ONE_THREAD_EACH))
+    check(*runs.get(SPREAD, name, **ONE_THREAD_EACH), half="dtype" in SPREAD[name][1])
 
 
 def test_permutations_that_cross_ranks_are_warned_of(runs):

@@ -51,6 +51,7 @@ FAMILIES = {
     "tied": plain("gemma2"),
     "Mamba-2": hybrid,
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
+    "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
     "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
 }
 

@@ -169,7 +169,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 def write(
     family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
     dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, head: bool = False,
-    pattern: str = "2:4", **settings: object,
+    pattern: str = "2:4", int8: bool = False, **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
@@ -181,6 +181,7 @@ def write(
         weights: name of the weight format.
         rounded: config.json says that inputs are rounded to int8; then the model's pruned linears round them.
         head: the head is stored in int8, or the embedding that is tied to it.
+        int8: linears that are not pruned are stored in int8, and round their inputs as pruned ones do.
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
@@ -211,11 +212,16 @@ def write(
         module.weight.data = stored[:, permutation.invert(p)].float()
         if rounded:
             module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
+    in_int8 = {n: m for n, m in linears(model).items() if int8 and n not in pruned}
+    for module in in_int8.values() if rounded else ():
+        module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
+    of_head = "model.embed_tokens.weight" if tied(model) else "lm_head.weight"
+    rows = {f"{name}.weight" for name in in_int8} | ({of_head} if head else set())
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
             module, _, part = name.rpartition(".")
             stem = disk.get(module, module)
-            if head and name == ("model.embed_tokens.weight" if tied(model) else "lm_head.weight"):
+            if name in rows:
                 scales = tensor.to(dtype).float().abs().amax(1, keepdim=True) / 127
                 integers = (tensor.to(dtype).float() / scales).round()
                 units |= {f"{stem}.integers": integers.to(torch.int8), f"{stem}.weight_scale": scales}
@@ -227,6 +233,7 @@ def write(
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=ignore, sparsity_structure=pattern),
         folds=family.folds() if folds else [],
+        int8_linears=[disk.get(name, name) for name in in_int8],
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
         recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},

@@ -232,7 +232,7 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | st
             kind = config.dtype or "auto" if dtype == "auto" else dtype
             model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
             if reader.schema.input_dtype is not None:
-                round_inputs(model, _pruned_parameters(model, reader), name, reader.schema.input_dtype)
+                round_inputs(model, _rounding_parameters(model, reader), name, reader.schema.input_dtype)
     if output_head(model) is None:
         raise RiaError(
             f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
@@ -260,13 +260,14 @@ def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: 
         raise RiaError(f"{place}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. {remedy}")
 
 
-def _pruned_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:
-    """The names in the model of the weights that hold pruned linears.
+def _rounding_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:
+    """The names in the model of the weights that hold pruned linears, or dense ones in int8.
 
     Raises:
         RiaError: a weight holds dense linears as well, or the model has no place for a pruned one.
     """
-    names, pruned = Names(model, reader.dense_tensors(), reader.folder), reader.pruned_tensors()
+    names = Names(model, reader.dense_tensors(), reader.folder)
+    pruned = reader.pruned_tensors() | {f"{name}.weight" for name in reader.schema.int8_linears}
     found, left = [], set(pruned)
     for parameter, written in (names.made_of | {name: [one] for name, one in names.direct.items()}).items():
         sources = {names.files[one] for one in written}
