@@ -46,13 +46,13 @@ def plan(model: str, scheme: str, device: str) -> None:
     """
     monitor, place, is_here = Monitor(), choose_device(device), Path(model).is_dir()
     with torch.no_grad(), monitor.live(), without_weights(model) as folder:
-        with opened(str(folder), folder, Ranks(), monitor) as source:
-            streamed = StreamedModel(source.folder, source.config, place)
+        source = opened(str(folder), Ranks(), monitor)
+        streamed = StreamedModel(source.folder, source.config, place)
         longest = getattr(text_config(source.config), "max_position_embeddings", None)
         recipe = Recipe.of_options(SCHEMES[scheme] | EFFORTS["default"]).within(longest)
         kept = find_kept(streamed, recipe, monitor) if is_here else Kept()
         recipe = keeping(recipe.fitting(widths(streamed, recipe)), kept, monitor)
-        topologies = embed(streamed, recipe, torch.zeros(1, recipe.seq_len).long(), None, Ranks(), monitor).topologies
+        topologies = embed(streamed, recipe, torch.zeros(1, recipe.seq_len).long(), Ranks(), monitor).topologies
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)

@@ -94,7 +94,7 @@ def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
 def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     common = [tiny("llama"), "--calibration", text]
     first = ["--scheme", "W4A16", "--group-size", 32, "--samples", 3, "--seq-len", 32, "--reconstruct", "none"]
-    first += ["--permute-scope", "linear", "--ignore", "0.*q_proj", "--seed", 4]
+    first += ["--permute", "none", "--ignore", "0.*q_proj", "--seed", 4]
     assert invoke(*common, "-o", tmp_path / "one", *first).exit_code == 0
     again = ["--recipe", tmp_path / "one" / "ria_report.json"]
     found = {"one": Reader(tmp_path / "one").schema.recipe}
