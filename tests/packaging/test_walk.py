@@ -1,8 +1,8 @@
 """A stranger's walk: the README's commands as they stand, in a fresh clone, until a server sends its first token.
 
-RIA_VLLM_WALK=1 runs it. It installs some 150 packages, compiles the kernels and the model and compresses in between,
-which takes a quarter of an hour of two cores. If this machine does not reach the hub, the model is the same one of
-PyPI; if it does not reach PyTorch's index, torch is what pip finds in PIP_FIND_LINKS.
+RIA_VLLM_WALK=1 runs it. It installs some 150 packages, compiles the kernels, compresses, and compiles the model, which
+takes tens of minutes of two cores. If this machine does not reach the hub, the model is the same one of PyPI; if it
+does not reach PyTorch's index, torch is what pip finds in PIP_FIND_LINKS.
 """
 
 import os
