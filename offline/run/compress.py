@@ -155,7 +155,9 @@ class _Run:
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
             taken = forecast.about(forecast.pruning_seconds(self.model, self.recipe))
-            self.monitor.say(f"about {taken}, estimated from how fast this machine multiplies; the ETA is measured")
+            self.monitor.say(
+                f"pruning takes about {taken}, estimated from how fast this machine multiplies; the ETA is measured"
+            )
         tokens = self._tokens()
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
