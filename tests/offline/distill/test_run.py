@@ -159,8 +159,7 @@ def test_the_curve_holds_each_term_of_the_loss(pruned, text, tmp_path):
     more = {"evals": 1, "micro_batch": 1, "text_loss": 1.0}
     report = run(dense, folder, tmp_path / "out", text, lr=0.0, **more)
     recipe = Distillation(tokens=16 * 64, seq_len=64, text=str(text))
-    pruning = Reader(folder).schema.recipe
-    windows = training_text(recipe, load_tokenizer(str(folder)), pruning, Monitor(shown=False))[0].long()
+    windows = training_text(recipe, load_tokenizer(str(folder)), Monitor(shown=False))[0].long()
     with torch.no_grad():
         outputs = [load_model(str(path), CPU)(input_ids=windows, labels=windows) for path in (dense, folder)]
     logs = [one.logits.log_softmax(-1) for one in outputs]
