@@ -111,7 +111,7 @@ def plain(dense: Path, folder: Path, recipe: Distillation) -> tuple[dict[str, Li
         model.set_submodule(name, linears[name])
     optimizers = [AdamW(one.values, one.mask, decay=recipe.weight_decay) for one in linears.values()]
     optimizers += [AdamW(one.changes, speed=10.0) for one in linears.values() if one.range]
-    windows, _ = training_text(recipe, load_tokenizer(str(folder)), reader.schema.recipe, Monitor(shown=False))
+    windows, _ = training_text(recipe, load_tokenizer(str(folder)), Monitor(shown=False))
     drawn = 0
     for step, tokens in enumerate(windows.long().view(recipe.steps, recipe.batch, -1)):
         with torch.no_grad():
