@@ -44,7 +44,7 @@ def test_concurrency():
 def test_without_vllm_it_says_how_to_install_it(monkeypatch):
     """PyPI lacks torch's builds for CPUs, so pip alone cannot."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RiaError, match=r'vllm: in a clone .* uv pip install --torch-backend cpu "\.\[cpu\]" \(README'):
+    with pytest.raises(RiaError, match=r'vllm: run .* uv pip install --torch-backend cpu "ria-vllm\[cpu\]"'):
         check_environment()
 
 
