@@ -42,15 +42,17 @@ def dense_int8(
         rounds: each token is rounded to int8.
     """
     on_cpu = integers.device.type == "cpu"
-    # With AMX, vLLM chooses a kernel that refuses float32, and crashes on float16.
-    if not rounds or (on_cpu and dtype != torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
-        if not on_cpu or not LOADED or integers.shape[1] % int8_rows.COLUMNS_MULTIPLE:
-            return None
+    # With AMX, vLLM chooses a kernel that refuses float32, and crashes on float16. Without VNNI it is slower than
+    # float32 up to 64 tokens.
+    theirs = rounds and not (on_cpu and dtype != torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+    is_slow = on_cpu and not torch.cpu._is_vnni_supported()
+    ours = on_cpu and LOADED and integers.shape[1] % int8_rows.COLUMNS_MULTIPLE == 0
+    if ours and (is_slow or not theirs):
         set_parameter(layer, WEIGHT, integers)
         set_parameter(layer, SCALE, scales)
         return _RowsMethod(rounds)
     try:
-        return _VllmMethod(layer, integers, scales, dtype)
+        return _VllmMethod(layer, integers, scales, dtype) if theirs else None
     except ValueError:  # vLLM has none for this device
         return None
 
