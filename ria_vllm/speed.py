@@ -53,7 +53,8 @@ def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
     for users, ratios in zip(USERS, RATIOS.get(ALIKE.get(str(instructions), str(instructions)), ()), strict=False):
         of = dict(zip(WAYS, ratios, strict=True)) | {"dense": 1.0}
         rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
-        rounded = {way: sizes.int8 / of["dense" if way == "dense" else "dense W8A8"] for way in of}
+        rounded = {way: sizes.int8 / max(INT8_HEAD, of["dense W8A8"]) for way in of}
+        rounded |= {way: sizes.int8 / of[way] for way in ("dense", "dense W8A8")}
         times = {way: rest + WEIGHT * (sizes.pruned / ratio + rounded[way]) for way, ratio in of.items()}
         ours = times[scheme] - (WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0)
         dense, w8a8 = times["dense"], times["dense W8A8"]

@@ -139,6 +139,8 @@ def proof_lines(found: Findings) -> list[str]:
     lines.append(f"{proved} pruned linears compute what the checkpoint says{left}, {found.seconds:.1f} s")
     if found.experts:
         lines.append(f"{found.experts} linears of experts were left out: a server proves them when it loads them")
+    if found.dense_int8:
+        lines.append(f"{found.dense_int8} dense linears in int8 were left out: a server proves them when it loads them")
     return lines
 
 

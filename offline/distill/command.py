@@ -94,7 +94,7 @@ from ria_vllm.offline.runtime import options
 def distill(folder, teacher, out, device, max_shard_size, **recipe):
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
-    FOLDER is what `ria-vllm compress` wrote, or another 2:4 model. Its masks, permutations and weight format stay.
+    FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and weight format stay.
     torchrun divides each step among several processes.
     """
     from ria_vllm.files.sizes import parse_size

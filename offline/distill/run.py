@@ -104,7 +104,10 @@ def _opened(folder: Path) -> Reader:
             f"{folder}: not a folder that `ria-vllm compress` wrote. If it is 2:4 already, `ria-vllm compress {folder} "
             "-o NEW` keeps its zeros: distil NEW."
         )
-    return Reader(folder)
+    reader = Reader(folder)
+    if not reader.sparse_names:
+        raise RiaError(f"{folder}: no linear in it is pruned, so there is nothing to train.")
+    return reader
 
 
 def _compute_dtype(reader: Reader, teacher: Path, asked: str, device: torch.device, monitor: Monitor) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 
@@ -29,24 +28,24 @@ class EachAlone:
     Attributes:
         streams: those of the pass over the layers; pruned and dense are still the same.
         start: the held-out chunks before the first layer.
-        found: by the pruned sublayer, behind the last one that was passed.
+        found: by the pruned sublayer, behind the last one that was passed. Others may be among them.
     """
 
     def __init__(self, streams: Streams):
         self.streams = streams
         self.start = self._copy()
         self.found: dict[Unit, Activations] = {}
-        self._before: dict[Unit, Activations] = {}
+        self._before = self.start
 
-    def pass_dense(self, unit: Unit, sublayer_pass: SublayerPass) -> None:
+    def pass_dense(self, sublayer_pass: SublayerPass) -> None:
         """Take them through a sublayer which is still dense; the dense stream has to be before it."""
-        self._before[unit] = self._copy()
+        self._before = self._copy()
         for stream in self.found.values():
             self._advance(stream, sublayer_pass)
 
     def pass_pruned(self, unit: Unit, sublayer_pass: SublayerPass) -> None:
-        """Add the model of which only this sublayer is pruned, as it is now."""
-        self.found[unit] = self._before.pop(unit)
+        """Add the model of which only this sublayer is pruned, as it is now: the last one that was passed."""
+        self.found[unit] = self._before
         self._advance(self.found[unit], sublayer_pass)
 
     def with_pruned(self, stream: Activations) -> Streams:
@@ -81,7 +80,7 @@ class Choice:
 def choose(
     alone: Mapping[Unit, Mapping[str, Any]],
     weights: Mapping[Unit, int],
-    measure: Callable[[frozenset[Unit]], Mapping[str, Any] | None],
+    measure: Callable[[frozenset[Unit]], Mapping[str, Any]],
     max_loss: float,
 ) -> Choice:
     """The most sublayers whose pruning multiplies the dense model's perplexity by at most 1 + `max_loss`.
@@ -90,19 +89,13 @@ def choose(
         alone: sublayer -> the loss of the model with only this one pruned.
         weights: how many are pruned: a step of decoding takes as long as it takes to read them.
         measure: the loss of the model with these pruned, as `held_out_loss` returns it.
-
-    Raises:
-        RiaError: the loss cannot be measured.
     """
     order = sorted(alone, key=lambda unit: (alone[unit]["kl"] / weights[unit], unit))
     measured: dict[int, Mapping[str, Any]] = {}
     most, too_many = 0, len(order) + 1
     count = len(order)
     while most + 1 < too_many:
-        found = measure(frozenset(order[:count]))
-        if found is None:
-            raise RiaError("--max-loss: the loss of this model cannot be measured. Leave the option out.")
-        measured[count] = found
+        found = measured[count] = measure(frozenset(order[:count]))
         if found["perplexity"] <= found["perplexity_dense"] * (1 + max_loss):
             most = count
         else:

@@ -22,7 +22,7 @@ from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.experts.plan import describe_experts, folds_of_experts
 from ria_vllm.offline.experts.store import ExpertStore
-from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.run.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.source import Source, opened
@@ -154,7 +154,8 @@ class _Run:
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
-            taken = forecast.about(forecast.pruning_seconds(self.model, self.recipe))
+            passes = 1 if self.recipe.max_loss is None else 2
+            taken = forecast.about(passes * forecast.pruning_seconds(self.model, self.recipe))
             self.monitor.say(
                 f"pruning takes about {taken}, estimated from how fast this machine multiplies; the ETA is measured"
             )
@@ -233,26 +234,35 @@ class _Run:
         """Prune everything, to find out what to leave dense.
 
         Raises:
-            RiaError: a mixture of experts, or a model that is pruned already.
+            RiaError: a model for which this does not work, or whose every sublayer loses more.
         """
-        if any(plan.experts.values()) or self.kept.names:
-            what = "this model is pruned already" if self.kept.names else "layers with experts have to be pruned alike"
-            raise RiaError(f"--max-loss: {what}. Leave it out; --ignore keeps linears dense.")
+        reason = "layers with experts have to be pruned alike" if any(plan.experts.values()) else None
+        if output_head(self.model.model) is None:
+            reason = "this model predicts no tokens, so what is lost cannot be measured"
+        arguments = map(layers.embedded.arguments.of, range(len(self.model.layers)))
+        if not all(one.is_the_same for one in arguments):
+            reason = "layers of this model read what others have left, or the text itself"
+        if reason:
+            raise RiaError(f"--max-loss: {reason}. Leave it out; --ignore keeps linears dense.")
         layers.alone = alone = EachAlone(layers.streams)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
 
-        def measure(stream: Activations) -> dict[str, Any] | None:
+        def measure(stream: Activations) -> dict[str, Any]:
             tokens = layers.embedded.held_out
-            return held_out_loss(self.model, alone.with_pruned(stream), tokens, self.ranks, self.monitor)
+            found = held_out_loss(self.model, alone.with_pruned(stream), tokens, self.ranks, self.monitor)
+            if found is None:
+                raise RiaError("--max-loss: the loss of this model cannot be measured. Leave the option out.")
+            return found
 
-        def with_pruned(units: frozenset[Unit]) -> dict[str, Any] | None:
+        def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
             stream = alone.start.copy()
             layers.mixed(stream, lambda index: self._finished(index, plan), units)
             return measure(stream)
 
         with self.monitor.phase("--max-loss"):
-            losses = {unit: found for unit, stream in alone.found.items() if (found := measure(stream)) is not None}
-            weights = {unit: self._pruned_weights(unit, layers.topologies, plan) for unit in losses}
+            sizes = {unit: self._pruned_weights(unit, layers.topologies, plan) for unit in alone.found}
+            weights = {unit: size for unit, size in sizes.items() if size}
+            losses = {unit: measure(alone.found[unit]) for unit in weights}
             choice = choose(losses, weights, with_pruned, max_loss)
         sublayers = {
             f"{self.model.layer_prefix(index)}{name}": {
@@ -262,12 +272,15 @@ class _Run:
             }
             for index, name in losses
         }
+        if not choice.pruned and self.recipe.weights == "float":
+            least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1
+            raise RiaError(f"--max-loss: every sublayer loses more; the one that costs least, {least:.1%}. Allow more.")
         self.monitor.say(
             f"--max-loss: {len(choice.pruned)} of {len(losses)} sublayers are pruned; the others would lose too much"
         )
         self.ranks.barrier()  # all have read them
         if self.ranks.first:
-            for index in range(len(self.model.layers)):
+            for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
                 self.writer.remove(layer_key(index))
             record = {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured}
             self.writer.write(BUDGET_KEY, {}, record)
@@ -376,6 +389,12 @@ class _Run:
         judged = self._size_and_speed(plan)
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
             found[HELD_OUT] = loss
+            lost = loss["perplexity"] / loss["perplexity_dense"] - 1
+            if self.recipe.max_loss is not None and lost > self.recipe.max_loss:
+                self.monitor.warn(
+                    f"--max-loss {self.recipe.max_loss:.1%}: the result loses {lost:.1%}. Pruning once more what was "
+                    "chosen does not lose the same. Ask for less."
+                )
             judged = verdict(loss, self.recipe) | judged
         return {VERDICT: {key: judged[key] for key in VERDICT_KEYS if key in judged}} | found
 

@@ -91,7 +91,8 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """What `compress` says of it at the end: what was measured, and what to think of that."""
     ratio = found["perplexity"] / found["perplexity_dense"]
     text = (
-        f"on {found['tokens']} tokens of the calibration text to which nothing was fitted: perplexity "
+        f"on {found['tokens']} tokens of the calibration text to which nothing was fitted"
+        f"{'' if recipe.max_loss is None else ', but that chose what is pruned'}: perplexity "
         f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
     )
     if unrounded := not_rounded(recipe):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.format import plain24
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.experts.plan import experts_to_prune
@@ -39,13 +40,19 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
 
 
 def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
-    """The recipe for a model with these linears, and what the user is told about them."""
+    """The recipe for a model with these linears, and what the user is told about them.
+
+    Raises:
+        RiaError: `--max-loss` of a model that has the pattern already.
+    """
     count, left = (sum(map(len, of.values())) for of in (kept.names, kept.left))
     if not count:
         if recipe.prune_rest:
             monitor.warn(f"--prune-rest: no linear is {recipe.pattern} already, so all are pruned as usual.")
         return replace(recipe, prune_rest=False)
     found = f"{count} of {count + left} linears"
+    if recipe.max_loss is not None:
+        raise RiaError(f"--max-loss: {found} are {recipe.pattern} already. Leave it out; --ignore keeps linears dense.")
     monitor.say(f"{found} are {recipe.pattern} already: their zeros stay, nothing of them is searched or trained")
     if left and recipe.prune_rest:
         monitor.say(f"{left} are not, and are pruned (--prune-rest)")

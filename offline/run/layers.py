@@ -118,7 +118,7 @@ class LayerPass:
             experts: paths of the experts that were pruned.
             chunks: only these of this rank; None: all.
         """
-        if chunks is not None and not chunks:
+        if chunks is not None and not chunks and self.alone is None:
             return
         sublayer_passes, layer = self._load(index), self.model.layers[index]
         own = {name: layer.get_parameter(name).data for name in parameters if self.alone is not None}
@@ -158,7 +158,7 @@ class LayerPass:
     def _advance_dense(self, index: int, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
         assert self.streams.dense is not None
         if self.alone is not None:
-            self.alone.pass_dense((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
+            self.alone.pass_dense(sublayer_pass)
         sublayer_pass.advance(self.streams.dense, chunks)
 
     def _free(self, index: int) -> None:

@@ -12,6 +12,7 @@ import click
 from ria_vllm.errors import RiaError
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.serve.benchmark.comparison import Comparison
+from ria_vllm.serve.benchmark.llama_cpp import is_gguf
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.quality import TOP, TextQuality
@@ -79,7 +80,7 @@ def bench(
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
     llama.cpp serves. All are compared with the first baseline. Each repetition serves them one after the other, and the
     one that goes first changes. With --eval-text, the table and the plot also have what each way costs in quality.
-    Servers ask for the key in VLLM_API_KEY, if set.
+    vLLM's servers ask for the key in VLLM_API_KEY, if set.
     """
     check_environment()
     refuse_secrets(" ".join([serve_args, *(own for _, own in serve_args_of)]))
@@ -87,6 +88,9 @@ def bench(
     if (folder / "bench.json").exists():
         raise RiaError(f"{folder} holds results already. Choose another folder with -o.")
     sides = sides_of([*baselines, *outs], serve_args_of)
+    tokenizers = [one.model for one in [*sides[len(baselines) :], *sides] if not is_gguf(one.model)]
+    if not tokenizers:
+        raise RiaError("All sides are .gguf files. The prompts need the tokenizer of a folder: add one as a side.")
     arguments = shlex.split(serve_args)
     if not any("prefix-caching" in a for a in arguments):
         # Warm-up requests repeat the first prompt, and a load from --data repeats those of loads before it.
@@ -99,7 +103,7 @@ def bench(
         concurrency=parse_concurrency(load["concurrency"]),
         repetitions=load["repetitions"],
         folder=folder,
-        tokenizer=sides[len(baselines)].model,
+        tokenizer=tokenizers[0],
         serve_arguments=arguments,
         text=None if eval_text is None else TextQuality(eval_text, load["seq_len"], load["eval_tokens"]),
         options=click.get_current_context().params | {"serve_args": " ".join(arguments)},

@@ -77,6 +77,9 @@ def online(
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name]
+    if is_gguf(server.model_name):
+        # llama.cpp's server closes a connection that is idle for seconds, at times just as the client uses it again.
+        command += ["--header", "Connection=close"]
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     direct = f"{given},127.0.0.1".lstrip(",")  # no proxy for a server on this machine
     environment = {"no_proxy": direct, "NO_PROXY": direct, "OPENAI_API_KEY": api_key()}
@@ -113,6 +116,8 @@ def read_result(result: Path, requests: int, output_len: int, recount: bool = Fa
         raise RiaError(f"{result}: {content.get('completed')} of {requests} requests completed. {''.join(errors[:1])}")
     output_tokens = requests * output_len
     if recount:
+        if (pieces := min(map(len, content["itls"])) + 1) < output_len / 2:  # some are parts of characters, and wait
+            raise RiaError(f"{result}: an answer of {pieces} pieces, where {output_len} tokens were asked for.")
         times = [1000 * sum(gaps) / (output_len - 1) for gaps in content["itls"]]
         content["p50_tpot_ms"], content["p99_tpot_ms"] = np.percentile(times, [50, 99]).tolist()
         content["output_throughput"] = output_tokens / content["duration"]

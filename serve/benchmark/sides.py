@@ -56,8 +56,9 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
 def weight_bytes(folder: str) -> int | None:
     """Bytes of the weight files of a Hugging Face folder or of a .gguf file; None for a hub id and other formats."""
     try:
-        if is_gguf(folder):
-            return Path(folder).stat().st_size
+        if is_gguf(folder):  # llama.cpp finds the other parts of one itself
+            parts = Path(folder).parent.glob(re.sub(r"-\d{5}-of-", "-*-of-", Path(folder).name))
+            return sum(path.stat().st_size for path in parts) or None
         return sum(path.stat().st_size for path in set(weight_files(Path(folder)).values()))
     except (RiaError, OSError):
         return None

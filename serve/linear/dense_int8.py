@@ -1,4 +1,5 @@
-"""Dense linears in int8 (`ria_vllm.format.int8_rows`): by vLLM's kernel if inputs are rounded, else by that of heads.
+"""Dense linears in int8 (`ria_vllm.format.int8_rows`): by vLLM's kernel if inputs are rounded and it is right, else by
+that of heads.
 
 The latter multiplies twice to leave inputs as they are: as fast as vLLM's for a few tokens, and a third as fast for
 prompts. It also takes what vLLM's does not.
@@ -42,19 +43,23 @@ def dense_int8(
         rounds: each token is rounded to int8.
     """
     on_cpu = integers.device.type == "cpu"
-    # With AMX, vLLM chooses a kernel that refuses float32, and crashes on float16. Without VNNI it is slower than
-    # float32 up to 64 tokens.
-    theirs = rounds and not (on_cpu and dtype != torch.bfloat16 and torch.cpu._is_amx_tile_supported())
-    is_slow = on_cpu and not torch.cpu._is_vnni_supported()
-    ours = on_cpu and LOADED and integers.shape[1] % int8_rows.COLUMNS_MULTIPLE == 0
-    if ours and (is_slow or not theirs):
-        set_parameter(layer, WEIGHT, integers)
-        set_parameter(layer, SCALE, scales)
-        return _RowsMethod(rounds)
-    try:
-        return _VllmMethod(layer, integers, scales, dtype) if theirs else None
-    except ValueError:  # vLLM has none for this device
+    if on_cpu:
+        # Without VNNI, the sums of vLLM's kernel have 16 bits and saturate. With AMX it chooses one that refuses
+        # float32, and crashes on float16.
+        fits = dtype == torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
+        theirs = torch.cpu._is_vnni_supported() and fits
+    else:  # CUTLASS's int8 ends before Blackwell
+        theirs = dtype != torch.float32 and torch.cuda.get_device_capability(integers.device)[0] < 10
+    if rounds and theirs:
+        try:
+            return _VllmMethod(layer, integers, scales, dtype)
+        except ValueError:  # vLLM has none for this device
+            return None
+    if not on_cpu or not LOADED or integers.shape[1] % int8_rows.COLUMNS_MULTIPLE:
         return None
+    set_parameter(layer, WEIGHT, integers)
+    set_parameter(layer, SCALE, scales)
+    return _RowsMethod(rounds)
 
 
 class _RowsMethod(DenseInt8Method):

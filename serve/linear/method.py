@@ -106,7 +106,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         if reason := misfit(self.scheme, input_size) or uneven_cut(self.scheme, input_size, ranks):
             raise RiaError(f"{self.prefix}: {reason}")
         if any(linear.scheme != self.scheme for linear in self.linears):
-            raise RiaError(f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not quantized alike.")
+            raise RiaError(
+                f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not stored alike. Compress the model "
+                "again with all of them in --ignore, or none."
+            )
         self.output_sizes = tuple(output_partition_sizes)
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))

@@ -10,7 +10,7 @@ care of
 - models that such a reload has left with new weights in some layers and old ones in others;
 - models that have lost their weights, because the server has slept at level 2, or never had any but dummies.
 
-vLLM has no hooks for this, so `watch_reloads` and `watch_sleep` wrap four of its functions.
+vLLM has no hooks for this, so `watch_reloads`, `watch_reloads_of` and `watch_sleep` wrap five of its functions.
 """
 
 import functools
@@ -117,9 +117,11 @@ def watch_reloads_of(worker: Any) -> None:
         except Exception as error:
             if reloads is None:
                 raise
-            vars(config).update(before)  # vLLM leaves the refused ones there
             alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
             with set_current_vllm_config(self.vllm_config):
+                if not reloads.stopped and reloads.can_go_back():
+                    raise  # the new ones are served: what follows them has failed
+                vars(config).update(before)  # vLLM leaves the refused ones there
                 if not (whole and reloads.stopped and alone and reloads.can_go_back()):
                     raise
             reload(self)

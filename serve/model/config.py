@@ -317,7 +317,7 @@ class RiaConfig(QuantizationConfig):
         if any(ours) and not all(ours):
             dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
             raise RiaError(
-                f"{layer}: vLLM fuses {', '.join(linears)}, but {dense} is dense and others are pruned. Compress the "
+                f"{layer}: vLLM fuses {', '.join(linears)}, but {dense} is not stored like the others. Compress the "
                 "model again with all of them pruned, or all of them in --ignore."
             )
         return all(ours)

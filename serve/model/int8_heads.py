@@ -49,6 +49,9 @@ def match_heads(
             continue
         widened[name] = Int8Rows(dtype)
         config.report.say_widened(name, dtype, why)
+        if name in config.schema.int8_linears:
+            scheme, reason = config.scheme(name), f"{name} and others like it are widened"
+            config.report.warn_of_inputs(scheme.activations, reason, scheme.format)
     return takers, Translation(widened.get, lambda _: None) if widened else None
 
 

@@ -30,12 +30,14 @@ class Findings:
         kernels: how linears are computed as their proofs say -> how many.
         problems: what is wrong with the others, in sentences that name them.
         experts: linears of experts, which were left out.
+        dense_int8: dense ones in int8, which were, too.
         seconds: that it took.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     experts: int = 0
+    dense_int8: int = 0
     seconds: float = 0.0
 
 
@@ -58,7 +60,7 @@ def prove_folder(reader: Reader, device: torch.device, dtype: torch.dtype | None
     folded = {name for name, *_ in schema.active_folds(reader.permutations, set(reader.sparse_names))}
     patterns = [pattern for experts in schema.experts for pattern in experts.linears.values()]
     names = [name for name in reader.sparse_names if all(numbers_in(one, name) is None for one in patterns)]
-    found.experts = len(reader.sparse_names) - len(names)
+    found.experts, found.dense_int8 = len(reader.sparse_names) - len(names), len(schema.int8_linears)
     for name in monitor.steps(names, "multiplying with pruned linears", len(names)):
         try:
             linear = reader.linear(name)

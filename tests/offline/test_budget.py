@@ -14,9 +14,13 @@ from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress as command
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress
 from ria_vllm.offline.run.budget import Choice, choose
 from ria_vllm.offline.run.compress import Settings
+from ria_vllm.offline.run.kept import keeping
+from ria_vllm.offline.run.plan import Kept
+from ria_vllm.progress import Monitor
 
 FIRST_MLP = (0, "mlp")
 UNROTATED = {"reconstruct": "admm", "samples": 8}
@@ -64,12 +68,13 @@ def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypa
 
 
 def test_a_resumed_run_chooses_and_writes_the_same(tiny, text, tmp_path):
-    options = UNROTATED | {"weights": "int8", "activations": "int8", "max_loss": 10.0}
+    """What is not to be pruned is no candidate, in either."""
+    options = UNROTATED | {"weights": "int8", "activations": "int8", "max_loss": 10.0, "ignore": (r"1\.self_attn",)}
     report, _ = run_small(tiny("llama"), tmp_path / "whole", text, **options)
     with interrupted_after_a_layer():
         run_small(tiny("llama"), tmp_path / "out", text, **options)
     resumed, _ = run_small(tiny("llama"), tmp_path / "out", text, Settings(resume=True), **options)
-    assert resumed["max_loss"] == report["max_loss"]
+    assert resumed["max_loss"] == report["max_loss"] and len(report["max_loss"]["sublayers"]) == 3
     run_small(tiny("llama"), tmp_path / "all", text, **(options | {"max_loss": None}))
     whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out", "all"))
     for other in others:
@@ -106,10 +111,18 @@ def test_all_dense_is_a_folder_too(tiny, text, tmp_path):
     assert losses_of(dense, model, tokens)["kl"] < 0.01
 
 
-def test_what_it_cannot_do_is_refused(tiny, text, tmp_path):
+def test_what_it_cannot_do_is_refused(tiny, text, tmp_path, monkeypatch):
     with pytest.raises(RiaError, match="leave out --reconstruct none"):
         run_small(tiny("llama"), tmp_path / "out", text, max_loss=0.1)
     with pytest.raises(RiaError, match="layers with experts have to be pruned alike"):
         run_small(tiny("qwen3-moe"), tmp_path / "out", text, reconstruct="admm", samples=8, max_loss=0.1)
+    with pytest.raises(RiaError, match="layers of this model read what others have left"):
+        run_small(tiny("gemma3n"), tmp_path / "out", text, reconstruct="admm", samples=8, max_loss=0.1)
+    nothing = Choice(frozenset(), {1: {"perplexity": 10.5, "perplexity_dense": 10.0}})
+    monkeypatch.setattr(compress, "choose", lambda *_: nothing)
+    with pytest.raises(RiaError, match="every sublayer loses more; the one that costs least, 5.0%. Allow more"):
+        run_small(tiny("llama"), tmp_path / "out", text, max_loss=0.01, **UNROTATED)
+    with pytest.raises(RiaError, match="1 of 1 linears are 2:4 already"):
+        keeping(Recipe(max_loss=0.1), Kept({0: frozenset({"up"})}, {0: frozenset()}), Monitor(shown=False))
     done = CliRunner().invoke(command, [str(tiny("llama")), "-o", str(tmp_path / "out"), "--max-loss", "much"])
     assert done.exit_code == 2 and "'much' is not a percentage, such as 5%." in done.output

@@ -98,7 +98,8 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     assert invoke(*common, "-o", tmp_path / "one", *first).exit_code == 0
     again = ["--recipe", tmp_path / "one" / "ria_report.json"]
     found = {"one": Reader(tmp_path / "one").schema.recipe}
-    for name, given in {"same": [], "faster": ["--effort", "fast"], "fewer": ["--samples", 2]}.items():
+    other = {"faster": ["--effort", "fast"], "fewer": ["--samples", 2], "rounded": ["--scheme", "W8A8"]}
+    for name, given in {"same": [], **other}.items():
         result = invoke(*common, "-o", tmp_path / name, *again, *given)
         assert result.exit_code == 0, result.output
         found[name] = Reader(tmp_path / name).schema.recipe
@@ -107,6 +108,8 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
         for name, recipe in found.items()
     }
     assert changed["same"] == {} and changed["fewer"] == {"samples": 2}
+    rounded = {"weights": "int8", "activations": "int8", "group_size": None, "smooth": 0.5}  # as without a recipe
+    assert changed["rounded"] == rounded
     assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 4}
 
 

@@ -176,7 +176,7 @@ def test_marlin_in_mixed_precision():
     down, up = chosen.scheme("0.down_proj"), chosen.scheme("0.up_proj")
     assert (down.format.name, down.dense, down.activations) == ("int4-g128", False, None)
     assert (up.format.name, up.dense, up.activations) == ("int8", True, torch.int8)
-    assert not chosen._is_quantized("lm_head")
+    assert not chosen.is_quantized("lm_head")
 
 
 def test_overlapping_groups_go_to_the_most_specific_target():
