@@ -1,12 +1,15 @@
 """A real `vllm serve` on a compressed checkpoint, queried with the `openai` client."""
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import tiny
 import torch
 from click.testing import CliRunner
 from manifests import serve_arguments
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import verify
@@ -78,8 +83,40 @@ def test_verify_asks_the_server(server, tmp_path):
     urllib.request.urlopen(f"{url}/health", timeout=5)
 
 
+def post(url: str, path: str, content: object = None) -> None:
+    body = b"" if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(f"{url}{path}", body, {"Content-Type": "application/json"}, method="POST")
+    urllib.request.urlopen(request, timeout=100).close()
+
+
+def test_reloads(server, tmp_path, monkeypatch):
+    """As trainers ask for them: other files, files that are refused, and the first ones again."""
+    url, model, log = server
+    found, random_order = [], tiny.random_order
+    monkeypatch.setattr(tiny, "random_order", lambda *sizes: found.append(random_order(*sizes)) or found[-1])
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "again")
+    orders = iter(list(found))
+    monkeypatch.setattr(tiny, "random_order", lambda *sizes: next(orders))
+    other, broken = tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "other", seed=1), tmp_path / "broken"
+    shutil.copytree(tmp_path / "other", broken)
+    tensors = load_file(broken / "model.safetensors")
+    with safe_open(broken / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors["model.embed_tokens.weight"] += 1
+    save_file(tensors, broken / "model.safetensors", metadata)
+    for folder, serves in ((tmp_path / "other", other), (broken, other), (log.parent / "out", model)):
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        with pytest.raises(urllib.error.HTTPError) if folder == broken else contextlib.nullcontext():
+            post(url, "/collective_rpc", call)
+        post(url, "/reset_prefix_cache")
+        check_completion(url, serves)
+
+
 def test_completion_has_the_logprobs_of_the_pruned_model(server):
-    url, model, _ = server
+    check_completion(*server[:2])
+
+
+def check_completion(url: str, model: torch.nn.Module) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     prompt = torch.randint(3, 259, (21,), generator=torch.Generator().manual_seed(3)).tolist()
     answer = client.completions.create(
