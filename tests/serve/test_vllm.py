@@ -64,7 +64,7 @@ ROUNDED = {
         "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
     ),
     "int8, dense ones too": ("qwen2", DENSE_INT8 | {"rounded": True}, {}),
-    "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "scope": "none"}, {}),
+    "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "scope": "none", "rounded": True}, {}),
     "int8, dense ones too, rearranged rows": (
         FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
     ),
