@@ -237,7 +237,8 @@ def _prune(
 
 def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe, dense: bool) -> Pruned:
     """A linear that has the pattern already, or stays dense: only rounded, if it becomes integers. Zeros of the former
-    stay, even where a group has more than it loses and some have to be stored."""
+    stay, even where a group has more than it loses and some have to be stored. The latter are rounded to the nearest:
+    in int8, errors that make up for each other bring nothing."""
     if dense:
         mask, recipe = torch.ones_like(weight, dtype=torch.bool), recipe.of_dense
     else:
@@ -245,11 +246,11 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
         assert bitmask is not None
         mask = sparse24.mask_from_bitmask(bitmask)
     W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram
-    if gram is not None and isinstance(weight_format, IntFormat):
+    if gram is not None and isinstance(weight_format, IntFormat) and not dense:
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         start = weight.to(torch.float32, copy=True)  # whose memory the result takes
         W, scales = round_on_mask(
-            weight, start, (weight != 0) | dense, gram, weight_format, cross_term, divided_by=statistics.scales
+            weight, start, weight != 0, gram, weight_format, cross_term, divided_by=statistics.scales
         )
     W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
     record: dict[str, Any] = {DENSE: True} if dense else {"kept": True, "retained_before": 1.0, "retained_after": 1.0}

@@ -215,16 +215,18 @@ def _rounded(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Pruned:
-    recipe = recipe.of_dense if linear.is_dense else recipe
-    weight_format = recipe.weight_format
-    assert isinstance(weight_format, IntFormat)
     exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
-    start = exact.to(torch.float32, copy=True)  # whose memory the result takes
-    mask = linear.mask.to(device)
-    if "kept" in linear.record:  # zeros stay, see `solve`
-        mask &= exact != 0
-    W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
-    W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
+    if linear.is_dense:
+        W, scale = stored_weight(exact, None, dtype, recipe.of_dense)
+    else:
+        weight_format = recipe.weight_format
+        assert isinstance(weight_format, IntFormat)
+        start = exact.to(torch.float32, copy=True)  # whose memory the result takes
+        mask = linear.mask.to(device)
+        if "kept" in linear.record:  # zeros stay, see `solve`
+            mask &= exact != 0
+        W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
+        W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
 
