@@ -263,7 +263,8 @@ class LayerPass:
             Linear -> result. Pruned experts go to the store.
         """
         plain = [group for group in stage.groups if group.linears]
-        found = sublayer_pass.statistics(stage.number, plain, self.recipe.needs_gram) if plain else []
+        needs_gram = self.recipe.needs_gram and any(group.linears for group in stage.pruned)
+        found = sublayer_pass.statistics(stage.number, plain, needs_gram) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}

@@ -255,7 +255,7 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
     W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
     record: dict[str, Any] = {DENSE: True} if dense else {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
     record |= {"shape": list(weight.shape), "permuted": False}
-    if scales is not None and gram is not None:
+    if scales is not None and gram is not None and not dense:
         record["rounding_error"] = output_error(weight, W.to(weight.device), gram)
     return Pruned(W, packed(mask), None, record, scales)
 

@@ -177,24 +177,25 @@ def round_sublayer(
         dtype: of the result, the checkpoint's.
 
     Returns:
-        The same linears. The records say how much the rounding changed the output: `rounding_error`, relative as
-        `error_after` is. The layer has their weights; or the exact ones, and so have they, if the recipe continues with
-        those.
+        The same linears. The records of pruned ones say how much the rounding changed the output: `rounding_error`,
+        relative as `error_after` is. The layer has their weights; or the exact ones, and so have they, if the recipe
+        continues with those.
     """
     runner, ranks = sublayer_pass.runner, sublayer_pass.ranks
     rounded: dict[str, Pruned] = {}
     for number, stage in enumerate(stages):
         groups = [group for group in stage if group.linears]
+        names = [name for group in groups for name in group.linears]
+        groups = [group for group in groups if not all(pruned[name].is_dense for name in group.linears)]
         found = sublayer_pass.statistics(number, groups, with_gram=True, with_drift=False) if groups else []
         trim()
-        names = [name for group in groups for name in group.linears]
         grams = {name: read.gram for group, read in zip(groups, found, strict=True) for name in group.linears}
         owners = ranks.partition_by_cost([pruned[n].weight.shape[1] * pruned[n].weight.numel() for n in names])
         for name, owner in zip(names, owners, strict=True):
             linear = None
             if owner == ranks.rank:
                 with sublayer_pass.monitor.phase("masks and weights"):
-                    linear = _rounded(pruned[name], grams[name], scales.get(name), recipe, dtype, runner.device)
+                    linear = _rounded(pruned[name], grams.get(name), scales.get(name), recipe, dtype, runner.device)
             rounded[name] = linear = ranks.broadcast(linear, owner)
             set_parameter(runner.layer, f"{name}.weight", linear.weight)
         del found, grams
@@ -209,7 +210,7 @@ def round_sublayer(
 
 def _rounded(
     linear: Pruned,
-    gram: SymmetricMatrix,
+    gram: SymmetricMatrix | None,
     divided_by: torch.Tensor | None,
     recipe: Recipe,
     dtype: torch.dtype,
@@ -218,15 +219,15 @@ def _rounded(
     exact, p = linear.weight.to(device), None if linear.p is None else linear.p.to(device)
     if linear.is_dense:
         W, scale = stored_weight(exact, None, dtype, recipe.of_dense)
-    else:
-        weight_format = recipe.weight_format
-        assert isinstance(weight_format, IntFormat)
-        start = exact.to(torch.float32, copy=True)  # whose memory the result takes
-        mask = linear.mask.to(device)
-        if "kept" in linear.record:  # zeros stay, see `solve`
-            mask &= exact != 0
-        W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
-        W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
+        return replace(linear, weight=W, scale=scale)
+    weight_format = recipe.weight_format
+    assert isinstance(weight_format, IntFormat) and gram is not None
+    start = exact.to(torch.float32, copy=True)  # whose memory the result takes
+    mask = linear.mask.to(device)
+    if "kept" in linear.record:  # zeros stay, see `solve`
+        mask &= exact != 0
+    W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
+    W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
 
