@@ -144,5 +144,5 @@ def test_fused_linears_that_differ_in_their_inputs_are_refused():
     config = checkpoint.config(
         a=checkpoint.group | {"targets": ["gate"]}, b=checkpoint.group | {"targets": ["up"], "input_activations": None}
     )
-    with pytest.raises(RiaError, match="gate_up: vLLM fuses gate, up, but they are not quantized alike"):
+    with pytest.raises(RiaError, match="gate_up: vLLM fuses gate, up, but they are not stored alike"):
         MergedColumnParallelLinear(128, [64, 32], quant_config=config, prefix="gate_up")

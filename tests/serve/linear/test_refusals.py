@@ -52,7 +52,7 @@ def test_one_number_where_each_row_has_a_scale_in_other_peoples_folders():
 def test_fused_layer_that_is_partly_dense():
     stored = Stored()
     stored.add("gate", INNER, HIDDEN)
-    with pytest.raises(RiaError, match="gate_up: .* up is dense"):
+    with pytest.raises(RiaError, match="gate_up: .* up is not stored like the others"):
         MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
 
 
