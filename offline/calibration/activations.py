@@ -40,7 +40,7 @@ class Activations:
         self.chunks.append(self._stored(stream))
 
     def copy(self) -> "Activations":
-        """The same chunks, in memory."""
+        """The same chunks, each of which can be replaced without changing this."""
         found = Activations(self.dtype, self.stored_dtype)
         found.chunks = list(self.chunks)
         return found

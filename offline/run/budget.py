@@ -59,9 +59,9 @@ class EachAlone:
     def _copy(self) -> Activations:
         dense = self.streams.dense
         assert dense is not None
-        found = Activations(dense.dtype, dense.stored_dtype)
-        for index in range(len(dense)):
-            found.append(dense[index] if index in self.streams.measured else torch.empty(0))
+        found = dense.copy()
+        for index in self.streams.fitted:  # which are not to be kept alive
+            found[index] = torch.empty(0)
         return found
 
 

@@ -77,7 +77,8 @@ def online(
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name]
-    if is_gguf(server.model_name):
+    by_llama_cpp = is_gguf(server.model_name)
+    if by_llama_cpp:
         # llama.cpp's server closes a connection that is idle for seconds, at times just as the client uses it again.
         command += ["--header", "Connection=close"]
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
@@ -93,7 +94,7 @@ def online(
             raise RiaError(f"The server ended under load. {server.process.end_of_log()}")
         if status != 0:
             raise RiaError(f"vllm bench serve ended with status {status}. {client.end_of_log()}")
-    figures = read_result(result, requests, workload.output_len, is_gguf(server.model_name))
+    figures = read_result(result, requests, workload.output_len, recount=by_llama_cpp)
     return {**figures, "memory_bytes": peak}
 
 

@@ -209,7 +209,7 @@ def write(
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
         folds=[fold] if folds and scope != "none" else [], experts=[experts],
-        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
+        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa"},
     )  # fmt: skip
     writer = CheckpointWriter(out, overwrite=True)
     writer.write("all", units)

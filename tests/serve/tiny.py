@@ -174,7 +174,7 @@ def write(
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
     Args:
-        scope: "shared" or "linear" as `--permute-scope`, or "none" for no permutations.
+        scope: "shared": linears that read one input share an order; "linear": each has its own; "none".
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
@@ -236,7 +236,7 @@ def write(
         int8_linears=[disk.get(name, name) for name in in_int8],
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
-        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa", "permute_scope": scope},
+        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa"},
     )
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__], "dtype": name_of(dtype),
