@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -52,7 +51,6 @@ class ServedModel:
         self.prover = Prover(config, model, takers, self.embeddings)
         self.file_proofs = config.file_proofs() if proofs.wanted() else None
         model.ria_prove = self.prove_served
-        self.proved: tuple[str, str] | None = None  # folder and digest, where all weights are those of files
         hooks = Hooks(
             before_reload=functools.partial(reload.check_reload, config, engine.model_config, lora=engine.lora),
             check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
@@ -62,7 +60,7 @@ class ServedModel:
         )  # fmt: skip
         if self.file_proofs is not None:
             hooks = replace(hooks, watch=self.file_proofs.see, forget=self.file_proofs.forget)
-        WeightStream(model, hooks).reloads.can_go_back = self.can_go_back
+        WeightStream(model, hooks)
 
     @property
     def where(self) -> str:
@@ -99,7 +97,6 @@ class ServedModel:
         # At first, the present configuration may be that of the model's target.
         present = self.built_from if first else self._present()
         if not proofs.wanted() or present is None or (first and str(present.model) != self.config.where):
-            self.proved = None
             return
         schema, found, made = self.config.schema, sent or {}, None
         if sent is None and self.file_proofs is not None:
@@ -114,18 +111,6 @@ class ServedModel:
         else:  # of which vector proofs would be that somebody has sent is not known
             vector, found = foreign_vector, {}
         self.prover.prove(vector, found, str(present.model), made)
-        whole = sent is None and schema.proofs is not None
-        self.proved = (str(present.model), schema.proofs.digest) if whole else None
-
-    def can_go_back(self) -> bool:
-        """Whether the present files are those whose weights were proved last."""
-        present = self._present()
-        if self.proved is None or present is None:
-            return False
-        with suppress(RiaError):
-            found = reload.proofs_of(self.config, present)[0].proofs
-            return found is not None and (str(present.model), found.digest) == self.proved
-        return False
 
     def prove_served(self) -> tuple[str | None, int]:
         """(the digest of the proofs of the files that are served, how many matrices have been proved)."""

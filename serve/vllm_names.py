@@ -38,14 +38,14 @@ NAMES = {
     "vllm.model_executor.layers.quantization": "where a quantization method is registered",
     "vllm.model_executor.layers.quantization.compressed_tensors": "the scales of an fp8 KV cache, as vLLM has them",
     "vllm.model_executor.model_loader": "its folder: which weights come from files",
-    f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its weights afterwards, or it computes nothing",
+    f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its new weights afterwards, or its old ones",
     f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",
     f"{_RELOAD}.types": "the same",
     "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
     "vllm.model_executor.utils.get_packed_modules_mapping": "the linears of a fused layer, in adapters",
     "vllm.model_executor.utils.set_weight_attrs": "what a head's own tensors say of their axes to vLLM's loader",
     "vllm.utils.torch_utils.set_default_torch_dtype": "of the outputs for which oneDNN packs weights",
-    "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files the former ones come",
+    "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files it names the former ones",
     "vllm.v1.worker.worker_base.WorkerBase": "`verify --served` asks each worker for its proofs",
 }
 """Module, or name in one -> what it is used for. All names below one in this table are covered."""

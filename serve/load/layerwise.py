@@ -1,4 +1,4 @@
-"""vLLM's layer-by-layer reload: afterwards a model has the weights that it should have, or it computes nothing.
+"""vLLM's layer-by-layer reload: afterwards a model has the weights that it should have, or those of before.
 
 vLLM packs each layer as soon as its tensors have arrived, and replaces the old weights by the result. It does not take
 care of
@@ -6,25 +6,28 @@ care of
 - layers that share their weights with another: the head of a model with tied embeddings gets no tensor of its own, and
   on CPUs keeps what it has packed; Mamba-2's mixer keeps what the convolution held before it was packed;
 - layers that get a part of their tensors: the rest is memory that nobody has written;
-- reloads that fail, or are left by who began them: their tensors would go into the next one;
-- models that such a reload has left with new weights in some layers and old ones in others;
-- models that have lost their weights, because the server has slept at level 2, or never had any but dummies.
+- reloads that fail, on one rank or on all, or are left by who began them: some layers have new weights and others old
+  ones by then, and the tensors that wait for others would go into the next reload;
+- models that have lost their weights, because the server has slept at level 2, or never had any but dummies. These
+  compute nothing until they have got all weights.
 
 vLLM has no hooks for this, so `watch_reloads`, `watch_reloads_of` and `watch_sleep` wrap five of its functions.
 """
 
 import functools
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
-from vllm.config import set_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel_loaded
@@ -32,10 +35,15 @@ from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.completeness import EMPTY, dense_layers
+from ria_vllm.serve.load.former import Former
 
 _ORIGINAL = "ria_original"
 # Seconds that a rank waits for others when it has its new weights.
 PATIENCE = 300
+# What ranks decide together: to compare what they have with proofs, for which they add up products; and to serve it.
+_STAGES = ("proved", "served")
+# Of reloads. All ranks begin the same ones of a model.
+_NUMBERS = {True: itertools.count(1), False: itertools.count(1)}
 
 
 def watch_reloads() -> None:
@@ -59,17 +67,18 @@ def watch_reloads() -> None:
 
     @functools.wraps(pack)
     def _layerwise_process(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
-        path = layer.__dict__.get("ria_path")
-        if path is not None and info.kernel_tensors is not None:
-            check_arrived(path, layer, info)
+        former = layer.__dict__.get("ria_former")
+        if former is not None:
+            check_arrived(layer.__dict__["ria_path"], layer, info)
+            _keep(former, layer)
         pack(layer, info)
-        if path is not None:
+        if former is not None:
             layer.__dict__["ria_renewed"] = True
 
     @functools.wraps(end)
     def finalize_layerwise_processing(model: torch.nn.Module, model_config: Any) -> None:
         reloads = getattr(model, "ria_reloads", None)
-        if reloads is None or not reloads.is_on:
+        if reloads is None:
             end(model, model_config)
         else:
             reloads.end(functools.partial(end, model, model_config))
@@ -92,8 +101,10 @@ def watch_sleep(worker: Any) -> None:
     @functools.wraps(sleep)
     def watched(self: Any, level: int = 1) -> None:
         reloads = getattr(self.get_model(), "ria_reloads", None) if level == 2 else None
-        if reloads is not None and getattr(self.model_config, "sleep_preserve_parameter_names", None):
-            raise RiaError("sleep_preserve_parameter_names: not for a model that ria-vllm serves. Leave it out.")
+        if reloads is not None:
+            if getattr(self.model_config, "sleep_preserve_parameter_names", None):
+                raise RiaError("sleep_preserve_parameter_names: not for a model that ria-vllm serves. Leave it out.")
+            reloads.give_up()
         sleep(self, level)
         if reloads is not None:
             reloads.lose()
@@ -103,29 +114,27 @@ def watch_sleep(worker: Any) -> None:
 
 
 def watch_reloads_of(worker: Any) -> None:
-    """Have a class of vLLM's workers load the former files again after a reload from files that has failed, if these
-    are unchanged. A trainer's weights are in no files, and ranks do not fail together, so then nothing is computed."""
+    """Have a class of vLLM's workers still name the files that are served after it has refused others."""
     reload = _original(worker.reload_weights)
 
     @functools.wraps(reload)
     def watched(self: Any, *arguments: Any, **named: Any) -> Any:
         reloads, config = getattr(self.get_model(), "ria_reloads", None), self.model_config
+        if reloads is None:
+            return reload(self, *arguments, **named)
+        if False in (named.get("is_checkpoint_format"), *arguments[2:3]):
+            raise RiaError(
+                "is_checkpoint_format=False: a model that ria-vllm serves takes weights as a folder has them. Leave it "
+                "out."
+            )
         before = {name: one for name, one in vars(config).items() if name in ("model", "revision", "model_weights")}
-        whole = reloads is not None and not reloads.lacks_weights
+        served = reloads.served
         try:
             return reload(self, *arguments, **named)
-        except Exception as error:
-            if reloads is None:
-                raise
-            alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-            with set_current_vllm_config(self.vllm_config):
-                if not reloads.stopped and reloads.can_go_back():
-                    raise  # the new ones are served: what follows them has failed
-                vars(config).update(before)  # vLLM leaves the refused ones there
-                if not (whole and reloads.stopped and alone and reloads.can_go_back()):
-                    raise
-            reload(self)
-            raise RiaError(f"{error} The server has its weights of {config.model} again.") from error
+        except BaseException:
+            if reloads.served == served:  # else what follows has failed
+                vars(config).update(before)
+            raise
 
     setattr(watched, _ORIGINAL, reload)
     worker.reload_weights = watched
@@ -142,43 +151,42 @@ def _original(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Reloads:
-    """The reloads of one model. During one, each layer has `ria_path`, its path, and `ria_renewed`, whether it has new
-    weights.
+    """The reloads of one model. During one, each layer has `ria_path`, its path; `ria_renewed`, whether it has new
+    weights; and `ria_former`, where those that it had are kept.
 
     Args:
         model: as vLLM built it, with all layers.
-        dtype: of its activations.
         after: called when a reload has ended, with the paths of the layers that got nothing, see `left_out`. It may
-            raise a RiaError, which makes the model compute nothing.
+            raise a RiaError, which refuses the reload.
         embeddings: the model has embeddings and a head of its own. A draft may have its target's.
         before: called before a reload begins.
         dummies: the model was started with dummy weights.
 
     Attributes:
         number: of the last reload, the same on all ranks.
-        stopped: the model refuses to compute, because its weights are those of two models, or gone.
-        can_go_back: whether the files are those whose weights the model had last, as a whole.
+        served: number of the last reload whose weights are served; 0: there was none.
+        stopped: the model refuses to compute, because its weights are gone, or were dummies.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        dtype: torch.dtype,
         after: Callable[[Sequence[str]], None],
         embeddings: bool = True,
         before: Callable[[], None] = lambda: None,
         dummies: bool = False,
     ):
         self.model = model
-        self.dtype = dtype
         self.after = after
         self.embeddings = embeddings
         self.before = before
         self.dummies = dummies
-        self.number = 0
-        self.stopped: _Stopped | None = None
-        self.can_go_back: Callable[[], bool] = lambda: False
-        self._kept: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self.number = self.served = 0
+        self.stopped: _Guard | None = None
+        self._on: tuple[Former, _Guard] | None = None
+        self._at_once: list[tuple[str, torch.Tensor]] = []
+        config = get_current_vllm_config_or_none()
+        self._ranks_of_engine = 1 if config is None else config.parallel_config.world_size
         _leave_in_place(model)
 
     @property
@@ -189,115 +197,162 @@ class Reloads:
     @property
     def is_on(self) -> bool:
         """Whether a reload has begun and not ended."""
-        infos = map(layerwise.get_layerwise_info, self.model.modules())
-        return any(info.can_load() and info.kernel_tensors is not None for info in infos)
+        return self._on is not None
 
     def begin(self, begin: Callable[[torch.nn.Module], None]) -> None:
         """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first."""
         self.give_up()
         self.before()
-        self.number += 1
+        self.number = next(_NUMBERS[self.embeddings])
+        former = Former(self.model, keeps=not self.lacks_weights)
+        # vLLM writes these at once.
+        self._at_once = [
+            (path, tensor)
+            for path, one in self.model.named_modules()
+            for name in SKIP_TENSORS
+            if isinstance(tensor := getattr(one, name, None), torch.Tensor)
+        ]
+        former.keep(tensor for _, tensor in self._at_once)
+        self._on = former, _Guard(self.model, self._interrupt)
         for path, layer in self.model.named_modules():
-            layer.__dict__["ria_path"], layer.__dict__["ria_renewed"] = path, False
+            layer.__dict__.update(ria_path=path, ria_renewed=False, ria_former=former)
             if (method := _ours(layer)) is not None:
                 method.forget()
-        # vLLM writes these at once, in the model that still serves.
-        at_once = [
-            (path, getattr(one, name, None)) for path, one in self.model.named_modules() for name in SKIP_TENSORS
-        ]
-        self._kept = [(path, one.data, one.data.clone()) for path, one in at_once if isinstance(one, torch.Tensor)]
-        for _, tensor, _ in self._kept if self.lacks_weights else ():
+        for _, tensor in self._at_once if self.lacks_weights else ():
             if tensor.is_floating_point():
                 tensor.fill_(EMPTY)  # it has to come, too
         begin(self.model)
 
     def give_up(self) -> None:
-        """End a reload without the tensors that wait for others. Where layers are new already, nothing is computed
-        until a whole reload has succeeded."""
-        if not self.is_on:
+        """Refuse the reload that is on, if any, on all ranks, and put the weights of before back."""
+        if self._on is None:
             return
-        for layer in self.model.modules():
-            info = layerwise.get_layerwise_info(layer)
-            info.loaded_weights.clear()
-            info.load_numel = min(info.load_numel, 0)
+        (former, guard), self._on = self._on, None
+        guard.undo()
         try:
-            _original(layerwise.finalize_layerwise_processing)(self.model, SimpleNamespace(dtype=self.dtype))
+            former.put_back()
+            for layer in self.model.modules():
+                layerwise.get_layerwise_info(layer).reset()
+        except BaseException:
+            self.lose()
+            raise
         finally:
-            self._put_back()
-            self._stop_if_renewed()
+            for stage in _STAGES:
+                self._say(stage, refused=True)
+        if self.lacks_weights:
+            self.lose()
 
-    def _put_back(self) -> None:
-        """Undo what vLLM wrote at once."""
-        for _, tensor, before in self._kept:
-            tensor.copy_(before)
-        self._kept = []
+    def _interrupt(self, late: bool) -> None:
+        """The model computes in the middle of a reload: whoever began it is gone, or another rank has refused it."""
+        self.give_up()
+        if self.stopped is not None:
+            self._refuse(late)
+        if late:
+            raise RiaError("the model has computed while its weights were being replaced. Ask again.")
 
     def lose(self) -> None:
         """All weights are gone."""
         if self.stopped is None:
-            self.stopped = _Stopped(self.model)
+            self.stopped = _Guard(self.model, self._refuse)
+
+    @staticmethod
+    def _refuse(late: bool) -> None:
+        raise RiaError(
+            "this server has no weights: sleep level 2 has dropped them, or it was started with dummies, and a reload "
+            f"has failed. {WAY_OUT}"
+        )
 
     def end(self, end: Callable[[], None]) -> None:
         """End a reload, by vLLM's `end`.
 
         Raises:
-            RiaError: a layer got a part of its weights only, or layers keep those of a reload that had failed; or see
-                `after` and `_wait_for_ranks`.
+            RiaError: a layer got a part of its weights only; the reload was given up before; or see `after` and
+                `_agree`.
         """
-        left = left_out(self.model, self.embeddings)
-        lacking = left_out(self.model, self.embeddings, others=True)
-        if self.lacks_weights:
-            lacking += [path for path, tensor, _ in self._kept if tensor.numel() and bool((tensor == EMPTY).all())]
-        tied = tied_layers(self.model)
-        for layer in self.model.modules():  # attention is packed elsewhere
-            layer.__dict__["ria_renewed"] = (
-                layer.__dict__.get("ria_renewed") or layerwise.get_layerwise_info(layer).load_numel > 0
-            )
+        if self._on is None:
+            raise RiaError(f"this reload was refused, or the model has computed since it began. {WAY_OUT}")
+        former, guard = self._on
         try:
+            left = left_out(self.model, self.embeddings)
+            lacking = left_out(self.model, self.embeddings, others=True) if self.lacks_weights else []
+            if self.lacks_weights:
+                lacking += [path for path, one in self._at_once if one.numel() and bool((one == EMPTY).all())]
+            tied = tied_layers(self.model)
+            for layer in self.model.modules():  # attention is packed elsewhere
+                renewed = layer.__dict__.get("ria_renewed") or layerwise.get_layerwise_info(layer).load_numel > 0
+                layer.__dict__["ria_renewed"] = renewed
+                if is_deferred_attention_layer(layer):
+                    _keep(former, layer)
             end()
             for layer in tied:
                 layer.quant_method.process_weights_after_loading(layer)
-            if self.lacks_weights and lacking:
+            if lacking:
                 raise RiaError(
                     f"vLLM's layer {lacking[0]} did not get all of its weights in this reload, and those that it has "
                     f"are of another model, dummies, or lost. {WAY_OUT}"
                 )
-            self._wait_for_ranks()
+            self._agree(_STAGES[0])
             self.after(left)
+            self._agree(_STAGES[1])
         except BaseException:
             self.give_up()
-            self._put_back()  # if vLLM had ended the reload already
-            self._stop_if_renewed()
             raise
-        self._kept, self.dummies = [], False
+        for layer in self.model.modules():
+            layer.__dict__.pop("ria_former", None)
+        guard.undo()
+        self._on, self.dummies, self.served = None, False, self.number
         if self.stopped is not None:
             self.stopped.undo()
             self.stopped = None
 
-    def _wait_for_ranks(self) -> None:
-        """Wait until all tensor-parallel ranks have got as far as this one: none may serve what another has refused.
+    def _ranks(self) -> Sequence[int]:
+        """Those that serve the model together. A draft may be on the last stage of a pipeline only."""
+        if not torch.distributed.is_initialized():
+            return [0]
+        if not self.embeddings:
+            return get_tp_group().ranks
+        first = torch.distributed.get_rank() // self._ranks_of_engine * self._ranks_of_engine
+        return range(first, first + self._ranks_of_engine)
+
+    def _say(self, stage: str, refused: bool = False) -> tuple[Any, str]:
+        """Tell the other ranks that this one has got to a stage, or has refused the reload.
+
+        Returns:
+            What they tell each other by, and the name of what they decide there. The first decision counts.
+        """
+        if len(ranks := self._ranks()) == 1:
+            return None, ""
+        # Not a barrier: after one that a rank has missed, a group is of no use any more.
+        store, name = _get_default_store(), f"ria-vllm {self.embeddings} {ranks[0]}/{self.number}/{stage}"
+        if refused:
+            store.compare_set(name, "", "refused")
+        store.set(f"{name}/{torch.distributed.get_rank()}", "")
+        return store, name
+
+    def _agree(self, stage: str) -> None:
+        """Wait until all ranks have got as far as this one: none may serve what another has refused.
 
         Raises:
             RiaError: one has not.
         """
-        if not torch.distributed.is_initialized() or (group := get_tp_group()).world_size == 1:
+        store, name = self._say(stage)
+        if store is None:
             return
-        # Not a barrier: after one that a rank has missed, a group is of no use any more.
-        store, name = _get_default_store(), f"ria-vllm reload/{group.ranks[0]}/{self.number}"
-        store.set(f"{name}/{group.rank}", "")
+        decision = "served"
         try:
-            store.wait([f"{name}/{rank}" for rank in group.ranks], timedelta(seconds=PATIENCE))
-        except RuntimeError as error:
+            store.wait([f"{name}/{rank}" for rank in self._ranks()], timedelta(seconds=PATIENCE))
+        except RuntimeError:
+            decision = "refused"
+        if store.compare_set(name, "", decision) != b"served":
             raise RiaError(
                 f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
-            ) from error
+            )
 
-    def _stop_if_renewed(self) -> None:
-        """Have the model refuse to compute if some of its layers have new weights, or may have on another rank."""
-        alone = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-        renewed = any(layer.__dict__.get("ria_renewed") for layer in self.model.modules())
-        if renewed or not alone:
-            self.lose()
+
+def _keep(former: Former, layer: torch.nn.Module) -> None:
+    """Keep what a layer computes with, before it is packed anew."""
+    for tensors in layerwise.get_layerwise_info(layer).kernel_tensors or ():
+        former.keep(tensors.values())
 
 
 def watch_packing(
@@ -329,22 +384,23 @@ def _leave_in_place(model: torch.nn.Module) -> None:
 WAY_OUT = "Reload or send all weights of one model, or start the server again."
 
 
-class _Stopped:
-    """A model that raises a RiaError instead of computing."""
+class _Guard:
+    """Has a function called before a model computes, until this is undone.
 
-    def __init__(self, model: torch.nn.Module):
+    Args:
+        before: called with False before anything is computed; with True after CUDA graphs were replayed, for which
+            nobody calls the model, and before there are logits. Then it has to raise.
+    """
+
+    def __init__(self, model: torch.nn.Module, before: Callable[[bool], None]):
+        def refuse(*_: Any, **__: Any) -> None:
+            before(True)
+
         self.model = model
-        self.hook = model.register_forward_pre_hook(self._refuse)
-        # CUDA graphs are replayed without a call of the model.
+        self.hook = model.register_forward_pre_hook(lambda *_: before(False))
         names = [name for name in ("compute_logits", "compute_logits_local") if hasattr(model, name)]
         self.before = {name: model.__dict__.get(name) for name in names}
-        model.__dict__.update(dict.fromkeys(names, self._refuse))
-
-    def _refuse(self, *_: Any, **__: Any) -> None:
-        raise RiaError(
-            "a reload of weights has failed when some layers had their new ones already, or sleep level 2 has dropped "
-            f"all, so the answers would be those of no model. {WAY_OUT}"
-        )
+        model.__dict__.update(dict.fromkeys(names, refuse))
 
     def undo(self) -> None:
         self.hook.remove()

@@ -95,9 +95,7 @@ class WeightStream:
         self.packed = self.from_files = False
         self._load = model.load_weights
         self._process = getattr(model, "process_weights_after_loading", _nothing)
-        self.reloads = Reloads(
-            model, torch.get_default_dtype(), self._after_reload, hooks.embeddings, self._forget, hooks.loaded
-        )
+        self.reloads = Reloads(model, self._after_reload, hooks.embeddings, self._forget, hooks.loaded)
 
         @functools.wraps(self._load)
         def load_weights(weights: Weights, *args: object, **kwargs: object) -> object:
@@ -125,8 +123,8 @@ class WeightStream:
         self.from_files = False
         if self.packed and not self.reloads.is_on:
             raise RiaError(
-                "weights arrive outside of a reload, when all layers are packed. Load them with vLLM's "
-                "reload_weights or its weight transfer, or start the server again."
+                "weights arrive outside of a reload, or after one that was refused or in which the model has computed. "
+                "Load them with vLLM's reload_weights or its weight transfer, or start the server again."
             )
         # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
         lazy = not isinstance(weights, list | tuple)

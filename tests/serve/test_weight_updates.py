@@ -3,6 +3,7 @@
 `test_reload_table` has every kind of layer and sequence, without an engine.
 """
 
+import shutil
 from pathlib import Path
 
 import mixtures
@@ -91,29 +92,37 @@ def test_an_engine_answers_as_if_started_with_its_weights(runs, name):
     assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
 
 
-def test_after_refused_files_the_former_ones_are_served(tmp_path):
+def test_after_refused_files_the_former_weights_are_served(tmp_path):
     """The proof finds another embedding, when all layers are new. What a trainer has sent is in no files."""
     first, second = (str(hybrid(tmp_path / str(seed), seed)) for seed in (1, 2))
-    path = Path(second, "model.safetensors")
+    path = Path(shutil.copytree(second, tmp_path / "broken"), "model.safetensors")
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, path, metadata)
-    refused, sent = ({"reload": second}, True), ({"send": first, "pieces": 1}, False)
-    sequences = ([], [refused, refused], [sent, refused, ({"reload": first}, False)], [sent, refused])
-    results = generate(tmp_path / "run", [job_of(first, {"loads": steps}) for steps in sequences])
-    assert results[1] == results[0] and results[2] == results[0]
-    assert "the answers would be those of no model" in results[3]["error"]
+    refused, sent = ({"reload": str(path.parent)}, True), ({"send": second, "pieces": 1}, False)
+    jobs = [job_of(folder) for folder in (first, second)]
+    jobs += [job_of(first, {"loads": steps}) for steps in ([refused, refused], [sent, refused])]
+    results = generate(tmp_path / "run", jobs)
+    assert results[0] != results[1] and "error" not in results[0]
+    assert results[2:] == results[:2]
 
 
 def test_what_one_rank_refuses_no_rank_serves(tmp_path):
-    """The other rank has all of its new weights by then."""
+    """The other rank has all of its new weights by then, and may never be told that nothing follows."""
     write = plain("qwen2")
     first, second = (str(write(tmp_path / str(seed), seed)) for seed in (1, 2))
-    broken = {"send": second, "pieces": 2, "broken": "norm.weight", "rank": 1, "patience": 5}
-    steps = [(broken, True), ({"send": second, "pieces": 3, "patience": 100}, False)]
-    jobs = [job_of(second, {"engine": TWO_RANKS}), job_of(first, {"engine": TWO_RANKS, "loads": steps})]
-    want, got = generate(tmp_path / "run", jobs, **ONE_THREAD_EACH)
-    assert "error" not in got, got
-    assert [(r["tokens"], r["prompt"]) for r in got] == [(r["tokens"], r["prompt"]) for r in want]
+    broken = {"send": second, "pieces": 2, "broken": "norm.weight", "rank": 1}
+    sequences = {
+        "refused": ([(broken, True)], 0),
+        "left": ([(broken | {"left": True}, True)], 0),
+        "sent again": ([(broken, True), ({"send": second, "pieces": 3}, False)], 1),
+    }
+    jobs = [job_of(folder, {"engine": TWO_RANKS}) for folder in (first, second)]
+    jobs += [job_of(first, {"engine": TWO_RANKS, "loads": steps}) for steps, _ in sequences.values()]
+    results = generate(tmp_path / "run", jobs, **ONE_THREAD_EACH)
+    for (name, (_, end)), got in zip(sequences.items(), results[2:], strict=True):
+        assert "error" not in got, (name, got)
+        answers = [[(r["tokens"], r["prompt"]) for r in one] for one in (got, results[end], results[1 - end])]
+        assert answers[0] == answers[1] != answers[2], name

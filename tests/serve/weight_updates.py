@@ -10,8 +10,6 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from ria_vllm.serve.load import layerwise
-
 
 class FromFolder(WeightTransferEngine):
     """Sends the tensors of a folder. vLLM's own engines need GPUs."""
@@ -42,8 +40,7 @@ def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
 
 def load(worker: Any, step: dict[str, Any]) -> str | None:
     """Take a step: {"reload": folder}, or {"send": folder, "pieces": how many}, perhaps with "broken": how the name of
-    a tensor ends that has another shape (on "rank" only, if that is given). "patience": seconds
-    that ranks wait for each other.
+    a tensor ends that has another shape (on "rank" only, if that is given), or "left": it is not finished.
 
     Returns:
         The error that has refused it; None if it was done.
@@ -58,13 +55,14 @@ def load(worker: Any, step: dict[str, Any]) -> str | None:
         worker.weight_transfer_engine = FromFolder(config, worker.vllm_config, worker.device, model)
         worker.start_weight_update()
         found = tensors(step["send"])
-        layerwise.PATIENCE = step.get("patience", layerwise.PATIENCE)
         if "broken" in step and step.get("rank", torch.distributed.get_rank()) == torch.distributed.get_rank():
             at = max(i for i, (name, _) in enumerate(found) if name.endswith(step["broken"]))
             found[at] = found[at][0], torch.zeros(3, 5)
         pieces = deque(found[i :: step["pieces"]] for i in range(step["pieces"]))
         for piece in pieces:
             worker.update_weights({"tensors": piece})
+        if step.get("left"):
+            return "left before it was finished"
         worker.finish_weight_update()
     except Exception as error:
         worker._weight_update_active = False  # vLLM does so after errors in pieces, but not after one at the end

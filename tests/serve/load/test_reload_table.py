@@ -1,8 +1,8 @@
 """Every way to load weights into a running server, against a server that was started with them.
 
 The oracle: after any sequence of loads, the logits are those of a fresh server of the weights that should be there; or
-the server has refused, and the logits are those of before, or it refuses to compute until all weights are of one model.
-One that has no weights, because it was started with dummies or has slept at level 2, gets them by whole loads only.
+the server has refused, and the logits are those of before. One that has no weights, because it was started with dummies
+or has slept at level 2, gets them by whole loads only, and computes nothing after another one.
 """
 
 from copy import copy
@@ -183,11 +183,11 @@ def check_sequence(server, name, monkeypatch):
 def check_refused(server, refused, name, monkeypatch):
     """Whatever failed, the next whole sync brings it all."""
     new, before = server.checkpoint.tensors(2), server.logits()
+    before = None if server.model.ria_reloads.lacks_weights else before
     with pytest.raises((RiaError, ValueError, AssertionError, RuntimeError)):
         refused[name](server, new)
-    if name != AGAIN:  # until the next one begins, the model is vLLM's, and empty
-        after = server.logits()
-        assert after is None or torch.equal(after, before)
+    after = server.logits()
+    assert after is before is None or torch.equal(after, before)
     server.sync(new, 4, shuffled=True)
     check(server, new, monkeypatch)
 
@@ -198,7 +198,7 @@ def test_a_server_has_the_weights_that_should_be_there(server, monkeypatch, name
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_changes_nothing_or_stops_the_server(server, monkeypatch, name):
+def test_what_is_refused_changes_nothing(server, monkeypatch, name):
     before = server.logits()
     check_refused(server, REFUSED, name, monkeypatch)
     server.reload(1)
