@@ -102,7 +102,7 @@ def test_after_refused_files_the_former_weights_are_served(tmp_path):
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, path, metadata)
     refused, sent = ({"reload": str(path.parent)}, True), ({"send": second, "pieces": 1}, False)
-    jobs = [job_of(folder) for folder in (first, second)]
+    jobs = [job_of(folder, {}) for folder in (first, second)]
     jobs += [job_of(first, {"loads": steps}) for steps in ([refused, refused], [sent, refused])]
     results = generate(tmp_path / "run", jobs)
     assert results[0] != results[1] and "error" not in results[0]

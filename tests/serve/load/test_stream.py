@@ -5,9 +5,14 @@ import functools
 import pytest
 import torch
 from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finished, stored_model, tensors
-from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
+from vllm.model_executor.model_loader.reload import (
+    initialize_layerwise_reload,
+    layerwise,
+    record_metadata_for_reloading,
+)
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.load.layerwise import watch_reloads
 from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.reload import check_reload
@@ -18,7 +23,10 @@ def stored():
     return stored_model()
 
 
-def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
+def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypatch):
+    for name in ("_layerwise_process", "finalize_layerwise_processing"):
+        monkeypatch.setattr(layerwise, name, getattr(layerwise, name))
+    watch_reloads()
     config = stored.config()
     model = Model(config)
     match_layers(config, model)
@@ -41,6 +49,7 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored):
         model.load_weights(tensors(stored))
     assert torch.equal(model.layers[0](x), before)  # the server keeps the weights that it has
     checked.clear()
+    initialize_layerwise_reload(model)
     model.load_weights([])  # from a trainer, not from files
     assert checked == [False]
 
