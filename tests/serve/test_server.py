@@ -40,7 +40,10 @@ def serving(folder: Path, log: Path, *arguments: str):
     with open(log, "w") as file:
         process = subprocess.Popen(
             [*command, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"},
+            env=os.environ | {
+                "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1",
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            },
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 400
@@ -66,7 +69,9 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
     tiny.add_tokenizer(folder / "out")
-    with serving(folder / "out", folder / "log", "--dtype", "float32", "--served-model-name", "small") as url:
+    trainers = ["--weight-transfer-config", '{"backend": "folder"}', "--worker-extension-cls", "weight_updates.Worker"]
+    names = ["--dtype", "float32", "--served-model-name", "small"]
+    with serving(folder / "out", folder / "log", *names, *trainers) as url:
         yield url, model, folder / "log"
 
 
@@ -89,25 +94,53 @@ def post(url: str, path: str, content: object = None) -> None:
     urllib.request.urlopen(request, timeout=100).close()
 
 
-def test_reloads(server, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def other(server, tmp_path_factory):
+    """(folder, model) of other weights in the same orders."""
+    folder = tmp_path_factory.mktemp("other")
+    found, random_order = [], tiny.random_order
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "random_order", lambda *sizes: found.append(random_order(*sizes)) or found[-1])
+        tiny.write(tiny.FAMILIES["llama-gqa"], folder / "again")
+        orders = iter(list(found))
+        patch.setattr(tiny, "random_order", lambda *sizes: next(orders))
+        return folder / "other", tiny.write(tiny.FAMILIES["llama-gqa"], folder / "other", seed=1)
+
+
+def test_reloads(server, other, tmp_path):
     """As trainers ask for them: other files, files that are refused, and the first ones again."""
     url, model, log = server
-    found, random_order = [], tiny.random_order
-    monkeypatch.setattr(tiny, "random_order", lambda *sizes: found.append(random_order(*sizes)) or found[-1])
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "again")
-    orders = iter(list(found))
-    monkeypatch.setattr(tiny, "random_order", lambda *sizes: next(orders))
-    other, broken = tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "other", seed=1), tmp_path / "broken"
-    shutil.copytree(tmp_path / "other", broken)
+    folder, new = other
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     tensors = load_file(broken / "model.safetensors")
     with safe_open(broken / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, broken / "model.safetensors", metadata)
-    for folder, serves in ((tmp_path / "other", other), (broken, other), (log.parent / "out", model)):
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        with pytest.raises(urllib.error.HTTPError) if folder == broken else contextlib.nullcontext():
+    for place, serves in ((folder, new), (broken, new), (log.parent / "out", model)):
+        call = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
+        with pytest.raises(urllib.error.HTTPError) if place == broken else contextlib.nullcontext():
             post(url, "/collective_rpc", call)
+        post(url, "/reset_prefix_cache")
+        check_completion(url, serves)
+
+
+def test_weights_that_a_trainer_sends(server, other):
+    """Over vLLM's API for that: other weights, first ones that are refused when some layers are new, and first ones."""
+    url, model, log = server
+    folder, new = other
+    first = {"send": str(log.parent / "out"), "pieces": 2}
+    updates = (
+        ({"send": str(folder), "pieces": 3}, new),
+        (first | {"broken": "layernorm.weight"}, new),
+        (first, model),
+    )
+    for update, serves in updates:
+        post(url, "/start_weight_update")
+        with pytest.raises(urllib.error.HTTPError) if "broken" in update else contextlib.nullcontext():
+            for piece in range(update["pieces"]):
+                post(url, "/update_weights", {"update_info": update | {"piece": piece}})
+            post(url, "/finish_weight_update", {})
         post(url, "/reset_prefix_cache")
         check_completion(url, serves)
 

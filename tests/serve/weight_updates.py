@@ -1,18 +1,18 @@
 """What a running engine is told to load, in the worker, as vLLM's reloads and trainers' weight transfers do it."""
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
 class FromFolder(WeightTransferEngine):
-    """Sends the tensors of a folder. vLLM's own engines need GPUs."""
+    """Sends the tensors of a folder, see `load`. vLLM's own engines need GPUs."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
         pass
@@ -21,7 +21,11 @@ class FromFolder(WeightTransferEngine):
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: Any) -> None:
-        self.model.load_weights(update_info["tensors"])
+        found, rank = tensors(update_info["send"]), torch.distributed.get_rank()
+        if "broken" in update_info and update_info.get("rank", rank) == rank:
+            at = max(i for i, (name, _) in enumerate(found) if name.endswith(update_info["broken"]))
+            found[at] = found[at][0], torch.zeros(3, 5)
+        self.model.load_weights(found[update_info["piece"] :: update_info["pieces"]])
 
     def receive_weights(self, update_info: Any) -> None:
         pass
@@ -31,6 +35,13 @@ class FromFolder(WeightTransferEngine):
 
     def shutdown(self) -> None:
         pass
+
+
+WeightTransferEngineFactory.register_engine("folder", FromFolder)
+
+
+class Worker:
+    """As vLLM's --worker-extension-cls, it has this module imported where the engine is made."""
 
 
 def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
@@ -54,13 +65,8 @@ def load(worker: Any, step: dict[str, Any]) -> str | None:
         config = worker.vllm_config.weight_transfer_config = WeightTransferConfig(backend="folder")
         worker.weight_transfer_engine = FromFolder(config, worker.vllm_config, worker.device, model)
         worker.start_weight_update()
-        found = tensors(step["send"])
-        if "broken" in step and step.get("rank", torch.distributed.get_rank()) == torch.distributed.get_rank():
-            at = max(i for i, (name, _) in enumerate(found) if name.endswith(step["broken"]))
-            found[at] = found[at][0], torch.zeros(3, 5)
-        pieces = deque(found[i :: step["pieces"]] for i in range(step["pieces"]))
-        for piece in pieces:
-            worker.update_weights({"tensors": piece})
+        for piece in range(step["pieces"]):
+            worker.update_weights(step | {"piece": piece})
         if step.get("left"):
             return "left before it was finished"
         worker.finish_weight_update()
