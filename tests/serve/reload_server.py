@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_sleep
+from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_reloads_of, watch_sleep
 from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)
@@ -65,8 +65,13 @@ class Sleeper:
             if parameter.numel():
                 parameter.data.view(torch.uint8).random_(generator=torch.Generator().manual_seed(9))
 
+    def reload_weights(self, server, weights_path, is_checkpoint_format=True):
+        self.model_config.model = weights_path
+        server.reload(2)
+
 
 watch_sleep(Sleeper)
+watch_reloads_of(Sleeper)
 
 
 @dataclass

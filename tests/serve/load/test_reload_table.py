@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reload_model import FORMATS, Checkpoint
-from reload_server import Server, watch
+from reload_server import HERE, Server, Sleeper, watch
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import reload as vllm_reload
 
@@ -231,6 +231,42 @@ def test_whole_loads_give_a_server_its_first_weights(empty, monkeypatch, name):
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_of_a_model_are_refused_where_nothing_else_is(empty, monkeypatch, name):
     check_refused(empty, PARTS, name, monkeypatch)
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_a_server_that_computes_or_sleeps_in_the_middle_of_a_reload_has_refused_it(monkeypatch, sleeps):
+    server = Server.started(Checkpoint(FORMATS["int8"], True, tied=True), 1, monkeypatch)
+    new, before = list(server.checkpoint.tensors(2).items()), server.logits()
+    vllm_reload.initialize_layerwise_reload(server.model)
+    server.model.load_weights(new[:40])
+    if sleeps:
+        server.sleep()
+    else:
+        assert torch.equal(server.logits(), before)
+    with pytest.raises(RiaError, match="after one that was refused"):
+        server.model.load_weights(new[40:])
+    with pytest.raises(RiaError, match="this reload was refused"):
+        vllm_reload.finalize_layerwise_reload(server.model, HERE)
+    after = server.logits()
+    assert after is None if sleeps else torch.equal(after, before)
+    server.reload(2)
+    check(server, server.checkpoint.tensors(2), monkeypatch)
+
+
+def test_a_worker_names_the_files_that_are_served(monkeypatch):
+    server = Server.started(Checkpoint(FORMATS["float"], True), 1, monkeypatch)
+    worker, before = Sleeper(server.model), server.logits()
+    worker.model_config.model = "first"
+    monkeypatch.setattr(Server, "refuses", True)
+    with pytest.raises(RiaError, match="not the files of the start"):
+        worker.reload_weights(server, "second")
+    assert worker.model_config.model == "first"
+    monkeypatch.setattr(Server, "refuses", False)
+    with pytest.raises(RiaError, match="takes weights as a folder has them"):
+        worker.reload_weights(server, "packed", is_checkpoint_format=False)
+    assert torch.equal(server.logits(), before)
+    worker.reload_weights(server, "second")
+    assert worker.model_config.model == "second"
 
 
 def test_the_docs_have_this_table():
