@@ -261,7 +261,6 @@ class Prover:
     def __init__(
         self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
     ):
-        self.before: dict[str, torch.Tensor] = {}  # layer -> its proof when it was proved last
         self.layers = list(_layers(config, model, taken, embeddings))
         taken_apart = list(absorbed(model, self.layers))
         emptied = {id(one.layer) for one in taken_apart if one.is_packed}
@@ -345,7 +344,9 @@ class Prover:
         return len(proved)
 
     def _problem(self, layer: Proved, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
-        before, self.before[layer.path] = self.before.get(layer.path), expected
+        # With the layer, so that a refused reload puts it back, too.
+        held, key = layer.layer.__dict__, f"ria_proof of {layer.path}{' looked up' * layer.looks_up}"
+        before, held[key] = held.get(key), expected
         return layer.problem(vector, expected, tokens, before)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
