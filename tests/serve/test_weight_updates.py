@@ -62,6 +62,7 @@ def sequences(first, second):
     broken = {"send": second, "pieces": 3, "broken": "layernorm.weight"}
     return {
         "files, back": ([({"reload": second}, False), ({"reload": first}, False)], first),
+        "refused": ([(broken, True)], first),
         "refused, then sent": ([(broken, True), ({"send": second, "pieces": 2}, False)], second),
     }  # fmt: skip
 
@@ -102,8 +103,9 @@ def test_after_refused_files_the_former_weights_are_served(tmp_path):
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, path, metadata)
     refused, sent = ({"reload": str(path.parent)}, True), ({"send": second, "pieces": 1}, False)
-    jobs = [job_of(folder, {}) for folder in (first, second)]
-    jobs += [job_of(first, {"loads": steps}) for steps in ([refused, refused], [sent, refused])]
+    dtype = {"dtype": "bfloat16"}  # vLLM packs convolutions, too
+    jobs = [job_of(folder, {"engine": dtype}) for folder in (first, second)]
+    jobs += [job_of(first, {"engine": dtype, "loads": steps}) for steps in ([refused, refused], [sent, refused])]
     results = generate(tmp_path / "run", jobs)
     assert results[0] != results[1] and "error" not in results[0]
     assert results[2:] == results[:2]
