@@ -200,9 +200,18 @@ class Reloads:
         return self._on is not None
 
     def begin(self, begin: Callable[[torch.nn.Module], None]) -> None:
-        """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first."""
+        """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first.
+
+        Raises:
+            RiaError: vLLM cannot reload this model.
+        """
         self.give_up()
         self.before()
+        if any(getattr(layer, "is_amx_bmm_enabled", False) for layer in self.model.modules()):
+            raise RiaError(
+                "vLLM cannot reload latent attention that it has packed for AMX, because it has emptied kv_b_proj. "
+                "Start the server again, or with --dtype float32."
+            )
         self.number = next(_NUMBERS[self.embeddings])
         former = Former(self.model, keeps=not self.lacks_weights)
         # vLLM writes these at once.

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from compare import generate, job_of
+from families import LATENT_ATTENTION
 from runs import ONE_THREAD_EACH, TWO_RANKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -53,6 +54,7 @@ FAMILIES = {
     "Mamba-2": hybrid,
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
+    "latent attention": plain("deepseek-v3"),
     "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
 }
 
@@ -75,6 +77,7 @@ def runs(request, tmp_path_factory):
     todo = sequences(first, second)
     # In bfloat16 vLLM packs convolutions, too, and its kernel for int8 is in use.
     dtype = {"dtype": "bfloat16" if request.param in ("Mamba-2", "dense linears in int8") else "float32"}
+    dtype |= LATENT_ATTENTION if request.param == "latent attention" else {}
     jobs = [job_of(place, {"engine": dtype}) for place in (first, second)]
     jobs += [job_of(first, {"engine": dtype, "loads": steps}) for steps, _ in todo.values()]
     sent = [({"send": second, "pieces": 3}, False)]

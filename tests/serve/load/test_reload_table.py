@@ -253,6 +253,15 @@ def test_a_server_that_computes_or_sleeps_in_the_middle_of_a_reload_has_refused_
     check(server, server.checkpoint.tensors(2), monkeypatch)
 
 
+def test_latent_attention_that_is_packed_for_amx_is_not_reloaded(monkeypatch):
+    """vLLM's attention has emptied the weight of kv_b_proj then."""
+    server = Server.started(Checkpoint(FORMATS["float"], True), 1, monkeypatch)
+    before, server.model.norm.is_amx_bmm_enabled = server.logits(), True
+    with pytest.raises(RiaError, match="cannot reload latent attention"):
+        server.reload(2)
+    assert torch.equal(server.logits(), before)
+
+
 def test_a_worker_names_the_files_that_are_served(monkeypatch):
     server = Server.started(Checkpoint(FORMATS["float"], True), 1, monkeypatch)
     worker, before = Sleeper(server.model), server.logits()
