@@ -10,14 +10,14 @@ from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.packing import activation_of
-from ria_vllm.serve.experts.stored import WAY_OUT, ExpertOrders, StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 
 
 def layer_config(
-    layer: RoutedExperts, scheme: WeightScheme, orders: ExpertOrders, sizes: ExpertSizes
+    layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes
 ) -> ExpertsLayerConfig | str:
     """The layer as kernels know it; or because of what no kernel serves it."""
     moe, activation = layer.moe_config, activation_of(layer)
@@ -25,8 +25,6 @@ def layer_config(
         return f"with the activation {layer.activation.value}"
     if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
         return "with data, sequence or context parallel"
-    if not orders.shared_input:
-        return "in different channel orders (compress the model again)"
     return ExpertsLayerConfig(
         device=torch.device(moe.device),
         act_dtype=moe.in_dtype,

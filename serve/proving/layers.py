@@ -122,7 +122,7 @@ class Proved:
             method = self.layer.quant_method
             dense = getattr(method, "dense", None)
             return getattr(dense, "kernel_name", None) or f"vLLM's {type(dense or method).__name__}"
-        return ", ".join(dict.fromkeys(str(call.choice) for call in packed.calls))
+        return str(packed.choice)
 
     def problem(
         self, vector: Vector, expected: torch.Tensor, tokens: int, before: torch.Tensor | None = None

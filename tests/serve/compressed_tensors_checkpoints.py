@@ -34,7 +34,7 @@ def write(
         rounded: inputs of int8 layers are rounded to int8, too; those of fp8 layers always are, in the config.
         spoiled: ending of a linear that is not 2:4. The dense format claims that it is, the packed one ignores it.
     """
-    model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
+    model = tiny.write(tiny.FAMILIES["llama-gqa"], out, permuted=False)
     path = out / "model.safetensors"
     tensors = load_file(path)
     modules = dict(model.named_modules())

@@ -56,6 +56,14 @@ def test_fused_layer_that_is_partly_dense():
         MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
 
 
+def test_fused_linears_in_different_orders():
+    stored = Stored()
+    for name in ("gate", "up"):
+        stored.add(name, INNER, HIDDEN, stored.order(HIDDEN))
+    with pytest.raises(RiaError, match="gate_up: vLLM fuses gate, up, .*ria-vllm export"):
+        MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
+
+
 def test_permutation_of_another_size():
     stored = Stored()
     stored.add("fc", 64, HIDDEN)

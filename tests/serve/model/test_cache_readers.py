@@ -140,7 +140,7 @@ def test_a_reload_of_turned_heads(start, tmp_path):
     """Without permutations, nothing else tells the folders apart."""
     folders = [tmp_path / name for name in ("plain", "turned")]
     for folder in folders:
-        tiny.write(tiny.FAMILIES["llama-gqa"], folder, scope="none")
+        tiny.write(tiny.FAMILIES["llama-gqa"], folder, permuted=False)
     add_rotations(folders[1], {READ: random_rotations(2)})
     config = start(folders[0])
     current = get_current_vllm_config()
