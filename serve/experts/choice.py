@@ -16,9 +16,7 @@ from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 
 
-def layer_config(
-    layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes
-) -> ExpertsLayerConfig | str:
+def layer_config(layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes) -> ExpertsLayerConfig | str:
     """The layer as kernels know it; or because of what no kernel serves it."""
     moe, activation = layer.moe_config, activation_of(layer)
     if activation is None:

@@ -201,9 +201,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         ]
         return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
 
-    def _loaded(
-        self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]
-    ) -> LoadedExperts:
+    def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
         """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
         return LoadedExperts(
             self._weights(stored, GATE_UP, dummy, scales),

@@ -48,9 +48,7 @@ class LoadReport:
     graph: str = ""
     keyed: str = ""
 
-    def add(
-        self, kernel: str, folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str
-    ) -> None:
+    def add(self, kernel: str, folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
         """Count a layer when its weights are packed for the first time; a reload goes to the same places.
 
         `graph` is everything about the layer that shapes the traced graph.
