@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.serve.benchmark import load, server
+from ria_vllm.serve.benchmark import engines, load
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.results import Run
@@ -140,7 +140,7 @@ class StandIns:
         demo.RIA_VLLM = [sys.executable, "-c", program]
         vllm = [sys.executable, str(PROGRAM.parents[1] / "tests" / "serve" / "vllm_stand_in.py")]
         monkeypatch.setattr(load, "VLLM", vllm)
-        monkeypatch.setattr(server, "VLLM", vllm)
+        monkeypatch.setattr(engines, "VLLM", vllm)
         monkeypatch.setenv("STAND_IN_EVENTS", str(self.events))
 
     def run(self) -> tuple[list[str], str, str]:
