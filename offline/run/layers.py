@@ -19,8 +19,8 @@ from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.experiments.norms import gains_of
-from ria_vllm.offline.model.topology import Group, Topologies
-from ria_vllm.offline.run.budget import EachAlone, Unit
+from ria_vllm.offline.model.topology import Group, Topologies, Unit
+from ria_vllm.offline.run.alone import EachAlone
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
