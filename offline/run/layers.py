@@ -264,7 +264,7 @@ class LayerPass:
         """
         plain = [group for group in stage.groups if group.linears]
         needs_gram = self.recipe.needs_gram and any(group.linears for group in stage.pruned)
-        found = sublayer_pass.statistics(stage.number, plain, needs_gram) if plain else []
+        found = sublayer_pass.statistics(stage.number, plain, needs_gram, rounded=stage.dense) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}

@@ -214,11 +214,14 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
             ("retained score, mean", f"{sum(scores.values()) / len(scores):.4f}"),
             ("retained score, worst", f"{scores[worst]:.4f}, {_code(worst)}"),
         ]
-    left = report.get("dense")
-    dense = [_code(name) for name in left] if isinstance(left, dict) else []
-    if dense:
-        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
-        rows.append(("left dense", ", ".join(dense[:8]) + more))
+    in_int8, dense = (one if isinstance(one := report.get(key), dict) else {} for key in ("dense_in_int8", "dense"))
+    for title, names in (
+        ("left dense", [name for name in dense if name not in in_int8]),
+        ("dense in int8", [*in_int8]),
+    ):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            rows.append((title, ", ".join(map(_code, names[:8])) + more))
     meaning = "The retained score is the share of a linear's importance that the kept weights hold."
     return ["## What was pruned", card_table(("", ""), rows), meaning]
 
