@@ -30,8 +30,6 @@ _RELOAD = "vllm.model_executor.model_loader.reload"
 
 NAMES = {
     "vllm._custom_ops": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
-    "vllm.lora.utils.get_adapter_absolute_path": "the config.json of an adapter, before vLLM reads its tensors",
-    "vllm.lora.worker_manager.WorkerLoRAManager": "adapters of the dense model are rotated as it reads them",
     "vllm.model_executor.kernels.linear.init_int8_linear_kernel": "the kernel of dense linears in int8",
     "vllm.model_executor.layers.attention": "which layers keep scales of an fp8 KV cache",
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": "serves the experts that stay dense",
@@ -42,7 +40,6 @@ NAMES = {
     f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",
     f"{_RELOAD}.types": "the same",
     "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
-    "vllm.model_executor.utils.get_packed_modules_mapping": "the linears of a fused layer, in adapters",
     "vllm.model_executor.utils.set_weight_attrs": "what a head's own tensors say of their axes to vLLM's loader",
     "vllm.utils.torch_utils.set_default_torch_dtype": "of the outputs for which oneDNN packs weights",
     "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files the former ones come",

@@ -87,25 +87,6 @@ def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
             assert file.metadata() == {"format": "pt"} | {f"ria_{name}": found for name, found in digests.items()}
 
 
-def test_rotations_have_a_file_of_their_own(tmp_path):
-    rotations = {name: torch.linalg.qr(torch.randn(2, 3, 3)).Q for name in ("b", "a")}
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("u", TENSORS | {f"{name}.rotations": matrices for name, matrices in rotations.items()})
-    writer.finish(["u"], {"config.json": {"quantization_config": {}}}, [], max_shard_size=900)
-    found = load_file(tmp_path / "out" / "rotations" / "heads.safetensors")
-    assert found.keys() == {"a.rotations", "b.rotations"}
-    assert all(torch.equal(found[f"{name}.rotations"], matrices) for name, matrices in rotations.items())
-    values = {name: matrices.flatten().tolist() for name, matrices in rotations.items()}
-    content = b"".join(name.encode() + b"\0" + struct.pack("<18f", *values[name]) for name in "ab")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    digests = {"weights_digest": weights_digest(TENSORS), "rotations_digest": hashlib.sha256(content).hexdigest()}
-    assert written == digests
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            assert not any(name.endswith(".rotations") for name in file.keys())
-            assert file.metadata() == {"format": "pt", "ria_weights_digest": digests["weights_digest"]}
-
-
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(RiaError, match="exists already.*--overwrite"):

@@ -217,7 +217,6 @@ class LayerPass:
             for name, linear in found.items():
                 if rotator is not None and name in rotator.rotated:
                     linear.record["rotated"] = True
-                    found[name] = replace(linear, rotations=rotator.rotated[name])
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
             if smoother is not None:
                 smoother.apply(found, pruned)

@@ -1,4 +1,4 @@
-"""Whether the parts of a checkpoint belong together: config.json, permutations, rotations and weight files."""
+"""Whether the parts of a checkpoint belong together: config.json, permutations and weight files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -118,27 +118,6 @@ def problems_of_folds(
             if bool((taken & mine).any()):
                 yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
             taken |= mine
-
-
-def problems_of_rotations(
-    schema: RiaSchema, rotations: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]
-) -> Iterator[str]:
-    """Rotations that do not fit the linears, in sentences.
-
-    Args:
-        rotations: as `side_files.checked_rotations` returns them.
-        shapes: name -> [out, in] of the pruned linears that could be read.
-    """
-    for name, rotated in rotations.items():
-        fold = schema.fold_of(name)
-        assert fold is not None  # as `checked_rotations` has seen
-        (producer,), (kv, d, _) = fold.producers_of(name), rotated.shape
-        if name in shapes and producer.name in shapes:
-            if shapes[name][1] != d * (fold.num_heads or 0):
-                heads = f"{fold.num_heads} heads with {shapes[name][1]} channels in all"
-                yield f"{name}: its rotations are for heads of {d} channels, but it reads {heads}"
-            elif wrong := _row_problem(name, producer, shapes[producer.name][0], kv * d):
-                yield wrong
 
 
 def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:

@@ -21,17 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.side_files import load_permutations, load_rotations
+from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
-from ria_vllm.format import permutation, proofs, rotation
+from ria_vllm.format import permutation, proofs
 from ria_vllm.format.schema import (
     DIGESTS,
     PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
     PROOFS_FILE,
-    ROTATIONS_FILE,
-    ROTATIONS_SUFFIX,
     Proofs,
 )
 
@@ -242,8 +240,7 @@ class CheckpointWriter:
         return self.path(key).is_file()
 
     def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
-        """Finish a unit. `finish` moves `NAME.input_permutation` and `NAME.rotations` to files of their own; `record`
-        is kept."""
+        """Finish a unit. `finish` moves `NAME.input_permutation` to a file of its own; `record` is kept."""
         with disk_errors(self.path(key)):
             save_whole(tensors, self.path(key), {"record": json.dumps(record or {}, sort_keys=True)})
 
@@ -300,16 +297,11 @@ class CheckpointWriter:
                 (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in tensor_entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
-            rotations = [e for e in entries if e[0].endswith(ROTATIONS_SUFFIX)]
-            weights = [e for e in entries if not e[0].endswith((PERMUTATION_SUFFIX, ROTATIONS_SUFFIX))]
+            weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
             digests = {"weights_digest": weights_digest(weights)}
             if permutations or permuted:
                 _copy_tensors(permutations, final / PERMUTATIONS_FILE)
                 digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
-            if rotations:
-                (final / ROTATIONS_FILE).parent.mkdir()
-                _copy_tensors(rotations, final / ROTATIONS_FILE)
-                digests["rotations_digest"] = rotation.digest(load_rotations(final / ROTATIONS_FILE))
             json_files, metadata = _with_digests(json_files, digests)
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

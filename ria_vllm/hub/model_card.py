@@ -72,7 +72,7 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
         "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
         *([] if reader.schema.input_dtype is None else [unrounded]),
-        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, rotations=False),
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
     return _card(base, report["recipe"], ", dense form", body, ["pruned"])
 
@@ -91,7 +91,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         _origin(report["recipe"], identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_use(report["recipe"]["pattern"]),
-        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, bool(reader.rotations)),
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
     return _card(base, report["recipe"] | recipe, " and trained", body)
 
@@ -194,7 +194,7 @@ def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any],
     return base, report | {"recipe": recipe, "linears": {n: reported.get(n, {}) for n in reader.sparse_names}}, identity
 
 
-def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = True) -> list[str]:
+def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     linears, recipe = report_linears(report), report["recipe"]
     rows = [
         ("pruned linears", f"{len(linears)}"),
@@ -203,9 +203,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
     if kept := sum("kept" in entry for entry in linears.values()):
         rows.append((f"{plain(recipe['pattern'])} already", f"{kept} of them, which kept their zeros"))
     if recipe.get("rotate") == "heads":
-        fit = rotations and not recipe.get("smooth")
-        rotated = "fit only in vLLM with ria-vllm, which rotates them, too" if fit else "do not fit"
-        rows.append(("before pruning", f"attention's heads were rotated; adapters (LoRA) of the dense model {rotated}"))
+        unfit = "adapters (LoRA) of the dense model do not fit"
+        rows.append(("before pruning", f"attention's heads were rotated; {unfit}"))
     found = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     scores = {name: score for name, score in found.items() if score is not None}
     if scores:

@@ -2,15 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import vllm.envs as envs
 
 from ria_vllm.checkpoint.consistency import check_digests, check_file_digest
-from ria_vllm.checkpoint.side_files import checked_rotations, load_permutations
+from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -25,7 +24,7 @@ from ria_vllm.checkpoint.weight_files import (
 )
 from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS
-from ria_vllm.format.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
+from ria_vllm.format.schema import PERMUTATIONS_FILE, RiaSchema
 
 # Types of errors, of several HTTP libraries, that say that no server has answered.
 NO_ANSWER = ("ConnectionError", "TimeoutError", "Timeout", "TransportError")
@@ -289,17 +288,6 @@ def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict
     permutations = load_permutations(path)
     check_digests(schema, permutations, (), model)
     return {name: p.int().numpy() for name, p in permutations.items()}
-
-
-def rotations_of(
-    model: str, revision: str | None, schema: RiaSchema, is_pruned: Callable[[str], bool]
-) -> dict[str, torch.Tensor]:
-    """`ria_vllm.checkpoint.side_files.checked_rotations` of a checkpoint that has some.
-
-    Raises:
-        RiaError: they are missing or damaged, or belong to another run than config.json.
-    """
-    return checked_rotations(locate(model, ROTATIONS_FILE, revision), schema, is_pruned, model)
 
 
 def check_weight_files(headers: WeightHeaders, schema: RiaSchema) -> None:

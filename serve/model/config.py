@@ -269,15 +269,14 @@ class RiaConfig(QuantizationConfig):
             raise RiaError(self.unread)
         if self.mistral is not None and engine.takes_mistral:
             raise RiaError(self.mistral)
-        unfit = self.schema.unfit_for_adapters
+        unfit = self.schema.unlike_dense
         if engine.lora and unfit and not engine.own_adapters:
-            # A later version stores how heads were rotated.
-            again = "with --smooth 0" if "smooth" in unfit else "again"
+            without = " ".join({"smooth": "--smooth 0", "rotate": "--rotate none"}[name] for name in unfit)
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
                 f"{' '.join(f'--{name} {value}' for name, value in unfit.items())}`), so LoRA adapters of the dense "
-                f"model would give wrong answers. For those, compress the model {again}. If yours were trained on this "
-                f"folder, set {ADAPTERS_VARIABLE}=1."
+                f"model would give wrong answers. For those, compress the model with {without}. If yours were "
+                f"trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
     def _moe_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
