@@ -31,10 +31,8 @@ _RELOAD = "vllm.model_executor.model_loader.reload"
 NAMES = {
     "vllm._custom_ops": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
     "vllm.model_executor.kernels.linear.init_int8_linear_kernel": "the kernel of dense linears in int8",
-    "vllm.model_executor.layers.attention": "which layers keep scales of an fp8 KV cache",
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": "serves the experts that stay dense",
     "vllm.model_executor.layers.quantization": "where a quantization method is registered",
-    "vllm.model_executor.layers.quantization.compressed_tensors": "the scales of an fp8 KV cache, as vLLM has them",
     "vllm.model_executor.model_loader": "its folder: which weights come from files",
     f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its weights afterwards, or it computes nothing",
     f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",

@@ -82,8 +82,6 @@ class RiaConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.compressed_tensors = compressed_tensors
-        # vLLM reads this from any configuration, and then makes the cache fp8 unless the user chose a dtype.
-        self.kv_cache_scheme = compressed_tensors and compressed_tensors.kv_cache_scheme
         self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
@@ -127,6 +125,11 @@ class RiaConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
         if is_24_checkpoint(config):
+            if config.get("kv_cache_scheme"):
+                raise RiaError(
+                    "config.json: kv_cache_scheme: a checkpoint's scales of an fp8 KV cache are not served. Remove "
+                    "this key from quantization_config; the cache then has the model's dtype."
+                )
             return cls(RiaSchema(sparsity_config=SparsityConfig()), CompressedTensorsConfig.parse(config))
         return cls(RiaSchema.parse(config, "config.json"))
 
@@ -247,11 +250,7 @@ class RiaConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             self._check_engine()
             return self._moe_method(layer, prefix.removeprefix(DRAFT_PREFIX))
-        if self.kv_cache_scheme is None:
-            return None
-        from ria_vllm.serve.model.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
-
-        return kv_cache_method(layer, self)
+        return None
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()

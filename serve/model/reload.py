@@ -242,7 +242,7 @@ def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) 
             return f"the targets of a group, or ignore, are {theirs.selection} there and {ours.selection} here"
         if theirs != ours:
             return f"{', '.join(ours.selection.targets[:3])} has {theirs} there and {ours} here"
-    return "kv_cache_scheme" if new.kv_cache_scheme != present.kv_cache_scheme else "sparsity_config"
+    return "sparsity_config"
 
 
 def _another_form(model: str) -> RiaError:
