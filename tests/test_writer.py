@@ -20,12 +20,8 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from ria_vllm.checkpoint import writer as writers
-from ria_vllm.checkpoint.writer import (
-    CheckpointWriter,
-    delete_locked,
-    locked,
-    write_whole,
-)
+from ria_vllm.checkpoint.lock import delete_locked, locked
+from ria_vllm.checkpoint.writer import CheckpointWriter, write_whole
 from ria_vllm.errors import RiaError
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
@@ -147,15 +143,15 @@ def test_killed_at_the_end_leaves_nothing_half_written(tmp_path):
     script = f"""
 import os, torch
 from pathlib import Path
-from ria_vllm.checkpoint import writer
+from ria_vllm.checkpoint import shards, writer
 w = writer.CheckpointWriter(Path({str(tmp_path / "out")!r}))
 for i in range(5):
     w.write(f"t{{i}}", {{f"t{{i}}": torch.full((100,), float(i))}})
-copy = writer._copy_tensors
+copy = shards.copy_tensors
 def die(*arguments):
     copy(*arguments)
     os.kill(os.getpid(), {int(signal.SIGKILL)})
-writer._copy_tensors = die
+shards.copy_tensors = die
 w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL

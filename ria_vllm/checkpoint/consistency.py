@@ -100,9 +100,10 @@ def problems_of_folds(
     """
     claimed: dict[str, torch.Tensor] = {}  # producer -> which rows folds reorder, bool
     for name, fold, producers in schema.active_folds(permutations, sparse):
-        orders = fold.row_orders(permutations[name])
-        if isinstance(orders, str):
-            yield f"{name}: its permutation cannot be folded into attention heads: {orders}"
+        try:
+            orders = fold.row_orders(permutations[name])
+        except ValueError as error:
+            yield f"{name}: its permutation cannot be folded into attention heads: {error}"
             continue
         for producer, order in zip(producers, orders, strict=True):
             if producer.name not in shapes:
@@ -123,8 +124,9 @@ def problems_of_folds(
 def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:
     """What is wrong with the rows of a producer that a fold reorders, `size` of `rows`."""
     start, end = producer.rows or (0, rows)
-    places = permutation.places(rows, start, end, producer.blocks)
-    if isinstance(places, str):
+    try:
+        places = permutation.places(rows, start, end, producer.blocks)
+    except ValueError:
         of_each = f" of each of {producer.blocks} blocks" if producer.blocks > 1 else ""
         return f"{consumer}: its fold names rows {start} to {end}{of_each} of {producer.name}, which has {rows}"
     if len(places) != size:

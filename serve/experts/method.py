@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
-from ria_vllm.serve.experts.choice import choose, layer_config
+from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
@@ -122,7 +122,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if reason := uneven_cut(scheme, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
-        self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, self.sizes))
+        self.choice, self.dense = choose(layer, experts, scheme, self.sizes)
         if self.dense is not None:
             self.experts_cls = self.dense.experts_cls
 

@@ -1,7 +1,5 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -206,20 +204,6 @@ class RiaConfig(QuantizationConfig):
                 raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
         self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
         self.permutations = permutations
-
-    @contextmanager
-    def excused(self) -> Iterator[None]:
-        """Do without what only real weights need, if dummies are served. `unread` then refuses weights that follow.
-
-        Errors are not excused where a folder has weights: only files that are out of reach.
-        """
-        try:
-            yield
-        except RiaError as error:
-            known = self.stored is not None and not isinstance(error, OutOfReach)
-            if known or not EngineOptions.current().dummy_weights:
-                raise
-            self.unread = str(error)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config

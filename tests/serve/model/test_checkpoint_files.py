@@ -3,6 +3,7 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,6 @@ from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
-from ria_vllm.serve.model import checkpoint_files
 from ria_vllm.serve.model.checkpoint_files import Offline, is_offline, locate
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.reload import check_first_load, check_reload
@@ -206,8 +206,7 @@ def test_what_the_hub_refuses_is_not_taken_from_the_cache(hub, monkeypatch, step
     """The cache may have files of an older state of the repository."""
     hub.cached, hub.refusal = {SINGLE_FILE, PERMUTATIONS_FILE, "config.json"}, answer(403)
     if step == "list":
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(hub.path("config.json")))
-        monkeypatch.setattr(checkpoint_files, "read_index", lambda *_: {"lm_head.weight": SINGLE_FILE})
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", Mock(side_effect=EntryNotFoundError("404")))
     config = hub.config()
     with pytest.raises(RiaError, match="who/what: .*from the hub .*Access to model who/what is restricted"):
         config.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
