@@ -1,9 +1,8 @@
 """`make demo`: downloads a small model, prunes it, serves it with vLLM, and compares it with the dense model.
 
-Everything is kept in .work/, where a second run finds it: the models, and what was measured of them on this machine.
+Everything is kept in .work/, where a second run finds the models.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -12,9 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from openai import APIError, OpenAI
@@ -47,9 +44,6 @@ WORKLOAD = load.Workload(input_len=128, output_len=64, requests_per_user=2)
 USERS = (1, 8)
 PROMPT = "It was a cold morning of the early spring, and we sat after breakfast on either side of a cheery fire"
 NAMES = ("dense", "sparse")
-# What else may change a measurement: environment variables with these beginnings, and the programs.
-VARIABLES = ("RIA_VLLM_", "VLLM_", "ATEN_", "DNNL_", "ONEDNN_", "TORCH", "OMP_", "KMP_", "MKL_", "CUDA_", "LD_PRELOAD")
-PROGRAMS = [ROOT / name for name in ("demo", "ria_vllm", "serve")]
 RIA_VLLM = [sys.executable, "-m", "ria_vllm"]
 
 
@@ -90,8 +84,7 @@ def fetch_model() -> None:
         )
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(gguf.parent, **options).save_pretrained(unfinished)
-    # What it imports sets variables of OpenMP and of torch. A later run, which converts nothing, would not find what
-    # was measured with them.
+    # What it imports sets variables of OpenMP and of torch, which the servers should not get.
     os.environ.clear()
     os.environ.update(environment)
     unfinished.rename(DENSE)
@@ -125,74 +118,27 @@ def compress() -> None:
         sys.exit(status)
 
 
-def files_of(folder: Path, pattern: str) -> list[tuple[str, int, int]]:
-    """What changes when one of the files does: names, sizes, and times of the last change."""
-    found = [(path, path.stat()) for path in sorted(folder.rglob(pattern))]
-    return [(str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
-
-
-def model_files(model: Path) -> list[object]:
-    return [(model / "config.json").read_text(), files_of(model, "config.json"), files_of(model, "*.safetensors")]
-
-
-def key(*parts: object) -> str:
-    """16 digits that change when a part does. Parts: what json can write."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def whole_text(file: Path, text: str) -> None:
-    """Write a file that an interruption does not leave with a part of the text."""
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(file)
+def output_of(*arguments: str) -> str:
+    """What a command of `ria-vllm` prints."""
+    found = subprocess.run([*RIA_VLLM, *arguments], stdout=subprocess.PIPE, text=True)
+    if found.returncode:
+        sys.exit(found.returncode)
+    return found.stdout
 
 
 def inspect() -> None:
-    """Print what `ria-vllm inspect` says of the first layer and in total. It is asked once: it reads all weights."""
+    """Print what `ria-vllm inspect` says of the first layer and in total."""
     print(f"$ ria-vllm inspect {shown(SPARSE)}")
-    file = WORK / f"inspect-{SPARSE.name}-{key(model_files(SPARSE), files_of(ROOT / 'ria_vllm', '*.py'))}.txt"
-    if not file.exists():
-        found = subprocess.run([*RIA_VLLM, "inspect", str(SPARSE)], stdout=subprocess.PIPE, text=True)
-        if found.returncode:
-            sys.exit(found.returncode)
-        whole_text(file, found.stdout)
-    lines = file.read_text().splitlines()
+    lines = output_of("inspect", str(SPARSE)).splitlines()
     first_layer, totals = lines[:9], lines[lines.index("") :]
     print("\n".join([*first_layer, f" ... {len(lines) - len(first_layer) - len(totals)} more", *totals]))
 
 
-def perplexity_file(model: Path) -> Path:
-    """Where a model's perplexity is kept: a file for each text, set of arguments and content of the folder."""
-    return WORK / f"perplexity-{model.name}-{key(TEXT.read_text(), EVAL_ARGUMENTS, model_files(model))}.json"
-
-
-def measurements(here: dict[str, Any]) -> Path:
-    """The folder for all measurements of these models with these programs and arguments on this machine.
-
-    Args:
-        here: what `machine` returns.
-    """
-    machine = {name: value for name, value in here.items() if name != "date"}
-    variables = sorted((name, value) for name, value in os.environ.items() if name.startswith(VARIABLES))
-    programs = [files_of(folder, f"*{suffix}") for folder in PROGRAMS for suffix in (".py", ".so")]
-    arguments = [*(serve_arguments(side) for side in NAMES), asdict(WORKLOAD), USERS]
-    return WORK / f"bench-{key(machine, variables, programs, arguments, model_files(DENSE), model_files(SPARSE))}"
-
-
 def perplexity(model: Path) -> float:
-    """A folder's perplexity on TEXT, measured once."""
-    file, again = perplexity_file(model), ""
-    if file.exists():
-        value, again = json.loads(file.read_text())["perplexity"], ", measured before"
-    else:
-        command = [*RIA_VLLM, "eval", str(model), "--eval-text", str(TEXT), *EVAL_ARGUMENTS]
-        print(f"$ ria-vllm eval {shown(model)} --eval-text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if found.returncode:
-            sys.exit(found.returncode)
-        value = json.loads(found.stdout)["perplexity"]
-        whole_text(file, found.stdout)
-    print(f"{shown(model)}: perplexity {value:.2f}{again}")
+    """A folder's perplexity on TEXT."""
+    print(f"$ ria-vllm eval {shown(model)} --eval-text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
+    value = json.loads(output_of("eval", str(model), "--eval-text", str(TEXT), *EVAL_ARGUMENTS))["perplexity"]
+    print(f"{shown(model)}: perplexity {value:.2f}")
     return value
 
 
@@ -201,10 +147,6 @@ def continuation(server: Server) -> str:
     client = OpenAI(base_url=f"{server.url}/v1", api_key=api_key())
     found = client.completions.create(model=server.model_name, prompt=PROMPT, max_tokens=48, temperature=0.7, seed=0)
     return " ".join(found.choices[0].text.split())
-
-
-def continuation_file(folder: Path, side: str) -> Path:
-    return folder / f"{side}-continuation.txt"
 
 
 def serve_arguments(side: str) -> list[str]:
@@ -216,33 +158,29 @@ def serve_arguments(side: str) -> list[str]:
     return [*SERVE_ARGUMENTS, *(["--dtype", "float32"] if slow else [])]
 
 
-def serve(side: str, model: Path, folder: Path, done: Sequence[Run], record: Callable[[Run], None]) -> None:
-    """Serve a model, let it continue a text, and measure it at each number of users that is not among the runs done.
+def serve(side: str, model: Path, folder: Path, record: Callable[[Run], None]) -> str:
+    """Serve a model, and measure it at each number of users; returns how it continues PROMPT.
 
     Each number of users has requests of its own, the same for both sides.
 
     Args:
         record: called with each run.
     """
-    log = folder / "logs" / f"{side}-server.log"
-    missing = [users for users in USERS if (side, users) not in {(run.side, run.users) for run in done}]
-    if not missing:
-        print(f"{shown(model)} was measured before")
-        return
-    arguments, monitor = serve_arguments(side), Monitor()
+    log, arguments, monitor = folder / "logs" / f"{side}-server.log", serve_arguments(side), Monitor()
     print(f"$ vllm serve {shown(model)} {' '.join(arguments)}")
     with monitor.live(), running_server(str(model), log, arguments, monitor) as server:
         print(f"healthy after {server.startup:.0f} s at {server.url}")
         try:
             with monitor.phase("waiting for an answer"):
-                continuation_file(folder, side).write_text(continuation(server))
+                text = continuation(server)
         except APIError as error:
             raise RiaError(f"The server did not answer ({error}). See {shown(log)}.") from error
-        for users in missing:
-            file, seed = folder / "logs" / f"{side}-users{users}.log", USERS.index(users)
+        for seed, users in enumerate(USERS):
+            file = folder / "logs" / f"{side}-users{users}.log"
             figures = load.online(server, str(DENSE), WORKLOAD, users, seed, file, monitor)
             print(f"{side}, {users} user{'s' * (users > 1)}: {figures[results.SPEED]:.4g} output tokens/s")
             record(Run(side, 0, users, figures))
+    return text
 
 
 def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, float]) -> str:
@@ -282,16 +220,13 @@ def everything() -> None:
     inspect()
     step("what pruning costs: perplexity on a short story that is not in the calibration data")
     perplexities = {"dense": perplexity(DENSE), "sparse": perplexity(SPARSE)}
-    here = machine()
-    folder = measurements(here)
+    here, folder = machine(), WORK / "bench"
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    found = json.loads((folder / "bench.json").read_text()) if (folder / "bench.json").exists() else {"runs": []}
-    earlier = [Run(**run) for run in found["runs"]]
     models = {"dense": DENSE, "sparse": SPARSE}
     sides = sides_of([f"{name}={model}" for name, model in models.items()])
     options = {f"serve_arguments_{side}": " ".join(serve_arguments(side)) for side in models}
     options |= {f"perplexity_{name}": f"{value:.2f}" for name, value in perplexities.items()}
-    measured = Measured(sides, [*earlier])
+    measured, texts = Measured(sides), {}
 
     def record(run: Run) -> None:
         measured.runs.append(run)
@@ -302,23 +237,18 @@ def everything() -> None:
         ("dense", "serve the dense model in the same way, and measure it"),
     ):
         step(text)
-        serve(side, models[side], folder, earlier, record)
-    runs = measured.runs
-    if len(runs) > len(earlier) or not (folder / "bench.png").exists():
-        plot(folder / "bench.png", measured)
+        texts[side] = serve(side, models[side], folder, record)
+    plot(folder / "bench.png", measured)
     step(f"{PROMPT} ...")
     for side in ("dense", "sparse"):
-        print(f"{side}: ... {continuation_file(folder, side).read_text()}")
+        print(f"{side}: ... {texts[side]}")
     step(f"{DENSE.name}, dense and in 2:4 W8A8, on {here['cores']} cores of {here['processor']}")
-    print(summary(runs, sides, perplexities))
+    print(summary(measured.runs, sides, perplexities))
     eager = " with --enforce-eager" if "--enforce-eager" in SERVE_ARGUMENTS else ""
     requests = WORKLOAD.requests_per_user
     print(f"(served by vLLM{eager}; one run each, {requests} request{'s' * (requests > 1)} per user)")
     if "float32" in serve_arguments("dense"):
         print("(the dense model in float32, which is faster than bfloat16 on this processor)")
-    if earlier:
-        part, date = "" if len(runs) == len(earlier) else ", in part", found["date"].replace("T", " at ")
-        print(f"(measured before{part}, last on {date}; again after `rm -r {shown(folder)}`)")
     print(
         "\nLess is lost with --effort default or best, and then `ria-vllm distill`; or, on CPUs, with --pattern 8:16."
     )

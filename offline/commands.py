@@ -137,8 +137,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--rotate",
     type=click.Choice(["none", "heads"]),
     show_default="heads with --reconstruct short and block, else none",
-    help="heads: first rotate the channels of attention's heads, in v and o, so that pruning loses less. vLLM then "
-    "rotates adapters (LoRA) of the dense model, too; none, if you want to use them elsewhere.",
+    help="heads: first rotate the channels of attention's heads, in v and o, so that pruning loses less. "
+    "Adapters (LoRA) of the dense model need none.",
 )
 @expert(
     "--prune-rest",

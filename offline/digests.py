@@ -4,8 +4,8 @@ others of that name. Data sets on the hub have their commit instead."""
 import hashlib
 from pathlib import Path
 
+from ria_vllm.checkpoint.shards import tensor_entries, weights_digest
 from ria_vllm.checkpoint.weight_files import weight_files
-from ria_vllm.checkpoint.writer import tensor_entries, weights_digest
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.hub import HubText
 

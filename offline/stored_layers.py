@@ -63,7 +63,7 @@ def linear_tensors(pruned: Mapping[str, Pruned], recipe: Recipe) -> dict[str, to
             linear.weight[:, order], linear.mask[:, order], linear.scale, recipe.pattern
         )
         dtype = linear.weight.dtype
-        tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, dtype, linear.rotations).tensors()
+        tensors |= SparseLinear(name, recipe.weight_format, parts, linear.p, dtype).tensors()
     return tensors
 
 

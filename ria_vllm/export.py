@@ -7,7 +7,6 @@ from pathlib import Path
 from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
-from ria_vllm.format.schema import EXPORTED_KEY
 from ria_vllm.hub.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 
@@ -63,7 +62,6 @@ def export_dense(
             keys.append(f"{number:06d}")
             writer.write(keys[-1], {name: tensors[name]()})
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-        config[EXPORTED_KEY] = "ria-vllm"
         cards = {CARD_FILE: exported_card(reader, monitor.warn)}
         copies, folder = kept_copies(writer, companions(reader.folder), reader.folder)
         reader.inputs.check()

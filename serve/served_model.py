@@ -15,8 +15,6 @@ from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import foreign_vector
 from ria_vllm.serve.load.stream import Hooks, Taker, WeightStream
 from ria_vllm.serve.model import layer_matching, reload
-from ria_vllm.serve.model.adapters import rotate_adapters
-from ria_vllm.serve.model.cache_readers import check_rotated_heads
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.int8_heads import match_heads
 from ria_vllm.serve.proving.layers import Prover
@@ -43,10 +41,7 @@ class ServedModel:
         layer_matching.match_layers(config, model)
         heads, widened = match_heads(config, model, self.embeddings)
         takers = self._takers() | heads
-        revision = getattr(self.built_from, "revision", None)
-        with config.excused():
-            check_rotated_heads(config.schema, config.where, revision, config.is_pruned)
-        rotate_adapters(config, model, revision)
+        reload.check_draft(config.schema, config.where)
         empty_weights(model, self.embeddings)
         self.prover = Prover(config, model, takers, self.embeddings)
         self.file_proofs = config.file_proofs() if proofs.wanted() else None

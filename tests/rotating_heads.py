@@ -1,17 +1,12 @@
 """Heads turned by hand: random matrices in the place of learned ones, and the whole dense model that they make."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressing import run_small
-from safetensors.torch import save_file
 
-from ria_vllm.offline.sublayer import rotating
 from ria_vllm.offline.transforms import rotation
 
 Tensors = dict[str, torch.Tensor]
@@ -94,20 +89,3 @@ def by_hand(monkeypatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(rotation, "learned", random)
     return given
-
-
-def run_and_keep_rotations(model: Path, out: Path, text: Path, folder: Path, options: dict[str, Any]) -> None:
-    """Compress, as one of the processes of a torchrun; `folder` gets a file with the matrices that this rank turns
-    by."""
-    kept: list[torch.Tensor] = []
-    rotate = rotating.rotate
-
-    def keep(layer: Any, fold: Any, rotations: torch.Tensor) -> None:
-        kept.append(rotations.clone())
-        rotate(layer, fold, rotations)
-
-    rotating.rotate = keep
-    run_small(model, out, text, **options)
-    folder.mkdir(exist_ok=True)
-    rank = os.environ.get("RANK", "alone")
-    save_file({str(number): one.contiguous() for number, one in enumerate(kept)}, folder / rank)

@@ -101,7 +101,7 @@ def test_export_is_the_dense_model_in_its_own_order(pruned_llama, tmp_path):
     out = tmp_path / "dense"
     assert run(export, pruned_llama.folder, "-o", out).exit_code == 0
     config = json.loads((out / "config.json").read_text())
-    assert "quantization_config" not in config and config["exported_by"] == "ria-vllm"
+    assert "quantization_config" not in config
     assert not (out / "permutations.safetensors").exists() and list(tmp_path.iterdir()) == [out]
     found = load_file(out / "model.safetensors")
     assert set(found) == set(pruned_llama.dense)

@@ -169,17 +169,7 @@ def test_scales_are_read_as_they_are_stored(tmp_path, format, auto, dtype):
         assert torch.equal(loaded.get_submodule(name.removeprefix("model.")).weight, exact.to(dtype))
 
 
-def test_fewer_layers_than_are_stored(pruned_llama):
-    """Layers that the model lacks do no harm: transformers lists their tensors as unexpected and loads the rest."""
-    for auto in (AutoModel, AutoModelForCausalLM):
-        loaded = auto.from_pretrained(pruned_llama.folder, num_hidden_layers=1)
-        weight = loaded.base_model.layers[0].mlp.down_proj.weight
-        assert torch.equal(weight, pruned_llama.dense["model.layers.0.mlp.down_proj.weight"])
-
-
-@pytest.mark.parametrize(
-    "place", ["model.layers.0.mlp.other_proj", "model.layers.one.mlp.up_proj", "model.others.5.mlp.up_proj", "h.5.q"]
-)
+@pytest.mark.parametrize("place", ["model.layers.0.mlp.other_proj", "model.layers.5.mlp.up_proj"])
 def test_a_pruned_linear_more_than_the_model_has_places_for(damage, place):
     """In the layers that it has. All of its own weights are there."""
 
@@ -187,9 +177,8 @@ def test_a_pruned_linear_more_than_the_model_has_places_for(damage, place):
         tensors.update({f"{place}{n.removeprefix(Q)}": t.clone() for n, t in tensors.items() if n.startswith(f"{Q}.")})
 
     rewrite(damage.file_of(f"{Q}.bitmask"), double)
-    for options in ({}, {"num_hidden_layers": 1}):
-        with pytest.raises(RiaError, match=f"{place} is stored compressed, but .* no place .* LlamaForCausalLM"):
-            AutoModelForCausalLM.from_pretrained(damage.folder, **options)
+    with pytest.raises(RiaError, match=f"{place} is stored compressed, but .* no place .* LlamaForCausalLM"):
+        AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
 def test_linears_that_transformers_merges(tmp_path):

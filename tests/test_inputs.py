@@ -19,8 +19,8 @@ def folder(pruned_llama, tmp_path) -> Path:
     (copy / "1_Dense").mkdir()
     shutil.copy(copy / "permutations.safetensors", copy / "1_Dense" / "model.safetensors")
     (copy / "modules.json").write_text(json.dumps([{"path": "1_Dense", "type": "sentence_transformers.models.Dense"}]))
-    (copy / "rotations").mkdir()
-    shutil.copy(copy / "permutations.safetensors", copy / "rotations" / "heads.safetensors")
+    (copy / "proofs").mkdir(exist_ok=True)
+    shutil.copy(copy / "permutations.safetensors", copy / "proofs" / "products.safetensors")
     return copy
 
 

@@ -28,7 +28,8 @@ REPORT = {
         "layers.1.q_proj": {"retained_after": 0.75},
         "layers.1.o_proj": {"retained_after": float("nan")},
     },
-    "dense": {"lm_head": "not in a decoder layer"},
+    "dense": {"lm_head": "not in a decoder layer", "layers.1.up": "--ignore"},
+    "dense_in_int8": {"layers.1.up": {"int8": True}},
     "verdict": {"quality": "perplexity 25.50, dense 18.25", "size": "9 MB", "advice": "Try `best` <b>"},
 }
 BASE = """---
@@ -83,6 +84,7 @@ def test_what_it_says(tmp_path):
     assert "| pruned linears | 4 |" in text and "43.8% of the weights" in text
     assert "| retained score, mean | 0.7500 |" in text  # of the three that are numbers
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
+    assert "| dense in int8 | `layers.1.up` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
     assert '`pip install "ria-vllm[cuda]"`' in text and "\nvllm serve .\n" in text
     assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint import reader as checkpoint
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.writer import SEED, CheckpointWriter, tensor_entries, weights_digest
+from ria_vllm.checkpoint.shards import tensor_entries, weights_digest
+from ria_vllm.checkpoint.writer import SEED, CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.folder_commands import verify

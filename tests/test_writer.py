@@ -20,12 +20,8 @@ import torch
 from safetensors.torch import load_file, safe_open
 
 from ria_vllm.checkpoint import writer as writers
-from ria_vllm.checkpoint.writer import (
-    CheckpointWriter,
-    delete_locked,
-    locked,
-    write_whole,
-)
+from ria_vllm.checkpoint.lock import delete_locked, locked
+from ria_vllm.checkpoint.writer import CheckpointWriter, write_whole
 from ria_vllm.errors import RiaError
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
@@ -85,25 +81,6 @@ def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
     for shard in shards:
         with safe_open(shard, "pt") as file:
             assert file.metadata() == {"format": "pt"} | {f"ria_{name}": found for name, found in digests.items()}
-
-
-def test_rotations_have_a_file_of_their_own(tmp_path):
-    rotations = {name: torch.linalg.qr(torch.randn(2, 3, 3)).Q for name in ("b", "a")}
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("u", TENSORS | {f"{name}.rotations": matrices for name, matrices in rotations.items()})
-    writer.finish(["u"], {"config.json": {"quantization_config": {}}}, [], max_shard_size=900)
-    found = load_file(tmp_path / "out" / "rotations" / "heads.safetensors")
-    assert found.keys() == {"a.rotations", "b.rotations"}
-    assert all(torch.equal(found[f"{name}.rotations"], matrices) for name, matrices in rotations.items())
-    values = {name: matrices.flatten().tolist() for name, matrices in rotations.items()}
-    content = b"".join(name.encode() + b"\0" + struct.pack("<18f", *values[name]) for name in "ab")
-    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    digests = {"weights_digest": weights_digest(TENSORS), "rotations_digest": hashlib.sha256(content).hexdigest()}
-    assert written == digests
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            assert not any(name.endswith(".rotations") for name in file.keys())
-            assert file.metadata() == {"format": "pt", "ria_weights_digest": digests["weights_digest"]}
 
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):
@@ -166,15 +143,15 @@ def test_killed_at_the_end_leaves_nothing_half_written(tmp_path):
     script = f"""
 import os, torch
 from pathlib import Path
-from ria_vllm.checkpoint import writer
+from ria_vllm.checkpoint import shards, writer
 w = writer.CheckpointWriter(Path({str(tmp_path / "out")!r}))
 for i in range(5):
     w.write(f"t{{i}}", {{f"t{{i}}": torch.full((100,), float(i))}})
-copy = writer._copy_tensors
+copy = shards.copy_tensors
 def die(*arguments):
     copy(*arguments)
     os.kill(os.getpid(), {int(signal.SIGKILL)})
-writer._copy_tensors = die
+shards.copy_tensors = die
 w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL

@@ -1,6 +1,6 @@
 """One sublayer over all of this rank's chunks: the statistics of what its linears read, and the streams after it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,12 @@ class SublayerPass:
         return self.runner.sublayer.stages
 
     def statistics(
-        self, number: int, groups: Sequence[Group], with_gram: bool, with_drift: bool = True
+        self,
+        number: int,
+        groups: Sequence[Group],
+        with_gram: bool,
+        with_drift: bool = True,
+        rounded: Collection[str] = (),
     ) -> list[Statistics]:
         """The statistics of the groups of one stage, over the chunks of all ranks.
 
@@ -51,10 +56,11 @@ class SublayerPass:
 
         Args:
             number: of the stage, counted from 0.
-            groups: its groups, with only the linears that are to be pruned.
+            groups: its groups, with only the linears that are to be pruned or rounded.
+            rounded: those that are only rounded. One that the layer does not use has statistics of zeros.
 
         Raises:
-            RiaError: NaN or infinite activations, or a linear that the layer does not use.
+            RiaError: NaN or infinite activations, or a linear that is to be pruned, and that the layer does not use.
         """
         dense = self.streams.dense if with_drift else None
         first, joins = number == 0, self.runner.sublayer.factor != 0 and number == len(self.stages) - 1
@@ -63,8 +69,9 @@ class SublayerPass:
             name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
+        needed = [group.linears[0] for group in groups if not set(group.linears) <= set(rounded)]
         for index in self._steps(self.streams.fitted):
-            self._add_chunk(index, sums, alone, dense, first, joins)
+            self._check_used(needed, self._add_chunk(index, sums, alone, dense, first, joins))
         return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
 
     def advance(self, stream: Activations, chunks: range | None = None) -> None:
@@ -120,8 +127,9 @@ class SublayerPass:
         dense: Activations | None,
         first: bool,
         joins: bool,
-    ) -> None:
-        """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.)
+    ) -> list[str]:
+        """Add one chunk to the sums. (A method of its own, so that nothing of a chunk outlives it.) Returns the linears
+        that the layer used.
 
         Args:
             index: of the chunk.
@@ -133,14 +141,15 @@ class SublayerPass:
         """
         adds = joins and dense is not None
         after, inputs = self.runner.watch(*self._read(self.streams.pruned, index), list(sums), to_the_end=adds)
-        self._check_used(sums, inputs)
-        goal, of_dense = None, {}
+        used, of_dense = list(inputs), {}
+        goal: torch.Tensor | None = None
         if dense is not None and first:
             goal, of_dense = self.runner.watch(*self._read(dense, index), list(sums), to_the_end=adds)
         elif dense is not None and adds:
             goal = dense[index].to(self.runner.device)
         with self.monitor.phase("statistics"):
-            for name, total in sums.items():
+            for name in used:
+                total = sums[name]
                 X, linear = _tokens(inputs.pop(name)), self.runner.linear(name)
                 if joins and self.runner.sublayer.norm is not None:
                     X = X * rms_factors(linear(X.to(linear.weight.dtype)).float())  # as the norm does with the output
@@ -152,10 +161,11 @@ class SublayerPass:
                     total.add_output_drift(X, (_tokens(of_dense.pop(name)) - X) @ linear.weight.float().T)
                 elif name in of_dense:
                     total.add_input_drift(X, _tokens(of_dense.pop(name)))
+        return used
 
-    def _check_used(self, linears: Mapping[str, StatisticsSum], inputs: Mapping[str, torch.Tensor]) -> None:
+    def _check_used(self, linears: Sequence[str], used: Collection[str]) -> None:
         for name in linears:
-            if name not in inputs:
+            if name not in used:
                 place = self.place(name)
                 ending = ".".join(place.split(".")[-len(name.split(".")) :])  # as the files have it
                 raise RiaError(

@@ -25,6 +25,10 @@ def rank_blocks(width: int) -> int:
     return next((count for count in BLOCKS if width % (4 * count) == 0), 1)
 
 
+Unit = tuple[int, str]
+"""Layer, and the name of its sublayer."""
+
+
 @dataclass(frozen=True)
 class Heads:
     """The attention heads that an output projection's input channels come from."""

@@ -52,7 +52,6 @@ def train_block(
     passes: int = 8,
     lr: float = LR,
     seed: int = 0,
-    betas: tuple[float, float] = (0.9, 0.999),
     dtype: torch.dtype = torch.bfloat16,
     place: str = "",
     grids: Mapping[str, Grid] | None = None,
@@ -105,7 +104,7 @@ def train_block(
         raise RiaError(f"{place}{found}: block training needs at least one of each, and equally many.")
     order = torch.Generator().manual_seed(seed)
     step, steps = 0, passes * len(inputs)
-    trained = [_Trained(p, masks[name], lr, betas, dtype, (grids or {}).get(name)) for name, p in params.items()]
+    trained = [_Trained(p, masks[name], lr, dtype, (grids or {}).get(name)) for name, p in params.items()]
     count = min(COMPARED, len(inputs))
     compared = [i * len(inputs) // count for i in range(count)]
 
@@ -150,7 +149,6 @@ class _Trained:
         parameter: torch.nn.Parameter,
         mask: torch.Tensor,
         lr: float,
-        betas: tuple[float, float],
         dtype: torch.dtype,
         grid: Grid | None = None,
     ):
@@ -164,7 +162,7 @@ class _Trained:
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
-        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, betas=betas, fused=True)
+        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, fused=True)
         parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()  # in place: a copy would raise the peak
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)

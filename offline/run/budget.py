@@ -9,60 +9,110 @@ Sublayers are taken as a whole, because permutations fold, scales migrate and we
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ria_vllm.offline.calibration.activations import Activations, Streams
-from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.experts.plan import experts_to_prune
+from ria_vllm.offline.model.run.architecture import output_head
+from ria_vllm.offline.model.run.embedding import Embedder
+from ria_vllm.offline.model.run.sharing import find_sharing
+from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.model.topology import Topologies, Unit
+from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run.held_out import held_out_loss
+from ria_vllm.offline.run.layers import LayerPass
+from ria_vllm.offline.run.plan import Plan
 
-Unit = tuple[int, str]
-"""Layer, and the name of its sublayer."""
-REASON = "--max-loss"
+TEXT = 8  # tokens with which layers are called, to see what they are passed
 
 
-class EachAlone:
-    """The held-out stream of the dense model, and of each model with only one pruned sublayer.
+def check_budget(model: StreamedModel, recipe: Recipe) -> None:
+    """Refuse a model for which this does not work, before hours of work.
 
-    Attributes:
-        streams: those of the pass over the layers; pruned and dense are still the same.
-        start: the held-out chunks before the first layer.
-        found: by the pruned sublayer, behind the last one that was passed. Others may be among them.
+    Raises:
+        RiaError: such a model.
     """
+    reason = None
+    if any(experts_to_prune(model, index, recipe) for index in range(len(model.layers))):
+        reason = "layers with experts have to be pruned alike"
+    elif output_head(model.model) is None:
+        reason = "this model predicts no tokens, so what is lost cannot be measured"
+    elif _reads_more(model):
+        reason = "layers of this model read what others have left, or the text itself"
+    if reason:
+        raise RiaError(f"--max-loss: {reason}. Leave it out; --ignore keeps linears dense.")
 
-    def __init__(self, streams: Streams):
-        self.streams = streams
-        self.start = self._copy()
-        self.found: dict[Unit, Activations] = {}
-        self._before = self.start
 
-    def pass_dense(self, sublayer_pass: SublayerPass) -> None:
-        """Take them through a sublayer which is still dense; the dense stream has to be before it."""
-        self._before = self._copy()
-        for stream in self.found.values():
-            self._advance(stream, sublayer_pass)
+def _reads_more(model: StreamedModel) -> bool:
+    """Whether layers read something of a text besides the residual stream."""
+    embedder, text = Embedder(model), torch.arange(TEXT)[None]
+    embedder.learn_form(text)
+    embedder.learn_varying(text, text.flip(1))
+    stream, calls = embedder(text)
+    embedder.close()
+    return any(call.varying for call in calls) or any(find_sharing(model.layers, calls, stream).read)
 
-    def pass_pruned(self, unit: Unit, sublayer_pass: SublayerPass) -> None:
-        """Add the model of which only this sublayer is pruned, as it is now: the last one that was passed."""
-        self.found[unit] = self._before
-        self._advance(self.found[unit], sublayer_pass)
 
-    def with_pruned(self, stream: Activations) -> Streams:
-        """The streams with another one in the place of the pruned model's."""
-        return replace(self.streams, pruned=stream)
+def spend(
+    max_loss: float, layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, torch.Tensor]]
+) -> dict[str, Any]:
+    """Find out what to leave dense.
 
-    def _advance(self, stream: Activations, sublayer_pass: SublayerPass) -> None:
-        for index in self.streams.measured:
-            stream[index] = sublayer_pass.run(stream, index)
+    Args:
+        layers: through which everything was pruned, with `alone`.
+        plan: what was pruned.
+        finished: layer -> the parameters that pruning has changed.
 
-    def _copy(self) -> Activations:
-        dense = self.streams.dense
-        assert dense is not None
-        found = dense.copy()
-        for index in self.streams.fitted:  # which are not to be kept alive
-            found[index] = torch.empty(0)
+    Returns:
+        As JSON: "pruned", the chosen units; "sublayers" and "measured", for the report.
+
+    Raises:
+        RiaError: every sublayer loses more, or the loss cannot be measured.
+    """
+    model, alone = layers.model, layers.alone
+    assert alone is not None
+
+    def measure(stream: Activations) -> dict[str, Any]:
+        streams = alone.with_pruned(stream)
+        found = held_out_loss(model, streams, layers.embedded.held_out, layers.ranks, layers.monitor)
+        if found is None:
+            raise RiaError("--max-loss: the loss of this model cannot be measured. Leave the option out.")
         return found
+
+    def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
+        stream = alone.start.copy()
+        layers.mixed(stream, finished, units)
+        return measure(stream)
+
+    with layers.monitor.phase("--max-loss"):
+        sizes = {unit: _pruned_weights(model, unit, layers.topologies, plan) for unit in alone.found}
+        weights = {unit: size for unit, size in sizes.items() if size}
+        losses = {unit: measure(alone.found[unit]) for unit in weights}
+        choice = choose(losses, weights, with_pruned, max_loss)
+    if not choice.pruned and layers.recipe.weights == "float":
+        least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1
+        raise RiaError(f"--max-loss: every sublayer loses more; the one that costs least, {least:.1%}. Allow more.")
+    layers.monitor.say(
+        f"--max-loss: {len(choice.pruned)} of {len(losses)} sublayers are pruned; the others would lose too much"
+    )
+    sublayers = {
+        f"{model.layer_prefix(unit[0])}{unit[1]}": {
+            "kl": losses[unit]["kl"], "weights": weights[unit], "pruned": unit in choice.pruned,
+        }
+        for unit in losses
+    }  # fmt: skip
+    return {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured}
+
+
+def _pruned_weights(model: StreamedModel, unit: Unit, topologies: Topologies, plan: Plan) -> int:
+    index, name = unit
+    (sublayer,) = [one for one in topologies.of(index).sublayers if one.name == name]
+    names = plan.pruned[index].intersection(sublayer.linears)
+    return sum(model.layers[index].get_submodule(linear).weight.numel() for linear in names)
 
 
 @dataclass(frozen=True)

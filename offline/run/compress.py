@@ -8,7 +8,6 @@ import torch
 
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
-from ria_vllm.errors import RiaError
 from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.sizes import human_size
@@ -18,19 +17,18 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.experts.plan import describe_experts, folds_of_experts
 from ria_vllm.offline.experts.store import ExpertStore
-from ria_vllm.offline.model.run.architecture import output_head, text_config
+from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
 from ria_vllm.offline.model.run.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.source import Source, opened
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.run import forecast
-from ria_vllm.offline.run.budget import EachAlone, Unit, choose
+from ria_vllm.offline.run import budget, forecast
+from ria_vllm.offline.run.alone import EachAlone
 from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
 from ria_vllm.offline.run.held_out import held_out_loss, verdict
 from ria_vllm.offline.run.kept import find_kept, keeping
@@ -153,6 +151,8 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
+        if self.recipe.max_loss is not None:
+            budget.check_budget(self.model, self.recipe)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
             passes = 1 if self.recipe.max_loss is None else 2
             taken = forecast.about(passes * forecast.pruning_seconds(self.model, self.recipe))
@@ -231,66 +231,16 @@ class _Run:
             self.writer.write(HELD_OUT_KEY, {}, found or {})
 
     def _spend(self, max_loss: float, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
-        """Prune everything, to find out what to leave dense.
-
-        Raises:
-            RiaError: a model for which this does not work, or whose every sublayer loses more.
-        """
-        reason = "layers with experts have to be pruned alike" if any(plan.experts.values()) else None
-        if output_head(self.model.model) is None:
-            reason = "this model predicts no tokens, so what is lost cannot be measured"
-        arguments = map(layers.embedded.arguments.of, range(len(self.model.layers)))
-        if not all(one.is_the_same for one in arguments):
-            reason = "layers of this model read what others have left, or the text itself"
-        if reason:
-            raise RiaError(f"--max-loss: {reason}. Leave it out; --ignore keeps linears dense.")
-        layers.alone = alone = EachAlone(layers.streams)
+        """Prune everything, to find out what to leave dense."""
+        layers.alone = EachAlone(layers.streams)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
-
-        def measure(stream: Activations) -> dict[str, Any]:
-            tokens = layers.embedded.held_out
-            found = held_out_loss(self.model, alone.with_pruned(stream), tokens, self.ranks, self.monitor)
-            if found is None:
-                raise RiaError("--max-loss: the loss of this model cannot be measured. Leave the option out.")
-            return found
-
-        def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
-            stream = alone.start.copy()
-            layers.mixed(stream, lambda index: self._finished(index, plan), units)
-            return measure(stream)
-
-        with self.monitor.phase("--max-loss"):
-            sizes = {unit: self._pruned_weights(unit, layers.topologies, plan) for unit in alone.found}
-            weights = {unit: size for unit, size in sizes.items() if size}
-            losses = {unit: measure(alone.found[unit]) for unit in weights}
-            choice = choose(losses, weights, with_pruned, max_loss)
-        sublayers = {
-            f"{self.model.layer_prefix(index)}{name}": {
-                "kl": losses[index, name]["kl"],
-                "weights": weights[index, name],
-                "pruned": (index, name) in choice.pruned,
-            }
-            for index, name in losses
-        }
-        if not choice.pruned and self.recipe.weights == "float":
-            least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1
-            raise RiaError(f"--max-loss: every sublayer loses more; the one that costs least, {least:.1%}. Allow more.")
-        self.monitor.say(
-            f"--max-loss: {len(choice.pruned)} of {len(losses)} sublayers are pruned; the others would lose too much"
-        )
+        record = budget.spend(max_loss, layers, plan, lambda index: self._finished(index, plan))
         self.ranks.barrier()  # all have read them
         if self.ranks.first:
             for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
                 self.writer.remove(layer_key(index))
-            record = {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured}
             self.writer.write(BUDGET_KEY, {}, record)
         self.ranks.barrier()
-
-    def _pruned_weights(self, unit: Unit, topologies: Topologies, plan: Plan) -> int:
-        index, name = unit
-        (sublayer,) = [one for one in topologies.of(index).sublayers if one.name == name]
-        names = plan.pruned[index].intersection(sublayer.linears)
-        return sum(self.model.layers[index].get_submodule(linear).weight.numel() for linear in names)
 
     def _finished(self, index: int, plan: Plan) -> dict[str, torch.Tensor]:
         """The parameters of a finished layer that pruning has changed, by their names relative to it."""

@@ -19,8 +19,8 @@ from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.experiments.norms import gains_of
-from ria_vllm.offline.model.topology import Group, Topologies
-from ria_vllm.offline.run.budget import EachAlone, Unit
+from ria_vllm.offline.model.topology import Group, Topologies, Unit
+from ria_vllm.offline.run.alone import EachAlone
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
@@ -217,7 +217,6 @@ class LayerPass:
             for name, linear in found.items():
                 if rotator is not None and name in rotator.rotated:
                     linear.record["rotated"] = True
-                    found[name] = replace(linear, rotations=rotator.rotated[name])
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
             if smoother is not None:
                 smoother.apply(found, pruned)
@@ -264,7 +263,7 @@ class LayerPass:
         """
         plain = [group for group in stage.groups if group.linears]
         needs_gram = self.recipe.needs_gram and any(group.linears for group in stage.pruned)
-        found = sublayer_pass.statistics(stage.number, plain, needs_gram) if plain else []
+        found = sublayer_pass.statistics(stage.number, plain, needs_gram, rounded=stage.dense) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}

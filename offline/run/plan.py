@@ -11,12 +11,11 @@ from ria_vllm.format.sparse24 import IN_FEATURES_MULTIPLE
 from ria_vllm.offline.experts.plan import describe_experts, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group, Topologies, Topology, linears_of, rank_blocks
+from ria_vllm.offline.model.topology import Group, Topologies, Topology, Unit, linears_of, rank_blocks
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.run.budget import REASON, Unit
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
-IGNORED = "--ignore"
+IGNORED, OVER_BUDGET = "--ignore", "--max-loss"
 INT8_MULTIPLE = 16  # of in-features: what kernels for dense matrices in int8 take
 
 
@@ -142,7 +141,7 @@ def make_plan(
 def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None) -> dict[str, str]:
     """The linears of the sublayers that are not among those that are pruned, and why they stay dense."""
     left = [one for one in topology.sublayers if chosen is not None and (index, one.name) not in chosen]
-    return {name: REASON for sublayer in left for name in sublayer.linears}
+    return {name: OVER_BUDGET for sublayer in left for name in sublayer.linears}
 
 
 def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recipe) -> dict[str, str]:
@@ -161,7 +160,7 @@ def _can_be_rounded(linear: nn.Linear, why: str, unlike: str | None) -> bool:
     Args:
         unlike: the reason if it only lacks the pattern that others have.
     """
-    return (why in (IGNORED, REASON, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
+    return (why in (IGNORED, OVER_BUDGET, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
 
 
 def _partners(

@@ -27,8 +27,6 @@ class Pruned:
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
     exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if this rank does
         not need it.
-    rotations: float32 [kv heads, d, d], how the heads that it reads were rotated before it was pruned; None: they were
-        not.
     """
 
     weight: torch.Tensor
@@ -37,14 +35,13 @@ class Pruned:
     record: dict[str, Any]
     scale: torch.Tensor | None = None
     exact: torch.Tensor | None = None
-    rotations: torch.Tensor | None = None
 
     @property
     def before_rounding(self) -> "Pruned":
         """The same linear with its exact weight."""
         assert self.exact is not None
         weight = torch.zeros_like(self.weight).masked_scatter_(self.mask, self.exact)
-        return replace(self, weight=weight, scale=None, exact=None, rotations=None)
+        return replace(self, weight=weight, scale=None, exact=None)
 
     @property
     def is_dense(self) -> bool:

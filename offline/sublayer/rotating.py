@@ -31,7 +31,7 @@ class Rotator:
             added to.
 
     Attributes:
-        rotated: consumer of a fold whose heads were rotated -> how, float32 [kv heads, d, d] on the CPU.
+        rotated: the consumers of folds whose heads were rotated.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Rotator:
     ):
         self.model, self.index, self.recipe, self.changed = model, index, recipe, changed
         self.folds = rotatable(model, index, topology, pruned)
-        self.rotated: dict[str, torch.Tensor] = {}
+        self.rotated: set[str] = set()
         self._dense: dict[str, torch.Tensor] = {}
 
     def rotate(self, sublayer_pass: SublayerPass) -> None:
@@ -93,7 +93,7 @@ class Rotator:
             stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)
             set_parameter(layer, name, stored)
             self.changed[name] = stored.cpu()
-        self.rotated[fold.consumer] = rotations.cpu().float()
+        self.rotated.add(fold.consumer)
 
     def _learned(self, fold: Fold, of_values: Statistics, of_outputs: Statistics) -> torch.Tensor | None:
         """float64 [kv heads, d, d] on the CPU; None if nothing is gained, or a Gram matrix cannot be inverted."""

@@ -1,4 +1,4 @@
-"""Whether the parts of a checkpoint belong together: config.json, permutations, rotations and weight files."""
+"""Whether the parts of a checkpoint belong together: config.json, permutations and weight files."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -100,9 +100,10 @@ def problems_of_folds(
     """
     claimed: dict[str, torch.Tensor] = {}  # producer -> which rows folds reorder, bool
     for name, fold, producers in schema.active_folds(permutations, sparse):
-        orders = fold.row_orders(permutations[name])
-        if isinstance(orders, str):
-            yield f"{name}: its permutation cannot be folded into attention heads: {orders}"
+        try:
+            orders = fold.row_orders(permutations[name])
+        except ValueError as error:
+            yield f"{name}: its permutation cannot be folded into attention heads: {error}"
             continue
         for producer, order in zip(producers, orders, strict=True):
             if producer.name not in shapes:
@@ -120,32 +121,12 @@ def problems_of_folds(
             taken |= mine
 
 
-def problems_of_rotations(
-    schema: RiaSchema, rotations: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]
-) -> Iterator[str]:
-    """Rotations that do not fit the linears, in sentences.
-
-    Args:
-        rotations: as `side_files.checked_rotations` returns them.
-        shapes: name -> [out, in] of the pruned linears that could be read.
-    """
-    for name, rotated in rotations.items():
-        fold = schema.fold_of(name)
-        assert fold is not None  # as `checked_rotations` has seen
-        (producer,), (kv, d, _) = fold.producers_of(name), rotated.shape
-        if name in shapes and producer.name in shapes:
-            if shapes[name][1] != d * (fold.num_heads or 0):
-                heads = f"{fold.num_heads} heads with {shapes[name][1]} channels in all"
-                yield f"{name}: its rotations are for heads of {d} channels, but it reads {heads}"
-            elif wrong := _row_problem(name, producer, shapes[producer.name][0], kv * d):
-                yield wrong
-
-
 def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:
     """What is wrong with the rows of a producer that a fold reorders, `size` of `rows`."""
     start, end = producer.rows or (0, rows)
-    places = permutation.places(rows, start, end, producer.blocks)
-    if isinstance(places, str):
+    try:
+        places = permutation.places(rows, start, end, producer.blocks)
+    except ValueError:
         of_each = f" of each of {producer.blocks} blocks" if producer.blocks > 1 else ""
         return f"{consumer}: its fold names rows {start} to {end}{of_each} of {producer.name}, which has {rows}"
     if len(places) != size:

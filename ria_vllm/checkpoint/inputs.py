@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ria_vllm.checkpoint.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schema import PROOFS_FILE, ROTATIONS_FILE
+from ria_vllm.format.schema import PROOFS_FILE
 
 Stamps = dict[str, list[str | int]]
 """The place of a file in its folder, "" for a file alone -> what tells its content from an earlier one: as in JSON."""
@@ -95,7 +95,7 @@ def _stamps(place: Path) -> Stamps:
         files += nested_companions(place)
     except RiaError:  # whoever reads modules.json says what is wrong
         pass
-    files += [place / name for name in (ROTATIONS_FILE, PROOFS_FILE) if (place / name).is_file()]
+    files += [place / PROOFS_FILE] if (place / PROOFS_FILE).is_file() else []
     return {path.relative_to(place).as_posix(): _stamp(path) for path in sorted(files)}
 
 

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.consistency import check_digests, check_prefix, problems_of_folds, problems_of_rotations
+from ria_vllm.checkpoint.consistency import check_digests, check_prefix, problems_of_folds
 from ria_vllm.checkpoint.inputs import Inputs
-from ria_vllm.checkpoint.side_files import checked_proofs, checked_rotations, load_permutations
+from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_finite
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
-    files_below,
-    mistral_files,
     tensor_names,
     unindexed_files,
     weight_files,
@@ -32,7 +30,6 @@ from ria_vllm.format.schema import (
     PROOFS_FILE,
     QUANT_METHOD,
     REPORT_FILE,
-    ROTATIONS_FILE,
     RiaSchema,
 )
 from ria_vllm.format.stacks import problems_of_experts, stacked_tensors
@@ -119,14 +116,6 @@ class Reader:
         for name in sorted(set(self.permutations) - set(self.sparse_names)):
             raise RiaError(f"{path}: a permutation for {name}, which is not a pruned linear of this model.")
         check_digests(self.schema, self.permutations, self.files.values(), self.folder)
-        self.rotations = self._rotations()
-
-    def _rotations(self) -> dict[str, torch.Tensor]:
-        if self.schema.rotations_digest is None:
-            return {}
-        path = self.folder / ROTATIONS_FILE
-        is_pruned = set(self.sparse_names).__contains__
-        return checked_rotations(path if path.is_file() else None, self.schema, is_pruned, self.folder)
 
     @property
     def permuted_names(self) -> list[str]:
@@ -139,8 +128,6 @@ class Reader:
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
-        if taken := mistral_files(files_below(self.folder), own, self.folder):
-            raise RiaError(taken)
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(
@@ -175,8 +162,7 @@ class Reader:
         stored = {part: f"{name}.{part}" for part in self.schema.tensor_names}
         parts = {part: self.tensor(key) for part, key in stored.items() if key in self.files}
         where = self.files.get(stored["compressed"], self.folder)
-        linear = checked_linear(name, parts, self.permutations.get(name), self.schema, where)
-        return replace(linear, rotations=self.rotations.get(name))
+        return checked_linear(name, parts, self.permutations.get(name), self.schema, where)
 
     def dense_tensors(self) -> dict[str, Callable[[], torch.Tensor]]:
         """Name -> what makes it, for every tensor of the dense model: in the model's own channel order, experts stacked
@@ -304,7 +290,6 @@ class Reader:
             ]
             yield from wrong or self._disproved(name, self._exact(linear), stored)
         yield from problems_of_experts(self.schema, shapes, sparse)
-        yield from problems_of_rotations(self.schema, self.rotations, shapes)
         yield from problems_of_folds(self.schema, permutations, shapes, sparse)
         for name in self.int8_names:
             try:

@@ -1,4 +1,4 @@
-"""The files beside the weights: permutations, how heads were rotated, and proofs."""
+"""The files beside the weights: permutations and proofs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from ria_vllm.checkpoint.weight_files import tensor_names
 from ria_vllm.errors import RiaError
 from ria_vllm.files.open_files import OpenFiles
-from ria_vllm.format import permutation, proofs, rotation
-from ria_vllm.format.schema import PERMUTATION_SUFFIX, PROOFS_FILE, ROTATIONS_FILE, ROTATIONS_SUFFIX, RiaSchema
+from ria_vllm.format import permutation, proofs
+from ria_vllm.format.schema import PERMUTATION_SUFFIX, PROOFS_FILE, RiaSchema
 
 
 def load_permutations(path: Path) -> dict[str, torch.Tensor]:
@@ -19,15 +19,6 @@ def load_permutations(path: Path) -> dict[str, torch.Tensor]:
         RiaError: file and layer named.
     """
     return _load_named(path, PERMUTATION_SUFFIX, lambda p: permutation.check(p, p.numel()), "a permutation")
-
-
-def load_rotations(path: Path) -> dict[str, torch.Tensor]:
-    """Linear that reads rotated heads -> float32 [kv heads, d, d], see `ria_vllm.format.rotation`.
-
-    Raises:
-        RiaError: file and layer named.
-    """
-    return _load_named(path, ROTATIONS_SUFFIX, rotation.check, "rotations")
 
 
 def checked_proofs(path: Path | None, schema: RiaSchema, where: str | Path) -> dict[str, torch.Tensor]:
@@ -73,37 +64,4 @@ def _load_named(
         wrong = check(found[name])
         if wrong:
             raise RiaError(f"{path}: {name}: not {what}: {wrong}. Get the file again.")
-    return found
-
-
-def checked_rotations(
-    path: Path | None, schema: RiaSchema, is_pruned: Callable[[str], bool], where: str | Path
-) -> dict[str, torch.Tensor]:
-    """`load_rotations`, checked against config.json.
-
-    Args:
-        path: None if the file is not there.
-        where: the folder or repository, for messages.
-
-    Raises:
-        RiaError: the file is missing, damaged or of another run, or has rotations of what is no pair of pruned linears.
-    """
-    again = "Get all files of one run, or compress the model again."
-    if path is None:
-        raise RiaError(
-            f"{where}: {ROTATIONS_FILE} is missing, though config.json says that heads were rotated. {again}"
-        )
-    found = load_rotations(path)
-    if rotation.digest(found) != schema.rotations_digest:
-        raise RiaError(f"{where}: {ROTATIONS_FILE} is from another run than config.json. {again}")
-    for name, rotations in found.items():
-        fold = schema.fold_of(name)
-        pair = [] if fold is None else [name, *(producer.name for producer in fold.producers_of(name))]
-        if fold is None or fold.coupling != "heads" or len(pair) != 2 or not all(map(is_pruned, pair)):
-            raise RiaError(f"{path}: {name}: config.json has no fold by heads from one pruned linear to it. {again}")
-        if len(rotations) != fold.num_kv_heads:
-            raise RiaError(
-                f"{path}: {name}: {len(rotations)} rotations, but its fold has {fold.num_kv_heads} key-value heads. "
-                f"{again}"
-            )
     return found

@@ -8,7 +8,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
-from ria_vllm.format.schema import PERMUTATION_SUFFIX, PERMUTATIONS_FILE, ROTATIONS_SUFFIX, RiaSchema
+from ria_vllm.format.schema import PERMUTATION_SUFFIX, PERMUTATIONS_FILE, RiaSchema
 from ria_vllm.format.weight_format import SHAPE, WeightFormat
 
 
@@ -21,7 +21,6 @@ class SparseLinear:
         parts: its stored tensors by the last part of their names, `shape` left out.
         input_permutation: integers [in], the order of its columns; None: the model's own.
         dtype: of the dense weight.
-        rotations: float32 [kv heads, d, d], how the heads that it reads are rotated; None: they are not.
     """
 
     name: str
@@ -29,7 +28,6 @@ class SparseLinear:
     parts: Mapping[str, torch.Tensor]
     input_permutation: torch.Tensor | None
     dtype: torch.dtype
-    rotations: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,14 +44,11 @@ class SparseLinear:
         return stored if p is None else stored[:, permutation.invert(p).long()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that stores it, by full names; the permutation, int32, and rotations as `CheckpointWriter.finish` expects
-        them."""
+        """All that stores it, by full names; the permutation, int32, as `CheckpointWriter.finish` expects it."""
         found = {f"{self.name}.{part}": tensor for part, tensor in self.parts.items()}
         found[f"{self.name}.{SHAPE}"] = torch.tensor(self.shape, dtype=torch.int64).view(2, 1)
         if self.input_permutation is not None:
             found[f"{self.name}{PERMUTATION_SUFFIX}"] = self.input_permutation.to(torch.int32)
-        if self.rotations is not None:
-            found[f"{self.name}{ROTATIONS_SUFFIX}"] = self.rotations
         return found
 
 

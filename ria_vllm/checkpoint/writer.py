@@ -5,8 +5,6 @@ in place by a rename. When all units are there, their bytes are copied into shar
 """
 
 import errno
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -20,24 +18,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ria_vllm.checkpoint.lock import LOCK_FILE, delete_locked, is_free, locked
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.side_files import load_permutations, load_rotations
-from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
+from ria_vllm.checkpoint.shards import copy_tensors, tensor_entries, weights_digest, write_shards
+from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.errors import RiaError
-from ria_vllm.format import permutation, proofs, rotation
+from ria_vllm.format import permutation, proofs
 from ria_vllm.format.schema import (
     DIGESTS,
     PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
     PROOFS_FILE,
-    ROTATIONS_FILE,
-    ROTATIONS_SUFFIX,
     Proofs,
 )
 
-LOCK_FILE, UNITS = "lock", "units"
+UNITS = "units"
 SEED = 1  # of the vector that matrices are proved with; any would do
-ATTEMPTS = 100  # to lock a folder that others delete meanwhile
 
 
 @contextmanager
@@ -86,73 +82,6 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise RiaError(f"{out}: a mount point, which cannot be replaced. Choose a folder in it: {out / 'model'}.")
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
-
-
-def is_free(folder: Path, sign: str) -> bool:
-    """Whether a folder is missing, or empty but for a lock, or holds what shows that it is ours.
-
-    Args:
-        sign: a file's name, or a folder's with a "/". Who locks the folder makes this first and deletes it last, so
-            that the answer is right meanwhile, too.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            names = {entry.name + "/" * entry.is_dir() for entry in entries}
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return False
-    return sign in names or names <= {LOCK_FILE, f"{sign}.tmp"}
-
-
-def locked(folder: Path) -> IO[bytes]:
-    """An open file, by which this process has the folder to itself until it is closed or the process ends. The folder
-    is made if it is not there.
-
-    The lock is the process's: any other descriptor of the file that it closes ends it, too.
-
-    Raises:
-        RiaError: another process has it.
-        OSError: it cannot be made.
-    """
-    for _ in range(ATTEMPTS):
-        with suppress(FileExistsError, FileNotFoundError):  # another process is deleting it
-            return _locked(folder)
-    return _locked(folder)
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """One attempt. FileExistsError or FileNotFoundError may mean that another process has deleted the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    file = open(path, "ab")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise RiaError(
-                f"{folder}: another process is writing here. Wait until it ends, or choose another output folder."
-            ) from error
-        # The file system has no locks.
-    try:
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            return file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    except BaseException:
-        file.close()  # who had the lock has deleted it: it keeps nobody out
-        raise
-
-
-def delete_locked(folder: Path, lock: IO[bytes]) -> None:
-    """Delete a folder that `locked` has locked, and that is empty but for the lock; else only unlock it.
-
-    The lock is deleted while it is held. So who waits for it, or comes now, makes one of its own.
-    """
-    (folder / LOCK_FILE).unlink(missing_ok=True)
-    lock.close()  # NFS keeps a file that is open under another name, and then the folder, too
-    with suppress(OSError):  # another process has it by now
-        folder.rmdir()
 
 
 def delete(path: Path) -> None:
@@ -242,8 +171,7 @@ class CheckpointWriter:
         return self.path(key).is_file()
 
     def write(self, key: str, tensors: dict[str, torch.Tensor], record: dict[str, Any] | None = None) -> None:
-        """Finish a unit. `finish` moves `NAME.input_permutation` and `NAME.rotations` to files of their own; `record`
-        is kept."""
+        """Finish a unit. `finish` moves `NAME.input_permutation` to a file of its own; `record` is kept."""
         with disk_errors(self.path(key)):
             save_whole(tensors, self.path(key), {"record": json.dumps(record or {}, sort_keys=True)})
 
@@ -300,20 +228,15 @@ class CheckpointWriter:
                 (final / name).write_text(text, encoding="utf-8")
             entries = [entry for key in keys for entry in tensor_entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
-            rotations = [e for e in entries if e[0].endswith(ROTATIONS_SUFFIX)]
-            weights = [e for e in entries if not e[0].endswith((PERMUTATION_SUFFIX, ROTATIONS_SUFFIX))]
+            weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
             digests = {"weights_digest": weights_digest(weights)}
             if permutations or permuted:
-                _copy_tensors(permutations, final / PERMUTATIONS_FILE)
+                copy_tensors(permutations, final / PERMUTATIONS_FILE)
                 digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
-            if rotations:
-                (final / ROTATIONS_FILE).parent.mkdir()
-                _copy_tensors(rotations, final / ROTATIONS_FILE)
-                digests["rotations_digest"] = rotation.digest(load_rotations(final / ROTATIONS_FILE))
             json_files, metadata = _with_digests(json_files, digests)
             for name, content in json_files.items():
                 (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            _write_shards(weights, final, max_shard_size, metadata)
+            write_shards(weights, final, max_shard_size, metadata)
             if metadata and any(
                 name.endswith((".compressed", ".integers")) for name, *_ in weights
             ):  # a checkpoint of ours
@@ -373,23 +296,6 @@ def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
         writer.close()
 
 
-Entry = tuple[str, dict[str, Any], Path, int]  # name, header entry, file, where its bytes begin
-
-
-def tensor_entries(path: Path) -> list[Entry]:
-    """The tensors of a safetensors file by their header (8 bytes of length, JSON, then raw data), in file order."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    found = [(name, entry, path, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()]
-    return sorted(found, key=lambda e: e[3])
-
-
-def _size(entry: dict[str, Any]) -> int:
-    return entry["data_offsets"][1] - entry["data_offsets"][0]
-
-
 def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """`json_files` with the digests in config.json, and the metadata of weight files; of compressed weights only."""
     config = json_files.get("config.json", {})
@@ -398,20 +304,6 @@ def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[
     quantization = config["quantization_config"] | digests
     metadata = {key: digests[name] for name, key in DIGESTS.items() if name in digests}
     return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
-
-
-def weights_digest(entries: Sequence[Entry]) -> str:
-    """SHA-256 which tells the weights of one run from those of another, however they are divided into files.
-
-    Hashed are, for each tensor in sorted order of the names, the name as UTF-8, a zero byte and the tensor's first
-    65,536 bytes: reading all would take as long as copying it.
-    """
-    found = hashlib.sha256()
-    for name, entry, path, start in sorted(entries, key=lambda e: e[0]):
-        with open(path, "rb") as file:
-            file.seek(start)
-            found.update(name.encode() + b"\0" + file.read(min(_size(entry), 1 << 16)))
-    return found.hexdigest()
 
 
 def _add_proofs(folder: Path) -> None:
@@ -428,53 +320,6 @@ def _add_proofs(folder: Path) -> None:
     place.parent.mkdir()
     save_file({f"{name}{proofs.PROOF_SUFFIX}": tensor for name, tensor in found.items()}, place)
     (folder / "config.json").write_text(json.dumps(reader.config, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_tensors(entries: Sequence[Entry], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file from the raw bytes of others. No tensor is held in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
-    offset = 0
-    for name, entry, _, _ in entries:
-        size = _size(entry)
-        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
-        for _, entry, source, start in entries:
-            with open(source, "rb") as file:
-                file.seek(start)
-                left = _size(entry)
-                while left:
-                    block = file.read(min(left, 1 << 22))
-                    if not block:
-                        raise RiaError(f"{source}: ends too early. Run the same command again without --resume.")
-                    target.write(block)
-                    left -= len(block)
-
-
-def _write_shards(entries: Sequence[Entry], folder: Path, max_shard_size: int, metadata: dict[str, str]) -> None:
-    shards: list[list[Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = _size(entry[1])
-        if shards[-1] and filled + size > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += size
-    if len(shards) == 1:
-        _copy_tensors(shards[0], folder / SINGLE_FILE, metadata)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _copy_tensors(shard, folder / file, metadata)
-        weight_map |= {name: file for name, _, _, _ in shard}
-    total = sum(_size(entry[1]) for entry in entries)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(folder: Path) -> None:

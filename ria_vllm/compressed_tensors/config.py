@@ -123,13 +123,11 @@ class CompressedTensorsConfig:
         pruned: the linears that are 2:4.
         dense: they are stored with their zeros, those in marlin-24 excepted.
         groups: linears that are quantized, and how.
-        kv_cache_scheme: of an fp8 cache, for which the checkpoint holds two scales per layer, of keys and values.
     """
 
     pruned: Selection
     dense: bool
     groups: tuple[Group, ...] = field(default=())
-    kv_cache_scheme: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> "CompressedTensorsConfig":
@@ -159,7 +157,7 @@ class CompressedTensorsConfig:
         patterns = [one for one in (*ignore, *pruned.targets, *pruned.ignore, *targets) if one.startswith("re:")]
         if sum(map(len, patterns)) > ALL_PATTERNS:
             raise RiaError(f"{WHERE}: {len(patterns)} patterns of more than {ALL_PATTERNS} characters. Give names.")
-        return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups), _kv_cache_scheme(config))
+        return cls(Selection(tiled, ignore) if tiled else pruned, dense, tuple(groups))
 
     def scheme(self, name: str) -> WeightScheme:
         """How the linear `name` is stored, once it is unpacked."""
@@ -259,22 +257,6 @@ def _rounded_inputs(inputs: Mapping[str, Any]) -> torch.dtype | None:
 
 def _shown(weights: Mapping[str, Any]) -> str:
     return reprlib.repr({key: weights[key] for key in SHOWN if key in weights})
-
-
-def _kv_cache_scheme(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    scheme = _mapping(config, "kv_cache_scheme", WHERE)
-    if not scheme:
-        return None
-    wanted = {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True}
-    for key, value in (wanted | {"dynamic": False}).items():
-        given = scheme.get(key, False if key == "dynamic" else None)
-        if given != value:
-            raise RiaError(
-                f"{WHERE}.kv_cache_scheme.{key}: {reprlib.repr(given)} is not served, only {value!r} is (an fp8 cache "
-                "with one scale per layer). Remove kv_cache_scheme from config.json to serve with a cache in the "
-                "model's dtype."
-            )
-    return dict(wanted)
 
 
 def _mapping(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

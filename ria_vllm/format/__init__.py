@@ -1,1 +1,1 @@
-"""What a checkpoint stores, as tensors and as config.json: weight formats, permutations, rotations, proofs."""
+"""What a checkpoint stores, as tensors and as config.json: weight formats, permutations, proofs."""

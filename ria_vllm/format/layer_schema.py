@@ -168,20 +168,20 @@ class Fold(BaseModel):
         numbers = self.numbers(name) or {}
         return [p.model_copy(update={"name": filled(p.name, numbers)}) for p in self.producers]
 
-    def row_orders(self, p: torch.Tensor) -> list[torch.Tensor] | str:
+    def row_orders(self, p: torch.Tensor) -> list[torch.Tensor]:
         """The order of the rows that each producer gives, if the consumer's input channels are stored in order `p`.
 
         Args:
             p: int [in], a permutation.
 
         Returns:
-            One int64 tensor for each producer: row j of the reordered rows is row order[j] of those it gives. If `p`
-            lacks the structure that the coupling needs, a string that says why.
+            One int64 tensor for each producer: row j of the reordered rows is row order[j] of those it gives.
+
+        Raises:
+            ValueError: `p` lacks the structure that the coupling needs.
         """
         p = p.long()
         if self.coupling == "elementwise":
             return [p] * len(self.producers)
         rows = head_rows(p, self.num_heads or 0, self.num_kv_heads or 0)
-        if isinstance(rows, str):
-            return rows
         return [p if producer.count == len(p) else rows for producer in self.producers]

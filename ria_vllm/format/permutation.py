@@ -56,7 +56,7 @@ def digest(permutations: Orders) -> str:
     return found.hexdigest()
 
 
-def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor | str:
+def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:
     """The order of the value projection's rows that hands the output projection its input in order `p`.
 
     Attention mixes tokens, never the channels of a head, so a permutation inside each head that is the same for all
@@ -67,31 +67,36 @@ def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tenso
         num_heads, num_kv_heads: the second divides the first, as in MHA, GQA and MQA.
 
     Returns:
-        int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j] of v. If `p` lacks this
-        structure, a string that says why.
+        int64 [num_kv_heads * head_dim]: row j of the reordered v is row result[j] of v.
+
+    Raises:
+        ValueError: `p` lacks this structure.
     """
     if num_heads <= 0 or num_kv_heads <= 0 or num_heads % num_kv_heads or len(p) % num_heads:
-        return f"{num_heads} heads, {num_kv_heads} key-value heads and {len(p)} channels do not fit together"
+        raise ValueError(f"{num_heads} heads, {num_kv_heads} key-value heads and {len(p)} channels do not fit together")
     head_dim, group = len(p) // num_heads, num_heads // num_kv_heads
     heads = torch.arange(num_heads, device=p.device).view(-1, 1) * head_dim
     inner = p.long().view(num_heads, head_dim) - heads
     if bool(((inner < 0) | (inner >= head_dim)).any()):
-        return "it moves a channel into another head"
+        raise ValueError("it moves a channel into another head")
     inner = inner.view(num_kv_heads, group, head_dim)
     if bool((inner != inner[:, :1]).any()):
-        return "query heads that share a key-value head have different orders"
+        raise ValueError("query heads that share a key-value head have different orders")
     return (inner[:, 0] + torch.arange(num_kv_heads, device=p.device).view(-1, 1) * head_dim).reshape(-1)
 
 
-def places(rows: int, start: int, end: int, blocks: int = 1) -> torch.Tensor | str:
+def places(rows: int, start: int, end: int, blocks: int = 1) -> torch.Tensor:
     """Where rows [start, end) of each of `blocks` equal blocks are among a linear's `rows`.
 
     Returns:
-        int64, ascending; a string that says why there are no such rows.
+        int64, ascending.
+
+    Raises:
+        ValueError: there are no such rows.
     """
     if rows % blocks:
-        return f"{rows} rows do not divide into {blocks} blocks"
+        raise ValueError(f"{rows} rows do not divide into {blocks} blocks")
     block = rows // blocks
     if not 0 <= start < end <= block:
-        return f"rows {start} to {end} of {block}"
+        raise ValueError(f"rows {start} to {end} of {block}")
     return (torch.arange(blocks).view(-1, 1) * block + torch.arange(start, end)).flatten()

@@ -5,9 +5,8 @@ linear NAME the weight files hold NAME.compressed, NAME.bitmask, NAME.shape and 
 `ria_vllm.format.formats`); rows are in the model's own order, columns in the permuted one. `permutations.safetensors`
 holds NAME.input_permutation where the order is not the model's own. Where the recipe permutes, that file is there even
 if it is empty. `permutations_digest` here, and the same in each weight file's header, bind weights and permutations;
-`weights_digest` binds weight files to each other (`DIGESTS`). Where heads were rotated, `rotations/heads.safetensors`
-holds NAME.rotations of each NAME that reads them; `rotations_digest` here binds that file to this one. `proofs` says
-how `proofs/products.safetensors` was made (see `ria_vllm.format.proofs`), and binds it.
+`weights_digest` binds weight files to each other (`DIGESTS`). `proofs` says how
+`proofs/products.safetensors` was made (see `ria_vllm.format.proofs`), and binds it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,15 +34,11 @@ FORMAT_VERSION: Final = 1
 QUANT_METHOD: Final = "ria"
 PERMUTATIONS_FILE = "permutations.safetensors"
 # Not beside the weights: vLLM loads every *.safetensors there if there is no index.
-ROTATIONS_FILE = "rotations/heads.safetensors"
 PROOFS_FILE = "proofs/products.safetensors"
 REPORT_FILE = "ria_report.json"
 PERMUTATION_SUFFIX = ".input_permutation"
-ROTATIONS_SUFFIX = ".rotations"
 # The recipe's entry that has what experiments found out about the layers: for programs, too long for a card or a table.
 TOPOLOGY: Final = "topology"
-# In the config.json of what `export` writes: its weights are dense, but not the dense model's.
-EXPORTED_KEY: Final = "exported_by"
 # A digest in `quantization_config` -> its key in the `__metadata__` of each weight file.
 DIGESTS = {"permutations_digest": "ria_permutations_digest", "weights_digest": "ria_weights_digest"}
 
@@ -134,7 +129,6 @@ class RiaSchema(BaseModel):
     experts: list[Experts] = Field(default=[], max_length=1000)
     permutations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     weights_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    rotations_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     int8_linears: list[str] = []
     proofs: Proofs | None = None
     recipe: dict[str, Any] = {}
@@ -168,12 +162,6 @@ class RiaSchema(BaseModel):
         model's. Adapters that were trained on the dense model do not fit these linears as they are."""
         found = {"smooth": self.recipe.get("smooth") or 0, "rotate": self.recipe.get("rotate") or "none"}
         return {name: value for name, value in found.items() if value not in (0, "none")}
-
-    @property
-    def unfit_for_adapters(self) -> dict[str, Any]:
-        """Those of `unlike_dense` that cannot be done to adapters of the dense model, too: nothing stored says how."""
-        stored = {} if self.rotations_digest is None else {"rotate": "heads"}
-        return {name: value for name, value in self.unlike_dense.items() if stored.get(name) != value}
 
     @property
     def tensor_names(self) -> tuple[str, ...]:

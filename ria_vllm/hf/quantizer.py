@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -118,10 +118,7 @@ class Loading:
         """
         if self.errors:
             raise self.errors[0]
-        left = next(
-            (name for name in sorted(self._wanted(model) - self.claimed) if not self._is_beyond(model, name)), None
-        )
-        if left is not None:
+        if left := min(self._wanted(model) - self.claimed, default=None):
             raise RiaError(
                 f"{self.where}: {left} is stored compressed, but transformers found no place for it in a "
                 f"{type(model).__name__}. `ria-vllm export` writes a dense folder, which it may be able to read."
@@ -179,13 +176,6 @@ class Loading:
         has_head = model.get_output_embeddings() is not None
         heads = {name for name in self.int8 if has_head or {name, prefix + name, name.removeprefix(prefix)} & paths}
         return set(self.pruned) | heads
-
-    def _is_beyond(self, model: torch.nn.Module, name: str) -> bool:
-        """Whether a pruned linear belongs to a layer that the model was built without (`num_hidden_layers`)."""
-        renamings = [entry for entry in self.conversions if isinstance(entry, WeightRenaming)]
-        renamed = rename_source_key(f"{name}.compressed", renamings, [])[0]
-        prefix = f"{model.base_model_prefix}."
-        return any(_is_beyond(model, path) for path in (renamed, prefix + renamed, renamed.removeprefix(prefix)))
 
     def linear(self, sources: Collection[str], tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One dense weight in the model's own order, from the tensors that the checkpoint calls `sources`."""
@@ -327,15 +317,6 @@ def _made(conversion: Any, names: Collection[str]) -> list[str]:
     """Those of the parameters `names` that a conversion makes."""
     reverse = conversion.reverse_transform()
     return [name for name in names if reverse.rename_source_key(name)[1] is not None]
-
-
-def _is_beyond(module: Any, path: str) -> bool:
-    """Whether the first number in a path inside a model is that of a layer after the last one."""
-    for part in path.split("."):
-        if isinstance(module, torch.nn.ModuleList) and part.isdecimal():
-            return int(part) >= len(module)
-        module = getattr(module, part, None)
-    return False
 
 
 def _side_file(folder: Path, name: str, ask: bool) -> Path | None:

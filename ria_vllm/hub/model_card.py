@@ -72,7 +72,7 @@ def exported_card(reader: Reader, warn: Warn) -> str:
         "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
         "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
         *([] if reader.schema.input_dtype is None else [unrounded]),
-        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, rotations=False),
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
     return _card(base, report["recipe"], ", dense form", body, ["pruned"])
 
@@ -91,7 +91,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
         _origin(report["recipe"], identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
         *_use(report["recipe"]["pattern"]),
-        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity, bool(reader.rotations)),
+        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
     return _card(base, report["recipe"] | recipe, " and trained", body)
 
@@ -194,7 +194,7 @@ def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any],
     return base, report | {"recipe": recipe, "linears": {n: reported.get(n, {}) for n in reader.sparse_names}}, identity
 
 
-def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = True) -> list[str]:
+def _what_was_pruned(report: dict[str, Any], zeros: float) -> list[str]:
     linears, recipe = report_linears(report), report["recipe"]
     rows = [
         ("pruned linears", f"{len(linears)}"),
@@ -203,9 +203,8 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
     if kept := sum("kept" in entry for entry in linears.values()):
         rows.append((f"{plain(recipe['pattern'])} already", f"{kept} of them, which kept their zeros"))
     if recipe.get("rotate") == "heads":
-        fit = rotations and not recipe.get("smooth")
-        rotated = "fit only in vLLM with ria-vllm, which rotates them, too" if fit else "do not fit"
-        rows.append(("before pruning", f"attention's heads were rotated; adapters (LoRA) of the dense model {rotated}"))
+        unfit = "adapters (LoRA) of the dense model do not fit"
+        rows.append(("before pruning", f"attention's heads were rotated; {unfit}"))
     found = {name: report_number(entry, "retained_after") for name, entry in linears.items()}
     scores = {name: score for name, score in found.items() if score is not None}
     if scores:
@@ -214,11 +213,14 @@ def _what_was_pruned(report: dict[str, Any], zeros: float, rotations: bool = Tru
             ("retained score, mean", f"{sum(scores.values()) / len(scores):.4f}"),
             ("retained score, worst", f"{scores[worst]:.4f}, {_code(worst)}"),
         ]
-    left = report.get("dense")
-    dense = [_code(name) for name in left] if isinstance(left, dict) else []
-    if dense:
-        more = f" and {len(dense) - 8} more" if len(dense) > 8 else ""
-        rows.append(("left dense", ", ".join(dense[:8]) + more))
+    in_int8, dense = (one if isinstance(one := report.get(key), dict) else {} for key in ("dense_in_int8", "dense"))
+    for title, names in (
+        ("left dense", [name for name in dense if name not in in_int8]),
+        ("dense in int8", [*in_int8]),
+    ):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            rows.append((title, ", ".join(map(_code, names[:8])) + more))
     meaning = "The retained score is the share of a linear's importance that the kept weights hold."
     return ["## What was pruned", card_table(("", ""), rows), meaning]
 

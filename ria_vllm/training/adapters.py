@@ -1,7 +1,6 @@
 """What others put into a model and around its modules: adapters of PEFT, and wrappers that change tensors' names."""
 
 import functools
-from collections.abc import Set
 
 from torch import nn
 
@@ -34,37 +33,6 @@ def refuse_adapters(model: nn.Module) -> None:
 
 def has_adapters(model: nn.Module) -> bool:
     return any(map(_of_peft, model.modules()))
-
-
-def beside_adapters(model: nn.Module, changed: Set[int], pruned: Set[int]) -> list[str]:
-    """Names of the parameters among `changed` (ids) that train, but are in no checkpoint of PEFT, or lose their zeros.
-
-    In it are those of its layers, and of what it trains as a whole (`modules_to_save`); with `bias="all"` all biases,
-    with "lora_only" those of its layers. A copy of a pruned linear (ids of weights: `pruned`) would be trained dense.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    saved = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        for parameter in module.parameters()
-    }
-    configs = [config for module in model.modules() for config in (getattr(module, "peft_config", None) or {}).values()]
-    biases = {getattr(config, "bias", None) for config in configs}
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            of_original = {id(parameter) for parameter in module.original_module.parameters()}
-            if of_original & pruned:
-                saved -= {id(parameter) for parameter in module.parameters()}
-    return [
-        clean_name(name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) in changed
-        if id(parameter) not in saved or ".base_layer." in name
-        if not (name.endswith("bias") and ("all" in biases or (".base_layer." in name and "lora_only" in biases)))
-    ]
 
 
 def _of_peft(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.inputs import round_inputs
-from ria_vllm.training.adapters import beside_adapters, clean_name, has_adapters
+from ria_vllm.training.adapters import clean_name, has_adapters
 from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of
 from ria_vllm.training.ranks import is_first, together
@@ -53,8 +53,7 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
     with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
     step raise it if a pruned linear was replaced by another module, an optimizer's first step with a weight if that is
-    not zero outside its mask by then, and a step if the model has adapters of PEFT and trains what their checkpoints
-    would not hold.
+    not zero outside its mask by then, and a step that trains such a weight if the model has adapters of PEFT.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -238,15 +237,12 @@ class KeptWeights:
             self.check_modules()  # not all trainers call the whole model
         found = self.in_optimizer(optimizer)
         trained = [weight for weight, parameter in found if parameter.requires_grad]
-        if base is not None and has_adapters(base):
-            lost = [weight.name for weight in trained]
-            lost = lost or beside_adapters(base, _changed_by(optimizer), self.by_parameter().keys())
-            if lost:
-                raise RiaError(
-                    f"{lost[0]}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "
-                    "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
-                    "weights."
-                )
+        if trained and base is not None and has_adapters(base):
+            raise RiaError(
+                f"{trained[0].name}: trained beside an adapter of PEFT, whose checkpoints hold only the adapter, so it "
+                "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
+                "weights."
+            )
         self.check_first_step(optimizer, trained)
         for weight, parameter in found:
             weight.mask_gradient(parameter)

@@ -12,7 +12,7 @@ import click
 from ria_vllm.errors import RiaError
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.serve.benchmark.comparison import Comparison
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark.engines import Vllm, engine_of
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.quality import TOP, TextQuality
@@ -88,7 +88,7 @@ def bench(
     if (folder / "bench.json").exists():
         raise RiaError(f"{folder} holds results already. Choose another folder with -o.")
     sides = sides_of([*baselines, *outs], serve_args_of)
-    tokenizers = [one.model for one in [*sides[len(baselines) :], *sides] if not is_gguf(one.model)]
+    tokenizers = [one.model for one in [*sides[len(baselines) :], *sides] if isinstance(engine_of(one.model), Vllm)]
     if not tokenizers:
         raise RiaError("All sides are .gguf files. The prompts need the tokenizer of a folder: add one as a side.")
     arguments = shlex.split(serve_args)

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark import llama_cpp, load, results
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark import load, results
+from ria_vllm.serve.benchmark.engines import engine_of
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.quality import TextQuality
 from ria_vllm.serve.benchmark.results import Measured, Run
@@ -59,15 +59,13 @@ class Comparison:
                 for side in [*self.sides[first:], *self.sides[:first]]:
                     self._serve(side, repetition)
 
-    def _capacity(self) -> list[str]:
-        """What llama.cpp must hold at once: some more tokens than asked for, as it splits prompts again."""
-        needed = self.workload.most_tokens()
-        return llama_cpp.capacity(max(self.concurrency), max(needed + 64, self.text.seq_len + 2 if self.text else 0))
-
     def _serve(self, side: Side, repetition: int) -> None:
         """Start a side's server, load it with each number of users, and end it."""
         name = f"repetition {repetition + 1}/{self.repetitions}, {side.name}"
-        arguments = [*(self._capacity() if is_gguf(side.model) else self.serve_arguments), *side.arguments]
+        # Some more tokens than asked for, as llama.cpp splits prompts again.
+        tokens = max(self.workload.most_tokens() + 64, self.text.seq_len + 2 if self.text else 0)
+        shared = engine_of(side.model).arguments(self.serve_arguments, max(self.concurrency), tokens)
+        arguments = [*shared, *side.arguments]
         logs = self.folder / "logs" / f"{side.name}-{repetition + 1}"
         click.echo(f"{name}: starting its server")
         with (

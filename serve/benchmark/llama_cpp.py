@@ -7,6 +7,7 @@ request, whose prompt is what precedes; llama.cpp keeps keys and values of the r
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,59 +17,64 @@ from typing import Any
 
 from ria_vllm.errors import RiaError
 
+VOCABULARY = 1 << 20  # at most
 Ask = Callable[..., Any]  # (path, content of a POST request) -> the answer
 
 
-def is_gguf(model: str) -> bool:
-    return model.endswith(".gguf")
+class LlamaCpp:
+    """Serves files. It is asked as `Vllm` is."""
 
+    # Its server closes a connection that is idle for seconds, at times just as the client uses it again.
+    client_arguments = ("--header", "Connection=close")
+    counts_tokens = False  # the client splits the text again
 
-def capacity(users: int, tokens: int) -> list[str]:
-    """Arguments for so many users at once, each with a prompt and an answer of so many tokens in all."""
-    return ["--parallel", str(users), "--ctx-size", str(users * tokens)]
+    def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
+        """With all cores of this process and no cache of prompts.
 
+        Raises:
+            RiaError: the file or llama.cpp is missing.
+        """
+        if not Path(model).is_file():
+            raise RiaError(f"{model}: no such file. llama.cpp serves files: download it first.")
+        server = shutil.which("llama-server")
+        if server is None and importlib.util.find_spec("xllamacpp") is None:
+            raise RiaError(
+                f"{model} is served by llama.cpp. Put a `llama-server` built for this processor on the path, or "
+                "`pip install xllamacpp`, whose build uses AVX2 at most."
+            )
+        start = [sys.executable, "-m", __spec__.name] if server is None else [server]
+        start += ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
+        return [*start, "--threads", str(len(os.sched_getaffinity(0))), "--no-cache-prompt", *arguments]
 
-def command(model: str, port: int, arguments: Sequence[str]) -> list[str]:
-    """llama.cpp's server of a .gguf file, with all cores of this process and no cache of prompts.
+    def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
+        """For so many users at once, each with a prompt and an answer of so many tokens in all."""
+        return ["--parallel", str(users), "--ctx-size", str(users * tokens)]
 
-    Raises:
-        RiaError: the file or llama.cpp is missing.
-    """
-    if not Path(model).is_file():
-        raise RiaError(f"{model}: no such file. llama.cpp serves files: download it first.")
-    server = shutil.which("llama-server")
-    if server is None and importlib.util.find_spec("xllamacpp") is None:
-        raise RiaError(
-            f"{model} is served by llama.cpp. Put a `llama-server` built for this processor on the path, or "
-            "`pip install xllamacpp`, whose build uses AVX2 at most."
-        )
-    start = [sys.executable, "-m", __spec__.name] if server is None else [server]
-    start += ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
-    return [*start, "--threads", str(len(os.sched_getaffinity(0))), "--no-cache-prompt", *arguments]
+    def weight_files(self, model: str) -> set[Path]:
+        """All parts of a model in parts, which llama.cpp finds itself."""
+        return set(Path(model).parent.glob(re.sub(r"-\d{5}-of-", "-*-of-", Path(model).name)))
 
+    def tokenize(self, ask: Ask, model: str, text: str) -> tuple[list[int], int]:
+        """The text's tokens, and the tokens that fit a request."""
+        tokens = ask("/tokenize", {"content": text, "add_special": True})["tokens"]
+        return tokens, ask("/props")["default_generation_settings"]["n_ctx"]
 
-def tokenize(ask: Ask, text: str) -> tuple[list[int], int]:
-    """The text's tokens, as vLLM's /tokenize gives them, and the tokens that fit a request."""
-    tokens = ask("/tokenize", {"content": text, "add_special": True})["tokens"]
-    return tokens, ask("/props")["default_generation_settings"]["n_ctx"]
+    def prompt_logprobs(self, ask: Ask, model: str, window: list[int], top: int) -> list[dict[int, float]]:
+        """Logprobs of the `top` likeliest tokens and of the window's own one, for all of its positions but the first.
 
-
-def prompt_logprobs(ask: Ask, window: list[int], top: int, vocabulary: int = 1 << 20) -> list[dict[int, float]]:
-    """Logprobs of the `top` likeliest tokens and of the window's own one, for all of its positions but the first.
-
-    Raises:
-        LookupError, TypeError: an answer is not as expected.
-    """
-    # What is written does not matter, but llama.cpp tells nothing of ends and parts of characters: let it write a.
-    written = {"n_predict": 1, "logit_bias": [[ask("/tokenize", {"content": "a"})["tokens"][-1], 1000.0]]}
-    positions = []
-    for end in range(1, len(window)):
-        request = {"prompt": window[:end], "cache_prompt": True} | written
-        listed = _listed(ask("/completion", request | {"n_probs": top}))
-        if window[end] not in listed:
-            listed[window[end]] = _listed(ask("/completion", request | {"n_probs": vocabulary}))[window[end]]
-        positions.append(listed)
-    return positions
+        Raises:
+            LookupError, TypeError: an answer is not as expected.
+        """
+        # What is written does not matter, but llama.cpp tells nothing of ends and parts of characters: let it write a.
+        written = {"n_predict": 1, "logit_bias": [[ask("/tokenize", {"content": "a"})["tokens"][-1], 1000.0]]}
+        positions = []
+        for end in range(1, len(window)):
+            request = {"prompt": window[:end], "cache_prompt": True} | written
+            listed = _listed(ask("/completion", request | {"n_probs": top}))
+            if window[end] not in listed:
+                listed[window[end]] = _listed(ask("/completion", request | {"n_probs": VOCABULARY}))[window[end]]
+            positions.append(listed)
+        return positions
 
 
 def _listed(answer: dict[str, Any]) -> dict[int, float]:
@@ -76,7 +82,7 @@ def _listed(answer: dict[str, Any]) -> dict[int, float]:
 
 
 def main() -> None:
-    """`llama-server` with the arguments of `command`, by xllamacpp."""
+    """`llama-server` with the arguments of `LlamaCpp.command`, by xllamacpp."""
     import xllamacpp
 
     parser = argparse.ArgumentParser(allow_abbrev=False)

@@ -9,9 +9,9 @@ import numpy as np
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark.engines import VLLM, engine_of
 from ria_vllm.serve.benchmark.process import SupervisedProcess
-from ria_vllm.serve.benchmark.server import VLLM, Server, api_key
+from ria_vllm.serve.benchmark.server import Server, api_key
 
 # Figures of `vllm bench serve`, by its names -> titles of columns.
 REPORTED = {
@@ -77,10 +77,8 @@ def online(
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name]
-    by_llama_cpp = is_gguf(server.model_name)
-    if by_llama_cpp:
-        # llama.cpp's server closes a connection that is idle for seconds, at times just as the client uses it again.
-        command += ["--header", "Connection=close"]
+    engine = engine_of(server.model_name)
+    command += engine.client_arguments
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     direct = f"{given},127.0.0.1".lstrip(",")  # no proxy for a server on this machine
     environment = {"no_proxy": direct, "NO_PROXY": direct, "OPENAI_API_KEY": api_key()}
@@ -94,7 +92,7 @@ def online(
             raise RiaError(f"The server ended under load. {server.process.end_of_log()}")
         if status != 0:
             raise RiaError(f"vllm bench serve ended with status {status}. {client.end_of_log()}")
-    figures = read_result(result, requests, workload.output_len, recount=by_llama_cpp)
+    figures = read_result(result, requests, workload.output_len, recount=not engine.counts_tokens)
     return {**figures, "memory_bytes": peak}
 
 

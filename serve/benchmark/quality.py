@@ -1,8 +1,4 @@
-"""Perplexity and divergence of a model as it is served, from what its own server says of a text.
-
-vLLM's completions take token ids and give, for every token of the prompt, its logprob and those of the TOP likeliest
-ones (`prompt_logprobs`), in float32 and before any temperature.
-"""
+"""Perplexity and divergence of a model as it is served, from what its own server says of a text."""
 
 import http.client
 import json
@@ -19,8 +15,7 @@ import numpy as np
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark import llama_cpp
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark.engines import engine_of
 from ria_vllm.serve.benchmark.server import Server, ask
 
 TOP = 256  # logprobs per position
@@ -80,11 +75,7 @@ class TextQuality:
                 not fit the server's context, or the server does not answer.
         """
         ask = partial(answer_of, name, server)
-        if is_gguf(server.model_name):
-            tokens, context = llama_cpp.tokenize(ask, self._content)
-        else:
-            answer = ask("/tokenize", {"model": server.model_name, "prompt": self._content})
-            tokens, context = answer["tokens"], answer["max_model_len"]
+        tokens, context = engine_of(server.model_name).tokenize(ask, server.model_name, self._content)
         tokens = tokens[: self._max_tokens]
         if len(tokens) < self.seq_len:
             raise RiaError(
@@ -129,21 +120,11 @@ class TextQuality:
     def _positions(self, name: str, server: Server, window: list[int]) -> list[Listed]:
         """What the server says of all positions of a window but the first."""
         ask = partial(answer_of, name, server)
-        request = {"model": server.model_name, "prompt": window, "max_tokens": 1, "temperature": 0}
         try:
-            if is_gguf(server.model_name):
-                positions = llama_cpp.prompt_logprobs(ask, window, TOP)
-            else:
-                answer = ask("/v1/completions", request | {"prompt_logprobs": TOP})
-                positions = [logprobs_in(one) for one in answer["choices"][0]["prompt_logprobs"][1:]]
+            positions = engine_of(server.model_name).prompt_logprobs(ask, server.model_name, window, TOP)
             return [listed_in(logprobs, token) for logprobs, token in zip(positions, window[1:], strict=True)]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise RiaError(f"{name}: its server does not answer with the prompt's logprobs ({error!r}).") from None
-
-
-def logprobs_in(entries: dict[str, dict[str, Any]]) -> dict[int, float]:
-    """One entry of vLLM's `prompt_logprobs`: token id -> {"logprob", ...}."""
-    return {int(token): float(entry["logprob"]) for token, entry in entries.items()}
 
 
 def listed_in(logprobs: dict[int, float], token: int) -> Listed:

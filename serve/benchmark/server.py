@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,9 @@ from pathlib import Path
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark import llama_cpp
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark.engines import engine_of
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 # Ignores the proxies that the environment names: a server on this machine is not behind them.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -93,11 +90,7 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    if is_gguf(model):
-        command = llama_cpp.command(model, port, arguments)
-    else:
-        command = [*VLLM, "serve", model, *arguments, "--served-model-name", model]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+    command = engine_of(model).command(model, port, arguments)
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
         with monitor.phase("waiting for the server to start"):

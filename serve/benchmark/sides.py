@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ria_vllm.checkpoint.weight_files import weight_files
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.llama_cpp import is_gguf
+from ria_vllm.serve.benchmark.engines import engine_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,6 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
 def weight_bytes(folder: str) -> int | None:
     """Bytes of the weight files of a Hugging Face folder or of a .gguf file; None for a hub id and other formats."""
     try:
-        if is_gguf(folder):  # llama.cpp finds the other parts of one itself
-            parts = Path(folder).parent.glob(re.sub(r"-\d{5}-of-", "-*-of-", Path(folder).name))
-            return sum(path.stat().st_size for path in parts) or None
-        return sum(path.stat().st_size for path in set(weight_files(Path(folder)).values()))
+        return sum(path.stat().st_size for path in engine_of(folder).weight_files(folder)) or None
     except (RiaError, OSError):
         return None

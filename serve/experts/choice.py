@@ -10,23 +10,23 @@ from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.packing import activation_of
-from ria_vllm.serve.experts.stored import WAY_OUT, ExpertOrders, StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 
 
-def layer_config(
-    layer: RoutedExperts, scheme: WeightScheme, orders: ExpertOrders, sizes: ExpertSizes
-) -> ExpertsLayerConfig | str:
-    """The layer as kernels know it; or because of what no kernel serves it."""
+def layer_config(layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes) -> ExpertsLayerConfig:
+    """The layer as kernels know it.
+
+    Raises:
+        ValueError: why none serves it.
+    """
     moe, activation = layer.moe_config, activation_of(layer)
     if activation is None:
-        return f"with the activation {layer.activation.value}"
+        raise ValueError(f"with the activation {layer.activation.value}")
     if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
-        return "with data, sequence or context parallel"
-    if not orders.shared_input:
-        return "in different channel orders (compress the model again)"
+        raise ValueError("with data, sequence or context parallel")
     return ExpertsLayerConfig(
         device=torch.device(moe.device),
         act_dtype=moe.in_dtype,
@@ -43,13 +43,12 @@ def layer_config(
 
 
 def choose(
-    layer: RoutedExperts, experts: StoredExperts, config: ExpertsLayerConfig | str
+    layer: RoutedExperts, experts: StoredExperts, scheme: WeightScheme, sizes: ExpertSizes
 ) -> tuple[experts_registry.Choice | None, DenseExpertsMethod | None]:
     """A kernel if there is a fast one or one is forced, else vLLM's method if it can, else a slow kernel.
 
     Args:
         experts: those that the layer serves, for errors.
-        config: see `layer_config`.
 
     Returns:
         The kernel, or vLLM's method; the other is None.
@@ -57,18 +56,21 @@ def choose(
     Raises:
         RiaError: none can.
     """
-    choice = None
-    if isinstance(config, ExpertsLayerConfig):
+    choice, reason = None, ""
+    try:
+        config = layer_config(layer, scheme, sizes)
+    except ValueError as error:
+        reason = str(error)
+    else:
         choice = experts_registry.choose(config)
-        kernel = choice.kernel
-        if not kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == kernel.name:
+        if not choice.kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == choice.kernel.name:
             return choice, None
     dense = DenseExpertsMethod(layer)
     if dense.unserved is None:
         return None, dense
     if choice is None:
         raise RiaError(
-            f"{experts.name}: no kernel serves these experts {config}, and they cannot be served dense either: "
+            f"{experts.name}: no kernel serves these experts {reason}, and they cannot be served dense either: "
             f"{dense.unserved}. {WAY_OUT}"
         )
     return choice, None

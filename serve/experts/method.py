@@ -9,7 +9,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
-from ria_vllm.serve.experts.choice import choose, layer_config
+from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
@@ -122,7 +122,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if reason := uneven_cut(scheme, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
         orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
-        self.choice, self.dense = choose(layer, experts, layer_config(layer, scheme, orders, self.sizes))
+        self.choice, self.dense = choose(layer, experts, scheme, self.sizes)
         if self.dense is not None:
             self.experts_cls = self.dense.experts_cls
 
@@ -170,7 +170,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             dummy = holds_dummies(missing, "the other experts' tensors", bool(self.loader.loaded), first)
         finally:
             self.forget()
-        loaded = self._loaded(layer, stored, dummy, scales)
+        loaded = self._loaded(stored, dummy, scales)
         if self.choice is None:
             self._serve_dense(layer, loaded)
         else:
@@ -201,17 +201,14 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         ]
         return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
 
-    def _loaded(
-        self, layer: RoutedExperts, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]
-    ) -> LoadedExperts:
+    def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
         """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
-        inputs = [self.orders.inputs[expert] for expert, _ in self._local_experts(layer)]
         return LoadedExperts(
             self._weights(stored, GATE_UP, dummy, scales),
             self._weights(stored, DOWN, dummy, scales),
             stored.get(GATE_UP + BIAS),
             stored.get(DOWN + BIAS),
-            inputs,
+            self.orders.input,
         )
 
     def _weights(
@@ -251,7 +248,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         gathered = packed is not None and packed.input_permutation is not None
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
         self.report.add(
-            [kernel], self.orders.folded, int(gathered), dense_bytes, bytes_here,
+            kernel, self.orders.folded, int(gathered), dense_bytes, bytes_here,
             f"{self.experts.name} {kernel} {shapes}",
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """From the loaded weights of an MoE layer's experts to what computes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,14 +48,14 @@ class LoadedExperts:
             which its down projection takes them.
         down: of a weight [E * H, I].
         gate_up_bias, down_bias: [E, rows] and [E, H], or None.
-        input_orders: for each expert of this rank, int32 [H] of gate (if there is one) and of up; None: the model's.
+        input_order: int32 [H], in which all of them take the channels of a token; None: the model's.
     """
 
     gate_up: Weights
     down: Weights
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
-    input_orders: Sequence[tuple[np.ndarray | None, ...]]
+    input_order: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class PackedExperts:
 
 
 def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
-    """Pack `experts`, which are pruned and all take their input in one order, and register what the kernel needs."""
+    """Pack `experts`, which are pruned, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
         {name: part.unflatten(0, (config.num_experts, -1)) for name, part in _in_format(weights, choice).items()}
@@ -103,7 +103,7 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
     names = tuple(f"experts_packed_{i}" for i in range(len(packed)))
     for name, tensor in zip(names, packed):
         set_parameter(layer, name, tensor)
-    order = experts.input_orders[0][0]
+    order = experts.input_order
     if order is None:
         return PackedExperts(choice, names, None)
     set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device, copy=True))
@@ -130,14 +130,13 @@ def fill_dense(
         )
     w13, w2 = layer.w13_weight.data.zero_(), layer.w2_weight.data.zero_()
     rows = rows_of_w13(layer, here, w13.shape[1], device)
+    order = experts.input_order
+    columns = None if order is None else permutation.invert(torch.from_numpy(order).long()).to(device)
     for expert in range(count):
         matrix = _dense(experts.gate_up, expert, len(rows) * here, w13.dtype)
-        for i, order in enumerate(experts.input_orders[expert]):
-            of_output = matrix[i * here : (i + 1) * here]
-            if order is not None:
-                columns = permutation.invert(torch.from_numpy(order).long()).to(device)
-                of_output = of_output.index_select(1, columns)
-            w13[expert, rows[i], : sizes.hidden] = of_output
+        matrix = matrix if columns is None else matrix.index_select(1, columns)
+        for i, places in enumerate(rows):
+            w13[expert, places, : sizes.hidden] = matrix[i * here : (i + 1) * here]
         w2[expert, : sizes.hidden, :here] = _dense(experts.down, expert, sizes.hidden, w2.dtype)
     if experts.gate_up_bias is not None:
         for i, places in enumerate(rows):

@@ -86,11 +86,12 @@ class ExpertOrders:
 
     Attributes:
         rows: in which the rows of gate and up are taken, so that down finds its input as stored; None: as they are.
-        inputs: int32 [H], in which gate (if there is one) and up take the channels of a token; None: the model's own.
+        input: int32 [H], in which gate (if there is one) and up of all experts take the channels of a token; None: the
+            model's own.
     """
 
     rows: tuple[np.ndarray | None, ...]
-    inputs: tuple[tuple[np.ndarray | None, ...], ...]
+    input: np.ndarray | None
 
     @classmethod
     def of(cls, experts: StoredExperts, permutations: Mapping[str, np.ndarray], folding: Folding) -> "ExpertOrders":
@@ -100,9 +101,10 @@ class ExpertOrders:
         absorb the order of down even without a fold.
 
         Raises:
-            RiaError: a fold of the checkpoint wants these rows in another order.
+            RiaError: a fold of the checkpoint wants these rows in another order, or experts take a token's channels in
+                different ones.
         """
-        rows, inputs = [], []
+        rows = []
         for expert in range(experts.num_experts):
             order = permutations.get(experts.linear("down", expert))
             for kind in experts.patterns:
@@ -113,21 +115,20 @@ class ExpertOrders:
                             f"{linear}: a fold reorders its rows for another linear than the expert's own down "
                             f"projection, which is not served. {WAY_OUT}"
                         )
-            first = [experts.linear(kind, expert) for kind in experts.patterns if kind != "down"]
             rows.append(order)
-            inputs.append(tuple(None if name in folding.folded else permutations.get(name) for name in first))
-        return cls(tuple(rows), tuple(inputs))
+        first = [linear for linear, kind, _ in experts.linears() if kind != "down"]
+        inputs = [None if name in folding.folded else permutations.get(name) for name in first]
+        if not all(np.array_equal(one, inputs[0]) for one in inputs):
+            raise RiaError(
+                f"{experts.name}: its experts take their input in different permutations. Compress the model again; "
+                + WAY_OUT
+            )
+        return cls(tuple(rows), inputs[0])
 
     @property
     def folded(self) -> int:
         """Permutations that cost nothing."""
         return sum(order is not None for order in self.rows)
-
-    @property
-    def shared_input(self) -> bool:
-        """Whether all experts take the token's channels in one order."""
-        orders = [order for pair in self.inputs for order in pair]
-        return all(np.array_equal(order, orders[0]) for order in orders)
 
     def check(self, experts: StoredExperts, hidden: int, intermediate: int) -> None:
         """Check the lengths of all orders.
@@ -135,10 +136,8 @@ class ExpertOrders:
         Raises:
             RiaError: one does not have as many channels as its linear's input.
         """
-        for expert, (rows, inputs) in enumerate(zip(self.rows, self.inputs)):
-            for order, size in ((rows, intermediate), *((order, hidden) for order in inputs)):
-                if order is not None and len(order) != size:
-                    raise RiaError(
-                        f"{experts.name}: a permutation of expert {expert} has {len(order)} channels, its input "
-                        f"{size}. Get the files again."
-                    )
+        for order, size in ((self.input, hidden), *((order, intermediate) for order in self.rows)):
+            if order is not None and len(order) != size:
+                raise RiaError(
+                    f"{experts.name}: a permutation has {len(order)} channels, its input {size}. Get the files again."
+                )

@@ -17,7 +17,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 from ria_vllm.serve.linear.dense_int8 import DenseInt8Method, dense_int8
-from ria_vllm.serve.linear.packing import PackedLinear, RowGroup, pack_linear
+from ria_vllm.serve.linear.packing import PackedLinear, pack_linear
 from ria_vllm.serve.linear.parameters import (
     Creation,
     PackedTensors,
@@ -110,6 +110,12 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{self.prefix}: vLLM fuses {', '.join(self.names)}, but they are not stored alike. Compress the model "
                 "again with all of them in --ignore, or none."
             )
+        first = self.linears[0].input_permutation
+        if not all(np.array_equal(linear.input_permutation, first) for linear in self.linears):
+            raise RiaError(
+                f"{self.prefix}: vLLM fuses {', '.join(self.names)}, whose permutations differ. Compress the "
+                "model again; `ria-vllm export` makes a dense folder of this one."
+            )
         self.output_sizes = tuple(output_partition_sizes)
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
@@ -150,7 +156,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self._serve_dense(layer, loaded)
         else:
-            packed = pack_linear(layer, weights, self._groups(), self.dtype, self.scheme.input_dtype)
+            packed = pack_linear(layer, weights, self.linears[0].input_permutation, self.dtype, self.scheme.input_dtype)
             self.packed.check(self.prefix, layer, packed.parameters)
             layer.ria_packed = packed
         if first:
@@ -202,20 +208,6 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.dense = UnquantizedLinearMethod()
         self.dense.process_weights_after_loading(layer)
 
-    def _groups(self) -> list[RowGroup]:
-        """One group for all rows, if all linears take their input in the same order; else one for each output."""
-        permutations = [linear.input_permutation for linear in self.linears]
-        first, *others = permutations
-        if all(np.array_equal(other, first) for other in others):
-            return [RowGroup(0, sum(self.output_sizes), first)]
-        if len(permutations) != len(self.output_sizes):
-            raise RiaError(
-                f"{self.prefix}: vLLM divides it into {len(self.output_sizes)} outputs, unlike the checkpoint, whose "
-                f"linears ({', '.join(self.names)}) have different permutations. Compress the model again."
-            )
-        starts = np.cumsum([0, *self.output_sizes]).tolist()
-        return [RowGroup(*group) for group in zip(starts, self.output_sizes, permutations)]
-
     def _report(self, layer: LinearBase, weights: Weights | None) -> None:
         packed = layer.ria_packed
         if weights is None:
@@ -226,9 +218,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             reason = f"{self.prefix} and others like it are not 2:4 and served dense"
             self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return
-        for call in packed.calls:
-            self.report.warn_of_choice(call.choice, self.scheme.activations)
-        kernels = [str(call.choice) for call in packed.calls]
+        self.report.warn_of_choice(packed.choice, self.scheme.activations)
+        kernel = str(packed.choice)
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
@@ -236,8 +227,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if packed.input_channels is not None:
             self.report.warn_of_all_gather()
         self.report.add(
-            kernels, permuted - gathered, gathered, dense_bytes, packed.packed_bytes(layer),
-            f"{self.prefix} {kernels} {shapes}",
+            kernel, permuted - gathered, gathered, dense_bytes, packed.packed_bytes(layer),
+            f"{self.prefix} {kernel} {shapes}",
         )  # fmt: skip
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

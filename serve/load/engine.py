@@ -18,7 +18,7 @@ PACKED_FORMATS = ("sharded_state", "runai_streamer_sharded", "tensorizer")
 CACHE_READER = "gemma4_mtp"
 
 ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
-"""Which model the server's LoRA adapters were trained on: 1, the folder that is served; 0, the dense model."""
+"""1: all LoRA adapters of the server were trained on the folder that is served."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class EngineOptions:
         shares_cache: others read what the model keeps in the KV cache: another engine or a store (KV connectors, KV
             offloading), or a draft with an `o_proj` of its own.
         weight_offload: the option by which vLLM keeps weights in the CPU's memory; None if it keeps none there.
-        drafted_layers: numbers of the decoder layers whose part of the cache a draft reads; None: no draft does, or the
-            draft itself is being built.
+        draft_reads_cache: a draft reads what the model keeps in the KV cache. False while the draft itself is built.
         needs_plain_head: why vLLM may read, or replace, the weight of the head or the embedding by itself; None: it
             does not.
     """
@@ -43,7 +42,7 @@ class EngineOptions:
     model_config: ModelConfig | None = None
     shares_cache: bool = False
     weight_offload: str | None = None
-    drafted_layers: frozenset[int] | None = None
+    draft_reads_cache: bool = False
     needs_plain_head: str | None = None
 
     @classmethod
@@ -54,35 +53,30 @@ class EngineOptions:
             return cls()
         lora = config.lora_config is not None and not _builds_draft(config)
         leaves = config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None
-        drafted = _drafted_layers(config)
+        drafted = _draft_reads_cache(config)
         return cls(
-            str(config.load_config.load_format), lora, config.model_config, leaves or drafted is not None,
+            str(config.load_config.load_format), lora, config.model_config, leaves or drafted,
             _weight_offload(config), drafted, _needs_plain_head(config),
         )  # fmt: skip
 
     @property
-    def own_adapters(self) -> bool | None:
-        """Whether all adapters were trained on the folder that is served; None: the user does not say.
+    def own_adapters(self) -> bool:
+        """Whether the user says that all adapters were trained on the folder that is served.
 
         Raises:
             RiaError: the variable has a value that means nothing.
         """
         value = os.environ.get(ADAPTERS_VARIABLE, "")
-        if value not in ("", "0", "1"):
+        if value not in ("", "1"):
             raise RiaError(
                 f"{ADAPTERS_VARIABLE}={value[:80]}: set it to 1 if all LoRA adapters of this server were trained on "
-                "the folder that is served, to 0 if all were trained on the dense model, or leave it unset."
+                "the folder that is served, or leave it unset."
             )
-        return None if value == "" else value == "1"
+        return value == "1"
 
     @property
     def dummy_weights(self) -> bool:
         return self.load_format == "dummy"
-
-    @property
-    def takes_mistral(self) -> bool:
-        """Whether vLLM prefers weights in Mistral's own format to others beside them."""
-        return self.load_format in (None, "auto", "mistral")
 
     @property
     def packed_weights(self) -> bool:
@@ -119,20 +113,11 @@ def _builds_draft(config: VllmConfig) -> bool:
     return bool(calls) and calls[-1].get("model_config") is speculative.draft_model_config
 
 
-def _drafted_layers(config: VllmConfig) -> frozenset[int] | None:
-    """See `EngineOptions.drafted_layers`. Only vLLM's `Gemma4Proposer`, and the V2 runner's `Gemma4Speculator`, have
-    such a draft. It reads the last layer of each type that has keys and values of its own. One class counts the layers
-    by `layer_types`, the other by `num_hidden_layers`; where the results differ, the layers of both are included."""
-    speculative = config.speculative_config
-    draft = None if speculative is None else getattr(speculative.draft_model_config, "hf_config", None)
-    if getattr(draft, "model_type", None) != CACHE_READER or _builds_draft(config):
-        return None
-    text = speculative.target_model_config.hf_config.get_text_config()
-    types = text.layer_types
-    shared = getattr(text, "num_kv_shared_layers", 0) or 0
-    counts = {len(types), getattr(text, "num_hidden_layers", len(types))}
-    last = ({kind: number for number, kind in enumerate(types[: count - shared])} for count in counts)
-    return frozenset(number for layers in last for number in layers.values())
+def _draft_reads_cache(config: VllmConfig) -> bool:
+    """See `EngineOptions.draft_reads_cache`. Only vLLM's `Gemma4Proposer`, and the V2 runner's `Gemma4Speculator`, have
+    such a draft."""
+    draft = getattr(getattr(config.speculative_config, "draft_model_config", None), "hf_config", None)
+    return getattr(draft, "model_type", None) == CACHE_READER and not _builds_draft(config)
 
 
 def _needs_plain_head(config: VllmConfig) -> str | None:

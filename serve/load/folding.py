@@ -43,7 +43,7 @@ class RowOrder:
         """
         rows, end = tensor.shape[0], self.start + len(self.order) // self.blocks
         places = permutation.places(rows, self.start, end, self.blocks)
-        if isinstance(places, str) or (self.for_all and end != rows):
+        if self.for_all and end != rows:
             raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
         order = torch.from_numpy(self.order)
         if self.for_all:
@@ -96,9 +96,12 @@ def fold(
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
         by_heads = rule.coupling == "heads"
-        orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
-        if isinstance(orders, str):
-            raise RiaError(f"{where}: {consumer}: its permutation cannot be folded into attention heads: {orders}.")
+        try:
+            orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
+        except ValueError as error:
+            raise RiaError(
+                f"{where}: {consumer}: its permutation cannot be folded into attention heads: {error}."
+            ) from None
         for producer, rows in zip(producers, orders, strict=True):
             start, end = producer.rows or (0, len(rows))
             if start < 0 or (end - start) * producer.blocks != len(rows):

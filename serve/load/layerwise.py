@@ -479,8 +479,7 @@ def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def left_out(model: torch.nn.Module, embeddings: bool = True, others: bool = False) -> list[str]:
-    """Paths of the layers that lack something, and got nothing in a reload that is about to end: dense layers, and
-    attention without the scales of its fp8 KV cache, see `KVCacheScales`.
+    """Paths of the dense layers that lack something, and got nothing in a reload that is about to end.
 
     vLLM will give them what they had, and warns only. Weights that are tied to loaded ones are not among them.
 
@@ -496,7 +495,7 @@ def left_out(model: torch.nn.Module, embeddings: bool = True, others: bool = Fal
         of_its_kind = path in dense or (others and not isinstance(layer, VocabParallelEmbedding))
         wanted = [name for name, tensor in info.restore_metadata[0].items() if _numbers_of(tensor)]
         tied = any(tensor.data_ptr() in loaded for tensor in info.kernel_tensors[0].values())
-        if wanted and not tied and getattr(layer, "ria_needs_scales", of_its_kind):
+        if wanted and not tied and of_its_kind:
             found.append(path)
     return found
 

@@ -27,7 +27,7 @@ class LoadReport:
     Attributes:
         expected: layers that will be loaded.
         loaded: layers that have been loaded.
-        kernels: kernel, and how it serves its layers -> number of calls in a forward pass.
+        kernels: kernel, and how it serves its layers -> number of layers.
         dense: kernel -> number of layers that are dense in int8.
         folded: permutations that other linears absorb.
         gathered: permutations that linears apply to their inputs themselves.
@@ -48,15 +48,13 @@ class LoadReport:
     graph: str = ""
     keyed: str = ""
 
-    def add(
-        self, kernels: list[str], folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str
-    ) -> None:
+    def add(self, kernel: str, folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
         """Count a layer when its weights are packed for the first time; a reload goes to the same places.
 
         `graph` is everything about the layer that shapes the traced graph.
         """
         self.loaded += 1
-        self.kernels.update(kernels)
+        self.kernels[kernel] += 1
         self.folded += folded
         self.gathered += gathered
         self.dense_bytes += dense_bytes

@@ -2,21 +2,19 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import vllm.envs as envs
 
 from ria_vllm.checkpoint.consistency import check_digests, check_file_digest
-from ria_vllm.checkpoint.side_files import checked_rotations, load_permutations
+from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
     file_metadata,
     files_below,
-    mistral_files,
     read_index,
     tensor_names,
     unindexed_files,
@@ -25,7 +23,7 @@ from ria_vllm.checkpoint.weight_files import (
 )
 from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS
-from ria_vllm.format.schema import PERMUTATIONS_FILE, ROTATIONS_FILE, RiaSchema
+from ria_vllm.format.schema import PERMUTATIONS_FILE, RiaSchema
 
 # Types of errors, of several HTTP libraries, that say that no server has answered.
 NO_ANSWER = ("ConnectionError", "TimeoutError", "Timeout", "TransportError")
@@ -120,21 +118,18 @@ class WeightHeaders:
     Attributes:
         names: of all tensors; None without weight files, as `--load-format dummy` takes a model.
         files: names of the weight files.
-        mistral: why vLLM would read others than an index names, with `--load-format auto`; None if it would not.
     """
 
     def __init__(self, model: str, revision: str | None):
         """Read the names of the tensors.
 
         Raises:
-            RiaError: a file is missing or damaged, two hold the same tensor, or vLLM would read other files than these
-                in any case; OutOfReach if a file cannot be read.
+            RiaError: a file is missing or damaged, or two hold the same tensor; OutOfReach if a file cannot be read.
         """
         self.model = model
         self.revision = revision
         self.names: list[str] | None = None
         self.files: list[str] = []
-        self.mistral: str | None = None
         self._headers: dict[str, tuple[list[str], Mapping[str, str]]] = {}
         self._listed: list[str] | None = None
         index = self._index()
@@ -142,9 +137,6 @@ class WeightHeaders:
             self._read_unindexed()
             return
         shards = read_index(index, model)
-        self.mistral = mistral_files(self._all_files(), shards.values(), model)
-        if self.mistral is not None:
-            self.mistral += " Or serve it with --load-format safetensors."
         if Path(model).is_dir():
             if not any((Path(model) / file).is_file() for file in set(shards.values())):
                 return
@@ -154,8 +146,6 @@ class WeightHeaders:
     def _read_unindexed(self) -> None:
         found: dict[str, str] = {}
         self.files = self._unindexed()
-        if taken := mistral_files(self._all_files(), self.files, self.model):
-            raise RiaError(taken)  # with another load format, vLLM reads them together with the model's own
         _check_complete(self.files, self.model)
         for file in self.files:
             for name in self._header(file)[0]:
@@ -289,17 +279,6 @@ def permutations_of(model: str, revision: str | None, schema: RiaSchema) -> dict
     permutations = load_permutations(path)
     check_digests(schema, permutations, (), model)
     return {name: p.int().numpy() for name, p in permutations.items()}
-
-
-def rotations_of(
-    model: str, revision: str | None, schema: RiaSchema, is_pruned: Callable[[str], bool]
-) -> dict[str, torch.Tensor]:
-    """`ria_vllm.checkpoint.side_files.checked_rotations` of a checkpoint that has some.
-
-    Raises:
-        RiaError: they are missing or damaged, or belong to another run than config.json.
-    """
-    return checked_rotations(locate(model, ROTATIONS_FILE, revision), schema, is_pruned, model)
 
 
 def check_weight_files(headers: WeightHeaders, schema: RiaSchema) -> None:

@@ -1,7 +1,5 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,7 +62,6 @@ class RiaConfig(QuantizationConfig):
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         weightless: the model has no weight files here.
         unread: why files could not be read; dummy weights do not need them.
-        mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
@@ -82,8 +79,6 @@ class RiaConfig(QuantizationConfig):
         super().__init__()
         self.schema = schema
         self.compressed_tensors = compressed_tensors
-        # vLLM reads this from any configuration, and then makes the cache fp8 unless the user chose a dtype.
-        self.kv_cache_scheme = compressed_tensors and compressed_tensors.kv_cache_scheme
         self.where = "this model"
         self.pruned: set[str] | None = None
         self.stored: set[str] | None = None
@@ -92,7 +87,6 @@ class RiaConfig(QuantizationConfig):
         self.names: dict[str, str] = {}
         self.weightless = False
         self.unread: str | None = None
-        self.mistral: str | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
@@ -127,6 +121,11 @@ class RiaConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
         if is_24_checkpoint(config):
+            if config.get("kv_cache_scheme"):
+                raise RiaError(
+                    "config.json: kv_cache_scheme: a checkpoint's scales of an fp8 KV cache are not served. Remove "
+                    "this key from quantization_config; the cache then has the model's dtype."
+                )
             return cls(RiaSchema(sparsity_config=SparsityConfig()), CompressedTensorsConfig.parse(config))
         return cls(RiaSchema.parse(config, "config.json"))
 
@@ -152,7 +151,7 @@ class RiaConfig(QuantizationConfig):
             # Dummy weights do not need the headers; the load format is not known here.
             self.unread = str(error)
             return
-        self.weightless, self.mistral = headers.names is None, headers.mistral
+        self.weightless = headers.names is None
         if headers.names is not None:
             self._read_names(headers.names)
         if self.compressed_tensors is None:
@@ -206,20 +205,6 @@ class RiaConfig(QuantizationConfig):
         self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
         self.permutations = permutations
 
-    @contextmanager
-    def excused(self) -> Iterator[None]:
-        """Do without what only real weights need, if dummies are served. `unread` then refuses weights that follow.
-
-        Errors are not excused where a folder has weights: only files that are out of reach.
-        """
-        try:
-            yield
-        except RiaError as error:
-            known = self.stored is not None and not isinstance(error, OutOfReach)
-            if known or not EngineOptions.current().dummy_weights:
-                raise
-            self.unread = str(error)
-
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         sparsity = self.schema.sparsity_config
         sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
@@ -247,11 +232,7 @@ class RiaConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             self._check_engine()
             return self._moe_method(layer, prefix.removeprefix(DRAFT_PREFIX))
-        if self.kv_cache_scheme is None:
-            return None
-        from ria_vllm.serve.model.kv_cache import kv_cache_method  # imports all of vLLM's compressed-tensors
-
-        return kv_cache_method(layer, self)
+        return None
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
@@ -267,17 +248,14 @@ class RiaConfig(QuantizationConfig):
             )
         if self.unread is not None and not engine.dummy_weights:
             raise RiaError(self.unread)
-        if self.mistral is not None and engine.takes_mistral:
-            raise RiaError(self.mistral)
-        unfit = self.schema.unfit_for_adapters
+        unfit = self.schema.unlike_dense
         if engine.lora and unfit and not engine.own_adapters:
-            # A later version stores how heads were rotated.
-            again = "with --smooth 0" if "smooth" in unfit else "again"
+            without = " ".join({"smooth": "--smooth 0", "rotate": "--rotate none"}[name] for name in unfit)
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
                 f"{' '.join(f'--{name} {value}' for name, value in unfit.items())}`), so LoRA adapters of the dense "
-                f"model would give wrong answers. For those, compress the model {again}. If yours were trained on this "
-                f"folder, set {ADAPTERS_VARIABLE}=1."
+                f"model would give wrong answers. For those, compress the model with {without}. If yours were "
+                f"trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
     def _moe_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:

@@ -20,7 +20,6 @@ from ria_vllm.format import proofs
 from ria_vllm.format.schema import PROOFS_FILE, RiaSchema
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.model.cache_readers import check_rotated_heads
 from ria_vllm.serve.model.checkpoint_files import (
     WeightHeaders,
     check_weight_files,
@@ -108,7 +107,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
         return  # the weights come from elsewhere, by their names
     path = locate(_described_in(config, model_config), "config.json", revision)
     if path is None:
-        if _headers(model, revision).names is None:
+        if WeightHeaders(model, revision).names is None:
             return  # as above
         raise RiaError(
             f"{model}: it has weights, but no config.json that says how they are stored. Get config.json of the same "
@@ -125,7 +124,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
         permutations_of(model, revision, schema)
         if proofs.wanted():
             proofs_of(config, model_config)
-    headers = _headers(model, revision)
+    headers = WeightHeaders(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)
     stored, present_form = _form(schema), _form(config.schema)
@@ -135,7 +134,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
     if orders != present:
         raise _refusal(model, "its weights are stored in other channel orders than those that this server has folded")
     _check_dense(config, headers.names, model)
-    check_rotated_heads(schema, model, revision, config.is_pruned)
+    check_draft(schema, model)
     if lora:
         check_adapters(schema, config.schema, model)
 
@@ -150,25 +149,31 @@ def _described_in(config: RiaConfig, model_config: ModelConfig) -> str:
 def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
     """Check that adapters that fit the folder which this server has loaded also fit another one, `schema`'s.
 
-    Those of the dense model have been rotated by this server's rotations. Scales are not stored, nor were rotations by
-    older versions: then the orders of channels tell runs apart.
+    Scales and rotations are not stored: the orders of channels tell runs apart.
 
     Raises:
         RiaError: they may not fit.
     """
-    changes, same = schema.unlike_dense, schema.rotations_digest == present.rotations_digest
-    told = schema.permutations_digest is not None or schema.rotations_digest is not None
-    if changes != present.unlike_dense or not same or (changes and not told):
+    changes = schema.unlike_dense
+    if changes != present.unlike_dense or (changes and schema.permutations_digest is None):
         raise _refusal(
             model, "its linears may read inputs that are scaled or rotated (--smooth, --rotate) otherwise than here"
         )
 
 
-def _headers(model: str, revision: str | None) -> WeightHeaders:
-    headers = WeightHeaders(model, revision)
-    if headers.mistral is not None and EngineOptions.current().takes_mistral:
-        raise RiaError(headers.mistral)
-    return headers
+def check_draft(schema: RiaSchema, where: str) -> None:
+    """Check that the engine's draft, if it reads the target's KV cache, reads no rotated heads. Gemma 4's makes no keys
+    and values of its own: it attends to those that its target keeps, and reads the result with an `o_proj` of its own.
+
+    Raises:
+        RiaError: it does.
+    """
+    if EngineOptions.current().draft_reads_cache and "rotate" in schema.unlike_dense:
+        raise RiaError(
+            f"{where}: heads were rotated (`compress --rotate heads`), and the draft of --speculative-config reads the "
+            "values of its target's KV cache as the dense model has them, so its guesses would be wrong. Serve without "
+            "--speculative-config, or compress with --rotate none."
+        )
 
 
 def _form(schema: RiaSchema) -> str:
@@ -214,7 +219,7 @@ def _check_compressed_tensors(
         raise _refusal(
             model, f"its quantization_config differs from the one that this server was started with: {difference}"
         )
-    names = _headers(model, revision).names
+    names = WeightHeaders(model, revision).names
     if names is not None:
         names = config.translation.names(names)
         _check_pruned(config, names, model)
@@ -230,7 +235,7 @@ def _difference(new: CompressedTensorsConfig, present: CompressedTensorsConfig) 
             return f"the targets of a group, or ignore, are {theirs.selection} there and {ours.selection} here"
         if theirs != ours:
             return f"{', '.join(ours.selection.targets[:3])} has {theirs} there and {ours} here"
-    return "kv_cache_scheme" if new.kv_cache_scheme != present.kv_cache_scheme else "sparsity_config"
+    return "sparsity_config"
 
 
 def _another_form(model: str) -> RiaError:

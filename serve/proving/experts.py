@@ -61,7 +61,7 @@ def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["Prove
 
 @dataclass(frozen=True)
 class ProvedExperts:
-    """Experts of a layer on this rank; see `ria_vllm.serve.proving.layers.Proved`.
+    """Experts of a layer on this rank; see `ria_vllm.serve.proving.proved.Proved`.
 
     Attributes:
         experts: as the checkpoint stores them; None if that is not known.

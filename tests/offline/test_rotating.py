@@ -13,15 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.export import export_dense
-from ria_vllm.format.schema import ROTATIONS_FILE
-from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.run import Settings as DistillSettings
-from ria_vllm.offline.distill.run import distill
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.progress import Monitor
-from ria_vllm.training import save
 
 
 def rotated(report: dict) -> set[str]:
@@ -54,12 +48,6 @@ def test_kept_weights_are_those_of_the_rotated_model(family, by_hand, make_model
     assert any(name.endswith(".bias") for name in turned) == (family in WITH_BIAS)
     assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
-    stored = load_file(tmp_path / "out" / ROTATIONS_FILE)
-    consumers = [attention.names(index)[1] for index in attention.layers]
-    assert sorted(stored) == sorted(f"{name}.rotations" for name in consumers)
-    for name, rotations in zip(consumers, by_hand, strict=True):
-        assert torch.equal(stored[f"{name}.rotations"], rotations.float())
-    assert not (tmp_path / "dense" / ROTATIONS_FILE).exists()
 
 
 def logits_in_float64(source: Path, folder: Path, changed: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -91,7 +79,6 @@ def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, t
     resumed = Settings(resume=True)
     run_small(source, tmp_path / "out", text, resumed, rotate="heads", **options)
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-    assert digests((tmp_path / "out" / ROTATIONS_FILE).parent) == digests((tmp_path / "whole" / ROTATIONS_FILE).parent)
 
 
 @pytest.mark.parametrize("family, options", [
@@ -172,17 +159,4 @@ def test_what_stays_dense_is_not_rotated(ignored, model, text, tmp_path):
     run_small(model, tmp_path / "without", text, ignore=(ignored,))
     found, want = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "without"))
     assert found.keys() == want.keys() and all(torch.equal(found[name], want[name]) for name in want)
-    assert recipe_of(tmp_path / "out")["rotate"] == "none" and not (tmp_path / "out" / ROTATIONS_FILE).exists()
-
-
-def test_what_is_made_of_the_folder_keeps_the_rotations(model, text, tmp_path):
-    run_small(model, tmp_path / "out", text, rotate="heads")
-    recipe = Distillation(tokens=128, seq_len=64, batch=2, text=str(text), evals=1)
-    distill(tmp_path / "out", str(model), tmp_path / "distilled", recipe, DistillSettings(), Monitor(shown=False))
-    save(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "saved", like=tmp_path / "out")
-    want = (tmp_path / "out" / ROTATIONS_FILE).read_bytes()
-    for name in ("distilled", "saved"):
-        found = Reader(tmp_path / name)
-        assert (tmp_path / name / ROTATIONS_FILE).read_bytes() == want
-        assert found.schema.rotations_digest == Reader(tmp_path / "out").schema.rotations_digest
-        assert list(found.problems()) == []
+    assert recipe_of(tmp_path / "out")["rotate"] == "none"

@@ -8,7 +8,7 @@ import preloaded
 import pytest
 import torch
 
-from ria_vllm.checkpoint.writer import locked
+from ria_vllm.checkpoint.lock import locked
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.run.work import work_folder
 from ria_vllm.offline.runtime.ranks import Ranks, joined

@@ -1,19 +1,17 @@
 """Folders that `tiny.write` wrote, for tests of what is read before the weights."""
 
-import hashlib
 import json
 from types import SimpleNamespace
 
 import torch
 from damage import rewrite
-from safetensors.torch import load_file, save_file
-from tiny import HEAD_DIM
+from safetensors.torch import load_file
 from vllm.config import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.format import permutation
-from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE, ROTATIONS_FILE
+from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE
 from ria_vllm.serve.model.config import RiaConfig
 
 
@@ -30,30 +28,6 @@ def rebind(folder):
     rewrite(folder / SINGLE_FILE, lambda tensors: None, **{DIGESTS["permutations_digest"]: digest})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["permutations_digest"] = digest
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-RANDOM = torch.Generator().manual_seed(5)
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=RANDOM)
-
-
-def random_rotations(kv: int, d: int = HEAD_DIM) -> torch.Tensor:
-    """float64 [kv, d, d], orthogonal."""
-    return torch.linalg.qr(random(kv, d, d)).Q.contiguous()
-
-
-def add_rotations(folder, rotations: dict[str, torch.Tensor]) -> None:
-    """Store rotations, float32, with the digest of docs/reference.md."""
-    (folder / ROTATIONS_FILE).parent.mkdir(exist_ok=True)
-    save_file({f"{name}.rotations": matrices.float() for name, matrices in rotations.items()}, folder / ROTATIONS_FILE)
-    hashed = [(name, rotations[name].float().numpy().astype("<f4").tobytes()) for name in sorted(rotations)]
-    config = json.loads((folder / "config.json").read_text())
-    digest = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in hashed)).hexdigest()
-    config["quantization_config"] |= {"rotations_digest": digest}
-    config["quantization_config"]["recipe"] |= {"rotate": "heads", "source": "org/dense"}
     (folder / "config.json").write_text(json.dumps(config))
 
 

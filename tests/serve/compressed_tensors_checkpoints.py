@@ -1,6 +1,5 @@
 """Small checkpoints as compressed-tensors 0.12 wrote them: 2:4, packed or plain, floating point or quantized."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def write(
         rounded: inputs of int8 layers are rounded to int8, too; those of fp8 layers always are, in the config.
         spoiled: ending of a linear that is not 2:4. The dense format claims that it is, the packed one ignores it.
     """
-    model = tiny.write(tiny.FAMILIES["llama-gqa"], out, scope="none")
+    model = tiny.write(tiny.FAMILIES["llama-gqa"], out, permuted=False)
     path = out / "model.safetensors"
     tensors = load_file(path)
     modules = dict(model.named_modules())
@@ -84,25 +83,3 @@ def write(
     }  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
     return model
-
-
-def add_kv_scales(out: Path, **scales: float) -> None:
-    """Give the checkpoint at `out` scales of an fp8 cache, `k_scale`, `v_scale` or both, the same in every layer."""
-    tensors = load_file(out / "model.safetensors")
-    layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-    for layer, (part, scale) in itertools.product(layers, scales.items()):
-        tensors[f"model.layers.{layer}.self_attn.{part}"] = torch.tensor([scale])
-    save_file(tensors, out / "model.safetensors")
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"]["kv_cache_scheme"] = {
-        "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
-    }  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config))
-
-
-def write_dense(out: Path, model: PreTrainedModel) -> None:
-    """`model` as a checkpoint of compressed-tensors that quantizes nothing, which vLLM serves itself."""
-    model.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
-    (out / "config.json").write_text(json.dumps(config))

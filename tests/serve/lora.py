@@ -2,8 +2,6 @@
 
 import copy
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import tiny
@@ -14,7 +12,7 @@ RANK = 8
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def write_adapter(model: torch.nn.Module, folder: Path, ends: tuple[str, ...] = ("",), **config: object) -> Adapter:
+def write_adapter(model: torch.nn.Module, folder: Path, ends: tuple[str, ...] = ("",)) -> Adapter:
     """Write an adapter of every linear whose name ends so; linear -> A [rank, in] and B [out, rank], scaled."""
     adapter, tensors = {}, {}
     torch.manual_seed(7)
@@ -28,20 +26,15 @@ def write_adapter(model: torch.nn.Module, folder: Path, ends: tuple[str, ...] = 
     content = {
         "peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none", "task_type": "CAUSAL_LM",
         "target_modules": sorted({name.rpartition(".")[2] for name in adapter}),
-    } | config  # fmt: skip
+    }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(content))
-    scale = content["lora_alpha"] / (math.sqrt(RANK) if content.get("use_rslora") else RANK)
-    return {name: (a, b * scale) for name, (a, b) in adapter.items()}
+    return adapter
 
 
-def merged(
-    model: torch.nn.Module,
-    adapter: Adapter,
-    turned: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, change: change,
-) -> torch.nn.Module:
-    """A copy of the model with B A added to its weights, or what `turned` makes of it: float64 [out, in], by linear."""
+def merged(model: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
+    """A copy of the model with B A added to its weights."""
     found = copy.deepcopy(model)
     for name, (a, b) in adapter.items():
         weight = found.get_submodule(name).weight
-        weight.data = (weight.data.double() + turned(name, b.double() @ a.double())).to(weight.dtype)
+        weight.data = (weight.data.double() + b.double() @ a.double()).to(weight.dtype)
     return found

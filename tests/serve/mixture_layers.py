@@ -36,11 +36,11 @@ def swigluoai(gate, up):
 class StoredMixture:
     """Random experts of one layer: the tensors of the files, and the plain matrices that they stand for.
 
-    orders: "shared": gate and up of all experts share one; "linear": each has its own; "none".
+    permuted: gate and up of all experts share a random order of their input channels, each down has its own.
     """
 
     def __init__(
-        self, orders="shared", weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False, pattern="2:4"
+        self, permuted=True, weight_format=FLOAT, bias=False, seed=0, folds=True, rounded=False, pattern="2:4"
     ):
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors, self.plain, self.permutations, self.bias = {}, {}, {}, {}
@@ -51,8 +51,8 @@ class StoredMixture:
             for kind, end in KINDS.items():
                 rows, columns = (HIDDEN, INNER) if kind == "down" else (INNER, HIDDEN)
                 p = torch.randperm(columns, generator=self.rng)
-                p = shared if orders == "shared" and kind != "down" else p
-                self._add(f"{LAYER}.{e}.{end}", rows, columns, p if orders != "none" else None)
+                p = p if kind == "down" else shared
+                self._add(f"{LAYER}.{e}.{end}", rows, columns, p if permuted else None)
         if bias:
             both = torch.randn(EXPERTS, 2 * INNER, generator=self.rng)
             self.tensors[f"{LAYER}.gate_up_proj_bias"] = both

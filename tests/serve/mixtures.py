@@ -153,7 +153,7 @@ def write(
     family: Mixture,
     folder: Path,
     weights: str = "float",
-    scope: str = "shared",
+    permuted: bool = True,
     folds: bool = True,
     seed: int = 0,
     dense_layer: int | None = None,
@@ -164,7 +164,7 @@ def write(
 
     Args:
         weights: name of the weight format.
-        scope: "shared": gate and up of a layer's experts share an order; "linear": each has its own; "none".
+        permuted: gate and up of a layer's experts share a random order of their input channels, each down has its own.
         dense_layer: its experts are not pruned.
         dtype: of the model that the weights are quantized for.
         rounded: config.json says that what experts read is rounded to int8.
@@ -178,18 +178,17 @@ def write(
     weight_format, units, orders = FORMATS[weights], {}, {}
     for name, matrix in matrices.items():
         layer = name.split(".experts.")[0]
-        shared = scope == "shared" and not name.endswith(family.linears[2])
-        key = layer if shared else name
+        key = name if name.endswith(family.linears[2]) else layer
         if key not in orders:
             orders[key] = torch.randperm(matrix.shape[1], generator=rng)
-        p = orders[key] if scope != "none" else torch.arange(matrix.shape[1])
+        p = orders[key] if permuted else torch.arange(matrix.shape[1])
         stored = matrix[:, p].float()
         mask = mask_from_bitmask(compress(stored)[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)
         parts = weight_format.encode(stored, mask, scales)
         units |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         units[f"{name}.{SHAPE}"] = torch.tensor([[matrix.shape[0]], [matrix.shape[1]]])
-        if scope != "none":
+        if permuted:
             units[f"{name}.input_permutation"] = p.int()
         matrix.copy_(stored[:, permutation.invert(p)])  # into the dense files' tensor
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
@@ -208,8 +207,8 @@ def write(
         sparsity_config=SparsityConfig(ignore=sorted(modules)),
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
-        folds=[fold] if folds and scope != "none" else [], experts=[experts],
-        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa"},
+        folds=[fold] if folds and permuted else [], experts=[experts],
+        recipe={"method": "magnitude", "permute": "lsa" if permuted else "none"},
     )  # fmt: skip
     writer = CheckpointWriter(out, overwrite=True)
     writer.write("all", units)

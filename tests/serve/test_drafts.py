@@ -105,7 +105,7 @@ def test_a_draft_with_pruned_experts(vllm_config, unrecorded):
 
 def test_the_first_load_of_a_draft_asks_for_no_adapters(vllm_config, unrecorded, monkeypatch, tmp_path):
     """Nothing tells this folder from another one with other scales, which matters to adapters only."""
-    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path, scope="none")
+    tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path, permuted=False)
     content = json.loads((tmp_path / "config.json").read_text())
     content["quantization_config"]["recipe"]["smooth"] = 0.5
     (tmp_path / "config.json").write_text(json.dumps(content))

@@ -17,12 +17,12 @@ EXPERT_PARALLEL = {"engine": TWO_RANKS | {"enable_expert_parallel": True}}
 ALONE = {
     "mixtral, reload": ("mixtral", {}, {"first": "reload"}),
     "shared expert, int4-g64": ("qwen2_moe", {"weights": "int4-g64"}, {}),
-    "an order for each linear": ("qwen3_moe", {"scope": "linear", "folds": False}, {}),
+    "no folds": ("qwen3_moe", {"folds": False}, {}),
     "a router of the model's own": ("gemma4_text", {}, {}),
     "weighted inputs, int8": ("llama4", {"weights": "int8"}, {}),
     "biases, int4-g32": ("gpt_oss", {"weights": "int4-g32"}, {}),
     "the experts of one layer dense": ("gpt_oss", {"dense_layer": 1}, {}),
-    "no permutations": ("granitemoe", {"scope": "none"}, {}),
+    "no permutations": ("granitemoe", {"permuted": False}, {}),
     "int4-g32, compiled": ("qwen3_moe", {"weights": "int4-g32"}, {"engine": {"enforce_eager": False}}),
 }  # fmt: skip
 # The oracle is the compressed folder in transformers, which rounds in the same places.

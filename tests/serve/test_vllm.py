@@ -41,11 +41,11 @@ ALONE = {
     "tied head": ("gemma2", {}, {}),
     "biases": ("opt", {}, {}),
     "values in blocks": ("gpt-neox", {}, {}),
-    "other prefixes": (GPTJ, {"scope": "linear", "folds": False}, {}),
+    "other prefixes": (GPTJ, {"folds": False}, {}),
     "rearranged rows": (FALCON, {}, {}),
     "latent attention": ("deepseek-v3", {}, LATENT_ATTENTION),
     "latent attention in bfloat16": ("deepseek-v3", BF16, SERVED_BF16 | ROTARY),
-    "no permutations": ("llama-gqa", {"scope": "none"}, {}),
+    "no permutations": ("llama-gqa", {"permuted": False}, {}),
     "some linears dense": ("llama-gqa", {"dense": SOME_DENSE}, {}),
     "float16": ("qwen3", FP16, SERVED_FP16),
     "int8": ("llama-gqa", {"weights": "int8"} | BF16, SERVED_BF16),
@@ -54,8 +54,8 @@ ALONE = {
     "int4-g64": ("llama-gqa", {"weights": "int4-g64"} | BF16, SERVED_BF16),
     "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64"} | FP16, SERVED_FP16),
     "int4-g64, fused on disk": ("phi3", {"weights": "int4-g64"}, {}),
-    "int8-g64, an order for each linear": ("qwen2", {"weights": "int8-g64", "scope": "linear", "folds": False}, {}),
-    "compiled, an order for each linear": ("llama-gqa", {"scope": "linear"}, {"enforce_eager": False}),
+    "int8-g64, no folds": ("qwen2", {"weights": "int8-g64", "folds": False}, {}),
+    "compiled": ("llama-gqa", {}, {"enforce_eager": False}),
 }
 HEAD = {"rounded": True, "head": True}
 ROUNDED = {
@@ -64,7 +64,7 @@ ROUNDED = {
         "qwen2", HEAD | {"weights": "int4-g64", "tie_word_embeddings": True}, {"enforce_eager": False},
     ),
     "int8, dense ones too": ("qwen2", DENSE_INT8 | {"rounded": True}, {}),
-    "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "scope": "none", "rounded": True}, {}),
+    "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "permuted": False, "rounded": True}, {}),
     "int8, dense ones too, rearranged rows": (
         FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
     ),

@@ -30,7 +30,7 @@ def plain(family, **settings):
     """Writes a checkpoint of a training and returns its folder."""
 
     def write(out, seed):
-        tiny.write(tiny.FAMILIES[family], out, scope="none", seed=seed, **settings)
+        tiny.write(tiny.FAMILIES[family], out, permuted=False, seed=seed, **settings)
         return out
 
     return write
@@ -55,7 +55,7 @@ FAMILIES = {
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
     "latent attention": plain("deepseek-v3"),
-    "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, scope="none", seed=seed)[0],
+    "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, permuted=False, seed=seed)[0],
 }
 
 

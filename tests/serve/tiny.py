@@ -167,14 +167,14 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 
 def write(
-    family: Family, out: Path, dtype: torch.dtype = torch.float32, scope: str = "shared", folds: bool = True,
+    family: Family, out: Path, dtype: torch.dtype = torch.float32, permuted: bool = True, folds: bool = True,
     dense: tuple[str, ...] = (), blocks: int = 1, weights: str = "float", rounded: bool = False, head: bool = False,
     pattern: str = "2:4", int8: bool = False, **settings: object,
 ) -> PreTrainedModel:  # fmt: skip
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
     Args:
-        scope: "shared": linears that read one input share an order; "linear": each has its own; "none".
+        permuted: each linear's input channels have a random order, which linears that read one input share.
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
@@ -191,7 +191,7 @@ def write(
         if name.endswith(heads):
             orders[name] = random_order(module.in_features, HEADS, family.kv)
             continue
-        group = next((g for g in family.shared for part in g if name.endswith(part)), ()) if scope == "shared" else ()
+        group = next((g for g in family.shared for part in g if name.endswith(part)), ())
         ending = next((part for part in group if name.endswith(part)), "")
         first = name.removesuffix(ending) + group[0] if group else name
         orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
@@ -200,14 +200,14 @@ def write(
     quantization = weight_format.quantization
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
-        p = orders[name].long() if scope != "none" else torch.arange(module.in_features)
+        p = orders[name].long() if permuted else torch.arange(module.in_features)
         stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
         mask = sparse24.mask_from_bitmask(sparse24.compress(stored, None, PATTERNS[pattern])[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)
         parts = weight_format.encode(stored, mask, scales, PATTERNS[pattern])
         units |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
         units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
-        if scope != "none":
+        if permuted:
             units[f"{stem}.input_permutation"] = orders[name].clone()
         module.weight.data = stored[:, permutation.invert(p)].float()
         if rounded:
@@ -236,7 +236,7 @@ def write(
         int8_linears=[disk.get(name, name) for name in in_int8],
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
-        recipe={"method": "magnitude", "permute": "none" if scope == "none" else "lsa"},
+        recipe={"method": "magnitude", "permute": "lsa" if permuted else "none"},
     )
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__], "dtype": name_of(dtype),

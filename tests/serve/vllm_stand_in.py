@@ -2,10 +2,7 @@
 
 Like vLLM, `serve` asks for the key in VLLM_API_KEY, and `bench serve` sends the one in OPENAI_API_KEY.
 
-Environment variables:
-    STAND_IN_SECONDS: what the start of a server takes.
-    STAND_IN_EVENTS: a file that gets a line for each start.
-    STAND_IN_BREAK: a word; `bench serve` fails when its arguments have it.
+STAND_IN_SECONDS is what the start of a server takes.
 """
 
 import json
@@ -69,15 +66,10 @@ def bench_serve(given) -> None:
 
 
 def main(words: list[str]) -> None:
-    if "STAND_IN_EVENTS" in os.environ:
-        with open(os.environ["STAND_IN_EVENTS"], "a") as file:
-            file.write(" ".join(words) + "\n")
     if words[0] == "serve":
         given, _ = arguments().parse_known_args(words[2:])
         serve(words[1], given.port)
     given, _ = arguments().parse_known_args(words[2:])
-    if os.environ.get("STAND_IN_BREAK", "\n") in words:
-        sys.exit("broken on purpose")
     bench_serve(given)
 
 

@@ -241,15 +241,15 @@ def test_a_module_that_was_replaced_is_refused(pruned_llama, whole):
         model(TOKENS) if whole else optimizer.step()
 
 
-@pytest.mark.parametrize("trained", ["norm", "adapter"])
-def test_nothing_is_trained_beside_an_adapter(pruned_llama, trained):
+@pytest.mark.parametrize("trained", ["weight", "adapter"])
+def test_no_kept_weight_is_trained_beside_an_adapter(pruned_llama, trained):
     """PEFT's checkpoints would not hold them."""
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
     model = load(pruned_llama.folder)
     keep_sparse(model)
     lora = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, lora)
-    name = "model.norm.weight" if trained == "norm" else "layers.1.mlp.up_proj.base_layer.weight"
+    name = "layers.1.mlp.up_proj.base_layer.weight"
     weight = next(parameter for key, parameter in model.named_parameters() if key.endswith(name))
     weight.requires_grad_(trained != "adapter")
     before = weight.detach().clone()
@@ -330,16 +330,3 @@ def test_a_dense_checkpoint_rounds_its_inputs_as_the_folder_does(pruned_llama, t
         rounded, unrounded = whole(tokens).logits, again(tokens).logits
         keep_sparse(again, like=folder)
         assert torch.equal(again(tokens).logits, rounded) and not torch.equal(unrounded, rounded)
-
-
-def test_a_pruned_linear_is_not_trained_as_a_copy(pruned_llama):
-    """PEFT's `modules_to_save` trains a dense copy, which `save` would have to refuse after the training."""
-    peft = pytest.importorskip("peft", reason="peft is not installed (pip install '.[train]')")
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(model, lora)
-    optimizer = torch.optim.SGD([one for one in wrapped.parameters() if one.requires_grad], lr=0.1)
-    loss_of(wrapped).backward()
-    with pytest.raises(RiaError, match=r"layers.0.mlp.down_proj.*trained beside an adapter"):
-        optimizer.step()

@@ -11,6 +11,7 @@ from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.hf.experts_layout import DOWN, ExpertsLayout, experts_modules
 from ria_vllm.offline.model.experiments.candidates import candidates, head_counts
 from ria_vllm.offline.model.experiments.experiment import SEED, Experiment
+from ria_vllm.offline.model.experiments.migrations import producer_rows
 
 DRAWS = 3
 # Rows or columns that are reordered at once.
@@ -118,11 +119,9 @@ def _permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
 
 def _row_orders(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
     """Each producer's linear, and the order int64 [out-features] of its rows."""
-    orders = fold.row_orders(p)
-    assert not isinstance(orders, str)
-    for producer, order in zip(fold.producers, orders, strict=True):
+    for producer, order in zip(fold.producers, fold.row_orders(p), strict=True):
         linear = layer.get_submodule(producer.name)
-        index, places = torch.arange(linear.out_features), _places(linear, producer)
+        index, places = torch.arange(linear.out_features), producer_rows(linear, producer)
         index[places] = places[order]
         yield linear, index
 
@@ -143,17 +142,11 @@ def _matters(experiment: Experiment, consumer: nn.Linear) -> bool:
         _reorder(consumer.weight, 1, permutation.invert(p))
 
 
-def _places(linear: nn.Linear, producer: Producer) -> torch.Tensor:
-    places = permutation.places(linear.out_features, *(producer.rows or (0, linear.out_features)), producer.blocks)
-    assert not isinstance(places, str)
-    return places
-
-
 def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
     for producer in fold.producers:
         linear = layer.get_submodule(producer.name)
         mask = torch.zeros(linear.out_features, dtype=torch.bool)
-        mask[_places(linear, producer)] = True
+        mask[producer_rows(linear, producer)] = True
         yield producer.name, mask
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import rotation
 from ria_vllm.format.layer_schema import Fold
 from ria_vllm.offline.model.experiments.experiment import SEED, Experiment
 from ria_vllm.offline.model.experiments.migrations import producer_rows
@@ -59,18 +58,22 @@ def rotated_parameters(layer: nn.Module, fold: Fold) -> list[str]:
 
 
 def rotate(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
-    """Rotate the heads of a layer, in place.
+    """Multiply the rows of v of each key-value head by that head's matrix, and the columns of o that read this head by
+    its transpose, in place. Together they compute the same as before.
 
     Args:
         fold: by heads, with one producer.
         rotations: [kv heads, d, d], orthogonal, on the layer's device; their dtype is that of the products.
     """
     producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
-    rows = producer_rows(producer, fold.producers[0]).to(rotations.device)
+    rows = producer_rows(producer, fold.producers[0]).to(rotations.device).view(len(rotations), -1)
     for parameter in (producer.weight, producer.bias):
-        if parameter is not None:
-            rotation.rotate_rows(parameter.data, rotations, rows)
-    rotation.rotate_columns(consumer.weight.data, rotations)
+        for own, matrix in zip(rows, rotations, strict=True) if parameter is not None else ():
+            parameter.data[own] = (matrix @ parameter.data[own].to(matrix.dtype)).to(parameter.dtype)
+    columns = consumer.weight.data.split(rotations.shape[1], 1)
+    for head, part in enumerate(columns):
+        matrix = rotations[head * len(rotations) // len(columns)]
+        part.copy_(part.to(matrix.dtype) @ matrix.T)
 
 
 def _stays(experiment: Experiment, fold: Fold, draws: int) -> bool:

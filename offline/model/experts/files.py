@@ -67,6 +67,10 @@ class ExpertFiles:
         return list(self.stacked.values()) or [f"{linear}.weight" for linear in self.linears]
 
 
+class _NotApart(Exception):
+    """Why experts cannot be read one by one."""
+
+
 class ExpertWeights:
     """The experts of all decoder layers, which are read one at a time.
 
@@ -105,12 +109,11 @@ class ExpertWeights:
             self.dense.append(other_experts(layer, width))
             for path, layout in experts_modules(layer).items():
                 prefix = f"{layers_path}.{index}.{path}."
-                found = self._find(prefix, layout)
-                if isinstance(found, str):
-                    self.dense[index][path] = found
-                else:
-                    self.experts[index][path] = found
+                try:
+                    self.experts[index][path] = self._find(prefix, layout)
                     self.parameters |= {prefix + name for name in layout.parameters}
+                except _NotApart as error:
+                    self.dense[index][path] = str(error)
 
     def read(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
         """One expert of layer `index`: linear ("gate", "up", "down") -> [out, in] on the CPU, stored or dequantized.
@@ -139,15 +142,21 @@ class ExpertWeights:
             self._checked.add(key)
         return tensor
 
-    def _find(self, prefix: str, layout: ExpertsLayout) -> ExpertFiles | str:
-        """Where the experts whose parameters' names begin with `prefix` are, or why they cannot be read one by one."""
+    def _find(self, prefix: str, layout: ExpertsLayout) -> ExpertFiles:
+        """Where the experts whose parameters' names begin with `prefix` are.
+
+        Raises:
+            _NotApart: they cannot be read one by one.
+        """
         sources = {name: self._sources(prefix + name) for name in layout.parameters}
         if any(len(found) != 1 or _NUMBERED.fullmatch(found[0]) for found in sources.values()):
-            return "the files have them apart, with biases" if layout.has_bias else self._apart(layout, sources)
+            if layout.has_bias:
+                raise _NotApart("the files have them apart, with biases")
+            return self._apart(layout, sources)
         stacked = {name: found[0] for name, found in sources.items()}
         transposed = {self._is_transposed(layout, name, tensor) for name, tensor in stacked.items()}
         if None in transposed or len(transposed) != 1:
-            return "the files have them stacked in an unknown way"
+            raise _NotApart("the files have them stacked in an unknown way")
         module = next(iter(stacked.values())).removesuffix(".weight").rpartition(".")[0]
         module = module if module.rpartition(".")[2] == "experts" else f"{module}.experts"
         leaves = {kind: f"{kind}_proj" for kind in layout.kinds}
@@ -178,8 +187,8 @@ class ExpertWeights:
         self._check_shape(tensor, found, (experts, *reversed(wanted)))
         return not layout.transposed
 
-    def _apart(self, layout: ExpertsLayout, sources: Mapping[str, Sequence[str]]) -> ExpertFiles | str:
-        unknown = "the files have them apart in an unknown way"
+    def _apart(self, layout: ExpertsLayout, sources: Mapping[str, Sequence[str]]) -> ExpertFiles:
+        unknown = _NotApart("the files have them apart in an unknown way")
         modules: set[str] = set()
         leaves: dict[str, str] = {}
         present: set[tuple[int, str]] = set()
@@ -188,14 +197,14 @@ class ExpertWeights:
             for written in found:
                 converter, match = self.names.converter_of(written), _NUMBERED.fullmatch(written)
                 if converter is None or match is None or not _stacks(converter, len(kinds)):
-                    return unknown
+                    raise unknown
                 kind = kinds[self.names.source_number(written)]
                 if leaves.setdefault(kind, match["leaf"]) != match["leaf"]:
-                    return unknown
+                    raise unknown
                 modules.add(match["experts"])
                 present.add((int(match["expert"]), kind))
         if len(modules) != 1 or layout.interleaved or layout.transposed:
-            return unknown
+            raise unknown
         leaves = {kind: leaves.get(kind, f"{kind}_proj") for kind in layout.kinds}
         files = ExpertFiles(layout, modules.pop(), leaves)
         wanted = {(expert, kind) for expert in range(layout.num_experts) for kind in layout.kinds}

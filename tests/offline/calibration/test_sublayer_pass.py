@@ -80,8 +80,8 @@ def statistics_of(source, text, out, monkeypatch):
     """Compress `source`; the statistics of each group, by its first linear, and the calibration tokens."""
     found = {}
 
-    def keeping(self, number, groups, with_gram):
-        statistics = gather(self, number, groups, with_gram)
+    def keeping(self, number, groups, with_gram, **rest):
+        statistics = gather(self, number, groups, with_gram, **rest)
         names = [self.place(group.linears[0]).rpartition(" ")[2] for group in groups]
         found.update(zip(names, statistics, strict=True))
         return statistics

@@ -9,6 +9,7 @@ from compressing import edit_config, edit_weights, run_small
 from decoders import small
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.run import compress
@@ -28,8 +29,13 @@ def test_a_linear_that_one_of_the_layers_does_not_use(tiny, text, tmp_path, monk
 
     monkeypatch.setattr(LlamaMLP, "idle", None, raising=False)
     monkeypatch.setattr(StreamedModel, "load_layer", load_layer)
-    with pytest.raises(RiaError, match="model.layers.1.mlp.gate_proj: not used in this layer, but in others like it"):
+    message = "model.layers.1.mlp.gate_proj: not used in this layer, but in others like it.*--ignore mlp.gate_proj"
+    with pytest.raises(RiaError, match=message):
         run_small(tiny("llama"), tmp_path / "out", text)
+    options = {"ignore": (r"1\.mlp",), "weights": "int8", "activations": "int8", "smooth": 0.5}
+    report, _ = run_small(tiny("llama"), tmp_path / "out", text, **options)
+    assert {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")} == set(report["dense_in_int8"])
+    assert list(Reader(tmp_path / "out").problems()) == []
 
 
 def test_a_layer_that_does_not_run_by_itself_is_named(tiny, text, tmp_path, monkeypatch):

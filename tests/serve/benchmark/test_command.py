@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark import load, server
+from ria_vllm.serve.benchmark import engines, load
 from ria_vllm.serve.benchmark.command import bench, check_environment, parse_concurrency
 from ria_vllm.serve.benchmark.comparison import Comparison
 
@@ -84,7 +84,7 @@ def test_secrets_are_refused_on_the_command_line(secret, option, tmp_path):
 
 def test_a_bench_of_stand_ins(tmp_path, monkeypatch):
     """With a key, which the servers ask for, and which is in no result or log."""
-    for module in (server, load):
+    for module in (engines, load):
         monkeypatch.setattr(module, "VLLM", STAND_IN)
     monkeypatch.setenv("VLLM_API_KEY", "KEY-of-the-servers")
     out, harmless = tmp_path / "b", "--tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F"
@@ -105,7 +105,7 @@ def test_a_bench_of_stand_ins(tmp_path, monkeypatch):
 
 def test_a_server_that_cannot_start(tmp_path, monkeypatch):
     program = "import sys; sys.exit(f'no such flag: {sys.argv[-1]}')"
-    monkeypatch.setattr(server, "VLLM", [sys.executable, "-c", program])
+    monkeypatch.setattr(engines, "VLLM", [sys.executable, "-c", program])
     with pytest.raises(RiaError, match="(?s)ended while starting.*server.log.*no such flag"):
         run("x/sparse", "--baseline", "x/dense", "-o", tmp_path, "--serve-args", "--no-such-flag")
     assert not processes_with("x/dense")

@@ -55,18 +55,17 @@ def test_a_pattern_that_no_fast_kernel_takes_unrounded(monkeypatch, backend):
 
 
 @pytest.mark.parametrize(
-    ("orders", "weight_format"),
-    [("none", "float"), ("shared", "float"), ("linear", "int8"), ("shared", "int4-g32"), ("shared", "int8-g128")],
+    ("permuted", "weight_format"),
+    [(False, "float"), (True, "float"), (True, "int4-g32"), (True, "int8-g128")],
 )
-def test_every_format_and_order(experts_path, orders, weight_format):
-    """If each linear has its own order, no kernel serves it, and the dense weights need none."""
-    stored = StoredMixture(orders, FORMATS[weight_format])
+def test_every_format_and_order(experts_path, permuted, weight_format):
+    stored = StoredMixture(permuted, FORMATS[weight_format])
     model = served(stored)
     check(stored, model)
     packed = model.experts.ria_experts
-    assert (packed is not None) == (experts_path != "vllm" and orders != "linear")
+    assert (packed is not None) == (experts_path != "vllm")
     if packed is not None:
-        assert (packed.input_permutation is not None) == (orders == "shared")
+        assert (packed.input_permutation is not None) == permuted
     names = {name for name, _ in model.experts.named_parameters()}
     assert not any("bitmask" in name or "compressed" in name for name in names)
 
@@ -74,7 +73,7 @@ def test_every_format_and_order(experts_path, orders, weight_format):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
     """They have more digits than bfloat16 has."""
-    stored = StoredMixture("none", FORMATS["int8-g32"])
+    stored = StoredMixture(False, FORMATS["int8-g32"])
     for name in stored.plain:
         parts = {part: stored.tensors[f"{name}.{part}"] for part in ("compressed", "bitmask", "weight_scale")}
         parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(dtype)

@@ -22,9 +22,16 @@ def stored_in(weight_format):
 
 
 def elsewhere_permuted():
-    """Of one expert, a permutation of another length than the layer reads."""
+    """Permutations of another length than the layer reads."""
     stored = StoredMixture()
-    stored.permutations[f"{LAYER}.2.up_proj"] = torch.arange(HIDDEN + 4).int().numpy()
+    for name in stored.permutations:
+        stored.permutations[name] = torch.arange(HIDDEN + 4).int().numpy()
+    return stored.config()
+
+
+def differently_permuted():
+    stored = StoredMixture()
+    stored.permutations[f"{LAYER}.2.up_proj"] = stored.permutations[f"{LAYER}.2.up_proj"][::-1].copy()
     return stored.config()
 
 
@@ -51,13 +58,14 @@ REFUSED = {
     "over 32 ranks leave 4 each": (plain, {"tp_size": 32}, (0, 32)),
     "a group of 64.*enable-expert-parallel": (lambda: stored_in(INT4_G64), {"tp_size": 4}, (0, 4)),
     "64 input channels .* int4-g128": (lambda: stored_in(INT4_G128), {"hidden_size": 64}, None),
-    f"expert 2 has {HIDDEN + 4} channels": (elsewhere_permuted, {}, None),
+    f"a permutation has {HIDDEN + 4} channels": (elsewhere_permuted, {}, None),
+    "different permutations. .*ria-vllm export": (differently_permuted, {}, None),
     "0.up_proj: a fold reorders its rows": (folded_from_elsewhere, {}, None),
     f"{LAYER}.{EXPERTS}.up_proj is in none": (plain, {"num_experts": 2 * EXPERTS}, None),
     "but vLLM's layer has 2": (plain, {"num_experts": 2}, None),
     "--enable-eplb": (plain, {"num_redundant_experts": 2, "enable_eplb": True}, None),
     f"{10**15} experts": (counted_by_the_config_alone, {"prefix": LAYER}, None),
-    "swiglu_limit": (lambda: StoredMixture("linear").config(), {"swiglu_limit": 0.7}, None),
+    "swiglu_limit": (plain, {"swiglu_limit": 0.7, "activation": "gelu"}, None),
     "router's weights": (plain, {"apply_router_weight_on_input": True}, None),
 }
 

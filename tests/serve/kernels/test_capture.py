@@ -20,7 +20,7 @@ from ria_vllm.serve.kernels.registry import Choice
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 from ria_vllm.serve.linear import packing
-from ria_vllm.serve.linear.packing import KernelCall, PackedLinear
+from ria_vllm.serve.linear.packing import PackedLinear
 from ria_vllm.serve.linear.parameters import set_parameter
 
 GPU = "meta"
@@ -91,24 +91,21 @@ LAYERS = {
     "name, input_dtype", [(name, None) for name in LAYERS] + [(name, torch.int8) for name in LAYERS if "int" in name]
 )
 def test_a_layer(monkeypatch, name, input_dtype, gathered):
-    """With padding, a permutation, two kernel calls, a bias and, if `gathered`, the channels of all ranks."""
+    """With padding, a permutation, a bias and, if `gathered`, the channels of all ranks."""
     kernel, weight_format, packed = LAYERS[name]
     monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda x: torch.cat([x, x], -1))
-    layer, calls = torch.nn.Module(), []
-    for start, rows in ((0, ROWS), (ROWS, 64)):
-        tensors = packed(rows, COLUMNS + 32)
-        names = tuple(f"packed_{start}_{i}" for i in range(len(tensors)))
-        for parameter, tensor in zip(names, tensors):
-            set_parameter(layer, parameter, tensor)
-        set_parameter(layer, f"order_{start}", on_gpu(COLUMNS + 32, dtype=torch.int32))
-        config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, rows, COLUMNS + 32, input_dtype)
-        calls.append(KernelCall(Choice(kernel, config), names, f"order_{start}", start))
+    layer, tensors = torch.nn.Module(), packed(ROWS, COLUMNS + 32)
+    names = tuple(f"packed_{i}" for i in range(len(tensors)))
+    for parameter, tensor in zip(names, tensors):
+        set_parameter(layer, parameter, tensor)
+    set_parameter(layer, "order", on_gpu(COLUMNS + 32, dtype=torch.int32))
     set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
-    packed_linear = PackedLinear(tuple(calls), "channels" if gathered else None, 32)
-    x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS + 64)
+    config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, ROWS, COLUMNS + 32, input_dtype)
+    packed_linear = PackedLinear(Choice(kernel, config), names, "order", "channels" if gathered else None, 32)
+    x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS)
     with GraphCapture(GPU, BODIES) as capture:
         y = packed_linear.apply(layer, x, bias)
-    assert y.shape == (2, 9, ROWS + 64) and y.dtype == x.dtype
+    assert y.shape == (2, 9, ROWS) and y.dtype == x.dtype
     assert not capture.kept(y)
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def packed(layer):
-    return [getattr(layer, name) for call in layer.ria_packed.calls for name in call.packed]
+    return [getattr(layer, name) for name in layer.ria_packed.packed]
 
 
 def check_kept(layer, plain):
@@ -113,7 +113,7 @@ def test_inputs_that_the_checkpoint_wants_unrounded_stay_so(hopper_layers, dense
     checkpoint = Checkpoint(inputs=inputs, dense=dense)
     layer = checkpoint.single()
     check_dequantized(layer, checkpoint.plain["fc"], torch.bfloat16)
-    assert [str(call.choice) for call in layer.ria_packed.calls] == ["cutlass with fp8 widened to bfloat16"]
+    assert str(layer.ria_packed.choice) == "cutlass with fp8 widened to bfloat16"
 
 
 def test_int8_weights_become_floating_point_on_a_gpu(hopper_layers):

@@ -177,7 +177,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("completeness")
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
     shards_without_index(folder / "out", folder / "shards")
-    tiny.write(tiny.FAMILIES["llama-gqa"], folder / "longer", scope="none", dense=("1.mlp.down_proj",))
+    tiny.write(tiny.FAMILIES["llama-gqa"], folder / "longer", permuted=False, dense=("1.mlp.down_proj",))
     config = json.loads((folder / "longer" / "config.json").read_text())
     (folder / "longer" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     mixture, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], folder / "mixture", dense_layer=1)

@@ -35,7 +35,7 @@ def load(*graphs, report=None):
     report = report or LoadReport()
     report.expected += len(graphs)
     for graph in graphs:
-        report.add(["cpu"], 0, 0, 2, 1, graph)
+        report.add("cpu", 0, 0, 2, 1, graph)
     return report
 
 

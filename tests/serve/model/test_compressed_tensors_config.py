@@ -4,6 +4,7 @@ import copy
 import json
 import time
 
+import pytest
 import torch
 from compressed_tensors.utils import is_match, match_targets
 from hypothesis import example, given, settings
@@ -19,9 +20,7 @@ VALID = {
     "quantization_status": "compressed",
     "global_compression_ratio": None,
     "ignore": ["lm_head", "re:.*self_attn.*"],
-    "kv_cache_scheme": {
-        "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False, "group_size": None,
-    },
+    "kv_cache_scheme": None,
     "sparsity_config": {
         "format": "sparse-24-bitmask", "sparsity_structure": "2:4", "global_sparsity": 0.5,
         "targets": ["Linear", "re:model\\.layers\\.\\d+\\.mlp\\..*"], "ignore": ["lm_head", "re:.*lm_head"],
@@ -57,7 +56,8 @@ def test_a_valid_config():
     config = RiaConfig.from_config(VALID)
     assert config.scheme("model.layers.0.mlp.down_proj").strategy == "tensor"
     assert config.scheme("model.layers.0.mlp.gate_proj").strategy == "channel"
-    assert config.kv_cache_scheme["type"] == "float"
+    with pytest.raises(RiaError, match="kv_cache_scheme: .*Remove this key"):
+        RiaConfig.from_config(VALID | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}})
 
 
 GROUP = ("config_groups", "group_0")

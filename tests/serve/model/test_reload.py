@@ -17,7 +17,7 @@ from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import PERMUTATIONS_FILE
 from ria_vllm.serve.model.config import RiaConfig
-from ria_vllm.serve.model.reload import check_adapters, check_reload
+from ria_vllm.serve.model.reload import check_reload
 
 
 def reload_from(config, folder, lora=False):
@@ -124,17 +124,6 @@ def test_a_reload_of_other_inputs_under_adapters(option, off, on, checkpoint, co
             reload_from(config_of(copy), copy, lora=True)  # the orders of channels show that it is the same run
         else:
             reload_from(config, copy, lora=True)
-
-
-def test_a_reload_of_other_rotations_under_adapters(checkpoint):
-    """Adapters of the dense model were turned by this server's. `distill` leaves them as they are."""
-    present = config_of(checkpoint).schema.model_copy(
-        update={"permutations_digest": None, "rotations_digest": "0" * 64, "recipe": {"rotate": "heads"}}
-    )
-    check_adapters(present, present, "here")
-    for digest in ("1" * 64, None):
-        with pytest.raises(RiaError, match="otherwise than here"):
-            check_adapters(present.model_copy(update={"rotations_digest": digest}), present, "here")
 
 
 @pytest.fixture(scope="module")

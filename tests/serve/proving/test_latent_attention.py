@@ -7,7 +7,8 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear
 from vllm.v1.attention.backends.mla.amx_mla import AMXMLAImpl
 
 from ria_vllm.format import proofs
-from ria_vllm.serve.proving.layers import Proved, absorbed
+from ria_vllm.serve.proving.layers import absorbed
+from ria_vllm.serve.proving.proved import Proved
 
 HEADS, KEYS, VALUES, WIDTH = 4, 64, 32, 128
 

@@ -1,0 +1,41 @@
+"""Which program serves a model, how it is started, and how it is asked."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ria_vllm.checkpoint.weight_files import weight_files
+from ria_vllm.serve.benchmark.llama_cpp import Ask, LlamaCpp
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+class Vllm:
+    """Serves folders and hub ids. Its completions take token ids and give, for every token of the prompt, its logprob
+    and those of the likeliest ones (`prompt_logprobs`), in float32 and before any temperature."""
+
+    client_arguments: tuple[str, ...] = ()
+    counts_tokens = True
+
+    def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
+        asked = [*arguments, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
+        return [*VLLM, "serve", model, *asked]
+
+    def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
+        return of_vllm
+
+    def weight_files(self, model: str) -> set[Path]:
+        return set(weight_files(Path(model)).values())
+
+    def tokenize(self, ask: Ask, model: str, text: str) -> tuple[list[int], int]:
+        answer = ask("/tokenize", {"model": model, "prompt": text})
+        return answer["tokens"], answer["max_model_len"]
+
+    def prompt_logprobs(self, ask: Ask, model: str, window: list[int], top: int) -> list[dict[int, float]]:
+        request = {"model": model, "prompt": window, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+        positions = ask("/v1/completions", request)["choices"][0]["prompt_logprobs"][1:]
+        return [{int(token): float(entry["logprob"]) for token, entry in one.items()} for one in positions]
+
+
+def engine_of(model: str) -> Vllm | LlamaCpp:
+    return LlamaCpp() if model.endswith(".gguf") else Vllm()
