@@ -19,6 +19,7 @@ from ria_vllm.errors import RiaError, printable
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import name_of
+from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import experts_registry, registry
@@ -181,7 +182,8 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]
     if reader is not None and scheme is None:
-        weight_format, input_dtype = reader.schema.weight_format, reader.schema.input_dtype
+        stored = WeightScheme.of(reader.schema)
+        weight_format, input_dtype = stored.format if stored.keeps_format else FLOAT, stored.input_dtype
     layer = {"input_dtype": input_dtype, "pattern": pattern}
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)
