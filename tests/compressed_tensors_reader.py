@@ -33,6 +33,8 @@ def main(folder: str, out: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
+    # transformers loads what is plain, and leaves the rest to it.
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
     ModelCompressor.from_compression_config(words).decompress(folder, model)
     save_file({name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}, out)
 

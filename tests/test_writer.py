@@ -59,12 +59,12 @@ def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path
     writer = CheckpointWriter(tmp_path / "out")
     for number, names in enumerate(units):
         writer.write(str(number), {name: tensors[name] for name in names})
-    writer.finish(["0", "1"], {"config.json": {"quantization_config": {}}}, [], 10**9)
+    writer.finish(["0", "1"], {"config.json": {"quantization_config": {"quant_method": "ria"}}}, [], 10**9)
     digest = weights_digest(tensors)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "ria_weights_digest": digest}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written == {"quantization_config": {"weights_digest": digest}}
+    assert written == {"quantization_config": {"quant_method": "ria", "weights_digest": digest}}
 
 
 @pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
@@ -91,7 +91,7 @@ def test_rotations_have_a_file_of_their_own(tmp_path):
     rotations = {name: torch.linalg.qr(torch.randn(2, 3, 3)).Q for name in ("b", "a")}
     writer = CheckpointWriter(tmp_path / "out")
     writer.write("u", TENSORS | {f"{name}.rotations": matrices for name, matrices in rotations.items()})
-    writer.finish(["u"], {"config.json": {"quantization_config": {}}}, [], max_shard_size=900)
+    writer.finish(["u"], {"config.json": {"quantization_config": {"quant_method": "ria"}}}, [], max_shard_size=900)
     found = load_file(tmp_path / "out" / "rotations" / "heads.safetensors")
     assert found.keys() == {"a.rotations", "b.rotations"}
     assert all(torch.equal(found[f"{name}.rotations"], matrices) for name, matrices in rotations.items())
@@ -99,7 +99,7 @@ def test_rotations_have_a_file_of_their_own(tmp_path):
     content = b"".join(name.encode() + b"\0" + struct.pack("<18f", *values[name]) for name in "ab")
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     digests = {"weights_digest": weights_digest(TENSORS), "rotations_digest": hashlib.sha256(content).hexdigest()}
-    assert written == digests
+    assert written == {"quant_method": "ria"} | digests
     for shard in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(shard, "pt") as file:
             assert not any(name.endswith(".rotations") for name in file.keys())

@@ -240,7 +240,8 @@ def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_FOLDER_VARIABLE}
     for step in ("needs", "check", "fill", "times", "decode", "sanitize", "report"):
-        command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, "--out", "out"]
+        place = () if step == "needs" else ("--out", "out")
+        command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, *place]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, (step, done.stdout[-3000:], done.stderr[-3000:], _log(tmp_path))
         if step == "needs":

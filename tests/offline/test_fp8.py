@@ -133,7 +133,9 @@ def test_compressed_tensors_reads_what_export_writes_for_it(scheme, tiny, text, 
     want, found = load_file(tmp_path / "dense" / "model.safetensors"), read(tmp_path / "theirs", tmp_path / "read")
     assert want.keys() <= found.keys()
     for name, tensor in want.items():
-        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=1e-6, atol=0, msg=name)
+        # It keeps scales of 8-bit weights in bfloat16, and so their products.
+        rounded = name.removesuffix(".weight") in reader.sparse_names and scheme != "BF16"
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-8 if rounded else 0, atol=0, msg=name)
     stored = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert all(
