@@ -85,21 +85,17 @@ def cuda_version() -> str:
 
 
 def needs(folder: Path, target: Architecture) -> list[str]:
-    """What a machine with the GPU must have, in lines.
-
-    Raises:
-        RiaError: the bundle in `folder` does not serve this checkout.
-    """
-    if reason := reason_against(folder, target):
-        raise RiaError(reason)
+    """What a machine with the GPU must have, in lines; of the bundle in `folder` also what is wrong with it."""
+    cuda = _manifest(folder).get("cuda", "of the nvcc that packs the bundle")
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     files = ", ".join(f"{path.name} ({path.stat().st_size / 2**20:.1f} MiB)" for path in _files(folder))
     return [
         f"GPU:     one of sm_{target.name}, to yourself; Linux on {platform.machine()}",
-        f"driver:  one that knows CUDA {_manifest(folder)['cuda']} or newer: `nvidia-smi` shows which",
+        f"driver:  one that knows CUDA {cuda} or newer: `nvidia-smi` shows which",
         f"Python:  {'.'.join(map(str, sys.version_info[:2]))} or a neighbour, with torch for CUDA (here "
-        f"{torch.__version__}); no other package, no compiler, no network",
-        f"bundle:  {files}; right, and from these sources",
+        f"{torch.__version__}); no other package, no network",
+        "also:    a C compiler and Python.h for torch.compile; without, `decode` times uncompiled layers and says so",
+        f"bundle:  {reason_against(folder, target) or f'{files}: as it was packed, and from these sources'}",
         f"copy:    tar czf gpu.tgz {' '.join(PACKAGES)} {place}; there: tar xzf gpu.tgz",
     ]
 

@@ -190,11 +190,7 @@ def reason_against_products() -> str | None:
 
 
 def needs(target: Architecture) -> None:
-    """Print what the machine with the GPU needs, what to run there and how long that takes, and whether it is this one.
-
-    Raises:
-        RiaError: there is no bundle for this checkout.
-    """
+    """Print what the machine with the GPU needs, what to run there and for how long, and whether it is this one."""
     for line in gpu_bundle.needs(BUNDLE, target):
         print(line)
     print("run:")

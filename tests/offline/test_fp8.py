@@ -135,7 +135,7 @@ def test_compressed_tensors_reads_what_export_writes_for_it(scheme, tiny, text, 
     for name, tensor in want.items():
         # It keeps scales of 8-bit weights in bfloat16, and so their products.
         rounded = name.removesuffix(".weight") in reader.sparse_names and scheme != "BF16"
-        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-8 if rounded else 0, atol=0, msg=name)
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-7 if rounded else 0, atol=0, msg=name)
     stored = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert all(
