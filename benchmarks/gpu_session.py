@@ -26,7 +26,7 @@ from benchmarks.gpu_timing import Row
 from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT, FP8
-from ria_vllm.serve.kernels.cuda.architectures import find_architecture, for_capability
+from ria_vllm.serve.kernels.cuda.architectures import Architecture, find_architecture, for_capability
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
@@ -189,6 +189,20 @@ def reason_against_products() -> str | None:
     return None
 
 
+def needs(target: Architecture) -> None:
+    """Print what the machine with the GPU needs, what to run there and for how long, and whether it is this one."""
+    for line in gpu_bundle.needs(BUNDLE, target):
+        print(line)
+    print("run:")
+    for step in ("check", "fill", "times", "decode", "sanitize", "report"):
+        print(f"         python3 -m benchmarks.gpu_session {step:9} {_ends_after(step)}")
+    print(f"here:    {reason_against_running() or 'all is there'}")
+
+
+def _ends_after(step: str) -> str:
+    return f"ends by itself within {-(-(SECONDS[step] + 60) // 60)} minutes" if step in SECONDS else "ends at once"
+
+
 def run(step: str, out: Path, seconds: float) -> int:
     """Run a step, and return its exit status."""
     deadline = time.monotonic() + seconds
@@ -204,8 +218,11 @@ def run(step: str, out: Path, seconds: float) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Everything that a GPU is needed for, step by step.")
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    packing = steps.add_parser("pack", help="compile and collect what must travel to the GPU; needs nvcc, no GPU")
-    packing.add_argument("--arch", default="90a", help="of the GPU (%(default)s)")
+    for name, text in {
+        "pack": "compile and collect what must travel to the GPU; needs nvcc, no GPU",
+        "needs": "what the machine with the GPU must have, and what to run there; needs no GPU",
+    }.items():
+        steps.add_parser(name, help=text).add_argument("--arch", default="90a", help="of the GPU (%(default)s)")
     for name, text in {
         "check": "all kernels and tiles: right, and how fast",
         "fill": "write the fastest tiles into MEASURED; needs no GPU",
@@ -231,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.step == "pack":
             gpu_bundle.pack(BUNDLE, find_architecture(options.arch))
+            return 0
+        if options.step == "needs":
+            needs(find_architecture(options.arch))
             return 0
         if options.step in STEPS:
             options.out.mkdir(parents=True, exist_ok=True)

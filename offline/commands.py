@@ -191,7 +191,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]
-    free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "none" and "kept" not in report
+    free = recipe.pattern == TWO_OF_FOUR and recipe.activations == "int8" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
     score = f", mean retained score {sum(kept) / len(kept):.4f}" if kept else ""

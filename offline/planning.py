@@ -76,7 +76,7 @@ def plan(model: str, scheme: str, device: str) -> None:
     click.echo(f"kernel:  {kernel}")
     speed = expected(sizes, scheme, instructions)
     click.echo(f"tokens/s {speed or 'unknown: nothing was measured on such a device'}")
-    if place.type == "cpu" and recipe.activations != "none" and not recipe.only_keeps:
+    if place.type == "cpu" and recipe.activations == "int8" and not recipe.only_keeps:
         click.echo(EIGHT)
     whole = human_size(round(forecast.LIBRARIES + streamed.model.num_parameters() * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")

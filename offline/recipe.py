@@ -67,9 +67,9 @@ class Recipe:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     reconstruct: Literal["none", "admm", "short", "block"] = "short"
-    weights: Literal["float", "int8", "int4"] = "float"
+    weights: Literal["float", "int8", "int4", "fp8"] = "float"
     group_size: Literal[32, 64, 128, "row"] | None = None
-    activations: Literal["none", "int8"] = "none"
+    activations: Literal["none", "int8", "fp8"] = "none"
     smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     rotate: Literal["none", "heads"] | None = None
     compute_dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
@@ -91,7 +91,7 @@ class Recipe:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RiaError(f"--{name.replace('_', '-')} {options[name]!r}: {first['msg']}.") from None
-        if recipe.pattern != TWO_OF_FOUR and recipe.activations == "none":
+        if recipe.pattern != TWO_OF_FOUR and recipe.activations != "int8":
             raise RiaError(f"--pattern {recipe.pattern} needs inputs in int8: give --scheme W8A8 or W4A8.")
         return recipe
 
@@ -119,13 +119,14 @@ class Recipe:
         return options | {"pattern": PATTERNS[found["pattern"]]}
 
     def __post_init__(self) -> None:
-        if self.weights == "float" and (self.group_size is not None or self.activations != "none"):
-            option = "activations" if self.group_size is None else "--group-size"
-            raise RiaError(f"{option}: for integer weights only; give a --scheme that has them.")
+        if self.group_size is not None and not self.has_integers:
+            raise RiaError("--group-size: for integer weights only; give a --scheme that has them.")
+        if self._words not in SCHEMES.values():
+            raise RiaError(f"no --scheme has {self.weights} weights and {self.activations} activations; give one.")
         if self.max_loss is not None and not self.follows_dense:
             raise RiaError("--max-loss: for weights that are reconstructed; leave out --reconstruct none.")
         if self.smooth and self.activations == "none":
-            raise RiaError("--smooth is for rounded inputs; give --scheme W8A8 or W4A8.")
+            raise RiaError("--smooth is for rounded inputs; give --scheme W8A8, W4A8 or FP8.")
         check_fraction(self.self_written, self.samples, self.calibration)
         for expression in self.ignore:
             try:
@@ -135,8 +136,16 @@ class Recipe:
 
     @property
     def scheme(self) -> str:
-        words = {"weights": self.weights, "activations": self.activations}
-        return next(name for name, scheme in SCHEMES.items() if scheme == words)
+        return next(name for name, scheme in SCHEMES.items() if scheme == self._words)
+
+    @property
+    def _words(self) -> dict[str, str]:
+        return {"weights": self.weights, "activations": self.activations}
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether kept weights become integers. Linears that stay dense then do so, too."""
+        return self.weights.startswith("int")
 
     @property
     def needs_gram(self) -> bool:
@@ -145,15 +154,15 @@ class Recipe:
     @property
     def weight_format(self) -> WeightFormat:
         """The format of pruned linears. That of int4 needs a group size, see `fitting`."""
-        if self.weights == "float":
-            return formats.FLOAT
+        if not self.has_integers:
+            return formats.FORMATS[self.weights]
         assert self.weights != "int4" or self.group_size is not None
         return formats.INTEGERS[int(self.weights.removeprefix("int")), self._columns]
 
     @property
     def of_dense(self) -> "Recipe":
         """For linears that stay dense: in int8 by rows where pruned ones have integers."""
-        return self if self.weights == "float" else replace(self, weights="int8", group_size=None)
+        return replace(self, weights="int8", group_size=None) if self.has_integers else self
 
     @property
     def _columns(self) -> int | None:
@@ -161,7 +170,7 @@ class Recipe:
 
     def keeping(self) -> "Recipe":
         """For a model of which all that is pruned has the pattern already: nothing is searched or trained, weights are
-        only rounded. Without integers nothing depends on calibration tokens, so no text is read."""
+        only rounded. If they are not, nothing depends on calibration tokens, so no text is read."""
         reads = self.weights != "float"
         return replace(
             self,
@@ -229,10 +238,10 @@ class Recipe:
     def continues_exactly(self) -> bool:
         """Whether what comes after a trained sublayer is pruned for its weights as they were before they were rounded.
 
-        int8 rounds so little that nothing has to make up for it; so masks and training are those of float weights, but
-        for what migrated scales change. What int4 has changed, later layers see and correct.
+        Eight bits round so little that nothing has to make up for it; so masks and training are those of float weights,
+        but for what migrated scales change. What int4 has changed, later layers see and correct.
         """
-        return self.trains and self.weights == "int8"
+        return self.trains and self.weights in ("int8", "fp8")
 
     @property
     def trains_experts(self) -> bool:

@@ -1,4 +1,5 @@
-"""Turns a compressed folder back into a plain dense Hugging Face folder, one tensor in memory at a time."""
+"""Turns a compressed folder into one that others read, one tensor in memory at a time: plain and dense, or
+compressed-tensors'."""
 
 import shutil
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from pathlib import Path
 from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
+from ria_vllm.compressed_tensors.written import quantization_config
 from ria_vllm.hub.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
 
@@ -36,10 +38,12 @@ def export_dense(
     max_shard_size: int,
     overwrite: bool = False,
     monitor: Monitor | None = None,
+    compressed: bool = False,
 ) -> None:
     """Write `out`: the model's own channel order, zeros where pruned, no quantization_config.
 
-    config.json says that this program has exported it: adapters of the dense model may not fit.
+    If `compressed`, pruned linears stay as they are stored, and config.json describes them in compressed-tensors'
+    words. What is dense in int8 becomes plain.
 
     The folder appears whole or not at all. Experts are stacked as in the dense model's files; besides a stacked tensor,
     only one of its experts is in memory.
@@ -50,19 +54,28 @@ def export_dense(
 
     Raises:
         RiaError: `out` exists (unless `overwrite`), or is or contains the folder being read; a tensor is damaged; a
-            file is a link out of the folder; the folder has changed since `reader` opened it; the disk is full.
+            file is a link out of the folder; the folder has changed since `reader` opened it; the disk is full;
+            compressed-tensors has no words for what it holds.
     """
     monitor = monitor or Monitor(shown=False)
     check_place(out, reader.folder)
+    schema, words = reader.schema, {}
+    if compressed:
+        words = {"quantization_config": quantization_config(schema, reader.sparse_names, reader.permuted_names)}
     writer = CheckpointWriter(out, overwrite=overwrite)
     keys = []
     with discarded_on_failure(writer), reader.inputs.watched():
         tensors = reader.dense_tensors()
+        stays = {f"{name}.weight": name for name in reader.sparse_names if compressed}
         for number, name in enumerate(monitor.steps(list(tensors), "exporting", len(tensors))):
             keys.append(f"{number:06d}")
-            writer.write(keys[-1], {name: tensors[name]()})
+            if name in stays:
+                writer.write(keys[-1], reader.linear(stays[name]).tensors())
+            else:
+                writer.write(keys[-1], {name: tensors[name]()})
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-        cards = {CARD_FILE: exported_card(reader, monitor.warn)}
+        config |= words
+        cards = {CARD_FILE: exported_card(reader, monitor.warn, compressed)}
         copies, folder = kept_copies(writer, companions(reader.folder), reader.folder)
         reader.inputs.check()
         with monitor.phase("writing"):

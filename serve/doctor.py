@@ -16,9 +16,11 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
+from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import name_of
+from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import experts_registry, registry
@@ -181,14 +183,17 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]
     if reader is not None and scheme is None:
-        weight_format, input_dtype = reader.schema.weight_format, reader.schema.input_dtype
+        stored = WeightScheme.of(reader.schema)
+        weight_format, input_dtype = stored.format if stored.keeps_format else FLOAT, stored.input_dtype
     layer = {"input_dtype": input_dtype, "pattern": pattern}
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)
     kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
     kinds += f" in {pattern}" if pattern != TWO_OF_FOUR else ""
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
-    click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {kind}, in order of preference:")
+    kinds += f", inputs rounded to {name_of(fp8.DTYPE)} where these stay fp8" if weight_format == FP8 else ""
+    here = f"{kind} (preview: not measured)" if kind == "cuda" else kind
+    click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {here}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")
     click.echo("\nkernels for {} experts of {} x {} (an MoE layer):".format(*EXPERTS))

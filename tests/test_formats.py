@@ -168,8 +168,8 @@ def test_every_broken_rule_is_named(format):
         assert "weight_scale is not positive" in format.check({**parts, "weight_scale": damaged})
 
 
-def test_config_json_names_each_written_format():
-    for format in formats.WRITTEN.values():
+def test_config_json_names_each_format():
+    for format in formats.FORMATS.values():
         words = format.quantization
         weights = None if words is None else WeightQuantization(**words, dtype="float16")
         config = RiaSchema(sparsity_config=SparsityConfig(), weights=weights).model_dump(exclude_none=True)

@@ -55,12 +55,12 @@ def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path
     writer = CheckpointWriter(tmp_path / "out")
     for number, names in enumerate(units):
         writer.write(str(number), {name: tensors[name] for name in names})
-    writer.finish(["0", "1"], {"config.json": {"quantization_config": {}}}, [], 10**9)
+    writer.finish(["0", "1"], {"config.json": {"quantization_config": {"quant_method": "ria"}}}, [], 10**9)
     digest = weights_digest(tensors)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "ria_weights_digest": digest}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written == {"quantization_config": {"weights_digest": digest}}
+    assert written == {"quantization_config": {"quant_method": "ria", "weights_digest": digest}}
 
 
 @pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])

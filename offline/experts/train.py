@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ria_vllm.format import permutation
-from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts.prune import RoutedExperts
@@ -138,16 +138,15 @@ class ExpertsTrainer:
 
 
 def grids_of(pruned: Mapping[str, Pruned], recipe: Recipe, device: torch.device) -> dict[str, Grid]:
-    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not integers."""
+    """The grids on which the linears are trained: their scales stay as they are. Empty if weights are not rounded."""
     weight_format, grids = recipe.weight_format, {}
-    if isinstance(weight_format, IntFormat):
+    if isinstance(weight_format, RoundedFormat):
         for name, linear in pruned.items():
             assert linear.scale is not None
             width = linear.weight.shape[1]
             groups = torch.arange(width) // (weight_format.group_size or width)  # of the stored columns
             groups = groups if linear.p is None else groups[permutation.invert(linear.p)]
-            low, high = weight_format.smallest, weight_format.largest
-            grids[name] = Grid(linear.scale.to(device), groups.to(device), low, high)
+            grids[name] = Grid(weight_format, linear.scale.to(device), groups.to(device))
     return grids
 
 

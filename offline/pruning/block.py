@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import RoundedFormat
 
 # Kept weights of a linear that are updated together.
 PIECE = 1 << 20
@@ -27,15 +28,14 @@ class Diverged(RiaError):
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a weight [out, in] may have: integers times scales.
+    """The values that a weight [out, in] may have: those of a format, times scales.
 
-    scales: [out, groups]; groups: int64 [in], the group of each channel; low, high: of the integers.
+    scales: [out, groups]; groups: int64 [in], the group of each channel.
     """
 
+    format: RoundedFormat
     scales: torch.Tensor
     groups: torch.Tensor
-    low: int
-    high: int
 
     def scales_at(self, index: torch.Tensor) -> torch.Tensor:
         """The scales of the entries at the flat indices `index` [n]."""
@@ -196,9 +196,9 @@ class _Trained:
             values = kept.data
             if self.grid is not None:
                 scales = self.scales[number].float()
-                values = (values / scales).clamp_(self.grid.low, self.grid.high)
+                values = (values / scales).clamp_(self.grid.format.smallest, self.grid.format.largest)
                 torch.mul(values, scales, out=kept.data)  # no further than the grid reaches, or it might not come back
-                values.round_().mul_(scales)
+                self.grid.format.round_(values).mul_(scales)
             flat.index_copy_(0, part.long(), values.to(flat.dtype))
 
 

@@ -1,9 +1,10 @@
-"""Rounding as a part of the reconstruction: kept weights become integers times scales, and make up for each other.
+"""Rounding as a part of the reconstruction: kept weights become integers, or e4m3, times scales, and make up for each
+other.
 
 A row q of the rounded weight should minimise q A q^T - 2 b q^T, where A is the damped Gram matrix of the input and b
 the row's target times A: the least squares of `ria_vllm.offline.pruning.admm`, with q on a grid. Coordinate descent
-does this. With all other entries fixed, the best value of entry j on the grid is the one nearest to
-q_j - (q A - b)_j / A_jj; with all integers fixed, the best scale of a group is a quotient. No step raises the error.
+does this. With all other entries fixed, the best value of entry j on any grid is the one nearest to
+q_j - (q A - b)_j / A_jj; with all values fixed, the best scale of a group is a quotient. No step raises the error.
 (Coordinate descent for dense weights: Behdin et al., "QuantEase", 2023; Nair and Suggala, "CDQuant", 2024.)
 
 A GPTQ sweep makes all later columns compensate for each rounded one. Here half of these are pruned, in each row others,
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ria_vllm.format import permutation
-from ria_vllm.format.formats import IntFormat, wide_scales
+from ria_vllm.format.formats import RoundedFormat, wide_scales
 from ria_vllm.offline.pruning.admm import DAMPING, DENSE_WIDTH, damping_of
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
@@ -35,7 +36,7 @@ def round_on_mask(
     solved: torch.Tensor,
     mask: torch.Tensor,
     gram: SymmetricMatrix,
-    weight_format: IntFormat,
+    weight_format: RoundedFormat,
     cross_term: torch.Tensor | None = None,
     p: torch.Tensor | None = None,
     passes: int = PASSES,
@@ -56,9 +57,9 @@ def round_on_mask(
         damping, divided_by: of the Gram matrix, as ADMM does it; see `damping_of`, where the latter is `scales`.
 
     Returns:
-        (W'' [out, in] float32, integers times scales, zero outside the mask; the scales [out, 1] or
+        (W'' [out, in] float32, values times scales, zero outside the mask; the scales [out, 1] or
         [out, in / group_size], in the format's `scale_dtype`.) If `solved` is float32, W'' takes its place in memory.
-        No row has a larger damped error than W' rounded to the nearest integers, be it by `nearest_scales` or by the
+        No row has a larger damped error than W' rounded to the nearest values, be it by `nearest_scales` or by the
         scales that fit its largest magnitudes.
     """
     solved = solved.float()
@@ -83,9 +84,9 @@ def round_on_mask(
 
 
 def nearest_scales(
-    weight: torch.Tensor, weight_format: IntFormat, importance: torch.Tensor | None = None
+    weight: torch.Tensor, weight_format: RoundedFormat, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scales by which rounding to the nearest integer costs least; they may clip the largest magnitudes.
+    """The scales by which rounding to the nearest value costs least; they may clip the largest magnitudes.
 
     Args:
         weight: [out, in], columns in the stored order. Temporaries are several times as large, in float32.
@@ -95,7 +96,6 @@ def nearest_scales(
         [out, 1] or [out, in / group_size], positive, in the format's `scale_dtype`.
     """
     fitting = weight_format.scales_of(weight)
-    low, high = weight_format.smallest, weight_format.largest
     groups = (fitting.shape[1], -1)
     cost = None if importance is None else importance.float().view(groups)
     W = weight.float().unflatten(1, groups)
@@ -104,7 +104,7 @@ def nearest_scales(
         scales = (fitting.float() * factor).to(fitting.dtype)
         scales = torch.where(scales > 0, scales, 1.0)
         wide = scales.float()[..., None]
-        lost = (W / wide).round_().clamp_(low, high).mul_(wide).sub_(W).square_()
+        lost = weight_format.round_(W / wide).mul_(wide).sub_(W).square_()
         total = (lost if cost is None else lost.mul_(cost)).sum(-1)
         better = total < least
         least = torch.where(better, total, least)
@@ -146,17 +146,17 @@ class _System:
 class _Rows:
     """Some rows of the rounded weight, in the stored order.
 
-    values: float32 [rows, in], integers; scales: float32 [rows, 1 or groups], such as can be stored in
+    values: float32 [rows, in], of the format; scales: float32 [rows, 1 or groups], such as can be stored in
     `scale_dtype`; gradient: half of it, q A - b [rows, in].
     """
 
     def __init__(
-        self, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: IntFormat
+        self, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: RoundedFormat
     ):
-        """At first they are W [rows, in], rounded to the nearest integers."""
-        self.low, self.high, self.columns = weight_format.smallest, weight_format.largest, weight_format.group_size
+        """At first they are W [rows, in], rounded to the nearest values."""
+        self.round_, self.columns = weight_format.round_, weight_format.group_size
         self.scales, self.scale_dtype = scales.float().clone(), scales.dtype
-        self.values = (W / wide_scales(self.scales, W.shape[1])).round_().clamp_(self.low, self.high)
+        self.values = self.round_(W / wide_scales(self.scales, W.shape[1]))
         self.gradient = system.product(self.weight()).sub_(target)
 
     def weight(self) -> torch.Tensor:
@@ -172,7 +172,7 @@ class _Rows:
             own[better] = others[better]
 
     def descend(self, kept: torch.Tensor, system: _System, target: torch.Tensor) -> None:
-        """Once over all columns. A group's scale follows its integers; a row's comes at the end."""
+        """Once over all columns. A group's scale follows its values; a row's comes at the end."""
         for start, stop, A in system.blocks():
             square = A[:, start:stop]
             group = 0 if self.columns is None else start // self.columns
@@ -191,7 +191,7 @@ class _Rows:
             self.gradient = product.mul_(fitted[:, None]).sub_(target)
 
     def _round_columns(self, start: int, stop: int, square: torch.Tensor, group: int, kept: torch.Tensor) -> None:
-        """Move the kept integers of one block, column by column, each to its best value."""
+        """Move the kept values of one block, column by column, each to its best one."""
         scales = self.scales[:, group]
         # By columns, so that each is contiguous.
         values, gradient = (x[:, start:stop].T.contiguous() for x in (self.values, self.gradient))
@@ -199,14 +199,14 @@ class _Rows:
         diagonal = square.diagonal()
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)[:, None] / scales
         for j in range(stop - start):
-            best = torch.addcmul(values[j], gradient[j], inverse[j], value=-1).round_().clamp_(self.low, self.high)
+            best = self.round_(torch.addcmul(values[j], gradient[j], inverse[j], value=-1))
             change = best.sub_(values[j]).mul_(movable[j])
             values[j] += change
             gradient[j + 1 :].addr_(square[j, j + 1 :], change.mul_(scales))
         self.values[:, start:stop] = values.T
 
     def _fit(self, group: int, slope: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
-        """Fit a group's scale to its integers: where it is 1 + e times as large, errors change by 2 slope e +
+        """Fit a group's scale to its values: where it is 1 + e times as large, errors change by 2 slope e +
         curvature e^2; all are [rows]. Returns the factors 1 + e."""
         scales = self.scales[:, group]
         fitted = (scales * (1 - slope / curvature)).to(self.scale_dtype).float()

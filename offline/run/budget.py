@@ -93,7 +93,7 @@ def spend(
         weights = {unit: size for unit, size in sizes.items() if size}
         losses = {unit: measure(alone.found[unit]) for unit in weights}
         choice = choose(losses, weights, with_pruned, max_loss)
-    if not choice.pruned and layers.recipe.weights == "float":
+    if not choice.pruned and not layers.recipe.has_integers:
         least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1
         raise RiaError(f"--max-loss: every sublayer loses more; the one that costs least, {least:.1%}. Allow more.")
     layers.monitor.say(

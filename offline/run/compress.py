@@ -12,7 +12,15 @@ from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.sizes import human_size
 from ria_vllm.format.pattern import Pattern
-from ria_vllm.format.schema import INT8_TOKENS, REPORT_FILE, TOPOLOGY, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.schema import (
+    FP8_TOKENS,
+    INT8_TOKENS,
+    REPORT_FILE,
+    TOPOLOGY,
+    RiaSchema,
+    SparsityConfig,
+    WeightQuantization,
+)
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE, pruned_card
 from ria_vllm.offline import digests
@@ -389,7 +397,7 @@ class _Run:
         weights = None if words is None else WeightQuantization(**words, dtype=name_of(model.stored_dtype))
         schema = RiaSchema(
             sparsity_config=sparsity, weights=weights, folds=folds, experts=experts,
-            input_activations=None if recipe.activations == "none" else INT8_TOKENS,
+            input_activations={"none": None, "int8": INT8_TOKENS, "fp8": FP8_TOKENS}[recipe.activations],
             int8_linears=list(report.get("dense_in_int8", ())), recipe=report["recipe"],
         )  # fmt: skip
         json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)

@@ -109,5 +109,6 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
 def not_rounded(recipe: Recipe) -> str:
     """What the measured model is spared that the folder's is not; empty if nothing."""
     if recipe.activations != "none":
-        return f"before {'weights, ' if recipe.continues_exactly else ''}inputs and the head were rounded"
+        what = "inputs and the head" if recipe.has_integers else "inputs"
+        return f"before {'weights, ' if recipe.continues_exactly else ''}{what} were rounded"
     return "before weights were rounded" if recipe.continues_exactly else ""

@@ -119,9 +119,7 @@ def make_plan(
             reasons[name] = f"{how} as one with {partner}"
         pruned[index] = frozenset(linears) - frozenset(reasons)
         in_int8[index] = frozenset(
-            name
-            for name in reasons
-            if recipe.weights != "float" and fixed.isdisjoint(topology.fused_with(name, linears))
+            name for name in reasons if recipe.has_integers and fixed.isdisjoint(topology.fused_with(name, linears))
         )
         blocks[index] = _blocks(topology, linears, pruned[index])
         mixtures[index], left = plan_experts(model, index, topology, recipe, unlike)

@@ -24,5 +24,6 @@ scheme = click.option(
     show_default=True,
     metavar="|".join(SCHEMES),
     help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
-    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale.",
+    "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale. FP8: e4m3 for both, "
+    "which GPUs of compute capability 9.0 multiply (preview: not measured); others, and CPUs, serve it as BF16.",
 )

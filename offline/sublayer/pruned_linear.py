@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ria_vllm.format import permutation
-from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.offline.pruning.admm import ROWS_AT_ONCE
 from ria_vllm.offline.pruning.rounding import nearest_scales
 from ria_vllm.offline.recipe import Recipe
@@ -77,7 +77,7 @@ def stored_weight(
         importance: [in], what a squared error in a channel then costs; None: the same in all.
     """
     weight_format = recipe.weight_format
-    if not isinstance(weight_format, IntFormat):
+    if not isinstance(weight_format, RoundedFormat):
         return weight.to(dtype).cpu(), None
     p = None if p is None or weight_format.group_size is None else p.to(weight.device)
     back = None if p is None else permutation.invert(p)

@@ -10,7 +10,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation, plain24, sparse24
-from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
@@ -220,7 +220,7 @@ def _prune(
         solver = solvers.of(statistics.gram, statistics.scales)
         W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
         del solver
-        if isinstance(weight_format, IntFormat):
+        if isinstance(weight_format, RoundedFormat):
             order = None if p is None else p.to(weight.device)
             W, scales = round_on_mask(
                 weight, W, mask, statistics.gram, weight_format, cross_term, order, divided_by=statistics.scales
@@ -236,9 +236,9 @@ def _prune(
 
 
 def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, recipe: Recipe, dense: bool) -> Pruned:
-    """A linear that has the pattern already, or stays dense: only rounded, if it becomes integers. Zeros of the former
-    stay, even where a group has more than it loses and some have to be stored. The latter are rounded to the nearest:
-    in int8, errors that make up for each other bring nothing."""
+    """A linear that has the pattern already, or stays dense: only rounded, if its format has fewer bits. Zeros of the
+    former stay, even where a group has more than it loses and some have to be stored. The latter are rounded to the
+    nearest: in int8, errors that make up for each other bring nothing."""
     if dense:
         mask, recipe = torch.ones_like(weight, dtype=torch.bool), recipe.of_dense
     else:
@@ -246,7 +246,7 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
         assert bitmask is not None
         mask = sparse24.mask_from_bitmask(bitmask)
     W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram
-    if gram is not None and isinstance(weight_format, IntFormat) and not dense:
+    if gram is not None and isinstance(weight_format, RoundedFormat) and not dense:
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         start = weight.to(torch.float32, copy=True)  # whose memory the result takes
         W, scales = round_on_mask(

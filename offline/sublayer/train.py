@@ -1,5 +1,5 @@
 """Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks, and then
-round them, if they are to become integers.
+round them, if their format has fewer bits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ria_vllm.format.formats import IntFormat
+from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
@@ -165,7 +165,7 @@ def round_sublayer(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> dict[str, Pruned]:
-    """Round the trained linears of a sublayer to the recipe's integers, so that each outputs what it did before.
+    """Round the trained linears of a sublayer to the recipe's format, so that each outputs what it did before.
 
     They are taken stage by stage: what a linear reads has been rounded already.
 
@@ -221,7 +221,7 @@ def _rounded(
         W, scale = stored_weight(exact, None, dtype, recipe.of_dense)
         return replace(linear, weight=W, scale=scale)
     weight_format = recipe.weight_format
-    assert isinstance(weight_format, IntFormat) and gram is not None
+    assert isinstance(weight_format, RoundedFormat) and gram is not None
     start = exact.to(torch.float32, copy=True)  # whose memory the result takes
     mask = linear.mask.to(device)
     if "kept" in linear.record:  # zeros stay, see `solve`

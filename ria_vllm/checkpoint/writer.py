@@ -29,6 +29,7 @@ from ria_vllm.format.schema import (
     PERMUTATION_SUFFIX,
     PERMUTATIONS_FILE,
     PROOFS_FILE,
+    QUANT_METHOD,
     Proofs,
 )
 
@@ -297,9 +298,9 @@ def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
 
 
 def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`json_files` with the digests in config.json, and the metadata of weight files; of compressed weights only."""
+    """`json_files` with the digests in config.json, and the metadata of weight files; of folders of ours only."""
     config = json_files.get("config.json", {})
-    if "quantization_config" not in config:
+    if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
         return json_files, {}
     quantization = config["quantization_config"] | digests
     metadata = {key: digests[name] for name, key in DIGESTS.items() if name in digests}

@@ -21,6 +21,7 @@ Everything that reads, writes or multiplies weights asks the format. To add one,
 makes it fast.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -51,50 +52,24 @@ class FloatFormat(WeightFormat):
         return parts["compressed"].to(dtype)
 
 
-class IntFormat(WeightFormat):
-    """Symmetric integers: weight ~ value * scale, off by at most half a scale if the scale fits the largest magnitude.
-
-    That is before the product is rounded to the model's dtype.
-
-    Four bits are stored two to a byte, the first value in the low one; n stands for n - 8. So the bytes, read as
-    little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
+class RoundedFormat(WeightFormat):
+    """weight ~ value * scale, with values of few bits, and scales that are positive.
 
     Attributes:
-        num_bits: 4 or 8.
-        spacing: the distance between neighbouring values.
-        scale_dtype: of the scales that `quantize` makes: float32 for rows. Those of groups are bfloat16, which has the
-            exponents of float32: in float16, those of small weights would be subnormal, or zero.
+        largest: the largest value.
+        smallest: the smallest value that `quantize` gives.
+        spacing: the largest distance between neighbouring values.
+        scale_dtype: of the scales that `quantize` makes.
     """
 
-    spacing = 1.0
+    largest: float
+    smallest: float
+    spacing: float
+    scale_dtype = torch.float32
 
-    def __init__(self, num_bits: int, group_size: int | None = None):
-        """`group_size`: one of `GROUP_SIZES`; None: a scale belongs to a whole row."""
-        self.num_bits = num_bits
-        self.name = f"int{num_bits}" + (f"-g{group_size}" if group_size else "")
-        compressed = (
-            Part("compressed", (torch.int8,), 2) if num_bits == 8 else Part("compressed", (torch.uint8,), 4, fill=0x88)
-        )
-        scale = Part("weight_scale", sparse24.VALUE_DTYPES, group_size, fill=1) if group_size else ROW_SCALE
-        self.parts = (compressed, BITMASK, scale)
-        self.scale_dtype = torch.bfloat16 if group_size else torch.float32
-        strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
-        self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
-
-    @property
-    def largest(self) -> int:
-        """The largest value."""
-        return 2 ** (self.num_bits - 1) - 1
-
-    @property
-    def smallest(self) -> int:
-        """The smallest value that `quantize` gives: -8 or -127."""
-        return -self.largest - 1 if self.num_bits == 4 else -self.largest
-
-    @property
-    def lowest(self) -> int:
-        """The smallest value that a checkpoint may hold: -8 or -128."""
-        return -self.largest - 1
+    @abstractmethod
+    def round_(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Round weights that were divided by their scales, float32 of any shape, to the nearest values, in place."""
 
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
@@ -112,6 +87,52 @@ class IntFormat(WeightFormat):
         scales = scales.to(self.scale_dtype)
         return torch.where(scales > 0, scales, 1.0)
 
+    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
+        wide = wide_scales(scales, values.shape[1])
+        return self.round_(values.float() / wide).mul_(wide)
+
+
+class IntFormat(RoundedFormat):
+    """Symmetric integers: weight ~ value * scale, off by at most half a scale if the scale fits the largest magnitude.
+
+    That is before the product is rounded to the model's dtype.
+
+    Four bits are stored two to a byte, the first value in the low one; n stands for n - 8. So the bytes, read as
+    little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
+
+    Scales of groups are bfloat16, which has the exponents of float32: in float16, those of small weights would be
+    subnormal, or zero.
+
+    Attributes:
+        num_bits: 4 or 8.
+    """
+
+    spacing = 1.0
+
+    def __init__(self, num_bits: int, group_size: int | None = None):
+        """`group_size`: one of `GROUP_SIZES`; None: a scale belongs to a whole row."""
+        self.num_bits = num_bits
+        self.largest = 2 ** (num_bits - 1) - 1
+        self.smallest = -8 if num_bits == 4 else -self.largest
+        self.name = f"int{num_bits}" + (f"-g{group_size}" if group_size else "")
+        compressed = (
+            Part("compressed", (torch.int8,), 2) if num_bits == 8 else Part("compressed", (torch.uint8,), 4, fill=0x88)
+        )
+        scale = Part("weight_scale", sparse24.VALUE_DTYPES, group_size, fill=1) if group_size else ROW_SCALE
+        self.parts = (compressed, BITMASK, scale)
+        self.scale_dtype = torch.bfloat16 if group_size else torch.float32
+        strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
+        self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
+
+    @property
+    def lowest(self) -> int:
+        """The smallest value that a checkpoint may hold: -8 or -128."""
+        return -(2 ** (self.num_bits - 1))
+
+    def round_(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round_().clamp_(self.smallest, self.largest)
+
     def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
         return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)
 
@@ -121,13 +142,9 @@ class IntFormat(WeightFormat):
         assert scales is not None
         # `values` gives the same weights back: where they are so small that rounding to float16 moved them by more than
         # half a step, steps are smaller than the distances between numbers of float16, and the nearest one will do.
-        integers = self._rounded(values, wide_scales(scales, values.shape[1]), self.lowest).to(torch.int8)
+        scaled = values.float() / wide_scales(scales, values.shape[1])
+        integers = scaled.round_().clamp_(self.lowest, self.largest).to(torch.int8)
         return {"compressed": self.pack(integers), "bitmask": bitmask, "weight_scale": scales}
-
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
-        wide = wide_scales(scales, values.shape[1])
-        return self._rounded(values, wide, self.smallest) * wide
 
     def pack(self, integers: torch.Tensor) -> torch.Tensor:
         """`compressed` of kept values, int8 [out, in/2], all of them within the format's bits."""
@@ -141,11 +158,6 @@ class IntFormat(WeightFormat):
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         integers = self.integers(parts)
         return (integers.float() * wide_scales(parts["weight_scale"], integers.shape[1])).to(dtype)
-
-    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor, smallest: float) -> torch.Tensor:
-        """float32 integers [out, n], with scales as `wide_scales` gives them."""
-        scaled = weight.float() / scales
-        return scaled.round().clamp(smallest, self.largest)
 
 
 def wide_scales(scales: torch.Tensor, columns: int) -> torch.Tensor:
@@ -170,13 +182,8 @@ def _unpacked(pairs: torch.Tensor) -> torch.Tensor:
     return torch.stack([pairs & 15, pairs >> 4], -1).flatten(1).to(torch.int8) - 8
 
 
-class Fp8Format(WeightFormat):
-    """float8_e4m3fn, a scale per row. `compress` does not write it; checkpoints of compressed-tensors have it, and what
-    `distill` makes of them.
-
-    Attributes:
-        largest, smallest: the last values. spacing: the largest distance between neighbours.
-    """
+class Fp8Format(RoundedFormat):
+    """float8_e4m3fn, a scale per row."""
 
     name = "fp8"
     parts = (Part("compressed", (torch.float8_e4m3fn,), 2), BITMASK, ROW_SCALE)
@@ -187,29 +194,20 @@ class Fp8Format(WeightFormat):
     smallest = -largest
     spacing = 32.0
 
-    def quantize(
-        self, weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if scales is None:
-            scales = weight.float().abs().amax(1, keepdim=True) / self.largest
-            scales = torch.where(scales > 0, scales, 1.0)
-        return self.nearest(weight, scales).to(dtype), scales
-
-    def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """See `IntFormat.nearest`."""
-        return self._rounded(values, scales).float() * scales
+    def round_(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.copy_(self._stored(scaled))
 
     def encode_kept(
         self, values: torch.Tensor, bitmask: torch.Tensor, scales: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         assert scales is not None
-        return {"compressed": self._rounded(values, scales), "bitmask": bitmask, "weight_scale": scales}
+        return {"compressed": self._stored(values.float() / scales), "bitmask": bitmask, "weight_scale": scales}
 
     def values(self, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
         return (parts["compressed"].float() * parts["weight_scale"]).to(dtype)
 
-    def _rounded(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return (weight.float() / scales).clamp(-self.largest, self.largest).to(torch.float8_e4m3fn)
+    def _stored(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.clamp(self.smallest, self.largest).to(torch.float8_e4m3fn)
 
 
 FLOAT, INT8, INT4, FP8 = FloatFormat(), IntFormat(8), IntFormat(4), Fp8Format()
@@ -222,10 +220,7 @@ INTEGERS: dict[tuple[int, int | None], IntFormat] = {
 }
 """By `num_bits` and `group_size`."""
 
-WRITTEN: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, *INTEGERS.values())}
-"""Those that `compress` writes, by name."""
-
-FORMATS: dict[str, WeightFormat] = WRITTEN | {FP8.name: FP8}
+FORMATS: dict[str, WeightFormat] = {one.name: one for one in (FLOAT, *INTEGERS.values(), FP8)}
 """All formats, by name: what kernels may be asked for."""
 
 

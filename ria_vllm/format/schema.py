@@ -187,7 +187,7 @@ class RiaSchema(BaseModel):
 
     @property
     def scheme(self) -> str:
-        """In the words of `ria_vllm.format.schemes`, or "FP8"."""
+        """In the words of `ria_vllm.format.schemes`; "FP8", too, if inputs are not rounded."""
         words = self.weight_format.quantization
         if words is None:
             return "BF16"

@@ -6,6 +6,7 @@ SCHEMES: dict[str, dict[str, str]] = {
     "W8A8": {"weights": "int8", "activations": "int8"},
     "W4A16": {"weights": "int4", "activations": "none"},
     "W4A8": {"weights": "int4", "activations": "int8"},
+    "FP8": {"weights": "fp8", "activations": "fp8"},
 }
 """Scheme -> what the kept weights are stored as, and to what linears round their inputs. BF16 is the model's own dtype,
 whatever it is."""

@@ -59,22 +59,29 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
         base |= {"base_model": identity, "base_model_relation": "quantized"}
     lines = [f"- {plain(line)}" for line in report.get(VERDICT, {}).values()]
     verdict = ["\n".join(lines)] if lines else []
-    body = [_origin(recipe, identity), *verdict, *_use(recipe["pattern"]), *_what_was_pruned(report, zeros)]
+    body = [_origin(recipe, identity), *verdict, *_use(recipe), *_what_was_pruned(report, zeros)]
     return _card(base, recipe, "", body)
 
 
-def exported_card(reader: Reader, warn: Warn) -> str:
-    """The card of the plain dense form of a compressed folder."""
+def exported_card(reader: Reader, warn: Warn, compressed: bool = False) -> str:
+    """The card of the plain dense form of a compressed folder, or of its form for compressed-tensors."""
     base, report, identity = _of_folder(reader, warn)
-    unrounded = "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
-    body = [
-        _origin(report["recipe"], identity),
-        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
-        "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster.",
-        *([] if reader.schema.input_dtype is None else [unrounded]),
-        *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
-    ]
-    return _card(base, report["recipe"], ", dense form", body, ["pruned"])
+    if compressed:
+        title, tags = ", for compressed-tensors", ["pruned", "compressed-tensors"]
+        form = ["This is for compressed-tensors up to 0.12 (sparse-24-bitmask); vLLM with ria-vllm serves it, too."]
+    else:
+        title, tags = ", dense form", ["pruned"]
+        form = [
+            "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
+            "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster."
+        ]
+        if reader.schema.input_dtype is not None:
+            form.append(
+                "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
+            )
+    zeros = reader.schema.sparsity_config.global_sparsity
+    body = [_origin(report["recipe"], identity), *form, *_what_was_pruned(report, zeros)]
+    return _card(base, report["recipe"], title, body, tags)
 
 
 def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) -> str:
@@ -90,17 +97,22 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
     body = [
         _origin(report["recipe"], identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
-        *_use(report["recipe"]["pattern"]),
+        *_use(report["recipe"]),
         *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
     return _card(base, report["recipe"] | recipe, " and trained", body)
 
 
-def _use(pattern: str) -> list[str]:
-    """How to serve a folder with this pattern."""
-    where = f"which `{FOR_GPUS}` installs, or on a CPU:"
+def _use(recipe: dict[str, Any]) -> list[str]:
+    """How to serve a folder that this recipe made."""
+    where, pattern = f"which `{FOR_GPUS}` installs, or on a CPU:", recipe["pattern"]
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
+    elif recipe.get("activations") == "fp8":
+        where = (
+            f"which `{FOR_GPUS}` installs. GPUs of compute capability 9.0 multiply FP8 (preview: not measured); other "
+            "GPUs and CPUs serve the weights in 16 bits, and round no inputs:"
+        )
     return [
         "## Serve",
         f"With ria-vllm, {where}",

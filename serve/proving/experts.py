@@ -206,7 +206,7 @@ class ProvedExperts:
             rounded = eps * (one[:, 0].abs() + one[:, 1]) + sums[0] * one[:, 1]
             off[i] = off[i] + scales * rounded + eps * bias.abs()
             variance += (activate(activation, torch.cat(off, 1)) - h) ** 2
-        if self.scheme.activations is not None:  # h is rounded by its largest
+        if self.scheme.input_dtype is not None:  # h is rounded by its largest
             variance += (h.abs().amax(1, keepdim=True) / 254) ** 2
         total = ((down[:, 0] * variance.sqrt()) ** 2 + ((eps + sums[1]) * down[:, 1] * h) ** 2).sum(1)
         total += (127 * eps / 2) ** 2 * (y**2).sum(1)

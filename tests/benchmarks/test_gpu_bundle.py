@@ -1,5 +1,7 @@
 """What is packed for a GPU, and what is written into MEASURED after it."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +31,7 @@ def compiled(monkeypatch, tmp_path):
         return folder / target.library
 
     monkeypatch.setattr(build, "compile_library", compile_library)
+    monkeypatch.setattr(gpu_bundle, "cuda_version", lambda: "13.0")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(subprocess, "run", lambda *_: subprocess.CompletedProcess([], 1))
     return calls, size
@@ -48,9 +51,27 @@ def test_pack(compiled, tmp_path, capsys, monkeypatch):
     assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     assert len(calls) == 2
-    for manifest in ("{}", '{"sources": "'):
+    for manifest in ("{}", '{"sources": "', json.dumps({"sources": gpu_bundle.sources_hash(HOPPER)})):
         (tmp_path / "manifest.json").write_text(manifest)
         assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
+    gpu_bundle.pack(tmp_path, HOPPER)
+    packed = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    assert packed == {HOPPER.library: hashlib.sha256(bytes(1000)).hexdigest()}
+    needed = "\n".join(gpu_bundle.needs(tmp_path, HOPPER))
+    assert "one of sm_90a" in needed and "CUDA 13.0 or newer" in needed and HOPPER.library in needed
+    with (tmp_path / HOPPER.library).open("r+b") as file:
+        file.write(b"1")
+    assert f"{HOPPER.library} in {tmp_path} is not as it was packed: copy" in "".join(
+        gpu_bundle.needs(tmp_path, HOPPER)
+    )
+    assert "there is no _cuda_sm90a.so" in "".join(gpu_bundle.needs(tmp_path / "none", HOPPER))
+    gpu_bundle.pack(tmp_path, HOPPER)
+    assert len(calls) == 4 and gpu_bundle.reason_against(tmp_path, HOPPER) is None
+    changed = tmp_path / "other" / "build.py"
+    changed.parent.mkdir()
+    changed.write_text(Path(build.__file__).read_text().replace("-O3", "-O1"))
+    monkeypatch.setattr(build, "__file__", str(changed))
+    assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     monkeypatch.setattr(build, "CUTLASS_PACKAGE", "nvidia-cutlass==0")
     assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)

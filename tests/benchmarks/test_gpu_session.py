@@ -167,10 +167,13 @@ def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys
     (tmp_path / "manifest.json").write_text('{"sources": "of another commit"}')
     assert session("check") == 1
     assert "was not packed from the sources of this checkout" in capsys.readouterr().out
-    (tmp_path / "manifest.json").write_text(json.dumps({"sources": gpu_bundle.sources_hash(HOPPER)}))
+    gpu_bundle.write_manifest(tmp_path, HOPPER, "13.0")
     monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: "it does not load"))
     assert session("check") == 1
     assert "it does not load" in capsys.readouterr().out
+    (tmp_path / HOPPER.library).write_bytes(b"half of it")
+    assert session("check") == 1
+    assert f"{HOPPER.library} in {tmp_path} is not as it was packed: copy" in capsys.readouterr().out
 
 
 def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, capsys):
@@ -221,14 +224,14 @@ def test_the_sanitizer_step_is_cut_short_and_continued(ready, sanitizer):
 @pytest.mark.slow
 def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
     """All steps as on a GPU machine: worker processes, a bundle, a checkout, and of our dependencies torch alone."""
-    for folder in ("ria_vllm", "serve", "benchmarks"):
+    for folder in gpu_bundle.PACKAGES:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("serve/pretend_hopper.py", "benchmarks/small_gpu.py", "benchmarks/rehearsal.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     bundle = tmp_path / ".work" / "gpu"
     bundle.mkdir(parents=True)
     (bundle / HOPPER.library).touch()
-    (bundle / "manifest.json").write_text(json.dumps({"sources": gpu_bundle.sources_hash(HOPPER)}))
+    gpu_bundle.write_manifest(bundle, HOPPER, "13.0")
     sanitizer(
         """\
         done = subprocess.run([sys.argv[-4], "rehearsal.py", *sys.argv[-2:]])
@@ -236,10 +239,15 @@ def test_a_session_in_a_bare_folder(tmp_path, sanitizer):
         sys.exit(done.returncode)"""
     )
     environment = {name: value for name, value in os.environ.items() if name != LIBRARY_FOLDER_VARIABLE}
-    for step in ("check", "fill", "times", "decode", "sanitize", "report"):
-        command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, "--out", "out"]
+    for step in ("needs", "check", "fill", "times", "decode", "sanitize", "report"):
+        place = () if step == "needs" else ("--out", "out")
+        command = [sys.executable, "rehearsal.py", "benchmarks.gpu_session", step, *place]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, (step, done.stdout[-3000:], done.stderr[-3000:], _log(tmp_path))
+        if step == "needs":
+            assert (
+                "here:    all is there" in done.stdout and "gpu.tgz benchmarks ria_vllm serve .work/gpu;" in done.stdout
+            )
     found = json.loads((tmp_path / "out" / "session.json").read_text())
     for step in ("check", "times", "decode", "sanitize"):
         assert set(found[step]["outcomes"].values()) == {"passed"}

@@ -16,7 +16,7 @@ from ria_vllm.offline.recipe import Recipe
         ({"weights": "int4-g64"}, "--weights 'int4-g64'"),
         ({"weights": "int4", "group_size": 16}, "--group-size 16"),
         ({"group_size": 64}, "--group-size: for integer weights only"),
-        ({"activations": "int8"}, "activations: for integer weights only"),
+        ({"activations": "int8"}, "no --scheme has float weights and int8 activations"),
         ({"smooth": 0.5, "weights": "int8"}, "--scheme W8A8"),
         ({"smooth": float("nan"), "weights": "int8", "activations": "int8"}, "--smooth nan"),
         ({"calibration": "a.txt", "self_written": 1.0}, "--self-written 1.0"),

@@ -176,7 +176,7 @@ def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
     grid = grids_of({"a": linear}, recipe, torch.device("cpu"))["a"]
     scales = grid.scales_at(torch.arange(stored.numel())).view(24, 192).float()
     other = 2 * stored[:, back]
-    on_grid = (other / scales).round().clamp(grid.low, grid.high) * scales
+    on_grid = (other / scales).round().clamp(grid.format.smallest, grid.format.largest) * scales
     assert torch.equal(on_grid[:, p], recipe.weight_format.quantize(other[:, p], torch.float32, scale)[0])
     assert on_grid[:, p].ne(other[:, p]).any()
 

@@ -36,6 +36,7 @@ def test_quantized_weights_and_rounded_inputs():
     output = run_doctor("--device", "cpu", "--scheme", "w8a8", env={"RIA_VLLM_BACKEND": "reference"})
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
     output = run_doctor("--device", "cpu", "--scheme", "FP8")
+    assert "fp8 weights, inputs rounded to float8_e4m3fn where these stay fp8 on cpu, in order" in output
     linears, experts = output.split("kernels for ")[1:]
     for lines in (linears, experts):
         assert re.search("cpu +chosen with fp8 widened to bfloat16: the first that can serve this layer", lines)

@@ -9,7 +9,7 @@ from sparse_llama import load, masks
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import WRITTEN
+from ria_vllm.format.formats import INT4
 from ria_vllm.training import keep_sparse, save
 
 FORMATS = ["int8", "int4-g32", "fp8"]
@@ -88,9 +88,9 @@ def test_scales_that_were_chosen_well_are_kept(pruned_llama, tmp_path):
         weight[3] *= 3  # the old scale would clip it
     save(model, tmp_path / "new", like=tmp_path / "out")
     old, new = (Reader(tmp_path / folder).linear(name) for folder in ("out", "new"))
-    largest = WRITTEN["int4"].scales_of(weight.detach())
+    largest = INT4.scales_of(weight.detach())
     for scales in (old.parts["weight_scale"], largest):
-        other, _ = WRITTEN["int4"].quantize(weight.detach(), torch.bfloat16, scales)
+        other, _ = INT4.quantize(weight.detach(), torch.bfloat16, scales)
         errors = [(one.float() - weight.detach()).square().sum(1) for one in (new.stored(), other)]
         assert (errors[0] <= errors[1] * (1 + 1e-5)).all() and (errors[0] < errors[1] * 0.9).any()
     kept = (new.parts["weight_scale"] == old.parts["weight_scale"]).flatten()

@@ -2,7 +2,7 @@
 
 import torch
 
-from ria_vllm.format.formats import Fp8Format, IntFormat, wide_scales
+from ria_vllm.format.formats import RoundedFormat, wide_scales
 
 
 class StraightThrough:
@@ -16,7 +16,7 @@ class StraightThrough:
         dtype: of the model.
     """
 
-    def __init__(self, weight_format: IntFormat | Fp8Format, scales: torch.Tensor, dtype: torch.dtype):
+    def __init__(self, weight_format: RoundedFormat, scales: torch.Tensor, dtype: torch.dtype):
         self.format, self.scales, self.dtype = weight_format, scales, dtype
 
     def __call__(self, values: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,11 @@
 import math
 
+import e4m3
 import pytest
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format import formats
 from ria_vllm.offline.pruning.block import Grid, train_block
 from ria_vllm.offline.pruning.masks import mask
 
@@ -110,15 +112,22 @@ def test_steps_are_as_large_as_the_weights(problem):
         assert moved > 0.01 * weight.norm() and (ends[1][name] - weight).norm() < 0.01 * moved, name
 
 
-def test_what_lies_on_a_grid_stays_there_and_gets_better(problem):
+@pytest.mark.parametrize(
+    ("weight_format", "nearest", "low", "high"),
+    [(formats.INT4, torch.round, -8, 7), (formats.FP8, lambda x: e4m3.nearest(x).float(), -448, 448)],
+    ids=["int4", "fp8"],
+)
+def test_what_lies_on_a_grid_stays_there_and_gets_better(problem, weight_format, nearest, low, high):
     model, params, masks, inputs, targets = problem
     grids = {}
     for number, (name, p) in enumerate(params.items()):
         groups = torch.arange(p.shape[1]) % 2 if number else torch.zeros(p.shape[1], dtype=torch.int64)
-        scales = torch.stack([p[:, groups == g].abs().amax(1) / 7 for g in range(1 + int(groups.max()))], 1).bfloat16()
-        grids[name] = Grid(scales, groups, -8, 7)
+        scales = torch.stack(
+            [p[:, groups == g].abs().amax(1) / high for g in range(1 + int(groups.max()))], 1
+        ).bfloat16()
+        grids[name] = Grid(weight_format, scales, groups)
         wide = scales.float()[:, groups]
-        p.data = (p / wide).round() * wide
+        p.data = nearest((p / wide).clamp(low, high).detach()) * wide
     del grids["up.weight"]
     before = loss(model, inputs, targets)
     start = {name: p.clone() for name, p in params.items()}
@@ -126,8 +135,8 @@ def test_what_lies_on_a_grid_stays_there_and_gets_better(problem):
     assert loss(model, inputs, targets) < 0.75 * before
     for name, grid in grids.items():
         values = params[name] / grid.scales.float()[:, grid.groups]
-        torch.testing.assert_close(values, values.round(), atol=1e-5, rtol=0)
-        assert values.min() >= -8.001 and values.max() <= 7.001
+        torch.testing.assert_close(values, nearest(values.detach().clamp(low, high)), atol=1e-5, rtol=1e-5)
+        assert values.min() >= 1.0001 * low and values.max() <= 1.0001 * high
         assert not torch.equal(params[name], start[name])
         assert (params[name][~masks[name]] == 0).all()
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import e4m3
 import pytest
 import torch
 from solving import admm
@@ -12,7 +13,7 @@ from ria_vllm.offline.pruning.masks import mask
 from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
-FORMATS = list(formats.INTEGERS.values())
+FORMATS = [*formats.INTEGERS.values(), formats.FP8]
 GROUPS = formats.INTEGERS[4, 64]
 
 
@@ -45,6 +46,20 @@ def gram_of(X):
 def in_order(V, p, weight_format, scales=None, dtype=torch.float32):
     """V, rounded to the nearest values with its columns in the order p."""
     return weight_format.quantize(V[:, p], dtype, scales)[0][:, torch.argsort(p)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_against_every_point_of_the_grid_of_e4m3(seed):
+    W, X, keep, p, R = layer(16, 4, 50, seed)
+    solved = admm(W, X.T @ X, keep, damping=1e-6, cross_term=R.T @ X)
+    plain = formats.FP8.quantize(solved, torch.float32)[0]
+    found, scales = round_on_mask(W, solved, keep, gram_of(X), formats.FP8, R.T @ X, p, passes=20, damping=0.0)
+    points = torch.cartesian_prod(e4m3.VALUES, e4m3.VALUES)
+    for i in range(16):
+        wanted = X.double() @ W[i].double() + R[:, i].double()
+        best = (wanted - points @ X[:, keep[i]].double().T * scales[i].double()).square().sum(1).min()
+        lost = errors(found, W, X, R)[i]
+        assert best * (1 - 1e-5) < lost < best * 1.05 and lost <= errors(plain, W, X, R)[i], i
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -94,7 +109,7 @@ def test_the_result_is_what_is_read_back(weight_format, dtype):
     parts = weight_format.encode(stored, keep[:, p], scales)
     assert weight_format.check(parts, tuple(W.shape)) is None
     assert torch.equal(weight_format.decode(parts, dtype), stored)
-    values = weight_format.integers(parts)
+    values = parts["compressed"].float() if weight_format == formats.FP8 else weight_format.integers(parts)
     assert values.min() >= weight_format.smallest and values.max() <= weight_format.largest
 
 
@@ -165,7 +180,7 @@ def test_scales_by_error_cost_less_than_any_other_of_the_range(weight_format):
 
     fitting = weight_format.scales_of(W)
     assert (lost(found) <= lost(fitting)).all()
-    assert lost(found).sum() < (0.9 if weight_format.num_bits == 4 else 0.999) * lost(fitting).sum()
+    assert lost(found).sum() < (0.9 if "int4" in weight_format.name else 0.999) * lost(fitting).sum()
     for factor in (0.5, 0.6, 0.7, 0.8, 0.9, 1.1):
         other = (fitting.float() * factor).to(fitting.dtype)
         assert lost(found).sum() < lost(other).sum()

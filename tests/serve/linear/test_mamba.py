@@ -11,7 +11,7 @@ from vllm.model_executor.layers.mamba import mamba_mixer2
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation, sparse24
-from ria_vllm.format.formats import FLOAT, INT8, WRITTEN
+from ria_vllm.format.formats import FLOAT, INT8, INTEGERS
 from ria_vllm.format.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.layer_matching import match_layers
@@ -59,7 +59,7 @@ def load(layer, tensors):
     layer.quant_method.process_weights_after_loading(layer)
 
 
-@pytest.mark.parametrize(("size", "weight_format"), [(1, FLOAT), (2, INT8), (4, WRITTEN["int4-g32"])])
+@pytest.mark.parametrize(("size", "weight_format"), [(1, FLOAT), (2, INT8), (4, INTEGERS[4, 32])])
 def test_one_group_on_several_ranks(ranks, size, weight_format):
     tensors, plain, order = stored(weight_format)
     x = torch.randn(3, HIDDEN)

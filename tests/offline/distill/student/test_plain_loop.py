@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import e4m3
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,14 @@ from transformers import AutoModelForCausalLM
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
-from ria_vllm.format.formats import WRITTEN
+from ria_vllm.format.formats import FORMATS
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_text
 from ria_vllm.offline.model.run.hf import load_tokenizer
 from ria_vllm.progress import Monitor
 
-RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
+RANGES = {"int8": (-127, 127), "int4": (-8, 7), "fp8": (-448, 448)}
 
 
 class Linear(nn.Module):
@@ -37,6 +38,7 @@ class Linear(nn.Module):
         self.mask = (parts["bitmask"][..., None] >> torch.arange(8) & 1).flatten(1).bool()
         self.values = nn.Parameter(linear.dense()[:, self.order].clone())
         self.range = RANGES.get(linear.format.name.partition("-")[0])
+        self.in_e4m3 = linear.format.name == "fp8"
         self.first_scales = parts["weight_scale"] if self.range else None
         self.changes = nn.Parameter(torch.zeros(self.first_scales.shape)) if self.range else None
 
@@ -49,7 +51,8 @@ class Linear(nn.Module):
         if self.range is None:
             return self.values * self.mask
         values, scales = self.values.detach(), self.scales()
-        rounded = (values / scales).round().clamp(*self.range) * scales
+        scaled = (values / scales).clamp(*self.range)
+        rounded = (e4m3.nearest(scaled).float() if self.in_e4m3 else scaled.round()) * scales
         within = (values >= self.range[0] * scales) & (values <= self.range[1] * scales)
         of_scales = torch.where(within, rounded - values, rounded)
         changes = self.changes.repeat_interleave(values.shape[1] // self.changes.shape[1], 1)
@@ -59,8 +62,9 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rounds_inputs:
             largest = x.detach().abs().amax(-1, keepdim=True)
-            most = torch.full_like(largest, 127)
-            x = x + ((x * (most / largest)).round() * (largest / most) - x).detach()
+            most = torch.full_like(largest, 448 if self.in_e4m3 else 127)
+            scaled = (x.detach() * (most / largest)).clamp(-most, most)
+            x = x + ((e4m3.nearest(scaled).float() if self.in_e4m3 else scaled.round()) * (largest / most) - x).detach()
         return F.linear(x, self.read()[:, self.order.argsort()])
 
     @torch.no_grad()
@@ -68,7 +72,8 @@ class Linear(nn.Module):
         """Bring values to at most a step beyond what their scales can hold; how many were farther."""
         if self.range is None:
             return 0
-        low, high = ((end + side) * self.scales() for end, side in zip(self.range, (-1, 1)))
+        step = 32 if self.in_e4m3 else 1
+        low, high = ((end + side * step) * self.scales() for end, side in zip(self.range, (-1, 1)))
         far = ((self.values < low * (1 + 1e-6)) | (self.values > high * (1 + 1e-6))) & self.mask
         self.values.copy_(self.values.clamp(low, high))
         return int(far.sum())
@@ -134,7 +139,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> floa
     ("weights", "activations", "options"),
     [
         ("float", "none", {"micro_batch": 1, "weight_decay": 0.1}),
-        *((name, "none", {}) for name in WRITTEN if name != "float"),
+        *((name, "fp8" if name == "fp8" else "none", {}) for name in FORMATS if name != "float"),
         ("int8", "int8", {}),
         ("int4-g32", "int8", {}),
     ],
@@ -161,4 +166,4 @@ def test_a_run_writes_what_a_plain_loop_trains(weights, activations, options, pr
     assert {after.linear(name).format.name for name in linears} == {weights}
     assert not {name: far for name, far in most.items() if far > limit}
     assert len(linears) == (12 if narrow else 14) and len(most) >= 2 * len(linears)
-    assert (drawn > 0) == (weights != "float")
+    assert (drawn > 0) == (weights not in ("float", "fp8"))  # fp8 has room: its last step is 32 wide

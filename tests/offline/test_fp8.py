@@ -1,0 +1,164 @@
+"""FP8 from `compress` to every reader. The oracle: the values of e4m3 by its definition, and float64."""
+
+import json
+
+import e4m3
+import pytest
+import torch
+from compressed_tensors_reader import read
+from compressed_tensors_writer import needs_writer
+from compressing import TOKENS, interrupted_after_a_layer, run_small, weight_digests
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ria_vllm.checkpoint.inventory import take_inventory
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.export import export_dense
+from ria_vllm.format.schema import FP8_TOKENS
+from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.offline.run import compress
+from ria_vllm.offline.run.budget import Choice
+from ria_vllm.offline.run.compress import Settings
+
+FP8 = SCHEMES["FP8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, text, tmp_path_factory):
+    """Do not write into it."""
+    out = tmp_path_factory.mktemp("fp8") / "out"
+    run_small(tiny("llama"), out, text, method="magnitude", **FP8)
+    return out
+
+
+def test_each_weight_is_the_nearest_value_times_its_scale(folder, tiny, text, tmp_path):
+    run_small(tiny("llama"), tmp_path / "exact", text, method="magnitude")
+    exact, reader, tensors = Reader(tmp_path / "exact"), Reader(folder), load_file(folder / "model.safetensors")
+    assert list(reader.problems()) == [] and reader.sparse_names == exact.sparse_names
+    assert reader.dense_names == exact.dense_names  # the head, too, which is not rounded
+    for name in reader.sparse_names:
+        want, values, scale = exact.linear(name), tensors[f"{name}.compressed"], tensors[f"{name}.weight_scale"]
+        assert values.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (len(values), 1)
+        assert torch.equal(want.parts["bitmask"], reader.linear(name).parts["bitmask"])
+        scaled = want.parts["compressed"].double() / scale.double()
+        best = (e4m3.nearest(scaled) - scaled).abs()
+        inside = scaled.abs() <= 448  # scales are chosen by error, and may cut the largest
+        assert ((values.double() - scaled).abs() - best)[inside].max() < 1e-4 and inside.double().mean() > 0.95, name
+        assert (values.double()[~inside].abs() == 448).all() and values.float().abs().amax(1).min() > 100
+
+
+def test_what_config_json_and_inspect_say(folder):
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    words = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dtype": "float32"}
+    assert config["weights"] == words and config["input_activations"] == FP8_TOKENS.model_dump()
+    values = take_inventory(Reader(folder)).values
+    assert (values.scheme, values.format, values.inputs) == ("FP8", "fp8", "float8_e4m3fn")
+    assert 5 < values.bits_per_weight < 6.5
+
+
+def test_transformers_rounds_what_linears_read(folder):
+    model, seen = AutoModelForCausalLM.from_pretrained(folder), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0][0], y[0])}))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.update({f"{name} reads": args[0][0]}), prepend=True
+            )
+    with torch.no_grad():
+        model(TOKENS)
+    reader = Reader(folder)
+    for name in reader.sparse_names:
+        x, y = seen[f"{name} reads"].double(), seen[name][1].double()
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        weight = reader.dense(name).double()
+        rounded = (e4m3.nearest(x / scale) * scale) @ weight.T
+        # A tie may be broken the other way in float32: most products are right to the last digits.
+        right = (y - rounded).abs() <= 1e-4 * rounded.abs().mean()
+        assert (
+            right.double().mean() > 0.9
+            and ((y - x @ weight.T).abs() > 1e-3 * rounded.abs().mean()).double().mean() > 0.9
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{"reconstruct": "short", "samples": 8, "smooth": 0.5}, {"reconstruct": "admm"}], ids=str
+)
+def test_rounding_makes_up_for_itself_and_resumes(options, tiny, text, tmp_path):
+    report, warnings = run_small(tiny("llama"), tmp_path / "out", text, **FP8, **options)
+    assert list(Reader(tmp_path / "out").problems()) == [] and not warnings
+    if (
+        options["reconstruct"] == "short"
+    ):  # rounded to the nearest, a uniform mantissa of three bits loses 2.6%, squared
+        assert 0 < max(record["rounding_error"] for record in report["linears"].values()) < 0.03
+    with interrupted_after_a_layer():
+        run_small(tiny("llama"), tmp_path / "again", text, **FP8, **options)
+    run_small(tiny("llama"), tmp_path / "again", text, Settings(resume=True), **FP8, **options)
+    assert weight_digests(tmp_path / "again") == weight_digests(tmp_path / "out")
+
+
+def test_what_max_loss_leaves_dense_stays_in_the_models_dtype(tiny, text, tmp_path, monkeypatch):
+    options = FP8 | {"reconstruct": "admm", "samples": 8, "max_loss": 0.1}
+    monkeypatch.setattr(compress, "choose", lambda *_: Choice(frozenset({(0, "mlp")}), {}))
+    report, _ = run_small(tiny("llama"), tmp_path / "out", text, **options)
+    reader = Reader(tmp_path / "out")
+    assert len(reader.sparse_names) == 3 and reader.int8_names == [] and "dense_in_int8" not in report
+    source = load_file(tiny("llama") / "model.safetensors")
+    assert all(torch.equal(reader.tensor(name), source[name]) for name in reader.dense_names)
+    none = {"perplexity": 2.0, "perplexity_dense": 1.0}
+    monkeypatch.setattr(compress, "choose", lambda *_: Choice(frozenset(), {1: none}))
+    with pytest.raises(RiaError, match="every sublayer loses more; the one that costs least, 100.0%"):
+        run_small(tiny("llama"), tmp_path / "none", text, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group_size": 64}, "--group-size: for integer weights only"),
+        ({"activations": "none"}, "no --scheme has fp8 weights and none activations"),
+    ],
+)
+def test_what_fp8_does_not_have_is_refused(options, words, tiny, text, tmp_path):
+    with pytest.raises(RiaError, match=words):
+        run_small(tiny("llama"), tmp_path / "out", text, **(FP8 | options))
+
+
+@needs_writer
+@pytest.mark.parametrize("scheme", ["FP8", "W8A8", "BF16"])
+def test_compressed_tensors_reads_what_export_writes_for_it(scheme, tiny, text, tmp_path):
+    run_small(tiny("llama"), tmp_path / "out", text, permute="none", ignore=("1.mlp.down",), **SCHEMES[scheme])
+    reader = Reader(tmp_path / "out")
+    export_dense(reader, tmp_path / "dense", 1 << 40)
+    export_dense(reader, tmp_path / "theirs", 1 << 40, compressed=True)
+    want, found = load_file(tmp_path / "dense" / "model.safetensors"), read(tmp_path / "theirs", tmp_path / "read")
+    assert want.keys() <= found.keys()
+    for name, tensor in want.items():
+        # It keeps scales of 8-bit weights in bfloat16, and so their products.
+        rounded = name.removesuffix(".weight") in reader.sparse_names and scheme != "BF16"
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-7 if rounded else 0, atol=0, msg=name)
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(
+        torch.equal(stored[f"{n}.{p}"], ours[f"{n}.{p}"])
+        for n in reader.sparse_names
+        for p in reader.schema.tensor_names
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "has permuted columns: compress with --permute none"),
+        ({"permute": "none"} | SCHEMES["W4A16"], "it packs int4-g64 in another way"),
+        ({"permute": "none", "pattern": "4:8"} | SCHEMES["W8A8"], "it holds 2:4 alone, and this folder is 4:8"),
+    ],
+    ids=["permuted", "int4", "4:8"],
+)
+def test_compressed_tensors_has_no_words_for_it(options, words, tiny, text, tmp_path):
+    from ria_vllm.format.pattern import PATTERNS
+
+    options = options | ({"pattern": PATTERNS[options["pattern"]]} if "pattern" in options else {})
+    run_small(tiny("llama"), tmp_path / "out", text, **options)
+    with pytest.raises(RiaError, match=f"--format compressed-tensors: .*{words}.*leave out --format"):
+        export_dense(Reader(tmp_path / "out"), tmp_path / "theirs", 1 << 40, compressed=True)
+    assert not (tmp_path / "theirs").exists()
