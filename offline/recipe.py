@@ -86,14 +86,11 @@ class Recipe:
             RiaError: an invalid one.
         """
         try:
-            recipe = cls(**options)
+            return cls(**options)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RiaError(f"--{name.replace('_', '-')} {options[name]!r}: {first['msg']}.") from None
-        if recipe.pattern != TWO_OF_FOUR and recipe.activations == "none":
-            raise RiaError(f"--pattern {recipe.pattern} needs inputs in int8: give --scheme W8A8 or W4A8.")
-        return recipe
 
     @classmethod
     def saved(cls, path: Path, given: Collection[str] = ()) -> dict[str, Any]:

@@ -42,25 +42,16 @@ def over_ranks(monkeypatch, stored, size, placement=None, **settings):
     return total
 
 
-@pytest.mark.parametrize("backend", ["", "reference"])
-def test_a_pattern_that_no_fast_kernel_takes_unrounded(monkeypatch, backend):
-    """vLLM's own experts get the weights decompressed, unless the slow kernel is asked for."""
-    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
-    stored = StoredMixture(weight_format=FORMATS["int8"], pattern="8:16")
-    model = served(stored)
-    check(stored, model)
-    assert (model.experts.ria_experts is not None) == (backend == "reference")
-    x, weights, ids = route()
-    close(over_ranks(monkeypatch, stored, 2), stored.expected(x, weights, ids))
-
-
 @pytest.mark.parametrize(
-    ("orders", "weight_format"),
-    [("none", "float"), ("shared", "float"), ("linear", "int8"), ("shared", "int4-g32"), ("shared", "int8-g128")],
-)
-def test_every_format_and_order(experts_path, orders, weight_format):
+    ("orders", "weight_format", "pattern"),
+    [
+        ("none", "float", "2:4"), ("shared", "float", "2:4"), ("linear", "int8", "2:4"), ("shared", "int4-g32", "2:4"),
+        ("shared", "int8-g128", "2:4"), ("shared", "float", "8:16"), ("linear", "int8", "8:16"),
+    ],
+)  # fmt: skip
+def test_every_format_and_order(experts_path, orders, weight_format, pattern):
     """If each linear has its own order, no kernel serves it, and the dense weights need none."""
-    stored = StoredMixture(orders, FORMATS[weight_format])
+    stored = StoredMixture(orders, FORMATS[weight_format], pattern=pattern)
     model = served(stored)
     check(stored, model)
     packed = model.experts.ria_experts
