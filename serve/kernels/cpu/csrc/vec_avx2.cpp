@@ -207,7 +207,7 @@ struct Avx2Traits {
 
 // From this many tokens on, vectors over tokens are faster than vectors over rows; of 8:16 matrices these pick slowly.
 template <class VecTraits>
-constexpr int64_t kMinTokens = VecTraits::kVectors == 1 ? 21 : 4;
+constexpr int64_t kMinTokens = VecTraits::kVectors == 1 ? 21 : 6;
 
 template <class VecTraits>
 constexpr Kernels row_and_token_kernels() {
