@@ -36,8 +36,8 @@ INSTRUCTION_SETS = {
     # GCC 12 otherwise moves conversions of the sums into the inner loop, and half of the sums onto the stack.
     "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", "-fno-tree-pre", *EXACT],
     "vec_avx512_vbmi2.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi2", "-fno-tree-pre", *EXACT],
-    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
-    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"],
+    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16"],
     "vec_amx_int8.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi2", "-mamx-tile", "-mamx-int8", "-fno-tree-pre", *EXACT],
 }
 

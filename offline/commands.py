@@ -85,8 +85,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--pattern",
     type=click.Choice(list(PATTERNS)),
     default=str(TWO_OF_FOUR),
-    help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size; they are "
-    "for W8A8 and W4A8 on CPUs. GPUs multiply 2:4 only.",
+    help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size, on "
+    "CPUs; GPUs multiply 2:4 only.",
 )
 @expert(
     "--recipe",
@@ -191,7 +191,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))
     kept = [record["retained_after"] for record in report["linears"].values()]
-    free = recipe.pattern == TWO_OF_FOUR and recipe.activations == "int8" and "kept" not in report
+    free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "fp8" and "kept" not in report
     if free and not cuda.is_available():
         monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
     score = f", mean retained score {sum(kept) / len(kept):.4f}" if kept else ""

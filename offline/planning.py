@@ -29,8 +29,8 @@ from ria_vllm.speed import expected, served_by
 from ria_vllm.table import print_table
 
 EIGHT = (
-    "8:16:    --pattern 8:16, which no GPU multiplies, is as large and on most CPUs about as fast, and loses less: of "
-    "SmolLM2 in W8A8 28% less in KL"
+    "8:16:    --pattern 8:16, which no GPU multiplies, is as large and on most CPUs about as fast (W4A16: a quarter "
+    "slower), and loses less: of SmolLM2 in W8A8 28% less in KL"
 )
 
 

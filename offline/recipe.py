@@ -91,8 +91,8 @@ class Recipe:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RiaError(f"--{name.replace('_', '-')} {options[name]!r}: {first['msg']}.") from None
-        if recipe.pattern != TWO_OF_FOUR and recipe.activations != "int8":
-            raise RiaError(f"--pattern {recipe.pattern} needs inputs in int8: give --scheme W8A8 or W4A8.")
+        if recipe.pattern != TWO_OF_FOUR and recipe.activations == "fp8":
+            raise RiaError(f"--pattern {recipe.pattern} is for CPUs, and --scheme FP8 for GPUs: give another scheme.")
         return recipe
 
     @classmethod

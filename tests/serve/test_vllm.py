@@ -53,7 +53,7 @@ ALONE = {
     "fp8": ("llama-gqa", {"weights": "fp8"} | BF16, SERVED_BF16),
     "int4-g64": ("llama-gqa", {"weights": "int4-g64"} | BF16, SERVED_BF16),
     "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64"} | FP16, SERVED_FP16),
-    "int4-g64, fused on disk": ("phi3", {"weights": "int4-g64"}, {}),
+    "int4-g64 of 8:16, fused on disk": ("phi3", {"weights": "int4-g64", "pattern": "8:16"}, {}),
     "int8-g64, no folds": ("qwen2", {"weights": "int8-g64", "folds": False}, {}),
     "compiled": ("llama-gqa", {}, {"enforce_eager": False}),
 }

@@ -103,8 +103,6 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
 def unsupported(config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
     """Why no product here takes these weights and activations, or None."""
     weight_format, act_dtype, input_dtype = config.weight_format, config.act_dtype, config.input_dtype
-    if config.pattern != TWO_OF_FOUR and input_dtype is None:
-        return f"no {config.pattern} weights without inputs rounded to int8"
     if input_dtype not in (None, torch.int8) or (input_dtype and weight_format == FLOAT):
         return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):

@@ -42,24 +42,15 @@ def over_ranks(monkeypatch, stored, size, placement=None, **settings):
     return total
 
 
-@pytest.mark.parametrize("backend", ["", "reference"])
-def test_a_pattern_that_no_fast_kernel_takes_unrounded(monkeypatch, backend):
-    """vLLM's own experts get the weights decompressed, unless the slow kernel is asked for."""
-    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
-    stored = StoredMixture(weight_format=FORMATS["int8"], pattern="8:16")
-    model = served(stored)
-    check(stored, model)
-    assert (model.experts.ria_experts is not None) == (backend == "reference")
-    x, weights, ids = route()
-    close(over_ranks(monkeypatch, stored, 2), stored.expected(x, weights, ids))
-
-
 @pytest.mark.parametrize(
-    ("permuted", "weight_format"),
-    [(False, "float"), (True, "float"), (True, "int4-g32"), (True, "int8-g128")],
-)
-def test_every_format_and_order(experts_path, permuted, weight_format):
-    stored = StoredMixture(permuted, FORMATS[weight_format])
+    ("permuted", "weight_format", "pattern"),
+    [
+        (False, "float", "2:4"), (True, "float", "2:4"), (True, "int4-g32", "2:4"), (True, "int8-g128", "2:4"),
+        (True, "float", "8:16"), (False, "int8", "8:16"),
+    ],
+)  # fmt: skip
+def test_every_format_and_order(experts_path, permuted, weight_format, pattern):
+    stored = StoredMixture(permuted, FORMATS[weight_format], pattern=pattern)
     model = served(stored)
     check(stored, model)
     packed = model.experts.ria_experts

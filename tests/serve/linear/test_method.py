@@ -102,7 +102,7 @@ def test_qkv(ranks, monkeypatch, name, size, orders, backend):
         ("float", 1, 256, "", "2:4"), ("float", 4, 256, "", "2:4"), ("float", 2, 192, "", "2:4"),
         ("float", 4, 192, "", "2:4"), ("int4", 2, 256, "", "2:4"), ("int8-g64", 4, 256, "reference", "2:4"),
         ("int4-g32", 2, 192, "", "2:4"), ("int8", 2, 192, "reference", "2:4"), ("int8", 4, 192, "", "8:16"),
-        ("int4-g32", 2, 192, "", "4:8"),
+        ("int4-g32", 2, 192, "", "4:8"), ("float", 4, 192, "", "8:16"),
     ],
 )  # fmt: skip
 def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, size, inner, backend, pattern):

@@ -47,7 +47,7 @@ template <class VecTraits, int kGroup>
 [[gnu::always_inline]] inline __m512i kept_channels(const uint8_t* block, int64_t strips, int64_t strip) {
   if constexpr (VecTraits::kDtype == Dtype::int4) {
     // Words: the lowest two bits of each are a position.
-    const __m512i words = unpack<VecTraits, kGroup>(block, strips, strip).positions;
+    const __m512i words = Unpacked<VecTraits>().template unpack<kGroup>(block, strips, strip);
     return _mm512_ternarylogic_epi32(words, _mm512_srli_epi32(words, 14), _mm512_set1_epi32(3), 0xe4);
   } else {
     constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
@@ -59,6 +59,66 @@ template <class VecTraits, int kGroup>
   }
 }
 
+// Each 128 bits of four vectors are 4 x 4 pairs of words: rows become columns. Half of it by shifts, because everything
+// else here wants the port for shuffles.
+[[gnu::always_inline]] inline void transpose_pairs(__m512i (&v)[4]) {
+  transpose_lanes(v[0], v[1]), transpose_lanes(v[2], v[3]);
+  const __m512i even[2] = {v[0], v[2]}, odd[2] = {v[1], v[3]};
+  v[0] = _mm512_unpacklo_epi64(even[0], even[1]), v[1] = _mm512_unpacklo_epi64(odd[0], odd[1]);
+  v[2] = _mm512_unpackhi_epi64(even[0], even[1]), v[3] = _mm512_unpackhi_epi64(odd[0], odd[1]);
+}
+
+// Writes the eight rows of a tile that a strip and four groups of 8:16 matrices become. `masks`: which of its 16
+// channels each row keeps.
+[[gnu::always_inline]] inline void expand_four_groups(__m512i (&values)[4], const uint8_t* masks, uint8_t* to) {
+  const auto mask = [&](int64_t first, int64_t second) __attribute__((always_inline)) {
+    uint16_t of[2];
+    std::memcpy(of, masks + mask_offset(first), sizeof *of);
+    std::memcpy(of + 1, masks + mask_offset(second), sizeof *of);
+    return static_cast<__mmask32>(of[0] | static_cast<uint32_t>(of[1]) << 16);
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) values[i] = _mm512_rol_epi32(values[i], 16);  // in the order of the columns
+  transpose_pairs(values);  // a row's eight side by side: those of the rows i, 4 + i, 8 + i and 12 + i
+  __m512i low[4], high[4];  // the 16 columns of the rows i and 4 + i, and of 8 + i and 12 + i
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    low[i] = _mm512_maskz_expand_epi16(mask(i, 4 + i), values[i]);
+    const __m512i upper = _mm512_castsi256_si512(_mm512_extracti64x4_epi64(values[i], 1));
+    high[i] = _mm512_maskz_expand_epi16(mask(8 + i, 12 + i), upper);
+  }
+  transpose_pairs(low), transpose_pairs(high);  // pairs of columns side by side, of four rows each
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm512_store_si512(to + i * kCacheLine, _mm512_shuffle_i32x4(low[i], high[i], 0x88));
+    _mm512_store_si512(to + (4 + i) * kCacheLine, _mm512_shuffle_i32x4(low[i], high[i], 0xdd));
+  }
+}
+
+// Expands a group of a block of S strips to [strip][tile]; of the groups of an 8:16 matrix every second one expands
+// four, of one strip. kOnes: all weights are one.
+template <class VecTraits, int S, int kGroup, bool kOnes = false>
+[[gnu::always_inline]] inline void expand_in_block(const uint8_t* block, uint8_t* to) {
+  constexpr int kFirst = kGroup / 4 * 4, strip = kGroup / 2 % 2;
+  const auto weights = [&](auto group, int s) __attribute__((always_inline)) {
+    return kOnes ? _mm512_set1_epi16(1) : weights_of_group<VecTraits, group>(block, S, s);
+  };
+  if constexpr (VecTraits::kVectors == 1) {
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s)
+      expand_group(weights(std::integral_constant<int, kGroup>(), s), kept_channels<VecTraits, kGroup>(block, S, s),
+                   to + s * kTileBytes + kGroup * 2 * kCacheLine);
+  } else if constexpr (kGroup % 2 == 0 && strip < S) {
+    constexpr Layout layout{1, 64, VecTraits::kDtype};
+    __m512i four[4] = {weights(std::integral_constant<int, kFirst>(), strip),
+                       weights(std::integral_constant<int, kFirst + 1>(), strip),
+                       weights(std::integral_constant<int, kFirst + 2>(), strip),
+                       weights(std::integral_constant<int, kFirst + 3>(), strip)};
+    expand_four_groups(four, block + layout.masks_offset(kFirst, S, strip),
+                       to + strip * kTileBytes + kFirst * 2 * kCacheLine);
+  }
+}
+
 // Expands the groups from kFirst on of a block of S strips to [strip][tile].
 template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
 [[gnu::always_inline]] inline void expand_groups(const uint8_t* block, uint8_t* to, std::index_sequence<kGroups...>) {
@@ -67,17 +127,14 @@ template <class VecTraits, int S, int T, int kFirst, size_t... kGroups>
   const auto expand = [&](auto group) __attribute__((always_inline)) {
     for (int64_t line = group * lines / kBlockGroups; line < (group + 1) * lines / kBlockGroups; ++line)
       __builtin_prefetch(block + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
-#pragma GCC unroll 2
-    for (int s = 0; s < S; ++s)
-      expand_group(unpack<VecTraits, group>(block, S, s).weights, kept_channels<VecTraits, group>(block, S, s),
-                   to + s * kTileBytes + group * 2 * kCacheLine);
+    expand_in_block<VecTraits, S, group>(block, to);
   };
   (expand(std::integral_constant<int, kFirst + static_cast<int>(kGroups)>()), ...);
 }
 
-template <Dtype kType, bool kGroups = false>
+template <Dtype kType, int64_t kUnitGroups, bool kGroups = false>
 struct Bf16Operands {
-  using VecTraits = Avx512Bf16Traits<kType, kGroups>;
+  using VecTraits = Avx512Bf16Traits<kType, kUnitGroups, kGroups>;
   using Product = float;
   using Sum = float;
   static constexpr Dtype kDtype = kType;
@@ -158,13 +215,9 @@ struct Bf16Operands {
       store_tile_sums<1, S>(products);
       tile_barrier();
       if (std::memcmp(x, finite, sizeof x) == 0) return;
-      for_each_group(
-          [&](auto group) __attribute__((always_inline)) {
-            for (int s = 0; s < S; ++s)
-              expand_group(_mm512_set1_epi16(1), kept_channels<VecTraits, group>(step, S, s),
-                           kept + s * kTileBytes + group * 2 * kCacheLine);
-          },
-          kGroupsOfBlock);
+      for_each_group([&](auto group)
+                         __attribute__((always_inline)) { expand_in_block<VecTraits, S, group, true>(step, kept); },
+                     kGroupsOfBlock);
       for (int64_t c = 0; c < kStepColumns; ++c)
         for (int64_t r = 0; r < S * kStripRows; ++r) {
           const int64_t at = r / kStripRows * kTileBytes + c / 2 * kCacheLine + (r % kStripRows * 2 + c % 2) * 2;
@@ -185,24 +238,25 @@ struct Bf16Operands {
 // those of its odd ones, each with one rounding, in the order of the tile's rows; then both sums, and then the result
 // to the sum so far. vdpbf16ps does the same with the pairs of two vectors of activations, of which one has zeros for
 // the odd channels and one for the even ones. Of a pair it takes the second first: that is why the channels of a group
-// are in the order 2, 3, 0, 1.
-template <Dtype kType, bool kGroups = false>
-struct FewTokensTraits : Avx512Bf16Traits<kType, kGroups> {
-  using Base = Avx512Bf16Traits<kType, kGroups>;
+// are in the order 2, 3, 0, 1, and why the values of an 8:16 matrix are swapped instead.
+template <Dtype kType, int64_t kUnitGroups, bool kGroups = false>
+struct FewTokensTraits : Avx512Bf16Traits<kType, kUnitGroups, kGroups> {
+  using Base = Avx512Bf16Traits<kType, kUnitGroups, kGroups>;
   using Value = typename Base::Value;
   struct Accumulators { __m512 sums{}, even{}, odd{}; };
   struct Activations { __m512i even, odd; };
   static constexpr int64_t kTokensWithSums = 2;
-  static constexpr int64_t kBlockTokens = kType == Dtype::bfloat16 ? 2 : 1;  // measured
+  static constexpr int64_t kBlockTokens = kType == Dtype::bfloat16 || kUnitGroups == 4 ? 2 : 1;  // measured
   static constexpr int64_t kActivationBytes = 16;
   static constexpr bool kSumsBlocks = true;
 
-  static void store_channels(uint8_t* panel, Value a, Value b, Value c, Value d) {
+  static void store_channels(uint8_t* unit, int64_t group, Value a, Value b, Value c, Value d) {
     const uint64_t halves[2] = {a.bits | static_cast<uint64_t>(c.bits) << 32,
                                 static_cast<uint64_t>(b.bits) << 16 | static_cast<uint64_t>(d.bits) << 48};
-    std::memcpy(panel, halves, sizeof halves);
+    for (int64_t i = 0; i < 2; ++i)
+      std::memcpy(unit + (i * kUnitGroups + group) * sizeof *halves, halves + i, sizeof *halves);
   }
-  static Activations broadcast(const uint8_t* p) { return {Base::broadcast(p), Base::broadcast(p + 8)}; }
+  static Activations broadcast(const uint8_t* p) { return {Base::broadcast(p), Base::broadcast(p + 8 * kUnitGroups)}; }
   static Accumulators load(const float* p) { return {Base::load(p)}; }
   static void store(float* p, const Accumulators& acc) { Base::store(p, acc.sums); }
   static Accumulators multiply_add(const Accumulators& acc, __m512i w, __m512i p, const Activations& x) {
@@ -217,12 +271,22 @@ struct FewTokensTraits : Avx512Bf16Traits<kType, kGroups> {
   }
 };
 
-template <Dtype kType, bool kGroups = false>
+template <Dtype kType, int64_t V, bool kGroups = false>
 constexpr Kernels amx_bf16_kernels() {
-  using FewTokens = FewTokensTraits<kType, kGroups>;
+  using FewTokens = FewTokensTraits<kType, V, kGroups>;
   return {row_kernel<FewTokens>(), FewTokens::kBlockTokens + 1,
-          amx_kernel(4 * sizeof(uint16_t), pack_bf16_tokens, multiply_amx_tiles<Bf16Operands<kType, kGroups>>,
+          amx_kernel(4 * sizeof(uint16_t), pack_bf16_tokens, multiply_amx_tiles<Bf16Operands<kType, V, kGroups>>,
                      round_values<FewTokens>)};
+}
+
+template <int64_t V>
+constexpr Products amx_bf16_products() {
+  return {{amx_bf16_kernels<Dtype::bfloat16, V>(),
+           {},
+           {},
+           amx_bf16_kernels<Dtype::int8, V>(),
+           amx_bf16_kernels<Dtype::int4, V>()},
+          {{}, {}, {}, amx_bf16_kernels<Dtype::int8, V, true>(), amx_bf16_kernels<Dtype::int4, V, true>()}};
 }
 
 }  // namespace

@@ -42,9 +42,9 @@ template <int kBits>
                                                      uint8_t* to) {
   using Traits = Avx512Of16Traits;
   __m512i even = weights_of<Traits, kBits>(first), odd = weights_of<Traits, kBits>(second);
-  Traits::transpose_lanes(even, odd);                       // [rows][8]
+  transpose_lanes(even, odd);                               // [rows][8]
   const auto expand = [&](__m512i weights, int64_t rows) {  // four of them, [row][16 columns]
-    return _mm512_maskz_expand_epi8(Traits::mask(masks + 2 * rows), weights);
+    return _mm512_maskz_expand_epi8(mask_of_four(masks + 2 * rows), weights);
   };
   const auto upper = [](__m512i v) { return _mm512_castsi256_si512(_mm512_extracti64x4_epi64(v, 1)); };
   const __m512i a = expand(even, 0), b = expand(upper(even), 4), c = expand(odd, 8), d = expand(upper(odd), 12);

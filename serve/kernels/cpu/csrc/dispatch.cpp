@@ -57,16 +57,18 @@ InstructionSet with_int8(InstructionSet set, const char* name, const Int8Kernels
   return set;
 }
 
-const InstructionSet kAvx512WithBf16 = {"avx512_bf16",
-                                        {kAvx512Bf16, kAvx512.kernels[1], kAvx512.kernels[2], kAvx512Int8, kAvx512Int4},
-                                        {{}, {}, {}, kAvx512GroupedInt8, kAvx512GroupedInt4},
-                                        &kAvx512VnniInt8,
-                                        &kAvx512};
-const InstructionSet kAmx = {"amx",
-                             {kAmxBf16, kAvx512.kernels[1], kAvx512.kernels[2], kAmxInt8, kAmxInt4},
-                             {{}, {}, {}, kAmxGroupedInt8, kAmxGroupedInt4},
-                             &kAmxInt8Activations,
-                             &kAvx512};
+// Kernels for bfloat16 activations, with those of `floats` for float16 and float32 weights.
+Products with_floats(Products products, const Products& floats) {
+  for (Dtype dtype : {Dtype::float16, Dtype::float32})
+    products.kernels[static_cast<int>(dtype)] = floats.kernels[static_cast<int>(dtype)];
+  return products;
+}
+
+const Products kBf16Of16 = with_floats(kAvx512Bf16Of16, kAvx512Of16),
+               kTilesOf16 = with_floats(kAmxBf16Of16, kAvx512Of16);
+const InstructionSet kAvx512WithBf16 = {"avx512_bf16", with_floats(kAvx512Bf16, kAvx512.of_4), &kBf16Of16,
+                                        &kAvx512VnniInt8, &kAvx512};
+const InstructionSet kAmx = {"amx", with_floats(kAmxBf16, kAvx512.of_4), &kTilesOf16, &kAmxInt8Activations, &kAvx512};
 #endif
 
 struct Candidate {
@@ -78,7 +80,7 @@ const InstructionSet& choose() {
 #if defined(__x86_64__)
   static const Int8Kernels vnni = [] {
     Int8Kernels kernels = kAvx512VnniInt8;
-    if (!has_avx512_vbmi2()) kernels.of_16 = &kAvx2Of16;
+    if (!has_avx512_vbmi2()) kernels.of_16 = &kAvx2Int8Of16;
     return kernels;
   }();
   static const InstructionSet avx512_vnni = with_int8(kAvx512, "avx512_vnni", vnni);

@@ -4,6 +4,7 @@
 //
 // A vector holds 16 rows of one token. For each group of four channels the token's four activations are broadcast, each
 // row picks its two with one shuffle, and one multiply-add takes them: half the multiplications of a dense product.
+// For 8:16 matrices, four groups are a unit: all four pick from its 16 activations.
 // Nothing is decompressed and no zero is multiplied. Rows never mix lanes, and a token's groups are always added in the
 // same order, so a token's result depends neither on its batch nor on the number of threads. With fp32 vectors, many
 // tokens take another path with the same additions: gemm_tokens.h.
@@ -14,6 +15,7 @@
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
 //     static constexpr int64_t kActivationBytes;                       // of four channels of one token, in the panel
+//     static constexpr int64_t kVectors;                               // groups of a unit: 1 for 2:4, 4 for 8:16
 //     static constexpr Dtype kDtype;
 //     static constexpr int64_t kTokensWithSums;                        // if kGrouped: fit twice, sums and accumulators
 //     static constexpr int kUnpackedTokens;  // int4 read from memory: for up to so many it is unpacked into registers
@@ -22,12 +24,12 @@
 //     static Weights weights(const uint8_t*);                          // one strip and group of the packed form
 //     static void expand(uint8_t*, Weights);                           // for load_expanded; both only if kExpands
 //     static Weights load_expanded(const uint8_t*);
-//     static Positions positions(uint64_t);
-//     template <int kGroup> static Weights int4_weights(const uint8_t* block);  // of one strip; both if kDtype is int4
-//     template <int kGroup> static Positions int4_positions(const uint8_t* block);
+//     static void positions(const uint8_t*, Positions (&)[kVectors]);  // of one strip and unit, unless int4_positions
+//     template <int kGroup> static Weights int4_weights(const uint8_t* block);  // of one strip, if kDtype is int4
+//     template <int kGroup> static Positions int4_positions(const uint8_t* block);           // and for 2:4
 //     static Positions load_positions(const uint8_t*);
 //     static void store_positions(uint8_t*, Positions);
-//     static Activations broadcast(const uint8_t*);
+//     static Activations broadcast(const uint8_t*);                    // those of a unit
 //     static Accumulators load(const float*);
 //     static void store(float*, Accumulators);
 //     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
@@ -35,7 +37,8 @@
 //     static Accumulators add_block(Accumulators);                     // its sum to those before, if kSumsBlocks
 //     static Accumulators load_scales(const uint8_t*, Dtype);          // of 16 rows; this and `scaled` if kGrouped
 //     static Accumulators scaled(const Accumulators& sums, const Accumulators& scales, const Accumulators& initial);
-//     static void store_channels(uint8_t* panel, Value, Value, Value, Value);  // four channels of one token
+//     // Four channels of one token: those of a unit's group.
+//     static void store_channels(uint8_t* unit, int64_t group, Value, Value, Value, Value);
 //     static void store_from_float(Value*, const float*, int64_t count);       // both for any, if kAnyActivations
 //   };
 #pragma once
@@ -78,25 +81,43 @@ int64_t panel_offset(const GemmArgs& args, int64_t chunk, int64_t chunk_blocks, 
   return (chunk * args.tokens + first_token * chunk_blocks) * kBlockGroups * VecTraits::kActivationBytes;
 }
 
-// The weights and positions of one strip and group of a block.
+// Of a token and unit, in the panel.
+template <class VecTraits>
+constexpr int64_t kUnitBytes = VecTraits::kVectors * VecTraits::kActivationBytes;
+
+// The weights of one strip and group of a block.
+template <class VecTraits, int kGroup>
+[[gnu::always_inline]] inline typename VecTraits::Weights weights_of_group(const uint8_t* block, int64_t strips,
+                                                                           int64_t strip) {
+  constexpr Layout layout{1, 64, VecTraits::kDtype};
+  if constexpr (VecTraits::kDtype == Dtype::int4)
+    return VecTraits::template int4_weights<kGroup>(block + strip * layout.strip_block_bytes());
+  else
+    return VecTraits::weights(block + (kGroup * strips + strip) * layout.value_bytes());
+}
+
+// With their positions. A unit's groups have to be unpacked in turn: the first one decodes the positions of all.
 template <class VecTraits>
 struct Unpacked {
   typename VecTraits::Weights weights;
-  typename VecTraits::Positions positions;
-};
+  typename VecTraits::Positions of_unit[VecTraits::kVectors];
 
-template <class VecTraits, int kGroup>
-[[gnu::always_inline]] inline Unpacked<VecTraits> unpack(const uint8_t* block, int64_t strips, int64_t strip) {
-  constexpr int64_t value_bytes = kStripRows * pair_bytes(VecTraits::kDtype);
-  if constexpr (VecTraits::kDtype == Dtype::int4) {
-    block += strip * kBlockGroups * (value_bytes + kPositionBytes);
-    return {VecTraits::template int4_weights<kGroup>(block), VecTraits::template int4_positions<kGroup>(block)};
-  } else {
-    const int64_t slot = kGroup * strips + strip;
-    const uint8_t* positions = block + kBlockGroups * strips * value_bytes + slot * kPositionBytes;
-    return {VecTraits::weights(block + slot * value_bytes), VecTraits::positions(load_u64(positions))};
+  template <int kGroup>
+  [[gnu::always_inline]] const typename VecTraits::Positions& unpack(const uint8_t* block, int64_t strips,
+                                                                     int64_t strip) {
+    constexpr int64_t V = VecTraits::kVectors;
+    constexpr Layout layout{1, 64, VecTraits::kDtype};
+    weights = weights_of_group<VecTraits, kGroup>(block, strips, strip);
+    if constexpr (VecTraits::kDtype == Dtype::int4 && V == 1)
+      of_unit[0] = VecTraits::template int4_positions<kGroup>(block + strip * layout.strip_block_bytes());
+    else if constexpr (V == 1)
+      VecTraits::positions(
+          block + kBlockGroups * strips * layout.value_bytes() + (kGroup * strips + strip) * kPositionBytes, of_unit);
+    else if constexpr (kGroup % V == 0)
+      VecTraits::positions(block + layout.masks_offset(kGroup, strips, strip), of_unit);
+    return of_unit[kGroup % V];
   }
-}
+};
 
 // body(group) for each group of a block, whose number is a constant.
 template <class Body, size_t... kGroups>
@@ -116,20 +137,29 @@ struct TileStream {  // a tile of S strips, block by block
       decoded_bytes + (VecTraits::kExpands ? S * kBlockGroups * kExpandedBytes<VecTraits> : 0);
 
   static void decode(const uint8_t* block, uint8_t* decoded) {
-    for (int64_t i = 0; i < S * kBlockGroups; ++i)
-      VecTraits::store_positions(decoded + i * kDecodedBytes,
-                                 VecTraits::positions(load_u64(block + positions_offset + i * kPositionBytes)));
+    constexpr int64_t V = VecTraits::kVectors;
+    const uint8_t* from = block + positions_offset;
+    for (int64_t unit = 0; unit < kBlockGroups; unit += V)
+#pragma GCC unroll 2
+      for (int64_t s = 0; s < S; ++s, from += V * kPositionBytes) {
+        typename VecTraits::Positions positions[V];
+        VecTraits::positions(from, positions);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v)
+          VecTraits::store_positions(decoded + ((unit + v) * S + s) * kDecodedBytes, positions[v]);
+      }
   }
   [[gnu::noinline]] static void prepare(const uint8_t* block, uint8_t* prepared) {
     if constexpr (VecTraits::kExpands) {
+      Unpacked<VecTraits> unpacked[S];
       for_each_group(
           [&](auto group) __attribute__((always_inline)) {
 #pragma GCC unroll 2
             for (int64_t s = 0; s < S; ++s) {
-              const auto unpacked = unpack<VecTraits, group>(block, S, s);
               const int64_t slot = group * S + s;
-              VecTraits::store_positions(prepared + slot * kDecodedBytes, unpacked.positions);
-              VecTraits::expand(prepared + decoded_bytes + slot * kExpandedBytes<VecTraits>, unpacked.weights);
+              VecTraits::store_positions(prepared + slot * kDecodedBytes,
+                                         unpacked[s].template unpack<group>(block, S, s));
+              VecTraits::expand(prepared + decoded_bytes + slot * kExpandedBytes<VecTraits>, unpacked[s].weights);
             }
           },
           kGroupsOfBlock);
@@ -162,11 +192,12 @@ template <class VecTraits, int S, int T, bool kFromMemory>
   auto [weights, prepared, panel] = stream;
   alignas(kCacheLine) uint8_t own[kUnpacks || !kFromMemory ? 1 : kInt4 ? Tile::prepared_bytes : Tile::decoded_bytes];
 
+  constexpr int64_t V = VecTraits::kVectors;
   const auto multiply = [&](const typename VecTraits::Weights(&w)[S], const typename VecTraits::Positions(&p)[S])
                             __attribute__((always_inline)) {
 #pragma GCC unroll 16
-                              for (int t = 0; t < T; ++t, panel += VecTraits::kActivationBytes) {
-                                const typename VecTraits::Activations x = VecTraits::broadcast(panel);
+                              for (int t = 0; t < T; ++t) {
+                                const auto x = VecTraits::broadcast(panel + t * kUnitBytes<VecTraits>);
 #pragma GCC unroll 2
                                 for (int s = 0; s < S; ++s)
                                   acc[t][s] = VecTraits::multiply_add(acc[t][s], w[s], p[s], x);
@@ -181,6 +212,7 @@ template <class VecTraits, int S, int T, bool kFromMemory>
 
   for (int64_t block = 0; block < blocks; ++block, weights += Tile::block_bytes) {
     if constexpr (kUnpacks) {
+      Unpacked<VecTraits> unpacked[S];
       for_each_group(
           [&](auto group) __attribute__((always_inline)) {
             prefetch_group(group);
@@ -188,31 +220,33 @@ template <class VecTraits, int S, int T, bool kFromMemory>
             typename VecTraits::Positions p[S];
 #pragma GCC unroll 2
             for (int s = 0; s < S; ++s) {
-              const auto unpacked = unpack<VecTraits, group>(weights, S, s);
-              w[s] = unpacked.weights;
-              p[s] = unpacked.positions;
+              p[s] = unpacked[s].template unpack<group>(weights, S, s);
+              w[s] = unpacked[s].weights;
             }
             multiply(w, p);
+            if constexpr ((group + 1) % V == 0) panel += T * kUnitBytes<VecTraits>;
           },
           kGroupsOfBlock);
     } else {
       const uint8_t* decoded = kFromMemory ? own : prepared;
       if constexpr (kFromMemory) kInt4 ? Tile::prepare(weights, own) : Tile::decode(weights, own);
       const uint8_t* expanded = decoded + Tile::decoded_bytes;
-      for (int64_t g = 0; g < kBlockGroups; ++g) {
-        if constexpr (kFromMemory) prefetch_group(g);
-        typename VecTraits::Weights w[S];
-        typename VecTraits::Positions p[S];
+      for (int64_t unit = 0; unit < kBlockGroups; unit += V, panel += T * kUnitBytes<VecTraits>)
+#pragma GCC unroll 4
+        for (int64_t g = unit; g < unit + V; ++g) {
+          if constexpr (kFromMemory) prefetch_group(g);
+          typename VecTraits::Weights w[S];
+          typename VecTraits::Positions p[S];
 #pragma GCC unroll 2
-        for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
-          if constexpr (VecTraits::kExpands && kPrepared)
-            w[s] = VecTraits::load_expanded(expanded + (g * S + s) * kExpandedBytes<VecTraits>);
-          else
-            w[s] = VecTraits::weights(weights + (g * S + s) * Tile::value_bytes);
-          p[s] = VecTraits::load_positions(decoded);
+          for (int s = 0; s < S; ++s, decoded += kDecodedBytes) {
+            if constexpr (VecTraits::kExpands && kPrepared)
+              w[s] = VecTraits::load_expanded(expanded + (g * S + s) * kExpandedBytes<VecTraits>);
+            else
+              w[s] = VecTraits::weights(weights + (g * S + s) * Tile::value_bytes);
+            p[s] = VecTraits::load_positions(decoded);
+          }
+          multiply(w, p);
         }
-        multiply(w, p);
-      }
     }
     if constexpr (!kFromMemory) prepared += Tile::prepared_bytes;
     if constexpr (VecTraits::kSumsBlocks)
@@ -341,13 +375,13 @@ void multiply_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Copies four channels of `tokens` tokens to the panel. The pointers are locals because the panel's bytes may alias
-// anything.
+// Copies four channels of `tokens` tokens, a unit's group, to the panel. The pointers are locals because the panel's
+// bytes may alias anything.
 template <class VecTraits, class Value>
-void pack_group(const Value* x, int64_t stride, const int32_t* c, int64_t tokens, uint8_t* panel) {
+void pack_group(const Value* x, int64_t stride, const int32_t* c, int64_t tokens, int64_t group, uint8_t* unit) {
   const Value *x0 = x + c[0], *x1 = x + c[1], *x2 = x + c[2], *x3 = x + c[3];
-  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, panel += VecTraits::kActivationBytes)
-    VecTraits::store_channels(panel, x0[i], x1[i], x2[i], x3[i]);
+  for (int64_t t = 0, i = 0; t < tokens; ++t, i += stride, unit += kUnitBytes<VecTraits>)
+    VecTraits::store_channels(unit, group, x0[i], x1[i], x2[i], x3[i]);
 }
 
 // Copies the channels [first, last) of `tokens` tokens to the panel, in the order in which they are.
@@ -356,9 +390,10 @@ void pack_in_order(const Value* x, int64_t stride, const int32_t* x_rows, int64_
                    uint8_t* panel) {
   for (int64_t t = 0; t < tokens; ++t) {
     const Value* from = x + (x_rows ? x_rows[t] : t) * stride;
-    uint8_t* to = panel + t * VecTraits::kActivationBytes;
-    for (int64_t c = first; c < last; c += 4, to += tokens * VecTraits::kActivationBytes)
-      VecTraits::store_channels(to, from[c], from[c + 1], from[c + 2], from[c + 3]);
+    uint8_t* to = panel + t * kUnitBytes<VecTraits>;
+    for (int64_t unit = first; unit < last; unit += 4 * VecTraits::kVectors, to += tokens * kUnitBytes<VecTraits>)
+      for (int64_t g = 0, c = unit; g < VecTraits::kVectors; ++g, c += 4)
+        VecTraits::store_channels(to, g, from[c], from[c + 1], from[c + 2], from[c + 3]);
   }
 }
 
@@ -376,8 +411,9 @@ void pack_tokens_of(const GemmArgs& args, int64_t begin, int64_t end) {
       const int64_t first = chunk * 4 * kBlockGroups, last = first + blocks * 4 * kBlockGroups;
       uint8_t* panel = args.panel + panel_offset<VecTraits>(args, chunk, blocks, tokens.first(b));
       if (args.permutation)
-        for (int64_t c = first; c < last; c += 4, panel += size * VecTraits::kActivationBytes)
-          pack_group<VecTraits>(x, stride, args.permutation + c, size, panel);
+        for (int64_t unit = first; unit < last; unit += 4 * VecTraits::kVectors, panel += size * kUnitBytes<VecTraits>)
+          for (int64_t g = 0; g < VecTraits::kVectors; ++g)
+            pack_group<VecTraits>(x, stride, args.permutation + unit + 4 * g, size, g, panel);
       else
         pack_in_order<VecTraits>(x, stride, x_rows, first, last, size, panel);
     }

@@ -5,9 +5,10 @@
 // gemm_rows.h and adds in the same order, so both give a token the same bits.
 //
 //   struct VecTraits {  // besides what gemm_rows.h needs
-//     // For 16 rows: their weights as fp32, and the offsets of their activations; `offsets` has one for each position.
+//     // For 16 rows: their weights as fp32, and the offsets of their activations; `offsets` has one for each position
+//     // in a unit.
 //     static void unpack_weights(const Weights&, float* first, float* second);
-//     static void unpack_offsets(const Positions&, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second);
+//     static void unpack_offsets(const Positions&, const uint32_t* offsets, uint32_t* first, uint32_t* second);
 //     using TokenVecTraits;
 //   };
 //   struct TokenVecTraits {
@@ -141,16 +142,16 @@ struct TokenPanel {
 
 // Unpacks the chunk of a tile that starts at `weights`.
 template <class VecTraits>
-void unpack_chunk(const uint8_t* weights, int64_t strips, const uint32_t (&offsets)[kBlockGroups][4],
-                  UnpackedGroup* unpacked) {
+void unpack_chunk(const uint8_t* weights, int64_t strips, const uint32_t* offsets, UnpackedGroup* unpacked) {
+  Unpacked<VecTraits> of_strips[kTileStrips];
   for_each_group(
       [&](auto g) __attribute__((always_inline)) {
         for (int64_t strip = 0; strip < strips; ++strip) {
           const int64_t row = strip * kStripRows;
-          const Unpacked<VecTraits> rows = unpack<VecTraits, g>(weights, strips, strip);
-          VecTraits::unpack_weights(rows.weights, unpacked[g].first + row, unpacked[g].second + row);
-          VecTraits::unpack_offsets(rows.positions, offsets[g], unpacked[g].first_offset + row,
-                                    unpacked[g].second_offset + row);
+          const auto& positions = of_strips[strip].template unpack<g>(weights, strips, strip);
+          VecTraits::unpack_weights(of_strips[strip].weights, unpacked[g].first + row, unpacked[g].second + row);
+          VecTraits::unpack_offsets(positions, offsets + 4 * (g - g % VecTraits::kVectors),
+                                    unpacked[g].first_offset + row, unpacked[g].second_offset + row);
         }
       },
       kGroupsOfBlock);
@@ -165,7 +166,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   alignas(kCacheLine) float all_partial[VecTraits::kGrouped ? kTileBatch : 1][kMaxPassTokens * kTileRows];
   alignas(kCacheLine) float scales[kTileRows];
   alignas(kCacheLine) UnpackedGroup unpacked[kBlockGroups + 1];  // the last one is only loaded
-  uint32_t offsets[kBlockGroups][4];                             // of a chunk's channels in the panel
+  alignas(kCacheLine) uint32_t offsets[kBlockGroups * 4];        // of a chunk's channels in the panel
   const Layout& layout = args.layout;
   const TokenPanel<VecTraits> panel(args.tokens);
   const TokenBlocks& tokens = panel.tokens;
@@ -179,8 +180,7 @@ void multiply_tile_batch(const GemmArgs& args, int64_t first_tile, int64_t tiles
   };
 
   unpacked[kBlockGroups] = {};
-  for (uint32_t c = 0; c < kBlockGroups * 4; ++c)
-    offsets[c / 4][c % 4] = c * static_cast<uint32_t>(panel.channel_bytes());
+  for (uint32_t c = 0; c < kBlockGroups * 4; ++c) offsets[c] = c * static_cast<uint32_t>(panel.channel_bytes());
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
     const Epilogue<VecTraits> epilogue(args, tile);
     for (int64_t b = 0; b < tokens.count; ++b)

@@ -106,10 +106,16 @@ struct Int8Kernels {
   }
 };
 
-struct InstructionSet {
-  const char* name;
+// For weights of one pattern and activations that are not rounded.
+struct Products {
   Kernels kernels[kNumDtypes];  // weights of each dtype that have one scale per row, or none
   Kernels grouped[kNumDtypes];  // those that have scales for groups of columns: int8 and int4
+};
+
+struct InstructionSet {
+  const char* name;
+  Products of_4;
+  const Products* of_16;
   const Int8Kernels* int8_activations;
   // Whose kernels multiply integer weights by float16 and float32 activations; null: these, which use fp32 lanes.
   const InstructionSet* fp32_lanes = nullptr;
@@ -118,21 +124,23 @@ struct InstructionSet {
     if (layout.int8_activations) return int8_activations->kernels_for(layout);
     const bool converts = fp32_lanes && has_scales(layout.dtype) && act_dtype != Dtype::bfloat16;
     const InstructionSet& set = converts ? *fp32_lanes : *this;
-    return (layout.group_size ? set.grouped : set.kernels)[static_cast<int>(layout.dtype)];
+    const Products& products = layout.pattern == 4 ? set.of_4 : *set.of_16;
+    return (layout.group_size ? products.grouped : products.kernels)[static_cast<int>(layout.dtype)];
   }
 };
 
 extern const InstructionSet kPortable;
+extern const Products kPortableOf16;
 extern const Int8Kernels kPortableInt8;
-extern const Int8Products kPortableOf16;
+extern const Int8Products kPortableInt8Of16;
 #if defined(__x86_64__)
 extern const InstructionSet kAvx2;
 extern const InstructionSet kAvx512;
+extern const Products kAvx2Of16, kAvx512Of16;
 extern const Int8Kernels kAvx2Int8, kAvxVnniInt8, kAvx512VnniInt8, kAmxInt8Activations;
-extern const Int8Products kAvx2Of16, kAvxVnniOf16, kAvx512Vbmi2Of16, kAmxOf16;
+extern const Int8Products kAvx2Int8Of16, kAvxVnniOf16, kAvx512Vbmi2Of16, kAmxInt8Of16;
 // With BF16; float16 and float32 weights use kAvx512, and so do these activations of integer weights.
-extern const Kernels kAvx512Bf16, kAvx512Int8, kAvx512Int4, kAvx512GroupedInt8, kAvx512GroupedInt4;
-extern const Kernels kAmxBf16, kAmxInt8, kAmxInt4, kAmxGroupedInt8, kAmxGroupedInt4;
+extern const Products kAvx512Bf16, kAvx512Bf16Of16, kAmxBf16, kAmxBf16Of16;
 #endif
 
 // Divides the tokens of a pass into blocks of nearly equal size, in whole steps: `remainder` blocks of `small + 1`

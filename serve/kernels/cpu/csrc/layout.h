@@ -1,4 +1,4 @@
-// The packed form of a 2:4 matrix, the same for prefill and decode. For an 8:16 matrix, see units.h.
+// The packed form of a 2:4 matrix, the same for prefill and decode.
 //
 // Rows come in strips of 16 (one vector of fp32 accumulators). Two strips make a tile; the last tile may have only one.
 // A tile is a contiguous stream of blocks, one block per 8 groups of four columns, in the order the kernels read:
@@ -16,6 +16,13 @@
 // bits side by side, so that one shift of a line gives an index into a table of values and an index that picks the
 // activations. `Int4Bits` says where; the groups 2 and 5 find no room for six, and their positions are in the last
 // line.
+//
+// An 8:16 matrix takes as many bytes. A row keeps eight values of four groups, two for each in ascending order, of
+// which the second comes first: so vdpbf16ps adds their products in the order of the columns. Instead of positions it
+// has, for each strip and four groups, which columns are kept: 16 bits for each row, those of the even rows first. The
+// values of int4 fill two lines, and these bits the third.
+//
+// units.h has the order for kernels that round activations to int8.
 //
 // int8 and int4 weights have scales, in one of two ways. One float32 per row: they follow the last tile. Or one for
 // `group_size` columns of a row, whole blocks: such a section of a tile's blocks is followed by its scales, for each
@@ -51,7 +58,9 @@ constexpr bool interleaved(Dtype dtype) { return dtype == Dtype::bfloat16 || has
 struct Int4Bits {
   int value_line, value_bit, position_line, position_bit;
 
-  static constexpr Int4Bits of(int group) {
+  // `vectors`: 4 for 8:16, whose positions are bits of columns.
+  static constexpr Int4Bits of(int group, int64_t vectors) {
+    if (vectors == 4) return {group / 4, group % 4 * 4, 0, 0};
     const int line = group / 3, place = group % 3;
     return place < 2 ? Int4Bits{line, 6 * place + 2, line, 6 * place} : Int4Bits{line, 12, 2, 12 + 2 * line};
   }
@@ -76,7 +85,7 @@ struct Layout {
   int64_t group_size = 0;              // columns that share a scale; 0: one scale per row, or none
   Dtype scale_dtype = Dtype::float32;  // of groups: bfloat16, float16 or float32
   bool int8_activations = false;       // the kernel rounds activations to int8: units.h has the order
-  int64_t pattern = 4;                 // half of each so many columns are kept: 4, or 16 with int8 activations
+  int64_t pattern = 4;                 // half of each so many columns are kept: 4 or 16
 
   static Layout of(const Header& header) {
     return {header.rows,       header.columns,     header.dtype,
@@ -99,7 +108,7 @@ struct Layout {
     const Dtype dtype = header.dtype, scales = header.scale_dtype;
     return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
            static_cast<uint32_t>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
-           valid_pattern(header.pattern, header.int8_activations) &&
+           valid_pattern(header.pattern) &&
            (header.group_size == 0 ? scales == Dtype::float32
                                    : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
                                          static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
@@ -108,10 +117,14 @@ struct Layout {
     return (group_size == 32 || group_size == 64 || group_size == 128) && columns % group_size == 0;
   }
 
-  static constexpr bool valid_pattern(int64_t pattern, bool int8_activations) {
-    return pattern == 4 || (pattern == 16 && int8_activations);
-  }
+  static constexpr bool valid_pattern(int64_t pattern) { return pattern == 4 || pattern == 16; }
 
+  // Where the bits of a strip's columns are in a block of an 8:16 matrix, for the four groups from this one on.
+  constexpr int64_t masks_offset(int64_t group, int64_t strips, int64_t strip) const {
+    return dtype == Dtype::int4 && !int8_activations
+               ? strip * strip_block_bytes() + kBlockGroups * value_bytes() + group * kPositionBytes
+               : kBlockGroups * strips * value_bytes() + (group * strips + 4 * strip) * kPositionBytes;
+  }
   constexpr bool has_row_scales() const { return has_scales(dtype) && group_size == 0; }
   constexpr int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
   constexpr int64_t tiles() const { return (strips() + kTileStrips - 1) / kTileStrips; }
@@ -144,5 +157,23 @@ struct Layout {
     return row_scales_offset() + (has_row_scales() ? strips() * kStripRows * static_cast<int64_t>(sizeof(float)) : 0);
   }
 };
+
+// Where the bits of a row's 16 columns are, in bytes.
+constexpr int64_t mask_offset(int64_t row) { return 2 * (row % 2 * 8 + row / 2); }
+
+// The eight positions that the bits of 16 columns have, a byte each, in ascending order.
+struct PositionTable {
+  uint64_t low[256] = {}, high[256] = {};  // those of eight columns, from the lowest byte up; up to the highest byte
+  constexpr PositionTable() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int i = 0, at = 0; i < 8; ++i)
+        if (bits >> i & 1) low[bits] |= static_cast<uint64_t>(i) << 8 * at++;
+      for (int i = 7, at = 7; i >= 0; --i)
+        if (bits >> i & 1) high[bits] |= static_cast<uint64_t>(8 + i) << 8 * at--;
+    }
+  }
+  uint64_t of(uint8_t first, uint8_t second) const { return low[first] | high[second]; }
+};
+inline constexpr PositionTable kPositionTable;
 
 }  // namespace ria

@@ -44,28 +44,48 @@ int64_t source_row(const Layout& layout, int64_t gates, int64_t row) {
   return channel < gates ? channel + strip % 2 * gates : -1;
 }
 
+// Where a group of a strip and row goes.
+struct Place {
+  const Layout& layout;
+  uint8_t* block;
+  int64_t group, strips, strip, lane;
+
+  Int4Bits int4_bits() const { return Int4Bits::of(static_cast<int>(group), layout.pattern / 4); }
+  uint16_t* int4_words() const {
+    return reinterpret_cast<uint16_t*>(block + strip * layout.strip_block_bytes()) + 2 * lane;
+  }
+  // As the group's first or second value, the one that is `index` values after `values`.
+  void put_value(int64_t second, const uint8_t* values, int64_t index) const {
+    if (layout.dtype == Dtype::int4) {
+      const int value = (values[index / 2] >> index % 2 * 4 & 15) ^ 8;  // the checkpoint stores value + 8
+      int4_words()[int4_bits().value_line * 2 * kStripRows + second] |= value << int4_bits().value_bit;
+      return;
+    }
+    const int64_t item = bits(layout.dtype) / 8, slot = group * strips + strip;
+    const int64_t at = interleaved(layout.dtype) ? 2 * lane + second : lane + second * kStripRows;
+    std::memcpy(block + slot * layout.value_bytes() + at * item, values + index * item, item);
+  }
+};
+
 // Puts a row's two values of a group, which lie at `pair`, and their positions into a block.
-void pack_group(const Layout& layout, const uint8_t* pair, uint8_t positions, int64_t group, int64_t strips,
-                int64_t strip, int64_t lane, uint8_t* block) {
-  const int64_t item = bits(layout.dtype) / 8, slot = group * strips + strip;
-  const bool pairs = interleaved(layout.dtype);
-  uint8_t* to = block + slot * layout.value_bytes();
-  std::memcpy(to + (pairs ? 2 * lane : lane) * item, pair, item);
-  std::memcpy(to + (pairs ? 2 * lane + 1 : lane + kStripRows) * item, pair + item, item);
-  uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
-  all_positions[slot * kPositionBytes + lane / 2] |= positions << (lane % 2 * 4);
+void pack_group(const Place& place, const uint8_t* pair, uint8_t positions) {
+  const Layout& layout = place.layout;
+  for (int i = 0; i < 2; ++i) place.put_value(i, pair, i);
+  if (layout.dtype == Dtype::int4) {
+    const Int4Bits at = place.int4_bits();
+    for (int i = 0; i < 2; ++i)
+      place.int4_words()[at.position_line * 2 * kStripRows + i] |= (positions >> 2 * i & 3) << at.position_bit;
+  } else {
+    uint8_t* all_positions = place.block + kBlockGroups * place.strips * layout.value_bytes();
+    const int64_t slot = place.group * place.strips + place.strip;
+    all_positions[slot * kPositionBytes + place.lane / 2] |= positions << (place.lane % 2 * 4);
+  }
 }
 
-// The same of int4, whose two values are one byte.
-void pack_int4_group(const Layout& layout, uint8_t pair, uint8_t positions, int64_t group, int64_t strip, int64_t lane,
-                     uint8_t* block) {
-  const Int4Bits at = Int4Bits::of(static_cast<int>(group));
-  uint16_t* words = reinterpret_cast<uint16_t*>(block + strip * layout.strip_block_bytes()) + 2 * lane;
-  const int values = pair ^ 0x88;  // the checkpoint stores value + 8
-  for (int i = 0; i < 2; ++i) {
-    words[at.value_line * 2 * kStripRows + i] |= (values >> 4 * i & 15) << at.value_bit;
-    words[at.position_line * 2 * kStripRows + i] |= (positions >> 2 * i & 3) << at.position_bit;
-  }
+// The same of the eight values of 16 columns.
+void pack_four_groups(Place place, const uint8_t* values) {
+  for (int64_t i = 0; i < 8; i += 2, ++place.group)
+    for (int64_t j = 0; j < 2; ++j) place.put_value(1 - j, values, i + j);
 }
 
 // The same for kernels that round activations to int8.
@@ -82,16 +102,13 @@ void pack_unit(const Layout& layout, const uint8_t* pair, uint8_t positions, int
 }
 
 // The same of the eight values of 16 columns.
-void pack_unit_of_16(const Layout& layout, const uint8_t* values, const uint8_t* bitmask, int64_t group, int64_t strips,
-                     int64_t strip, int64_t lane, uint8_t* block) {
+void pack_unit_of_16(const Layout& layout, const uint8_t* values, int64_t group, int64_t strips, int64_t strip,
+                     int64_t lane, uint8_t* block) {
   const int64_t unit = group / 2, vector_bytes = 2 * layout.value_bytes();
   for (int64_t i = 0; i < 8; ++i) {
     const uint8_t value = layout.dtype == Dtype::int8 ? values[i] : (values[i / 2] >> (i % 2 * 4) & 15) ^ 8;
     put_unit_value(layout.dtype, block + ((unit + i / 4) * strips + strip) * vector_bytes, lane, i % 4, value);
   }
-  uint8_t* masks =
-      block + kBlockGroups * strips * layout.value_bytes() + (unit * strips + 2 * strip) * kUnitPositionBytes;
-  std::memcpy(masks + mask_offset(lane), bitmask, 2);
 }
 
 // Puts the scales of a row's groups behind their blocks.
@@ -130,14 +147,18 @@ void pack_tile(Packing& packing, int64_t tile) {
         return;
       }
       uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
+      const int64_t in_block = group % kBlockGroups;
+      const Place place{layout, block, in_block, strips, strip, lane};
       if (layout.pattern == 16)
-        pack_unit_of_16(layout, values + group * pair, kept, group % kBlockGroups, strips, strip, lane, block);
+        std::memcpy(block + layout.masks_offset(in_block, strips, strip) + mask_offset(lane), kept, 2);
+      if (layout.int8_activations && layout.pattern == 16)
+        pack_unit_of_16(layout, values + group * pair, in_block, strips, strip, lane, block);
       else if (layout.int8_activations)
-        pack_unit(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
-      else if (layout.dtype == Dtype::int4)
-        pack_int4_group(layout, values[group], positions, group % kBlockGroups, strip, lane, block);
+        pack_unit(layout, values + group * pair, positions, in_block, strips, strip, lane, block);
+      else if (layout.pattern == 16)
+        pack_four_groups(place, values + group * pair);
       else
-        pack_group(layout, values + group * pair, positions, group % kBlockGroups, strips, strip, lane, block);
+        pack_group(place, values + group * pair, positions);
     }
   }
 }

@@ -1,5 +1,5 @@
 // Copies tokens to the panel of gemm_amx.h, with their channels in the order of the weight's columns, and those of a
-// group in the order 2, 3, 0, 1 (amx_bf16.h says why).
+// group of 2:4 matrices in the order 2, 3, 0, 1 (amx_bf16.h says why).
 //
 // A permutation, channel by channel of each token by itself, takes a load and a store for each value. So 16 tokens are
 // first transposed: then eight tokens of a channel are one load.
@@ -9,7 +9,9 @@
 namespace {
 
 constexpr int64_t kStepColumns = 4 * kBlockGroups;
-constexpr int64_t kSwappedPairs = 2;  // what turns 0, 1, 2, 3 into 2, 3, 0, 1, by exclusive or
+
+// What turns 0, 1, 2, 3 into the order of the channels, by exclusive or: 2, 3, 0, 1 of 2:4 matrices.
+constexpr int64_t swapped(const Layout& layout) { return layout.pattern == 4 ? 2 : 0; }
 
 // [tokens]: whether a token has an infinity or a NaN.
 inline int32_t* is_not_finite(const AmxPanel& panel) { return reinterpret_cast<int32_t*>(panel.of_tokens()); }
@@ -75,7 +77,7 @@ struct PermutedTokens {
     const int64_t columns = args.layout.columns;
     transposed = quantized_scratch(columns * (kTileTokens * sizeof(uint16_t) + sizeof *offsets));
     offsets = reinterpret_cast<int32_t*>(transposed + columns * kTileTokens * sizeof(uint16_t));
-    for (int64_t c = 0; c < columns; ++c) offsets[c] = transposed_offset(args.permutation[c ^ kSwappedPairs]);
+    for (int64_t c = 0; c < columns; ++c) offsets[c] = transposed_offset(args.permutation[c ^ swapped(args.layout)]);
   }
   // `rows`: with padding.
   void copy(const uint16_t* const (&x)[kTileTokens], int64_t tokens, int64_t rows, int64_t stride, uint8_t* to,
@@ -102,10 +104,11 @@ inline bool copy_token(const GemmArgs& args, const uint16_t* x, int64_t stride, 
     alignas(kCacheLine) uint16_t gathered[kStepColumns];
     __m512i channels;
     if (args.permutation) {
-      for (int64_t i = 0; i < kStepColumns; ++i) gathered[i] = x[args.permutation[c + (i ^ kSwappedPairs)]];
+      for (int64_t i = 0; i < kStepColumns; ++i) gathered[i] = x[args.permutation[c + (i ^ swapped(args.layout))]];
       channels = _mm512_load_si512(gathered);
     } else {
-      channels = _mm512_rol_epi64(_mm512_loadu_si512(x + c), 32);
+      channels = _mm512_loadu_si512(x + c);
+      if (swapped(args.layout)) channels = _mm512_rol_epi64(channels, 32);
     }
     not_finite |= has_not_finite(channels);
     _mm512_storeu_si512(to, channels);

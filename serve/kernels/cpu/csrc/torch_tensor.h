@@ -175,7 +175,7 @@ inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, cons
 inline void set_activations(Layout& layout, bool int8, int64_t pattern) {
   layout.int8_activations = int8;
   layout.pattern = pattern;
-  require(Layout::valid_pattern(pattern, int8), "pattern must be 4 (2:4), or 16 (8:16) with int8 activations");
+  require(Layout::valid_pattern(pattern), "pattern must be 4 (2:4) or 16 (8:16)");
   require(has_scales(layout.dtype) || !layout.int8_activations, "only int8 and int4 weights take int8 activations");
   require(!layout.int8_activations || layout.columns <= kMaxInt8Columns, "too many columns for int8 activations");
 }

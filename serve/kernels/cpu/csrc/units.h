@@ -12,8 +12,7 @@
 // holds these bytes again and again.
 //
 // An 8:16 matrix has the same values: its groups have 16 columns, of which a row keeps eight, and of two units the
-// first has a row's first four, the second its other four. Instead of the positions of the two units it has, for each
-// strip, which columns are kept: 16 bits for each row, those of the even rows first. So it takes as many bytes.
+// first has a row's first four, the second its other four. Which columns are kept is stored as in layout.h.
 #pragma once
 #include "layout.h"
 
@@ -35,23 +34,5 @@ inline void put_unit_value(Dtype dtype, uint8_t* unit, int64_t row, int64_t i, u
 inline void put_unit_position(uint8_t* unit, int64_t row, int64_t i, int position) {
   unit[row % 4 * 4 + i] |= static_cast<uint8_t>(position << (row / 4 * 2));
 }
-
-// Where the bits of a row's 16 columns are, in bytes.
-constexpr int64_t mask_offset(int64_t row) { return 2 * (row % 2 * 8 + row / 2); }
-
-// The eight positions that the bits of 16 columns have, a byte each, in ascending order.
-struct PositionTable {
-  uint64_t low[256] = {}, high[256] = {};  // those of eight columns, from the lowest byte up; up to the highest byte
-  constexpr PositionTable() {
-    for (int bits = 0; bits < 256; ++bits) {
-      for (int i = 0, at = 0; i < 8; ++i)
-        if (bits >> i & 1) low[bits] |= static_cast<uint64_t>(i) << 8 * at++;
-      for (int i = 7, at = 7; i >= 0; --i)
-        if (bits >> i & 1) high[bits] |= static_cast<uint64_t>(8 + i) << 8 * at--;
-    }
-  }
-  uint64_t of(uint8_t first, uint8_t second) const { return low[first] | high[second]; }
-};
-inline constexpr PositionTable kPositionTable;
 
 }  // namespace ria

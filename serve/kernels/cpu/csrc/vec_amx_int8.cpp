@@ -82,6 +82,6 @@ void multiply_dense_amx(const DenseArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const ria::Int8Products ria::kAmxOf16 = amx_int8_products<Avx512Of16Traits>();
-const ria::Int8Kernels ria::kAmxInt8Activations = {amx_int8_products<Avx512VnniTraits>(), &ria::kAmxOf16,
+const ria::Int8Products ria::kAmxInt8Of16 = amx_int8_products<Avx512Of16Traits>();
+const ria::Int8Kernels ria::kAmxInt8Activations = {amx_int8_products<Avx512VnniTraits>(), &ria::kAmxInt8Of16,
                                                    quantize_token<Avx512VnniTraits, 0>, multiply_dense_amx, 3};

@@ -3,6 +3,7 @@
 
 #include "gemm_tokens.h"
 #include "scalar.h"
+#include "ymm_masks.h"
 
 namespace {
 
@@ -56,24 +57,27 @@ struct Avx2TokenTraits {
   }
 };
 
-template <class V, Dtype kType, bool kGroups = false>
+template <class V, Dtype kType, int64_t kUnitGroups, bool kGroups = false>
 struct Avx2Traits {
   using Value = V;
   static constexpr bool kAnyActivations = has_scales(kType);
   struct Accumulators { __m256 low, high; };
   struct Weights { __m256 first_low, first_high, second_low, second_high; };
-  // 32 bits per row: the first position in bits 0 and 1, the second from kSecondPosition on.
+  // 32 bits per row: the first position from kFirstPosition on, the second from kSecondPosition.
   struct Positions { __m256i low, high; };
-  using Activations = __m256;  // the four channels, twice
+  struct Sixteen { __m256 low, high; };
+  using Activations = std::conditional_t<kUnitGroups == 1, __m256, Sixteen>;  // four channels, twice; or a unit's
   static constexpr int64_t kBlockTokens = 3;
   static constexpr int kUnpackedTokens = 4;
   static constexpr int64_t kTokensWithSums = 1;
   static constexpr int64_t kActivationBytes = 16;
+  static constexpr int64_t kVectors = kUnitGroups;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = kType == Dtype::int4;
-  static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
+  static constexpr int kFirstPosition = kVectors == 4 ? 8 : 0;
+  static constexpr int kSecondPosition = kVectors == 4 ? 0 : kType == Dtype::int4 ? 16 : 2;
   using TokenVecTraits = Avx2TokenTraits;
 
   static Weights weights(const uint8_t* p) {
@@ -92,14 +96,23 @@ struct Avx2Traits {
       return {_mm256_loadu_ps(f), _mm256_loadu_ps(f + 8), _mm256_loadu_ps(f + 16), _mm256_loadu_ps(f + 24)};
     }
   }
-  static Positions positions(uint64_t bits) {
+  static void positions(const uint8_t* bits, Positions (&to)[1]) {
     const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    return {_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift),
-            _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bits >> 32)), shift)};
+    const auto eight_rows = [&](const uint8_t* p) {
+      return _mm256_srlv_epi32(_mm256_broadcastd_epi32(_mm_loadu_si32(p)), shift);
+    };
+    to[0] = {eight_rows(bits), eight_rows(bits + 4)};
+  }
+  static void positions(const uint8_t* masks, Positions (&to)[4]) {
+    const YmmPositions found = ymm_positions(masks);
+    to[0] = {found.first_low, found.first_high};
+    to[1] = {_mm256_srli_epi32(found.first_low, 16), _mm256_srli_epi32(found.first_high, 16)};
+    to[2] = {found.second_low, found.second_high};
+    to[3] = {_mm256_srli_epi32(found.second_low, 16), _mm256_srli_epi32(found.second_high, 16)};
   }
   template <int kGroup>
   static Weights int4_weights(const uint8_t* block) {
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     const uint8_t* line = block + at.value_line * kCacheLine;
     const __m256i low = load_bits(line), high = load_bits(line + 32);
     return {nibble_of(low, 28 - at.value_bit), nibble_of(high, 28 - at.value_bit), nibble_of(low, 12 - at.value_bit),
@@ -107,7 +120,7 @@ struct Avx2Traits {
   }
   template <int kGroup>
   static Positions int4_positions(const uint8_t* block) {
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     const uint8_t* line = block + at.position_line * kCacheLine;
     return {_mm256_srli_epi32(load_bits(line), at.position_bit),
             _mm256_srli_epi32(load_bits(line + 32), at.position_bit)};
@@ -125,18 +138,33 @@ struct Avx2Traits {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), positions.low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), positions.high);
   }
-  static Activations broadcast(const uint8_t* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+  static Activations broadcast(const uint8_t* p) {
+    const float* f = reinterpret_cast<const float*>(p);
+    if constexpr (kVectors == 1)
+      return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(f));
+    else
+      return {_mm256_loadu_ps(f), _mm256_loadu_ps(f + 8)};
+  }
   static Accumulators load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, const Accumulators& sums) {
     _mm256_storeu_ps(p, sums.low);
     _mm256_storeu_ps(p + 8, sums.high);
   }
-  static __m256 pick(__m256 x, __m256i positions) { return _mm256_permutevar_ps(x, positions); }
-  static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
-    const __m256 low = _mm256_fmadd_ps(w.first_low, pick(x, p.low), sums.low);
-    const __m256 high = _mm256_fmadd_ps(w.first_high, pick(x, p.high), sums.high);
-    return {_mm256_fmadd_ps(w.second_low, pick(x, _mm256_srli_epi32(p.low, kSecondPosition)), low),
-            _mm256_fmadd_ps(w.second_high, pick(x, _mm256_srli_epi32(p.high, kSecondPosition)), high)};
+  template <int kBit>
+  static __m256 pick(const Activations& x, __m256i positions) {
+    const __m256i p = _mm256_srli_epi32(positions, kBit);
+    if constexpr (kVectors == 1)
+      return _mm256_permutevar_ps(x, p);
+    else  // bit 3 of a position says which half
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(x.low, p), _mm256_permutevar8x32_ps(x.high, p),
+                              _mm256_castsi256_ps(_mm256_slli_epi32(p, 28)));
+  }
+  static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p,
+                                   const Activations& x) {
+    const __m256 low = _mm256_fmadd_ps(w.first_low, pick<kFirstPosition>(x, p.low), sums.low);
+    const __m256 high = _mm256_fmadd_ps(w.first_high, pick<kFirstPosition>(x, p.high), sums.high);
+    return {_mm256_fmadd_ps(w.second_low, pick<kSecondPosition>(x, p.low), low),
+            _mm256_fmadd_ps(w.second_high, pick<kSecondPosition>(x, p.high), high)};
   }
   static Accumulators load_scales(const uint8_t* p, Dtype dtype) {
     const __m128i* words = reinterpret_cast<const __m128i*>(p);
@@ -153,9 +181,9 @@ struct Avx2Traits {
     return {_mm256_fmadd_ps(sums.low, scales.low, initial.low), _mm256_fmadd_ps(sums.high, scales.high, initial.high)};
   }
   template <class Channel>
-  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
+  static void store_channels(uint8_t* unit, int64_t group, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
-    std::memcpy(panel, four, sizeof four);
+    std::memcpy(unit + group * kActivationBytes, four, sizeof four);
   }
   template <class Result>
   static void store_from_float(Result* to, const float* from, int64_t count) {
@@ -168,34 +196,39 @@ struct Avx2Traits {
     _mm256_storeu_ps(second, w.second_low);
     _mm256_storeu_ps(second + 8, w.second_high);
   }
-  static void unpack_offsets(const Positions& p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
-    const __m256 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
-    store_bits(first, pick(four, p.low));
-    store_bits(first + 8, pick(four, p.high));
-    store_bits(second, pick(four, _mm256_srli_epi32(p.low, kSecondPosition)));
-    store_bits(second + 8, pick(four, _mm256_srli_epi32(p.high, kSecondPosition)));
+  static void unpack_offsets(const Positions& p, const uint32_t* offsets, uint32_t* first, uint32_t* second) {
+    const Activations x = broadcast(reinterpret_cast<const uint8_t*>(offsets));
+    store_bits(first, pick<kFirstPosition>(x, p.low));
+    store_bits(first + 8, pick<kFirstPosition>(x, p.high));
+    store_bits(second, pick<kSecondPosition>(x, p.low));
+    store_bits(second + 8, pick<kSecondPosition>(x, p.high));
   }
 };
 
-// From this many tokens on, vectors over tokens are faster than vectors over rows.
-constexpr int64_t kMinTokens = 21;
+// From this many tokens on, vectors over tokens are faster than vectors over rows; of 8:16 matrices these pick slowly.
+template <class VecTraits>
+constexpr int64_t kMinTokens = VecTraits::kVectors == 1 ? 21 : 6;
 
 template <class VecTraits>
 constexpr Kernels row_and_token_kernels() {
-  return {row_kernel<VecTraits>(), kMinTokens, token_kernel<VecTraits>()};
+  return {row_kernel<VecTraits>(), kMinTokens<VecTraits>, token_kernel<VecTraits>()};
+}
+
+template <int64_t V>
+constexpr Products avx2_products() {
+  return {{row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16, V>>(),
+           row_and_token_kernels<Avx2Traits<Float16, Dtype::float16, V>>(),
+           row_and_token_kernels<Avx2Traits<Float32, Dtype::float32, V>>(),
+           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, V>>(),
+           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, V>>()},
+          {{},
+           {},
+           {},
+           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, V, true>>(),
+           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, V, true>>()}};
 }
 
 }  // namespace
 
-const ria::InstructionSet ria::kAvx2 = {"avx2",
-                                        {row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16>>(),
-                                         row_and_token_kernels<Avx2Traits<Float16, Dtype::float16>>(),
-                                         row_and_token_kernels<Avx2Traits<Float32, Dtype::float32>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4>>()},
-                                        {{},
-                                         {},
-                                         {},
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, true>>(),
-                                         row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, true>>()},
-                                        &ria::kAvx2Int8};
+const ria::InstructionSet ria::kAvx2 = {"avx2", avx2_products<1>(), &ria::kAvx2Of16, &ria::kAvx2Int8};
+const ria::Products ria::kAvx2Of16 = avx2_products<4>();

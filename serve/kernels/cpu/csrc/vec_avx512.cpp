@@ -6,6 +6,7 @@
 #include "avx512_floats.h"
 #include "gemm_tokens.h"
 #include "scalar.h"
+#include "ymm_masks.h"
 
 namespace {
 
@@ -27,23 +28,25 @@ struct Avx512TokenTraits {
   }
 };
 
-template <class V, Dtype kType, bool kGroups = false>
+template <class V, Dtype kType, int64_t kUnitGroups, bool kGroups = false>
 struct Avx512Traits {
   using Value = V;
   static constexpr bool kAnyActivations = has_scales(kType);
   using Accumulators = __m512;
   struct Weights { __m512 first, second; };
-  using Positions = __m512i;   // 32 bits per row: the first position in bits 0 and 1, the second at kSecondPosition
-  using Activations = __m512;  // the four channels, four times
+  using Positions = __m512i;   // 32 bits per row: the first position from kFirstPosition on, the other one likewise
+  using Activations = __m512;  // four channels, four times; or a unit's
   static constexpr int64_t kBlockTokens = 10;
   static constexpr int kUnpackedTokens = 4;
   static constexpr int64_t kTokensWithSums = 5;
   static constexpr int64_t kActivationBytes = 16;
+  static constexpr int64_t kVectors = kUnitGroups;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr bool kSumsBlocks = false;
   static constexpr bool kExpands = kType == Dtype::int4;
-  static constexpr int kSecondPosition = kType == Dtype::int4 ? 16 : 2;  // the bit where it starts
+  static constexpr int kFirstPosition = kVectors == 4 ? 8 : 0;
+  static constexpr int kSecondPosition = kVectors == 4 ? 0 : kType == Dtype::int4 ? 16 : 2;
   using TokenVecTraits = Avx512TokenTraits;
 
   static Weights weights(const uint8_t* p) {
@@ -62,23 +65,30 @@ struct Avx512Traits {
       return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 64)};
     }
   }
-  static Positions positions(uint64_t bits) {
-    const __m512i both = _mm512_inserti64x4(_mm512_set1_epi32(static_cast<int>(bits)),
-                                            _mm256_set1_epi32(static_cast<int>(bits >> 32)), 1);
-    return _mm512_srlv_epi32(both, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  static void positions(const uint8_t* bits, Positions (&to)[1]) {
+    const __m512i both =
+        _mm512_mask_broadcastd_epi32(_mm512_broadcastd_epi32(_mm_loadu_si32(bits)), 0xff00, _mm_loadu_si32(bits + 4));
+    to[0] = _mm512_srlv_epi32(both, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+  }
+  static void positions(const uint8_t* masks, Positions (&to)[4]) {
+    const YmmPositions found = ymm_positions(masks);
+    to[0] = _mm512_inserti64x4(_mm512_castsi256_si512(found.first_low), found.first_high, 1);
+    to[1] = _mm512_srli_epi32(to[0], 16);
+    to[2] = _mm512_inserti64x4(_mm512_castsi256_si512(found.second_low), found.second_high, 1);
+    to[3] = _mm512_srli_epi32(to[2], 16);
   }
   template <int kGroup>
   static Weights int4_weights(const uint8_t* block) {
     // A table of the 16 values; an index's other bits do not matter.
     const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     const __m512i words = _mm512_loadu_si512(block + at.value_line * kCacheLine);
     return {_mm512_permutexvar_ps(_mm512_srli_epi32(words, at.value_bit), values),
             _mm512_permutexvar_ps(_mm512_srli_epi32(words, at.value_bit + 16), values)};
   }
   template <int kGroup>
   static Positions int4_positions(const uint8_t* block) {
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     return _mm512_srli_epi32(_mm512_loadu_si512(block + at.position_line * kCacheLine), at.position_bit);
   }
   static void expand(uint8_t* p, const Weights& w) {
@@ -89,22 +99,28 @@ struct Avx512Traits {
   static Positions load_positions(const uint8_t* p) { return _mm512_load_si512(p); }
   static void store_positions(uint8_t* p, Positions positions) { _mm512_store_si512(p, positions); }
   static Activations broadcast(const uint8_t* p) {
-    return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(p)));
+    const float* f = reinterpret_cast<const float*>(p);
+    return kVectors == 1 ? _mm512_broadcast_f32x4(_mm_loadu_ps(f)) : _mm512_loadu_ps(f);
+  }
+  template <int kBit>
+  static __m512 pick(Activations x, Positions positions) {
+    const __m512i p = _mm512_srli_epi32(positions, kBit);
+    return kVectors == 1 ? _mm512_permutevar_ps(x, p) : _mm512_permutexvar_ps(p, x);
   }
   static Accumulators load(const float* p) { return _mm512_load_ps(p); }
   static void store(float* p, Accumulators sums) { _mm512_store_ps(p, sums); }
   static Accumulators multiply_add(Accumulators sums, const Weights& w, Positions p, Activations x) {
-    sums = _mm512_fmadd_ps(w.first, _mm512_permutevar_ps(x, p), sums);
-    return _mm512_fmadd_ps(w.second, _mm512_permutevar_ps(x, _mm512_srli_epi32(p, kSecondPosition)), sums);
+    sums = _mm512_fmadd_ps(w.first, pick<kFirstPosition>(x, p), sums);
+    return _mm512_fmadd_ps(w.second, pick<kSecondPosition>(x, p), sums);
   }
   static Accumulators load_scales(const uint8_t* p, Dtype dtype) { return load_16_floats(p, dtype); }
   static Accumulators scaled(Accumulators sums, Accumulators scales, Accumulators initial) {
     return _mm512_fmadd_ps(sums, scales, initial);
   }
   template <class Channel>
-  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
+  static void store_channels(uint8_t* unit, int64_t group, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
-    std::memcpy(panel, four, sizeof four);
+    std::memcpy(unit + group * kActivationBytes, four, sizeof four);
   }
   template <class Result>
   static void store_from_float(Result* to, const float* from, int64_t count) {
@@ -131,10 +147,10 @@ struct Avx512Traits {
     _mm512_storeu_ps(first, w.first);
     _mm512_storeu_ps(second, w.second);
   }
-  static void unpack_offsets(Positions p, const uint32_t (&offsets)[4], uint32_t* first, uint32_t* second) {
-    const __m512 four = broadcast(reinterpret_cast<const uint8_t*>(offsets));
-    _mm512_storeu_ps(first, _mm512_permutevar_ps(four, p));
-    _mm512_storeu_ps(second, _mm512_permutevar_ps(four, _mm512_srli_epi32(p, kSecondPosition)));
+  static void unpack_offsets(Positions p, const uint32_t* offsets, uint32_t* first, uint32_t* second) {
+    const Activations x = broadcast(reinterpret_cast<const uint8_t*>(offsets));
+    _mm512_storeu_ps(first, pick<kFirstPosition>(x, p));
+    _mm512_storeu_ps(second, pick<kSecondPosition>(x, p));
   }
 };
 
@@ -146,17 +162,21 @@ constexpr Kernels row_and_token_kernels() {
   return {row_kernel<VecTraits>(), kMinTokens, token_kernel<VecTraits>()};
 }
 
+template <int64_t V>
+constexpr Products avx512_products() {
+  return {{row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::bfloat16, V>>(),
+           row_and_token_kernels<Avx512Traits<Float16, Dtype::float16, V>>(),
+           row_and_token_kernels<Avx512Traits<Float32, Dtype::float32, V>>(),
+           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, V>>(),
+           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, V>>()},
+          {{},
+           {},
+           {},
+           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, V, true>>(),
+           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, V, true>>()}};
+}
+
 }  // namespace
 
-const ria::InstructionSet ria::kAvx512 = {"avx512",
-                                          {row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::bfloat16>>(),
-                                           row_and_token_kernels<Avx512Traits<Float16, Dtype::float16>>(),
-                                           row_and_token_kernels<Avx512Traits<Float32, Dtype::float32>>(),
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8>>(),
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4>>()},
-                                          {{},
-                                           {},
-                                           {},
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, true>>(),
-                                           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, true>>()},
-                                          &ria::kAvx2Int8};
+const ria::InstructionSet ria::kAvx512 = {"avx512", avx512_products<1>(), &ria::kAvx512Of16, &ria::kAvx2Int8};
+const ria::Products ria::kAvx512Of16 = avx512_products<4>();

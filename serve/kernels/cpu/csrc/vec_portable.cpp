@@ -6,7 +6,7 @@
 
 namespace {
 
-template <class V, Dtype kType, bool kGroups = false>
+template <class V, Dtype kType, int64_t kUnitGroups, bool kGroups = false>
 struct PortableTraits {
   using Value = V;
   static constexpr bool kAnyActivations = has_scales(kType);
@@ -18,6 +18,7 @@ struct PortableTraits {
   static constexpr int kUnpackedTokens = 0;
   static constexpr int64_t kTokensWithSums = 0;
   static constexpr int64_t kActivationBytes = 16;
+  static constexpr int64_t kVectors = kUnitGroups;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr bool kSumsBlocks = false;
@@ -40,7 +41,7 @@ struct PortableTraits {
   }
   template <int kGroup>
   static Weights int4_weights(const uint8_t* block) {
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     Weights w;
     for (int r = 0; r < kStripRows; ++r) {
       w.first[r] = int4_value(word(block, at.value_line, 2 * r) >> at.value_bit);
@@ -51,7 +52,7 @@ struct PortableTraits {
   static float int4_value(int bits) { return static_cast<float>(((bits & 15) ^ 8) - 8); }  // bit 3 is the sign
   template <int kGroup>
   static Positions int4_positions(const uint8_t* block) {
-    constexpr Int4Bits at = Int4Bits::of(kGroup);
+    constexpr Int4Bits at = Int4Bits::of(kGroup, kVectors);
     Positions p;
     for (int r = 0; r < kStripRows; ++r) {
       p.first[r] = word(block, at.position_line, 2 * r) >> at.position_bit & 3;
@@ -65,13 +66,21 @@ struct PortableTraits {
     std::memcpy(&w, p, sizeof w);
     return w;
   }
-  static Positions positions(uint64_t bits) {
-    Positions p;
+  static void positions(const uint8_t* bits, Positions (&to)[1]) {
     for (int r = 0; r < kStripRows; ++r) {
-      p.first[r] = bits >> (4 * r) & 3;
-      p.second[r] = bits >> (4 * r + 2) & 3;
+      to[0].first[r] = bits[r / 2] >> (r % 2 * 4) & 3;
+      to[0].second[r] = bits[r / 2] >> (r % 2 * 4 + 2) & 3;
     }
-    return p;
+  }
+  static void positions(const uint8_t* masks, Positions (&to)[4]) {
+    for (int64_t r = 0; r < kStripRows; ++r) {
+      const uint8_t* mask = masks + mask_offset(r);
+      const uint64_t eight = kPositionTable.of(mask[0], mask[1]);
+      for (int i = 0; i < 4; ++i) {
+        to[i].first[r] = static_cast<uint8_t>(eight >> (16 * i + 8));
+        to[i].second[r] = static_cast<uint8_t>(eight >> (16 * i));
+      }
+    }
   }
   static Positions load_positions(const uint8_t* p) {
     Positions positions;
@@ -110,9 +119,9 @@ struct PortableTraits {
     return initial;
   }
   template <class Channel>
-  static void store_channels(uint8_t* panel, Channel a, Channel b, Channel c, Channel d) {
+  static void store_channels(uint8_t* unit, int64_t group, Channel a, Channel b, Channel c, Channel d) {
     const float four[4] = {a.to_float(), b.to_float(), c.to_float(), d.to_float()};
-    std::memcpy(panel, four, sizeof four);
+    std::memcpy(unit + group * kActivationBytes, four, sizeof four);
   }
   template <class Result>
   static void store_from_float(Result* to, const float* from, int64_t count) {
@@ -120,17 +129,22 @@ struct PortableTraits {
   }
 };
 
+template <int64_t V>
+constexpr Products portable_products() {
+  return {{{row_kernel<PortableTraits<Bfloat16, Dtype::bfloat16, V>>()},
+           {row_kernel<PortableTraits<Float16, Dtype::float16, V>>()},
+           {row_kernel<PortableTraits<Float32, Dtype::float32, V>>()},
+           {row_kernel<PortableTraits<Bfloat16, Dtype::int8, V>>()},
+           {row_kernel<PortableTraits<Bfloat16, Dtype::int4, V>>()}},
+          {{},
+           {},
+           {},
+           {row_kernel<PortableTraits<Bfloat16, Dtype::int8, V, true>>()},
+           {row_kernel<PortableTraits<Bfloat16, Dtype::int4, V, true>>()}}};
+}
+
 }  // namespace
 
-const ria::InstructionSet ria::kPortable = {"portable",
-                                            {{row_kernel<PortableTraits<Bfloat16, Dtype::bfloat16>>()},
-                                             {row_kernel<PortableTraits<Float16, Dtype::float16>>()},
-                                             {row_kernel<PortableTraits<Float32, Dtype::float32>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4>>()}},
-                                            {{},
-                                             {},
-                                             {},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int8, true>>()},
-                                             {row_kernel<PortableTraits<Bfloat16, Dtype::int4, true>>()}},
+const ria::InstructionSet ria::kPortable = {"portable", portable_products<1>(), &ria::kPortableOf16,
                                             &ria::kPortableInt8};
+const ria::Products ria::kPortableOf16 = portable_products<4>();

@@ -91,5 +91,5 @@ struct PortableOf16Traits : PortableInt8Traits {
 
 }  // namespace
 
-const ria::Int8Kernels ria::kPortableInt8 = int8_kernels<PortableInt8Traits>(ria::kPortableOf16);
-const ria::Int8Products ria::kPortableOf16 = int8_products<PortableOf16Traits>();
+const ria::Int8Kernels ria::kPortableInt8 = int8_kernels<PortableInt8Traits>(ria::kPortableInt8Of16);
+const ria::Int8Products ria::kPortableInt8Of16 = int8_products<PortableOf16Traits>();

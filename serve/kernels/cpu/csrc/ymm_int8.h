@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "gemm_int8.h"
+#include "ymm_masks.h"
 
 namespace {
 
@@ -105,24 +106,10 @@ struct YmmInt8Traits {
 struct YmmOf16Traits : YmmInt8Traits {
   static constexpr int64_t kVectors = 2;
 
-  // Of two rows.
-  static __m128i positions_of_two(const uint8_t* masks) {
-    const auto both = [](const uint64_t* table, int64_t first, int64_t second) {
-      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + first));
-      return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(table + second)));
-    };
-    return _mm_or_si128(both(kPositionTable.low, masks[0], masks[2]), both(kPositionTable.high, masks[1], masks[3]));
-  }
-  static __m256i positions_of_four(const uint8_t* masks) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(positions_of_two(masks)), positions_of_two(masks + 4), 1);
-  }
   static void positions(const uint8_t* masks, Positions (&to)[2]) {
-    const auto transpose = [](__m256i even, __m256i odd, __m256i& first, __m256i& second) {
-      first = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-      second = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    };
-    transpose(positions_of_four(masks), positions_of_four(masks + 16), to[0].low, to[1].low);
-    transpose(positions_of_four(masks + 8), positions_of_four(masks + 24), to[0].high, to[1].high);
+    const YmmPositions found = ymm_positions(masks);
+    to[0] = {found.first_low, found.first_high};
+    to[1] = {found.second_low, found.second_high};
   }
   static Activations broadcast(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

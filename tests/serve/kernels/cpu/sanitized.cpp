@@ -262,12 +262,16 @@ static void check_refusal(const Layout& layout, int bits) {
 int main() {
   for (int bits = 0; bits < 256; ++bits) check_refusal({5, 64, Dtype::bfloat16}, bits);
   for (int bits = 0; bits < 65536; bits += 7) check_refusal({5, 64, Dtype::int8, 0, Dtype::float32, true, 16}, bits);
+  for (int bits = 0; bits < 65536; bits += 7) check_refusal({5, 64, Dtype::int4, 0, Dtype::float32, false, 16}, bits);
   for (int64_t rows : {1, 16, 17, 33, 65, 161})
     for (int64_t tokens : {1, 2, 3, 4, 5, 7, 11, 12, 13, 21, 25, 41, 64, 65, 97, 200, 257}) {
       const int64_t columns = tokens % 2 ? 64 : 192;
       check<Bfloat16>({Dtype::bfloat16}, tokens, rows, columns);
       check<Float16>({Dtype::float16}, tokens, rows, columns);
       check<Float32>({Dtype::float32}, tokens, rows, columns);
+      check<Bfloat16>({Dtype::bfloat16, 0, Dtype::float32, false, 16}, tokens, rows, columns);
+      check<Float16>({Dtype::float16, 0, Dtype::float32, false, 16}, tokens, rows, columns);
+      check<Float32>({Dtype::float32, 0, Dtype::float32, false, 16}, tokens, rows, columns);
       for (Dtype dtype : {Dtype::int8, Dtype::int4}) {
         check<Int8, Bfloat16>({dtype}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 32, Dtype::bfloat16}, tokens, rows, columns);
@@ -280,6 +284,9 @@ int main() {
         check<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 64, Dtype::float32, true}, tokens, rows, columns);
         check<Int8, Float16>({dtype, 128, Dtype::bfloat16, true}, tokens, rows, 384);
+        check<Int8, Bfloat16>({dtype, 0, Dtype::float32, false, 16}, tokens, rows, columns);
+        check<Int8, Float32>({dtype, 64, Dtype::bfloat16, false, 16}, tokens, rows, columns);
+        check<Int8, Bfloat16>({dtype, 32, Dtype::float32, false, 16}, tokens, rows, columns);
         check<Int8, Bfloat16>({dtype, 0, Dtype::float32, true, 16}, tokens, rows, columns);
         check<Int8, Float16>({dtype, 32, Dtype::bfloat16, true, 16}, tokens, rows, 320);
         check<Int8, Float32>({dtype, 64, Dtype::float32, true, 16}, tokens, rows, columns);
@@ -303,6 +310,7 @@ int main() {
           check_experts<Int8, Float16>({dtype, 64, Dtype::float32, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Float32>({dtype, 32, Dtype::bfloat16, true}, tokens, hidden, inner, activation);
           check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, true, 16}, tokens, hidden, inner, activation);
+          check_experts<Int8, Bfloat16>({dtype, 0, Dtype::float32, false, 16}, tokens, hidden, inner, activation);
         }
       }
   check_experts<Bfloat16>({Dtype::bfloat16}, 500, 64, 16, swiglu);  // several passes of an expert

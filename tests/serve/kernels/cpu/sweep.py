@@ -5,13 +5,14 @@ promises about batches, threads and NaNs, and fails at the first deviation.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from packed_layers import PackedLayer, pack
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, GROUP_SIZES, INT4, INT8, IntFormat
-from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 
@@ -26,6 +27,7 @@ UNROUNDED = (
 )
 KINDS = (*FLOATS, (INT8, torch.bfloat16), (INT4, torch.bfloat16), *GROUPED, *UNROUNDED)
 """Formats, each with the dtype of its activations."""
+BOTH = (TWO_OF_FOUR, PATTERNS["8:16"])
 
 # Numbers of tokens around the sizes of vectors and blocks, and around the switch from one algorithm to the other.
 EDGES = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 15, 16, 17, 18, 20, 21, 22, 24, 25, 31, 32, 33, 40, 41, 42, 43, 44, 48, 49)
@@ -42,8 +44,8 @@ class RandomWeight:
     dense: torch.Tensor
     pattern: Pattern = TWO_OF_FOUR
 
-    def packed_by(self, kernel) -> PackedLayer:
-        return pack(kernel, self.parts, self.format, self.act_dtype)
+    def packed_by(self, kernel=CpuKernel) -> PackedLayer:
+        return pack(kernel, self.parts, self.format, self.act_dtype, pattern=self.pattern)
 
     def x(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, self.dense.shape[1]).to(self.act_dtype)
@@ -67,7 +69,7 @@ def random_weight(
     compressed, bitmask = sparse24.compress(torch.randn(out_features, in_features).to(dtype), None, pattern)
     if not isinstance(format, IntFormat):
         parts = {"compressed": compressed, "bitmask": bitmask}
-        return RandomWeight(format, dtype, parts, sparse24.decompress(compressed, bitmask).double())
+        return RandomWeight(format, dtype, parts, sparse24.decompress(compressed, bitmask).double(), pattern)
     integers = torch.randint(-(2 ** (format.num_bits - 1)), 2 ** (format.num_bits - 1), compressed.shape).to(torch.int8)
     if format.num_bits == 8:
         stored = integers
@@ -97,8 +99,8 @@ def assert_close_to_float64(y, x, weight: RandomWeight, permutation=None, bias=N
     assert excess <= 1, f"error is {excess:.2f} times its bound"
 
 
-def check_case(kernel, tokens, out_features, in_features, kind, permuted, biased, scale_dtype=None):
-    weight = random_weight(out_features, in_features, *kind, scale_dtype)
+def check_case(kernel, pattern, tokens, out_features, in_features, kind, permuted, biased, scale_dtype=None):
+    weight = random_weight(out_features, in_features, *kind, scale_dtype, pattern)
     permutation = torch.randperm(in_features, dtype=torch.int32) if permuted else None
     bias = weight.bias() if biased else None
     x = weight.x(tokens)
@@ -108,35 +110,36 @@ def check_case(kernel, tokens, out_features, in_features, kind, permuted, biased
     except AssertionError as error:
         case = (
             f"tokens {tokens}, {out_features} x {in_features}, {kind[0].name}, {kind[1]}, permuted {permuted}, "
-            f"biased {biased}, scales {scale_dtype}"
+            f"biased {biased}, scales {scale_dtype}, {pattern}"
         )
         raise AssertionError(f"{kernel.name}: {case}: {error}") from None
 
 
-def sweep(kernel, token_counts) -> None:
+def sweep(kernel, token_counts, pattern: Pattern) -> None:
+    check = partial(check_case, kernel, pattern)
     for i, tokens in enumerate(token_counts):
         kind = GROUPED[2] if i % 3 == 0 else KINDS[0]
-        check_case(kernel, tokens, 49, 128, kind, permuted=i % 2 == 0, biased=i % 3 == 0)
+        check(tokens, 49, 128, kind, permuted=i % 2 == 0, biased=i % 3 == 0)
     for number, kind in enumerate(KINDS):
         for i, out_features in enumerate((1, 16, 17, 32, 33, 63)):
             for tokens in ((1, 13), (5, 50))[(i + number) % 2]:
                 columns = max(64, kind[0].group_size or 0)
-                check_case(kernel, tokens, out_features, columns, kind, permuted=True, biased=True)
+                check(tokens, out_features, columns, kind, permuted=True, biased=True)
         for tokens in EDGES[number % 3 :: 3]:
             columns = 640 if kind[0].group_size == 128 else 576
-            check_case(kernel, tokens, 65, columns, kind, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
-        check_case(kernel, 14, 40, 4224 if kind[0].group_size == 128 else 4160, kind, permuted=True, biased=False)
-        check_case(kernel, 50, 177, 1152 if kind[0].group_size == 128 else 1088, kind, permuted=True, biased=False)
+            check(tokens, 65, columns, kind, permuted=tokens % 2 == 0, biased=tokens % 3 == 0)
+        check(14, 40, 4224 if kind[0].group_size == 128 else 4160, kind, permuted=True, biased=False)
+        check(50, 177, 1152 if kind[0].group_size == 128 else 1088, kind, permuted=True, biased=False)
     for kind in GROUPED:
         for scale_dtype in (torch.float16, torch.float32):
             for tokens in (1, 6, 30, 50):
-                check_case(kernel, tokens, 50, 256, kind, permuted=True, biased=True, scale_dtype=scale_dtype)
+                check(tokens, 50, 256, kind, permuted=True, biased=True, scale_dtype=scale_dtype)
 
 
-def same_bits(kind, rows: int) -> None:
+def same_bits(kind, rows: int, pattern: Pattern) -> None:
     """A token's result has the same bits alone, in any batch and with any number of threads. So has the packed form."""
     columns = 1152 if kind[0].group_size == 128 else 1088
-    weight = random_weight(rows, columns, *kind)
+    weight = random_weight(rows, columns, *kind, pattern=pattern)
     layer, permutation = weight.packed_by(CpuKernel), torch.randperm(columns, dtype=torch.int32)
     x, bias = weight.x(203), weight.bias()
     name = f"{kind[0].name}, {kind[1]}"
@@ -157,9 +160,9 @@ def same_bits(kind, rows: int) -> None:
         assert torch.equal(whole[first:last], batch), f"{name}, tokens {first} to {last}"
 
 
-def nans_stay_in_their_token_and_row(kind, tokens: int) -> None:
+def nans_stay_in_their_token_and_row(kind, tokens: int, pattern: Pattern) -> None:
     columns = max(64, kind[0].group_size or 0)
-    weight = random_weight(33, columns, *kind)
+    weight = random_weight(33, columns, *kind, pattern=pattern)
     x, name = weight.x(tokens), f"{kind[0].name}, {kind[1]}, {tokens} tokens"
     layer = weight.packed_by(CpuKernel)
     clean = layer(x)
@@ -174,12 +177,12 @@ def nans_stay_in_their_token_and_row(kind, tokens: int) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    sweep(CpuKernel, range(1, 301))
-    for kind in KINDS:
-        same_bits(kind, 208)
-    same_bits((FLOAT, torch.float32), 1040)
-    same_bits(GROUPED[1], 1040)
-    for kind in KINDS:
-        nans_stay_in_their_token_and_row(kind, 15)
-        nans_stay_in_their_token_and_row(kind, 60)
+    for pattern in BOTH:
+        sweep(CpuKernel, range(1, 301), pattern)
+        for kind in KINDS:
+            same_bits(kind, 208, pattern)
+            nans_stay_in_their_token_and_row(kind, 15, pattern)
+            nans_stay_in_their_token_and_row(kind, 60, pattern)
+    same_bits((FLOAT, torch.float32), 1040, BOTH[0])
+    same_bits(GROUPED[1], 1040, BOTH[1])
     print(instruction_set())

@@ -6,6 +6,7 @@ kernel promises about batches, threads and NaNs, and fails at the first deviatio
 
 import torch
 from random_experts import ACTIVATIONS, SILU, random_experts, random_routing
+from sweep import BOTH
 
 from ria_vllm.format.formats import FLOAT, INTEGERS
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
@@ -45,13 +46,15 @@ def sweep(kernel, token_counts) -> None:
         for activation in ACTIVATIONS if number < 4 else ACTIVATIONS[number % 3 :: 3]:
             check_case(kernel, 13, activation=activation, dtype=dtype, format=format, biased=True, hidden=192)
         for hidden, intermediate in ((64, 16), (72, 40), (96, 8), (200, 136), (64, 176), (640, 72))[number % 2 :: 2]:
-            for activation in (SILU, ACTIVATIONS[-2]):
-                sizes = {"hidden": hidden, "intermediate": intermediate, "activation": activation}
+            for activation, pattern in zip((SILU, ACTIVATIONS[-2]), BOTH, strict=True):
+                sizes = {"hidden": hidden, "intermediate": intermediate, "activation": activation, "pattern": pattern}
                 check_case(kernel, 9, permuted=hidden % 128 != 0, dtype=dtype, format=format, biased=True, **sizes)
                 check_case(kernel, 1, permuted=False, dtype=dtype, format=format, **sizes)
         for tokens in token_counts[number % 3 :: 3]:
-            check_case(kernel, tokens, 1 + tokens % 4, tokens % 2 == 0, tokens % 3 == 0, dtype=dtype, format=format)
-        check_case(kernel, 600, 2, experts=1, dtype=dtype, format=format)  # several passes of one expert
+            weights = {"dtype": dtype, "format": format, "pattern": BOTH[tokens // 3 % 2]}
+            check_case(kernel, tokens, 1 + tokens % 4, tokens % 2 == 0, tokens % 3 == 0, **weights)
+        for pattern in BOTH:  # several passes of one expert
+            check_case(kernel, 600, 2, experts=1, dtype=dtype, format=format, pattern=pattern)
         check_case(kernel, 40, 8, experts=3, dtype=dtype, format=format)
 
 

@@ -7,17 +7,16 @@ from functools import partial
 
 import torch
 from packed_layers import PackedLayer, pack
-from sweep import EDGES, RandomWeight, random_weight
+from sweep import BOTH, EDGES, RandomWeight, random_weight
 from torch.nn.functional import pad
 
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import GROUP_SIZES, IntFormat
-from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, multiply_int8_rows
 
 FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
-OF_16 = PATTERNS["8:16"]
-BOTH = (TWO_OF_FOUR, OF_16)
+OF_16 = BOTH[1]
 
 
 def product(values: torch.Tensor, format: IntFormat, parts, bias=None) -> torch.Tensor:

@@ -24,8 +24,8 @@ FLAGS = {
     "vec_avx512_vnni.cpp": [*AVX512, "-mavx512vnni", EXACT],
     "vec_avx512_vbmi2.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi2", EXACT],
     "vec_avx512.cpp": AVX512,
-    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
-    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+    "vec_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"],
+    "vec_amx.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2", "-mamx-tile", "-mamx-bf16"],
     "vec_amx_int8.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi2", "-mamx-tile", "-mamx-int8", EXACT],
 }
 
