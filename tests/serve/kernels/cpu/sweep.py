@@ -177,8 +177,8 @@ def nans_stay_in_their_token_and_row(kind, tokens: int, pattern: Pattern) -> Non
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for pattern in BOTH:
-        sweep(CpuKernel, range(1, 301), pattern)
+    for number, pattern in enumerate(BOTH):
+        sweep(CpuKernel, range(1 + number, 301, 2), pattern)
         for kind in KINDS:
             same_bits(kind, 208, pattern)
             nans_stay_in_their_token_and_row(kind, 15, pattern)

@@ -127,7 +127,7 @@ def test_wrong_arguments_are_refused():
 @pytest.mark.parametrize(
     "changes",
     # The last one has the right size: a group of 32 columns, and scales in a dtype of -1.
-    [{0: 1}, {4: 128}, {6: 1}, {8: 32}, {8: 32, 7: -3}, {10: 12}, {9: 1, 10: 1}],
+    [{0: 1}, {4: 128}, {6: 1}, {8: 32}, {8: 32, 7: -3}, {10: 4}, {9: 1, 10: 1}],
     ids=str,
 )
 def test_a_damaged_header_is_refused(changes):
