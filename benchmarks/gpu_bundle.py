@@ -57,7 +57,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):  # no manifest, or a part of one
         found = {}
-    return found if found.keys() == {"sources", "cuda", "files"} else {}
+    return found if isinstance(found, dict) and found.keys() == {"sources", "cuda", "files"} else {}
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.pattern import Pattern
+from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 
 # Instruction set -> how many times as fast as vLLM's fastest dense product in floating point linears are, by WAYS, with
 # one token, and with eight. Medians of docs/lab/kernels-cpu.md; dense W8A8 with AMX by its bytes.
@@ -74,5 +74,7 @@ def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtyp
         instructions = served_by(scheme, pattern, dtype, place)[1]
     except RiaError:
         return ""
+    if pattern != TWO_OF_FOUR and not scheme.endswith("A8"):
+        return ""  # slower than 2:4, by how much depends on the model
     found = expected(sizes, scheme, instructions)
     return found and f"tokens/s on CPUs with {instructions}, estimated: {found}"

@@ -109,6 +109,6 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
 def not_rounded(recipe: Recipe) -> str:
     """What the measured model is spared that the folder's is not; empty if nothing."""
     if recipe.activations != "none":
-        what = "inputs and the head" if recipe.has_integers else "inputs"
-        return f"before {'weights, ' if recipe.continues_exactly else ''}{what} were rounded"
+        what = ["weights"] * recipe.continues_exactly + ["inputs"] + ["the head"] * recipe.has_integers
+        return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} were rounded"
     return "before weights were rounded" if recipe.continues_exactly else ""

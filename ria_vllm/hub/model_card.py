@@ -80,7 +80,8 @@ def exported_card(reader: Reader, warn: Warn, compressed: bool = False) -> str:
                 "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
             )
     zeros = reader.schema.sparsity_config.global_sparsity
-    body = [_origin(report["recipe"], identity), *form, *_what_was_pruned(report, zeros)]
+    plain_now = report | {"dense_in_int8": {}}
+    body = [_origin(report["recipe"], identity), *form, *_what_was_pruned(plain_now, zeros)]
     return _card(base, report["recipe"], title, body, tags)
 
 

@@ -17,7 +17,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.format.schema import FP8_TOKENS
 from ria_vllm.format.schemes import SCHEMES
-from ria_vllm.offline.run import compress
+from ria_vllm.offline.run import budget
 from ria_vllm.offline.run.budget import Choice
 from ria_vllm.offline.run.compress import Settings
 
@@ -87,9 +87,8 @@ def test_transformers_rounds_what_linears_read(folder):
 def test_rounding_makes_up_for_itself_and_resumes(options, tiny, text, tmp_path):
     report, warnings = run_small(tiny("llama"), tmp_path / "out", text, **FP8, **options)
     assert list(Reader(tmp_path / "out").problems()) == [] and not warnings
-    if (
-        options["reconstruct"] == "short"
-    ):  # rounded to the nearest, a uniform mantissa of three bits loses 2.6%, squared
+    if options["reconstruct"] == "short":
+        # Rounded to the nearest, a uniform mantissa of three bits loses 2.6%, squared.
         assert 0 < max(record["rounding_error"] for record in report["linears"].values()) < 0.03
     with interrupted_after_a_layer():
         run_small(tiny("llama"), tmp_path / "again", text, **FP8, **options)
@@ -99,14 +98,14 @@ def test_rounding_makes_up_for_itself_and_resumes(options, tiny, text, tmp_path)
 
 def test_what_max_loss_leaves_dense_stays_in_the_models_dtype(tiny, text, tmp_path, monkeypatch):
     options = FP8 | {"reconstruct": "admm", "samples": 8, "max_loss": 0.1}
-    monkeypatch.setattr(compress, "choose", lambda *_: Choice(frozenset({(0, "mlp")}), {}))
+    monkeypatch.setattr(budget, "choose", lambda *_: Choice(frozenset({(0, "mlp")}), {}))
     report, _ = run_small(tiny("llama"), tmp_path / "out", text, **options)
     reader = Reader(tmp_path / "out")
     assert len(reader.sparse_names) == 3 and reader.int8_names == [] and "dense_in_int8" not in report
     source = load_file(tiny("llama") / "model.safetensors")
     assert all(torch.equal(reader.tensor(name), source[name]) for name in reader.dense_names)
     none = {"perplexity": 2.0, "perplexity_dense": 1.0}
-    monkeypatch.setattr(compress, "choose", lambda *_: Choice(frozenset(), {1: none}))
+    monkeypatch.setattr(budget, "choose", lambda *_: Choice(frozenset(), {1: none}))
     with pytest.raises(RiaError, match="every sublayer loses more; the one that costs least, 100.0%"):
         run_small(tiny("llama"), tmp_path / "none", text, **options)
 

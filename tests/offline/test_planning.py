@@ -26,13 +26,16 @@ def size_in(said: str, before: str) -> float:
     return float(number) * {"kB": 1e3, "MB": 1e6}[unit]
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("opt", "BF16"), ("gemma3", "W8A8"), ("qwen3-moe", "W4A16")])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("opt", "BF16"), ("gemma3", "W8A8"), ("qwen3-moe", "W4A16"), ("opt", "FP8")]
+)
 def test_what_compress_then_does(family, scheme, tiny, text, tmp_path):
     said = planned(tiny(family), "--scheme", scheme)
     run_small(tiny(family), tmp_path / "out", text, **SCHEMES[scheme])
     made = take_inventory(Reader(tmp_path / "out"))
     plain = [entry for entry in made.linears if entry.experts is None]
     count, folded = map(int, re.search(r"pruned: +(\d+) linears.*orders of (\d+) fold", said).groups())
+    assert ("--pattern 8:16" in said) == (scheme != "FP8")
     assert (count, folded) == (len(plain), sum(entry.permutation == "folded" for entry in plain))
     assert ("and the experts of" in said) == (len(plain) < len(made.linears))
     assert made.dense_linears and all(f"dense:   {name}" in said for name in made.dense_linears[:1])

@@ -5,7 +5,11 @@ import itertools
 import pytest
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.recipe import Recipe
+
+
+FP8 = {"weights": "fp8", "activations": "fp8"}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +27,7 @@ from ria_vllm.offline.recipe import Recipe
         ({"calibration": "a.txt", "self_written": 0.001}, "--self-written 0.001"),
         ({"self_written": 0.5}, "--self-written"),
         ({"ignore": ("[",)}, r"--ignore '\['"),
+        (FP8 | {"pattern": PATTERNS["8:16"]}, "--pattern 8:16 is for CPUs.*give another scheme"),
     ],
     ids=str,
 )
