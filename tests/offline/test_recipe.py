@@ -8,7 +8,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.recipe import Recipe
 
-
 FP8 = {"weights": "fp8", "activations": "fp8"}
 
 
