@@ -94,6 +94,17 @@ def test_a_second_set_of_weights(damage, tmp_path):
     assert f"neither model.safetensors nor {INDEX}). There is model-00001" in problems(folder)[0]
 
 
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "sub/consolidated.safetensors"]
+)
+def test_weights_in_mistrals_format(damage, name):
+    """vLLM would load them in the place of those that the index names."""
+    assert not problems(damage.folder)
+    (damage.folder / name).parent.mkdir(exist_ok=True)
+    save_file({"norm.weight": torch.zeros(4)}, damage.folder / name)
+    assert f"{name} makes vLLM take this model for one in Mistral's own format" in problems(damage.folder)[0]
+
+
 def test_a_stray_file_beside_the_single_one(damage):
     folder = damage.folder
     tensors = {}

@@ -15,6 +15,8 @@ from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
+    files_below,
+    mistral_files,
     tensor_names,
     unindexed_files,
     weight_files,
@@ -128,6 +130,8 @@ class Reader:
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
+        if taken := mistral_files(files_below(self.folder), own, self.folder):
+            raise RiaError(taken)
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(

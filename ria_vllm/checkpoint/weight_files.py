@@ -1,6 +1,7 @@
 """The weight files of a Hugging Face folder: which they are, and which tensors they hold. No weight is read."""
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,7 @@ from ria_vllm.format.schema import PERMUTATIONS_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MISTRAL_FILES = "consolidated*.safetensors"
 LONGEST_NAME = 1000
 
 
@@ -58,6 +60,26 @@ def weights_among(files: Iterable[str]) -> list[str]:
 def files_below(folder: Path) -> list[str]:
     """Paths of all files of a folder, relative to it."""
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def mistral_files(files: Iterable[str], own: Iterable[str], where: str | Path) -> str | None:
+    """Why vLLM would not read the weight files of a folder or repository; None if it would.
+
+    With `--load-format auto`, it takes it for one in Mistral's own format if any file has the name of such weights. It
+    then reads only those, whatever the index says.
+
+    Args:
+        files: paths of all files, relative to the folder or repository.
+        own: names of the weight files. If all of them have such names, vLLM reads them.
+    """
+    found = sorted(name for name in files if fnmatchcase(name.rpartition("/")[2], MISTRAL_FILES))
+    if not found or set(found) == set(own):
+        return None
+    name = next((name for name in found if name not in set(own)), found[0])
+    return (
+        f"{where}: {name} makes vLLM take this model for one in Mistral's own format: it would read only files of such "
+        'names. Remove it, or download the model without it (`hf download --exclude "*consolidated*"`).'
+    )
 
 
 def read_index(path: Path, where: str | Path) -> dict[str, str]:

@@ -79,6 +79,11 @@ class EngineOptions:
         return self.load_format == "dummy"
 
     @property
+    def takes_mistral(self) -> bool:
+        """Whether vLLM prefers weights in Mistral's own format to others beside them."""
+        return self.load_format in (None, "auto", "mistral")
+
+    @property
     def packed_weights(self) -> bool:
         return self.load_format in PACKED_FORMATS
 

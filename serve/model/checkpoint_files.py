@@ -15,6 +15,7 @@ from ria_vllm.checkpoint.weight_files import (
     SINGLE_FILE,
     file_metadata,
     files_below,
+    mistral_files,
     read_index,
     tensor_names,
     unindexed_files,
@@ -118,18 +119,21 @@ class WeightHeaders:
     Attributes:
         names: of all tensors; None without weight files, as `--load-format dummy` takes a model.
         files: names of the weight files.
+        mistral: why vLLM would read others than an index names, with `--load-format auto`; None if it would not.
     """
 
     def __init__(self, model: str, revision: str | None):
         """Read the names of the tensors.
 
         Raises:
-            RiaError: a file is missing or damaged, or two hold the same tensor; OutOfReach if a file cannot be read.
+            RiaError: a file is missing or damaged, two hold the same tensor, or vLLM would read other files than these
+                in any case; OutOfReach if a file cannot be read.
         """
         self.model = model
         self.revision = revision
         self.names: list[str] | None = None
         self.files: list[str] = []
+        self.mistral: str | None = None
         self._headers: dict[str, tuple[list[str], Mapping[str, str]]] = {}
         self._listed: list[str] | None = None
         index = self._index()
@@ -137,6 +141,9 @@ class WeightHeaders:
             self._read_unindexed()
             return
         shards = read_index(index, model)
+        self.mistral = mistral_files(self._all_files(), shards.values(), model)
+        if self.mistral is not None:
+            self.mistral += " Or serve it with --load-format safetensors."
         if Path(model).is_dir():
             if not any((Path(model) / file).is_file() for file in set(shards.values())):
                 return
@@ -146,6 +153,8 @@ class WeightHeaders:
     def _read_unindexed(self) -> None:
         found: dict[str, str] = {}
         self.files = self._unindexed()
+        if taken := mistral_files(self._all_files(), self.files, self.model):
+            raise RiaError(taken)  # with another load format, vLLM reads them together with the model's own
         _check_complete(self.files, self.model)
         for file in self.files:
             for name in self._header(file)[0]:

@@ -62,6 +62,7 @@ class RiaConfig(QuantizationConfig):
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         weightless: the model has no weight files here.
         unread: why files could not be read; dummy weights do not need them.
+        mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
@@ -87,6 +88,7 @@ class RiaConfig(QuantizationConfig):
         self.names: dict[str, str] = {}
         self.weightless = False
         self.unread: str | None = None
+        self.mistral: str | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
@@ -151,7 +153,7 @@ class RiaConfig(QuantizationConfig):
             # Dummy weights do not need the headers; the load format is not known here.
             self.unread = str(error)
             return
-        self.weightless = headers.names is None
+        self.weightless, self.mistral = headers.names is None, headers.mistral
         if headers.names is not None:
             self._read_names(headers.names)
         if self.compressed_tensors is None:
@@ -248,6 +250,8 @@ class RiaConfig(QuantizationConfig):
             )
         if self.unread is not None and not engine.dummy_weights:
             raise RiaError(self.unread)
+        if self.mistral is not None and engine.takes_mistral:
+            raise RiaError(self.mistral)
         unfit = self.schema.unlike_dense
         if engine.lora and unfit and not engine.own_adapters:
             without = " ".join({"smooth": "--smooth 0", "rotate": "--rotate none"}[name] for name in unfit)

@@ -107,7 +107,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
         return  # the weights come from elsewhere, by their names
     path = locate(_described_in(config, model_config), "config.json", revision)
     if path is None:
-        if WeightHeaders(model, revision).names is None:
+        if _headers(model, revision).names is None:
             return  # as above
         raise RiaError(
             f"{model}: it has weights, but no config.json that says how they are stored. Get config.json of the same "
@@ -124,7 +124,7 @@ def _check_files(config: RiaConfig, model_config: ModelConfig, permutations: boo
         permutations_of(model, revision, schema)
         if proofs.wanted():
             proofs_of(config, model_config)
-    headers = WeightHeaders(model, revision)
+    headers = _headers(model, revision)
     check_weight_files(headers, schema)
     _check_pruned(config, set(headers.names or []), model)
     stored, present_form = _form(schema), _form(config.schema)
@@ -176,6 +176,13 @@ def check_draft(schema: RiaSchema, where: str) -> None:
         )
 
 
+def _headers(model: str, revision: str | None) -> WeightHeaders:
+    headers = WeightHeaders(model, revision)
+    if headers.mistral is not None and EngineOptions.current().takes_mistral:
+        raise RiaError(headers.mistral)
+    return headers
+
+
 def _form(schema: RiaSchema) -> str:
     """How the pruned linears of a folder are stored."""
     inputs = schema.input_dtype
@@ -219,7 +226,7 @@ def _check_compressed_tensors(
         raise _refusal(
             model, f"its quantization_config differs from the one that this server was started with: {difference}"
         )
-    names = WeightHeaders(model, revision).names
+    names = _headers(model, revision).names
     if names is not None:
         names = config.translation.names(names)
         _check_pruned(config, names, model)

@@ -1,5 +1,6 @@
 """What is read before the weights, from a folder and from a stand-in for the hub."""
 
+import contextlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -106,6 +107,46 @@ def test_a_second_weight_file_without_an_index(checkpoint, copy, hub, other_run,
     (copy / "original").mkdir()
     shutil.copy(copy / ".old.safetensors", copy / "original" / "old.safetensors")
     read()
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_what_vllm_itself_takes_for_weights_in_mistrals_format(copy, name, indexed):
+    """The reason for the tests below: vLLM reads that file, and no other."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    split(copy, index=indexed)
+    save_file({"norm.weight": torch.zeros(8)}, copy / name)
+    _, files, *_ = DefaultModelLoader(LoadConfig())._prepare_weights(str(copy), None, None, False, None)
+    assert files == [str(copy / name)]
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "sub/consolidated.safetensors"])
+@pytest.mark.parametrize("indexed", [False])
+@pytest.mark.parametrize("place", ["folder", "cache"])
+def test_weights_in_mistrals_format_are_refused(checkpoint, copy, hub, monkeypatch, place, indexed, name):
+    """vLLM would read only those, and ignore the index."""
+    config = config_of(checkpoint)
+    if indexed:
+        split(copy)
+
+    def read():
+        if place == "reload":
+            check_reload(config, SimpleNamespace(model=str(copy), revision=None), from_files=True)
+        else:
+            built = config_of(copy) if place == "folder" else hub.config()
+            built.get_quant_method(a_linear(), "model.layers.0.mlp.down_proj")
+
+    if place == "cache":
+        hub.reachable = False
+    hub.cached = {path.relative_to(copy).as_posix() for path in copy.rglob("*")} if place == "cache" else set()
+    read()
+    (copy / name).parent.mkdir(exist_ok=True)
+    save_file({"norm.weight": torch.zeros(8)}, copy / name)
+    hub.cached |= {name} if place == "cache" else set()
+    for options in (contextlib.nullcontext(), loading("auto"), loading("mistral")):
+        with options, pytest.raises(RiaError, match=f"{name} makes vLLM take this model for one in Mistral's own"):
+            read()
 
 
 def test_a_folder_without_weights_is_for_dummy_weights_only(copy):
