@@ -32,6 +32,7 @@ NAMES = {
     "vllm._custom_ops": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
     "vllm.model_executor.kernels.linear.init_int8_linear_kernel": "the kernel of dense linears in int8",
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": "serves the experts that stay dense",
+    "vllm.model_executor.layers.attention.is_deferred_attention_layer": "attention is packed when a reload ends",
     "vllm.model_executor.layers.quantization": "where a quantization method is registered",
     "vllm.model_executor.model_loader": "its folder: which weights come from files",
     f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its new weights afterwards, or its old ones",

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
@@ -187,6 +187,7 @@ class Reloads:
         self._at_once: list[tuple[str, torch.Tensor]] = []
         config = get_current_vllm_config_or_none()
         self._ranks_of_engine = 1 if config is None else config.parallel_config.world_size
+        self._refused = None if config is None else _reason_against_reloads(config)
         _leave_in_place(model)
 
     @property
@@ -212,6 +213,8 @@ class Reloads:
                 "vLLM cannot reload latent attention that it has packed for AMX, because it has emptied kv_b_proj. "
                 "Start the server again, or with --dtype float32."
             )
+        if self._refused is not None:
+            raise RiaError(self._refused)
         self.number = next(_NUMBERS[self.embeddings])
         former = Former(self.model, keeps=not self.lacks_weights)
         # vLLM writes these at once.
@@ -257,7 +260,9 @@ class Reloads:
         if self.stopped is not None:
             self._refuse(late)
         if late:
-            raise RiaError("the model has computed while its weights were being replaced. Ask again.")
+            raise RiaError(
+                "the model was asked while its weights were being replaced. Pause requests for that time: start again."
+            )
 
     def lose(self) -> None:
         """All weights are gone."""
@@ -356,6 +361,19 @@ class Reloads:
             raise RiaError(
                 f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
             )
+
+
+def _reason_against_reloads(config: VllmConfig) -> str | None:
+    """Why a reload in this engine could end with weights of two models; None if it could not."""
+    if config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
+        return (
+            "a reload with --data-parallel-size: the engines share the experts of this model, and nothing shows that "
+            "all of them take the same weights. Start the server again."
+        )
+    transfer = config.weight_transfer_config
+    if transfer is not None and transfer.backend == "sharded_rdt":  # it packs layers by a way of its own
+        return "sharded_rdt: this weight transfer is not for models that ria-vllm serves. Use nccl or ipc."
+    return None
 
 
 def _keep(former: Former, layer: torch.nn.Module) -> None:

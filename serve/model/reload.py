@@ -16,7 +16,7 @@ from ria_vllm.checkpoint.side_files import checked_proofs
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint, quantization_of
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
-from ria_vllm.format import proofs
+from ria_vllm.format import permutation, proofs
 from ria_vllm.format.schema import PROOFS_FILE, RiaSchema
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.load.engine import EngineOptions
@@ -155,7 +155,7 @@ def check_adapters(schema: RiaSchema, present: RiaSchema, model: str) -> None:
         RiaError: they may not fit.
     """
     changes = schema.unlike_dense
-    if changes != present.unlike_dense or (changes and schema.permutations_digest is None):
+    if changes != present.unlike_dense or (changes and schema.permutations_digest in (None, permutation.digest({}))):
         raise _refusal(
             model, "its linears may read inputs that are scaled or rotated (--smooth, --rotate) otherwise than here"
         )

@@ -112,7 +112,7 @@ def test_a_gate_has_a_row_for_each_query_head():
 
 
 def test_blocks_that_a_producer_does_not_have():
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="do not divide into 4 blocks"):
         RowOrder(np.arange(8), 0, False, 4).take(torch.zeros(10, 2))  # 10 rows are not four blocks
     with pytest.raises(ValueError, match="rows 1 to 3"):
         RowOrder(np.arange(8), 1, False, 4).take(torch.zeros(8, 2))

@@ -7,6 +7,7 @@ or has slept at level 2, gets them by whole loads only, and computes nothing aft
 
 from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vllm.model_executor.model_loader import reload as vllm_reload
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import experts_registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+from ria_vllm.serve.load.layerwise import _reason_against_reloads
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +262,26 @@ def test_latent_attention_that_is_packed_for_amx_is_not_reloaded(monkeypatch):
     with pytest.raises(RiaError, match="cannot reload latent attention"):
         server.reload(2)
     assert torch.equal(server.logits(), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"parallel_config": SimpleNamespace(data_parallel_size=2)}, "engines share the experts"),
+        ({"weight_transfer_config": SimpleNamespace(backend="sharded_rdt")}, "not for models that ria-vllm serves"),
+    ],
+    ids=["data parallel", "sharded_rdt"],
+)
+def test_what_could_leave_weights_of_two_models_is_not_begun(given, words, monkeypatch):
+    server = Server.started(Checkpoint(FORMATS["float"], True), 1, monkeypatch)
+    alone = {"parallel_config": SimpleNamespace(data_parallel_size=1), "weight_transfer_config": None}
+    config = SimpleNamespace(model_config=SimpleNamespace(is_moe=True), **(alone | given))
+    server.model.ria_reloads._refused = _reason_against_reloads(config)
+    before = server.logits()
+    with pytest.raises(RiaError, match=words):
+        server.reload(2)
+    assert torch.equal(server.logits(), before)
+    assert _reason_against_reloads(SimpleNamespace(model_config=None, **alone)) is None
 
 
 def test_a_worker_names_the_files_that_are_served(monkeypatch):

@@ -12,7 +12,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.layerwise import watch_reloads
+from ria_vllm.serve.load.layerwise import holders, watch_reloads
 from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
 from ria_vllm.serve.model.reload import check_reload
@@ -26,6 +26,9 @@ def stored():
 def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypatch):
     for name in ("_layerwise_process", "finalize_layerwise_processing"):
         monkeypatch.setattr(layerwise, name, getattr(layerwise, name))
+    begin = layerwise.initialize_layerwise_reload
+    for module in holders(begin):
+        monkeypatch.setattr(module, begin.__name__, begin)
     watch_reloads()
     config = stored.config()
     model = Model(config)
