@@ -82,7 +82,7 @@ def pack_linear(
         set_parameter(layer, name, tensor)
     order = None
     if permutation is not None:
-        order = "input_channels" if crosses_ranks else "input_permutation"
+        order = "input_channels" if crosses_ranks else "packed_permutation"  # input_permutation is loaded
         if not crosses_ranks:
             permutation = np.concatenate([permutation, np.arange(columns, weights.in_features, dtype=np.int32)])
         set_parameter(layer, order, torch.from_numpy(permutation).to(weights.device))

@@ -39,9 +39,8 @@ class Family:
     kv: int = HEADS
     block: str = "model.layers.{i}."
     shared: tuple[tuple[str, ...], ...] = (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    )
+        ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"),
+    )  # fmt: skip
     value: Rows = ("self_attn.v_proj", None)
     value_blocks: int = 1
     output: str = "self_attn.o_proj"
@@ -78,7 +77,6 @@ PHI3 = Family(
 )  # fmt: skip
 OPT = Family(
     "opt", block="model.decoder.layers.{i}.",
-    shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("fc1",)),
     output="self_attn.out_proj", inner=(("fc1", None),), down="fc2",
     settings=(("ffn_dim", INNER), ("word_embed_proj_dim", HIDDEN), ("dropout", 0.0), ("activation_function", "relu")),
 )  # fmt: skip
@@ -186,6 +184,7 @@ def write(
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
     orders: dict[str, torch.Tensor] = {}
+    shared: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
     for name, module in pruned.items():
         heads = family.output if folds else "\0"
         if name.endswith(heads):
@@ -193,8 +192,10 @@ def write(
             continue
         group = next((g for g in family.shared for part in g if name.endswith(part)), ())
         ending = next((part for part in group if name.endswith(part)), "")
-        first = name.removesuffix(ending) + group[0] if group else name
-        orders[name] = orders[first] if first in orders else random_order(module.in_features, blocks, blocks)
+        reader = (name.removesuffix(ending), group)
+        if reader not in shared:
+            shared[reader] = random_order(module.in_features, blocks, blocks)
+        orders[name] = shared[reader]
     disk = names_on_disk(model, *family.older) if family.wrapper else {}
     weight_format = FORMATS[weights]
     quantization = weight_format.quantization
