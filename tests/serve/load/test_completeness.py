@@ -23,8 +23,8 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.serve.load.arrived import left_out
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
-from ria_vllm.serve.load.layerwise import left_out
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.layer_matching import match_layers
 
