@@ -1,7 +1,5 @@
 """Rounding on a mask. The oracles: all points of the grid, one by one, and the error in float64."""
 
-import itertools
-
 import e4m3
 import pytest
 import torch
@@ -48,36 +46,33 @@ def in_order(V, p, weight_format, scales=None, dtype=torch.float32):
     return weight_format.quantize(V[:, p], dtype, scales)[0][:, torch.argsort(p)]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_against_every_point_of_the_grid_of_e4m3(seed):
-    W, X, keep, p, R = layer(16, 4, 50, seed)
+def beside_the_grid(weight_format, values, channels, seed):
+    """float64 [16], the errors of rows: the least of all points of the grid, tried one by one at the scales that were
+    found; after rounding on the mask; and rounded to the nearest."""
+    W, X, keep, p, R = layer(16, channels, 50, seed)
     solved = admm(W, X.T @ X, keep, damping=1e-6, cross_term=R.T @ X)
-    plain = formats.FP8.quantize(solved, torch.float32)[0]
-    found, scales = round_on_mask(W, solved, keep, gram_of(X), formats.FP8, R.T @ X, p, passes=20, damping=0.0)
-    points = torch.cartesian_prod(e4m3.VALUES, e4m3.VALUES)
-    for i in range(16):
-        wanted = X.double() @ W[i].double() + R[:, i].double()
-        best = (wanted - points @ X[:, keep[i]].double().T * scales[i].double()).square().sum(1).min()
-        lost = errors(found, W, X, R)[i]
-        assert best * (1 - 1e-5) < lost < best * 1.05 and lost <= errors(plain, W, X, R)[i], i
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_against_every_point_of_the_grid(seed):
-    W, X, keep, p, R = layer(16, 8, 50, seed)
-    solved = admm(W, X.T @ X, keep, damping=1e-6, cross_term=R.T @ X)
-    plain = formats.INT4.quantize(solved, torch.float32)[0]
-    found, scales = round_on_mask(W, solved, keep, gram_of(X), formats.INT4, R.T @ X, p, passes=20, damping=0.0)
-    points = torch.tensor(list(itertools.product(range(-8, 8), repeat=4)), dtype=torch.float64)
+    plain = weight_format.quantize(solved, torch.float32)[0]
+    found, scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, R.T @ X, p, passes=20, damping=0.0)
+    points = torch.cartesian_prod(*[values] * (channels // 2))
     best = torch.empty(16, dtype=torch.float64)
     for i in range(16):
-        columns = keep[i].nonzero().flatten()
         wanted = X.double() @ W[i].double() + R[:, i].double()
-        best[i] = (wanted - points @ X[:, columns].double().T * scales[i].double()).square().sum(1).min()
-    lost = errors(found, W, X, R)
+        best[i] = (wanted - points @ X[:, keep[i]].double().T * scales[i].double()).square().sum(1).min()
+    return best, errors(found, W, X, R), errors(plain, W, X, R)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_against_every_point_of_the_grid_of_e4m3(seed):
+    best, lost, nearest = beside_the_grid(formats.FP8, e4m3.VALUES, 4, seed)
+    assert (best * (1 - 1e-5) < lost).all() and (lost < best * 1.05).all() and (lost <= nearest).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_against_every_point_of_the_grid_of_integers(seed):
+    best, lost, nearest = beside_the_grid(formats.INT4, torch.arange(-8.0, 8.0, dtype=torch.float64), 8, seed)
     assert (lost > best * (1 - 1e-5)).all()
     assert lost.sum() < 1.1 * best.sum() and (lost / best < 1.001).double().mean() > 0.6
-    assert (errors(plain, W, X, R) - best).sum() > 4 * (lost - best).sum()
+    assert (nearest - best).sum() > 4 * (lost - best).sum()
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=str)
