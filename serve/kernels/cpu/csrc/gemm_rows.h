@@ -441,4 +441,27 @@ constexpr Kernel row_kernel() {
           round_values<VecTraits>};
 }
 
+struct RowKernels {
+  template <class VecTraits>
+  static constexpr Kernels of() {
+    return {row_kernel<VecTraits>()};
+  }
+};
+
+// For activations and weights of any dtype. Traits: of the dtype to which weights become, their own, a unit's groups,
+// and whether there are scales for groups of columns.
+template <class Make, template <class, Dtype, int64_t, bool> class Traits, int64_t V>
+constexpr Products products_of_any() {
+  return {{Make::template of<Traits<Bfloat16, Dtype::bfloat16, V, false>>(),
+           Make::template of<Traits<Float16, Dtype::float16, V, false>>(),
+           Make::template of<Traits<Float32, Dtype::float32, V, false>>(),
+           Make::template of<Traits<Bfloat16, Dtype::int8, V, false>>(),
+           Make::template of<Traits<Bfloat16, Dtype::int4, V, false>>()},
+          {{},
+           {},
+           {},
+           Make::template of<Traits<Bfloat16, Dtype::int8, V, true>>(),
+           Make::template of<Traits<Bfloat16, Dtype::int4, V, true>>()}};
+}
+
 }  // namespace

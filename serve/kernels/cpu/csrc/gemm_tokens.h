@@ -9,6 +9,7 @@
 //     // in a unit.
 //     static void unpack_weights(const Weights&, float* first, float* second);
 //     static void unpack_offsets(const Positions&, const uint32_t* offsets, uint32_t* first, uint32_t* second);
+//     static constexpr int64_t kMinTokens;  // from so many on, vectors over tokens are faster than vectors over rows
 //     using TokenVecTraits;
 //   };
 //   struct TokenVecTraits {
@@ -274,5 +275,12 @@ constexpr Kernel token_kernel() {
           multiply_tiles_by_tokens<VecTraits>,
           round_values<VecTraits>};
 }
+
+struct RowAndTokenKernels {
+  template <class VecTraits>
+  static constexpr Kernels of() {
+    return {row_kernel<VecTraits>(), VecTraits::kMinTokens, token_kernel<VecTraits>()};
+  }
+};
 
 }  // namespace

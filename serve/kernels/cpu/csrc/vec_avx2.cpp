@@ -72,6 +72,8 @@ struct Avx2Traits {
   static constexpr int64_t kTokensWithSums = 1;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr int64_t kVectors = kUnitGroups;
+  // Of 8:16 matrices, vectors over rows pick slowly.
+  static constexpr int64_t kMinTokens = kVectors == 1 ? 21 : 6;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr bool kSumsBlocks = false;
@@ -205,30 +207,8 @@ struct Avx2Traits {
   }
 };
 
-// From this many tokens on, vectors over tokens are faster than vectors over rows; of 8:16 matrices these pick slowly.
-template <class VecTraits>
-constexpr int64_t kMinTokens = VecTraits::kVectors == 1 ? 21 : 6;
-
-template <class VecTraits>
-constexpr Kernels row_and_token_kernels() {
-  return {row_kernel<VecTraits>(), kMinTokens<VecTraits>, token_kernel<VecTraits>()};
-}
-
-template <int64_t V>
-constexpr Products avx2_products() {
-  return {{row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::bfloat16, V>>(),
-           row_and_token_kernels<Avx2Traits<Float16, Dtype::float16, V>>(),
-           row_and_token_kernels<Avx2Traits<Float32, Dtype::float32, V>>(),
-           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, V>>(),
-           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, V>>()},
-          {{},
-           {},
-           {},
-           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int8, V, true>>(),
-           row_and_token_kernels<Avx2Traits<Bfloat16, Dtype::int4, V, true>>()}};
-}
-
 }  // namespace
 
-const ria::InstructionSet ria::kAvx2 = {"avx2", avx2_products<1>(), &ria::kAvx2Of16, &ria::kAvx2Int8};
-const ria::Products ria::kAvx2Of16 = avx2_products<4>();
+const ria::InstructionSet ria::kAvx2 = {"avx2", products_of_any<RowAndTokenKernels, Avx2Traits, 1>(), &ria::kAvx2Of16,
+                                        &ria::kAvx2Int8};
+const ria::Products ria::kAvx2Of16 = products_of_any<RowAndTokenKernels, Avx2Traits, 4>();

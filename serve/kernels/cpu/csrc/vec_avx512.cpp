@@ -41,6 +41,7 @@ struct Avx512Traits {
   static constexpr int64_t kTokensWithSums = 5;
   static constexpr int64_t kActivationBytes = 16;
   static constexpr int64_t kVectors = kUnitGroups;
+  static constexpr int64_t kMinTokens = 41;
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr bool kSumsBlocks = false;
@@ -154,29 +155,8 @@ struct Avx512Traits {
   }
 };
 
-// From this many tokens on, vectors over tokens are faster than vectors over rows.
-constexpr int64_t kMinTokens = 41;
-
-template <class VecTraits>
-constexpr Kernels row_and_token_kernels() {
-  return {row_kernel<VecTraits>(), kMinTokens, token_kernel<VecTraits>()};
-}
-
-template <int64_t V>
-constexpr Products avx512_products() {
-  return {{row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::bfloat16, V>>(),
-           row_and_token_kernels<Avx512Traits<Float16, Dtype::float16, V>>(),
-           row_and_token_kernels<Avx512Traits<Float32, Dtype::float32, V>>(),
-           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, V>>(),
-           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, V>>()},
-          {{},
-           {},
-           {},
-           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int8, V, true>>(),
-           row_and_token_kernels<Avx512Traits<Bfloat16, Dtype::int4, V, true>>()}};
-}
-
 }  // namespace
 
-const ria::InstructionSet ria::kAvx512 = {"avx512", avx512_products<1>(), &ria::kAvx512Of16, &ria::kAvx2Int8};
-const ria::Products ria::kAvx512Of16 = avx512_products<4>();
+const ria::InstructionSet ria::kAvx512 = {"avx512", products_of_any<RowAndTokenKernels, Avx512Traits, 1>(),
+                                          &ria::kAvx512Of16, &ria::kAvx2Int8};
+const ria::Products ria::kAvx512Of16 = products_of_any<RowAndTokenKernels, Avx512Traits, 4>();

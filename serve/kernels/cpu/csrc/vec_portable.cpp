@@ -129,22 +129,8 @@ struct PortableTraits {
   }
 };
 
-template <int64_t V>
-constexpr Products portable_products() {
-  return {{{row_kernel<PortableTraits<Bfloat16, Dtype::bfloat16, V>>()},
-           {row_kernel<PortableTraits<Float16, Dtype::float16, V>>()},
-           {row_kernel<PortableTraits<Float32, Dtype::float32, V>>()},
-           {row_kernel<PortableTraits<Bfloat16, Dtype::int8, V>>()},
-           {row_kernel<PortableTraits<Bfloat16, Dtype::int4, V>>()}},
-          {{},
-           {},
-           {},
-           {row_kernel<PortableTraits<Bfloat16, Dtype::int8, V, true>>()},
-           {row_kernel<PortableTraits<Bfloat16, Dtype::int4, V, true>>()}}};
-}
-
 }  // namespace
 
-const ria::InstructionSet ria::kPortable = {"portable", portable_products<1>(), &ria::kPortableOf16,
-                                            &ria::kPortableInt8};
-const ria::Products ria::kPortableOf16 = portable_products<4>();
+const ria::InstructionSet ria::kPortable = {"portable", products_of_any<RowKernels, PortableTraits, 1>(),
+                                            &ria::kPortableOf16, &ria::kPortableInt8};
+const ria::Products ria::kPortableOf16 = products_of_any<RowKernels, PortableTraits, 4>();
