@@ -121,6 +121,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.group_size is not None and not self.has_integers:
             raise RiaError("--group-size: for integer weights only; give a --scheme that has them.")
+        if isinstance(self.group_size, int) and self.weights == "int8" and self.activations != "none":
+            raise RiaError("--group-size: W8A8 has a scale for each row; leave it out, or give --group-size row.")
         if self._words not in SCHEMES.values():
             raise RiaError(f"no --scheme has {self.weights} weights and {self.activations} activations; give one.")
         if self.max_loss is not None and not self.follows_dense:
@@ -310,6 +312,8 @@ class Recipe:
             )
         if self.weights != "int4" or self.group_size is not None:
             return self
+        if self.activations != "none":  # scales are integers there, so small groups cost neither time nor memory
+            return replace(self, group_size=32)
         # Tensor parallelism needs whole groups on each rank. Where 128 does not fit 8, 64 fits twice as many as 128.
         return replace(self, group_size=128 if _whole_groups(widths, 128, ranks=8) else 64)
 

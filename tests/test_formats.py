@@ -1,5 +1,8 @@
 """Every weight format: what it stores decodes to what was quantized, and its parts follow rows, cuts and padding."""
 
+from fractions import Fraction
+from math import gcd, lcm
+
 import pytest
 import torch
 
@@ -57,7 +60,41 @@ def test_quantizing_is_off_by_at_most_half_a_step(format, dtype):
     wanted = weight.double().unflatten(1, (-1, format.group_size or COLUMNS)).abs().amax(-1) / (
         2**format.num_bits // 2 - 1
     )
+    if format.largest_multiple is not None:  # rounded up to a multiple of the row's unit
+        above = (scales.double() - wanted) / divisors(scales)
+        assert above.min() > -1e-6 and above.max() < 1
+        return
     torch.testing.assert_close(scales.double(), wanted, rtol=1e-6 if format.group_size is None else 2**-8, atol=0)
+
+
+def divisors(scales: torch.Tensor) -> torch.Tensor:
+    """The largest number of which all scales of a row are multiples, float64 [out, 1]."""
+    found = []
+    for row in scales.double().tolist():
+        exact = [Fraction(scale) for scale in row]
+        denominator = lcm(*(one.denominator for one in exact))
+        found.append(float(Fraction(gcd(*(int(one * denominator) for one in exact)), denominator)))
+    return torch.tensor(found, dtype=torch.float64)[:, None]
+
+
+@pytest.mark.parametrize("size", formats.GROUP_SIZES)
+def test_scales_of_four_bits_are_multiples_of_one_number_a_row(size):
+    format = INTEGERS[4, size]
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)) * torch.logspace(-9, 9, ROWS)[:, None]
+    weight[5], weight[6, : size] = 0, 0
+    fitting = format.scales_of(weight)
+    drawn = torch.rand(fitting.shape, generator=torch.Generator().manual_seed(4)) * fitting.float()
+    for scales, near in ((fitting, fitting), (format.storable(fitting), fitting), (format.storable(drawn), drawn)):
+        units = divisors(scales)
+        multiples = scales.double() / units
+        assert scales.dtype == torch.bfloat16 and scales.min() > 0
+        assert torch.equal(multiples, multiples.round()) and multiples.max() <= 15
+        assert torch.equal(format.units_of(scales).double(), units)
+        assert torch.equal(format.storable(scales), scales)
+        # A unit has four bits and 15 of it are no less than the largest.
+        assert ((scales.double() - near.double()).abs() <= 1.126 * near.double().amax(1, keepdim=True) / 15).all()
+    assert not format.units_of(drawn).any()
+    assert INTEGERS[8, size].units_of(fitting) is None
 
 
 @each_integer

@@ -100,9 +100,7 @@ def nearest_scales(
     cost = None if importance is None else importance.float().view(groups)
     W = weight.float().unflatten(1, groups)
     found, least = fitting, torch.full(fitting.shape, torch.inf, device=fitting.device)
-    for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
-        scales = (fitting.float() * factor).to(fitting.dtype)
-        scales = torch.where(scales > 0, scales, 1.0)
+    for scales in _candidates(fitting, weight_format):
         wide = scales.float()[..., None]
         lost = weight_format.round_(W / wide).mul_(wide).sub_(W).square_()
         total = (lost if cost is None else lost.mul_(cost)).sum(-1)
@@ -110,6 +108,19 @@ def nearest_scales(
         least = torch.where(better, total, least)
         found = torch.where(better, scales, found)
     return found
+
+
+def _candidates(fitting: torch.Tensor, weight_format: RoundedFormat) -> Iterator[torch.Tensor]:
+    """Scales to choose from, each of `fitting`'s shape and dtype."""
+    if weight_format.largest_multiple is not None:
+        units = weight_format.units_of(fitting)
+        assert units is not None
+        for multiple in range(weight_format.largest_multiple, 0, -1):
+            yield (units * multiple).to(fitting.dtype).expand_as(fitting)
+        return
+    for factor in torch.linspace(1.0, SMALLEST, STEPS).tolist():
+        scales = (fitting.float() * factor).to(fitting.dtype)
+        yield torch.where(scales > 0, scales, 1.0)
 
 
 class _System:
@@ -154,8 +165,8 @@ class _Rows:
         self, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: RoundedFormat
     ):
         """At first they are W [rows, in], rounded to the nearest values."""
-        self.round_, self.columns = weight_format.round_, weight_format.group_size
-        self.scales, self.scale_dtype = scales.float().clone(), scales.dtype
+        self.format, self.round_, self.columns = weight_format, weight_format.round_, weight_format.group_size
+        self.scales, self.units = scales.float().clone(), weight_format.units_of(scales)
         self.values = self.round_(W / wide_scales(self.scales, W.shape[1]))
         self.gradient = system.product(self.weight()).sub_(target)
 
@@ -209,14 +220,14 @@ class _Rows:
         """Fit a group's scale to its values: where it is 1 + e times as large, errors change by 2 slope e +
         curvature e^2; all are [rows]. Returns the factors 1 + e."""
         scales = self.scales[:, group]
-        fitted = (scales * (1 - slope / curvature)).to(self.scale_dtype).float()
+        fitted = self.format.storable((scales * (1 - slope / curvature))[:, None], self.units)[:, 0].float()
         e = fitted / scales - 1
         better = (fitted > 0) & fitted.isfinite() & (e * (2 * slope + e * curvature) < 0)
         self.scales[:, group] = torch.where(better, fitted, scales)
         return torch.where(better, e + 1, 1.0)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.values, self.scales, self.gradient
+        return self.values, self.scales, self.gradient, *([] if self.units is None else [self.units])
 
 
 def _some_rows(weight: torch.Tensor) -> Iterator[slice]:

@@ -60,12 +60,14 @@ class RoundedFormat(WeightFormat):
         smallest: the smallest value that `quantize` gives.
         spacing: the largest distance between neighbouring values.
         scale_dtype: of the scales that `quantize` makes.
+        largest_multiple: of a row's unit that the scale of a group may be; None: any scale will do.
     """
 
     largest: float
     smallest: float
     spacing: float
     scale_dtype = torch.float32
+    largest_multiple: int | None = None
 
     @abstractmethod
     def round_(self, scaled: torch.Tensor) -> torch.Tensor:
@@ -87,6 +89,24 @@ class RoundedFormat(WeightFormat):
         scales = scales.to(self.scale_dtype)
         return torch.where(scales > 0, scales, 1.0)
 
+    def units_of(self, scales: torch.Tensor) -> torch.Tensor | None:
+        """The largest numbers that all scales of a row are multiples of, float32 [out, 1], 0 where there is none; None
+        if the format makes no such scales.
+
+        Args:
+            scales: [out, groups], positive.
+        """
+        return None
+
+    def storable(self, scales: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
+        """The nearest scales that `quantize` can make, in `scale_dtype`.
+
+        Args:
+            scales: [out, 1] or [out, some of the groups], positive.
+            units: those of the rows, if the format has any; None: found for `scales`, which are whole rows.
+        """
+        return scales.to(self.scale_dtype)
+
     def nearest(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """float32: all values of a matrix, or only the kept ones, rounded to the nearest that these scales can hold."""
         wide = wide_scales(scales, values.shape[1])
@@ -102,7 +122,9 @@ class IntFormat(RoundedFormat):
     little-endian int32, are what compressed-tensors' `pack_to_int32` makes of the kept values.
 
     Scales of groups are bfloat16, which has the exponents of float32: in float16, those of small weights would be
-    subnormal, or zero.
+    subnormal, or zero. In four bits, those of a row are multiples of one number, its unit: so value * multiple is an
+    int8, and a kernel that rounds its inputs to int8 needs floating point only at a row's end. (Lin et al., "QServe",
+    2024, has such integer scales below those of rows.) That is what this class makes; `values` takes any scales.
 
     Attributes:
         num_bits: 4 or 8.
@@ -124,6 +146,7 @@ class IntFormat(RoundedFormat):
         self.scale_dtype = torch.bfloat16 if group_size else torch.float32
         strategy = {"strategy": "group", "group_size": group_size} if group_size else {"strategy": "channel"}
         self.quantization = strategy | {"symmetric": True, "num_bits": num_bits, "type": "int"}
+        self.largest_multiple = 15 if group_size and num_bits == 4 else None  # 15 * -8 is an int8
 
     @property
     def lowest(self) -> int:
@@ -132,6 +155,44 @@ class IntFormat(RoundedFormat):
 
     def round_(self, scaled: torch.Tensor) -> torch.Tensor:
         return scaled.round_().clamp_(self.smallest, self.largest)
+
+    def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.largest_multiple is None:
+            return super().scales_of(weight)
+        fitting = weight.float().unflatten(1, (-1, self.group_size)).abs().amax(-1) / self.largest
+        units = self._new_units(fitting)
+        return (units * (fitting / units).ceil().clamp_(1, self.largest_multiple)).to(self.scale_dtype)
+
+    def storable(self, scales: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
+        if self.largest_multiple is None:
+            return super().storable(scales)
+        scales = scales.float()
+        if units is None:
+            found = self.units_of(scales)
+            assert found is not None
+            units = torch.where(found > 0, found, self._new_units(scales))
+        return (units * (scales / units).round().clamp_(1, self.largest_multiple)).to(self.scale_dtype)
+
+    def units_of(self, scales: torch.Tensor) -> torch.Tensor | None:
+        if self.largest_multiple is None:
+            return None
+        exact = scales.double()  # so that products below are
+        least, found = exact.amin(1, keepdim=True), torch.zeros(len(scales), 1, device=scales.device)
+        for divisor in range(self.largest_multiple, 0, -1):
+            units = (least / divisor).float()
+            multiples = (exact * divisor / least).round_()
+            fits = (multiples <= self.largest_multiple).all(1) & (multiples * least == exact * divisor).all(1)
+            fits &= (units.double() * divisor == least)[:, 0]
+            found = torch.where(fits[:, None], units, found)
+        return found
+
+    def _new_units(self, scales: torch.Tensor) -> torch.Tensor:
+        """Units with which no multiple is too large, float32 [out, 1]. They have four bits, as multiples have, so that
+        bfloat16 holds their products."""
+        assert self.largest_multiple is not None
+        mantissas, exponents = torch.frexp(scales.float().amax(1, keepdim=True) / self.largest_multiple)
+        units = torch.ldexp((mantissas * 16).ceil() / 16, exponents)
+        return torch.where(units > 0, units, 1.0)
 
     def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
         return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)

@@ -44,11 +44,13 @@ class StraightThrough:
         return (gradient * added).unflatten(1, (scales.shape[1], -1)).sum(-1)
 
 
-def scaled(first: torch.Tensor, logarithms: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled(
+    weight_format: RoundedFormat, first: torch.Tensor, logarithms: torch.Tensor, rows: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales from the logarithms of what they have changed by, which is what is trained: so they stay positive.
 
     Args:
         first: the scales before training, float32 [out, 1 or groups].
         logarithms: of some rows; 0 stands for no change.
     """
-    return first[rows] * logarithms.exp(), logarithms
+    return weight_format.storable(first[rows] * logarithms.exp()), logarithms

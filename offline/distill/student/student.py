@@ -12,6 +12,7 @@ from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.offline.distill.student.layouts import Kept, Whole
 from ria_vllm.offline.distill.student.parameters import AdamW, Pace, TrainedExpert, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.student.places import places_of
@@ -134,15 +135,18 @@ def _trained_linears(
             )
             rounding, scales = None, None
             if "weight_scale" in parts:
-                scales = _trained_scales(kind, parts["weight_scale"], adamw, pace)
+                assert isinstance(linear.format, RoundedFormat)
+                scales = _trained_scales(kind, linear.format, parts["weight_scale"], adamw, pace)
                 rounding = StraightThrough(linear.format, scales.parameter.data, linear.dtype)
             values = linear.format.values(parts, torch.float32)
             found[name] = kind(parameter, layout, values, adamw, pace, rounding, scales)
     return found
 
 
-def _trained_scales(kind: type[TrainedParameter], scales: torch.Tensor, adamw: AdamW, pace: Pace) -> TrainedParameter:
+def _trained_scales(
+    kind: type[TrainedParameter], weight_format: RoundedFormat, scales: torch.Tensor, adamw: AdamW, pace: Pace
+) -> TrainedParameter:
     first = scales.float()
     adamw = replace(adamw, speed=SCALES_SPEED, weight_decay=0.0)
     read = nn.Parameter(scales.clone(), requires_grad=False)
-    return kind(read, Whole(scales.shape), torch.zeros_like(first), adamw, pace, partial(scaled, first))
+    return kind(read, Whole(scales.shape), torch.zeros_like(first), adamw, pace, partial(scaled, weight_format, first))

@@ -54,7 +54,8 @@ if LOADED:
     @torch.library.register_fake("ria::sparse24_pack.cpu")
     def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False, pattern=4):
         weight_format, dtype = stored_format(compressed, scales, group_size)
-        return bitmask.new_empty(packed_bytes(bitmask.shape[0], bitmask.shape[1] * 8, weight_format, dtype))
+        rows, columns = bitmask.shape
+        return bitmask.new_empty(packed_bytes(rows, columns * 8, weight_format, dtype, int8_activations))
 
 
 def multiply_int8_rows(
@@ -86,7 +87,9 @@ MAX_INT8_COLUMNS = 131_072
 """Of a weight whose inputs are rounded to int8. Sums of more could leave 32 bits."""
 
 
-def packed_bytes(out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype) -> int:
+def packed_bytes(
+    out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype, int8_activations: bool = False
+) -> int:
     """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line.
 
     Args:
@@ -97,6 +100,9 @@ def packed_bytes(out_features: int, in_features: int, weight_format: WeightForma
     if not isinstance(weight_format, IntFormat):
         return 64 + round(weights * weight_format.bits_per_weight(dtype)) // 8
     size, group_size = weights * (weight_format.num_bits // 2 + 1) // 8, weight_format.group_size
+    if int8_activations:
+        multipliers = rows // 16 * -(-in_features // 4 // 64) * 64 if weight_format.num_bits == 4 else 0
+        return 64 + size + multipliers + 4 * rows
     return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 
@@ -107,6 +113,8 @@ def unsupported(config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
         return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
         return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
+    if input_dtype and isinstance(weight_format, IntFormat) and weight_format.num_bits == 8 and weight_format.group_size:
+        return f"no int8 inputs with {weight_format.name} weights; with {INT8.name}, which has a scale per row"
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"
     return None

@@ -24,7 +24,7 @@ if backend.LOADED:
         weight_format, dtype = backend.stored_format(compressed, scales, group_size)
         experts, rows, columns = bitmask.shape
         rows = -(-rows // 32) * 32 if gated else rows
-        size = backend.packed_bytes(rows, columns * 8, weight_format, dtype)
+        size = backend.packed_bytes(rows, columns * 8, weight_format, dtype, int8_activations)
         return bitmask.new_empty(experts, size)
 
 

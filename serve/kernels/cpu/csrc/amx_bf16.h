@@ -140,12 +140,13 @@ struct Bf16Operands {
   static constexpr Dtype kDtype = kType;
   static constexpr bool kGrouped = kGroups;
   static constexpr int64_t kStepBlocks = 1;
-  static constexpr int64_t kSlices = 1;
 
   template <int S, int T, int kPart, int kParts>
-  [[gnu::always_inline]] static void expand(const Layout&, const uint8_t* step, uint8_t* to) {
+  [[gnu::always_inline]] static void expand(const Layout& layout, const ChunkSource& source, int64_t step,
+                                            uint8_t* to) {
     constexpr int count = static_cast<int>(kBlockGroups) / kParts;
-    expand_groups<VecTraits, S, T, kPart * count>(step, to, std::make_index_sequence<count>());
+    const uint8_t* block = AmxTile<Bf16Operands, S>::step(layout, source.weights, step);
+    expand_groups<VecTraits, S, T, kPart * count>(block, to, std::make_index_sequence<count>());
   }
   [[gnu::always_inline]] static void multiply_00() { _tile_dpbf16ps(0, 4, 6); }
   [[gnu::always_inline]] static void multiply_01() { _tile_dpbf16ps(1, 4, 7); }
@@ -190,8 +191,8 @@ struct Bf16Operands {
       for (int64_t step = 0; step < panel.steps; ++step, token += panel.step_stride(token_block)) {
         multiply_channels<S>(layout, Steps::step(layout, weights, step), token, products, others);
         if constexpr (kGrouped)
-          if ((step + 1) % Steps::section_slices(layout) == 0) {
-            Steps::load_scales(layout, weights, step / Steps::section_slices(layout), scales);
+          if ((step + 1) % Steps::section_steps(layout) == 0) {
+            Steps::load_scales(layout, weights, step / Steps::section_steps(layout), scales);
             for (int64_t r = 0; r < S * kStripRows; ++r) products[r] += others[r];
             add_scaled<Bf16Operands, S>(products, scales, 0, 1, sums);
             begin(zeros);
@@ -208,7 +209,7 @@ struct Bf16Operands {
       alignas(kCacheLine) uint8_t expanded[S * kTileBytes], kept[S * kTileBytes];
       std::memcpy(x, token, sizeof x);
       for (int64_t c = 0; c < kStepColumns; ++c) finite[c] = (x[c] & 0x7f80) == 0x7f80 ? 0 : x[c];
-      expand<S, 1, 0, 1>(layout, step, expanded);
+      expand<S, 1, 0, 1>(layout, {step, nullptr, 1}, 0, expanded);
       tile_barrier();
       load_tile_sums<1, S>(products);
       multiply_step<Bf16Operands, 1, S>(reinterpret_cast<const uint8_t*>(finite), 0, expanded);  // in every row

@@ -2,8 +2,7 @@
 // Four columns become a row of a tile: a unit two rows, and one of 8:16 matrices four. Both sides are signed, so
 // nothing is offset.
 //
-// The sums are exact, as those of gemm_int8.h, and those of sections are scaled and added up in the same way. So both
-// give the same bits, and few tokens take that one.
+// The sums are exact, as those of gemm_int8.h. So both give the same bits, and few tokens take that one.
 #pragma once
 #include "avx512_vbmi2.h"
 #include "gemm_amx.h"
@@ -37,11 +36,7 @@ constexpr ByteSelectorTable kByteSelectorTable;
 }
 
 // The same of 8:16 matrices: the four rows that a strip and unit become.
-template <int kBits>
-[[gnu::always_inline]] inline void expand_unit_of_16(const uint8_t* first, const uint8_t* second, const uint8_t* masks,
-                                                     uint8_t* to) {
-  using Traits = Avx512Of16Traits;
-  __m512i even = weights_of<Traits, kBits>(first), odd = weights_of<Traits, kBits>(second);
+[[gnu::always_inline]] inline void expand_unit_of_16(__m512i even, __m512i odd, const uint8_t* masks, uint8_t* to) {
   transpose_lanes(even, odd);                               // [rows][8]
   const auto expand = [&](__m512i weights, int64_t rows) {  // four of them, [row][16 columns]
     return _mm512_maskz_expand_epi8(mask_of_four(masks + 2 * rows), weights);
@@ -58,41 +53,47 @@ template <int kBits>
   store(_mm512_unpackhi_epi32(a, c), _mm512_unpackhi_epi32(b, d), to + 2 * kCacheLine);
 }
 
-// int4 weights are multiplied by 16, as in gemm_int8.h. `kHalves`: sections are half a step. VecTraits: those of
-// gemm_int8.h for the pattern.
-template <class VecTraits, int kBits, bool kSections = false, bool kHalves = false>
+// VecTraits: those of gemm_int8.h for the pattern.
+template <class VecTraits, int kBits>
 struct Int8Operands {
   using Product = int32_t;
-  using Sum = ::Sum<kSections>;
+  using Sum = int32_t;
   static constexpr Dtype kDtype = kBits == 8 ? Dtype::int8 : Dtype::int4;
-  static constexpr bool kGrouped = kSections;
+  static constexpr bool kGrouped = false;
   static constexpr int64_t kStepBlocks = 2;
-  static constexpr int64_t kSlices = kHalves ? 2 : 1;
 
   template <int S, int T, int kPart, int kParts>
-  [[gnu::always_inline]] static void expand(const Layout& layout, const uint8_t* step, uint8_t* to) {
+  [[gnu::always_inline]] static void expand(const Layout& layout, const ChunkSource& source, int64_t step,
+                                            uint8_t* to) {
     using Stream = UnitStream<kBits, S>;
-    const int64_t block_bytes = Stream::block_bytes + (kHalves ? S * layout.strip_scale_bytes() : 0);
+    const uint8_t* blocks = AmxTile<Int8Operands, S>::step(layout, source.weights, step);
+    const uint8_t* multipliers = source.multipliers + step * kStepBlocks * kMultiplierBytes;
     constexpr int64_t V = VecTraits::kVectors, block_units = kBlockUnits / V;
     constexpr int64_t units = kStepBlocks * block_units, lines = kStepBlocks * Stream::block_bytes / kCacheLine;
-#pragma GCC unroll 8
-    for (int64_t unit = kPart * units / kParts; unit < (kPart + 1) * units / kParts; ++unit) {
-      const uint8_t* block = step + unit / block_units * block_bytes;
-#pragma GCC unroll 4
-      for (int64_t line = unit * lines / units; line < (unit + 1) * lines / units; ++line)
-        __builtin_prefetch(step + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
 #pragma GCC unroll 2
-      for (int64_t s = 0; s < S; ++s) {
-        const int64_t slot = unit % block_units * V * S + s;
-        const uint8_t *values = Stream::values(block, slot), *positions = Stream::positions(block, slot + (V - 1) * s);
+    for (int s = 0; s < S; ++s) {
+      StripWeights<VecTraits, kBits> weights;
+#pragma GCC unroll 8
+      for (int64_t unit = kPart * units / kParts; unit < (kPart + 1) * units / kParts; ++unit) {
+        if (s == 0)
+#pragma GCC unroll 4
+          for (int64_t line = unit * lines / units; line < (unit + 1) * lines / units; ++line)
+            __builtin_prefetch(blocks + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
+        const int64_t block = unit / block_units, slot = unit % block_units * V * S + s;
+        if (unit == kPart * units / kParts || unit % block_units == 0)
+          weights = StripWeights<VecTraits, kBits>(multipliers + s * layout.multiplier_bytes() +
+                                                   block * kMultiplierBytes);
+        const uint8_t* values = blocks + block * Stream::block_bytes + slot * Stream::value_bytes;
+        const uint8_t* positions = blocks + block * Stream::block_bytes + Stream::positions_offset +
+                                   (slot + (V - 1) * s) * kUnitPositionBytes;
         uint8_t* tile_rows = to + s * kTileBytes + unit * V * 2 * kCacheLine;
         if constexpr (V == 2) {
-          expand_unit_of_16<kBits>(values, Stream::values(block, slot + S), positions, tile_rows);
+          expand_unit_of_16(weights.of(values), weights.of(values + S * Stream::value_bytes), positions, tile_rows);
         } else {
           const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(positions)));
           const __m512i kept =
               _mm512_srlv_epi32(four, _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6));
-          expand_unit(weights_of<VecTraits, kBits>(values), kept, tile_rows);
+          expand_unit(weights.of(values), kept, tile_rows);
         }
       }
     }
@@ -102,26 +103,17 @@ struct Int8Operands {
   [[gnu::always_inline]] static void multiply_10() { _tile_dpbssd(2, 5, 6); }
   [[gnu::always_inline]] static void multiply_11() { _tile_dpbssd(3, 5, 7); }
 
-  static void load_scales(const Layout& layout, const uint8_t* from, float* to) {
-    ::load_scales<Avx512VnniTraits, kBits>(layout, from, kStripRows, to);
-  }
-  [[gnu::always_inline]] static __m512 scaled(const int32_t* products, __m512 scales, __m512 sums) {
-    return Avx512VnniTraits::scaled(Avx512VnniTraits::load_sums(products), scales, sums);
-  }
-
   class Tile {
    public:
     Tile(const GemmArgs& args, int64_t tile) : args_(args), tile_(tile) {}
     const Sum* initial() const { return kZeroSums; }
     template <int S>
     void finish(const AmxPanel& panel, const Sum* sums) const {
-      finish_tile<Avx512VnniTraits, kBits, kSections>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()),
-                                                      kNoOffsets, sums);
+      finish_tile<Avx512VnniTraits>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()), kZeroSums, sums);
     }
 
    private:
     alignas(kCacheLine) static constexpr Sum kZeroSums[kTileRows] = {};
-    static constexpr int32_t kNoOffsets[kTileRows] = {};
     const GemmArgs& args_;
     const int64_t tile_;
   };
@@ -167,23 +159,17 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
 }
 
 // Takes over from the loop of few tokens at `min_tokens`.
-template <class VecTraits, int kBits, bool... kKind>
-constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
-  using Operands = Int8Operands<VecTraits, kBits, kKind...>;
-  return {int8_kernel<VecTraits, kBits, Operands::kGrouped>().by_rows, min_tokens,
-          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Operands>, nullptr)};
-}
-
 template <class VecTraits, int kBits>
-constexpr Int8Products::ByScales amx_int8_kernels_by_scales() {  // measured
-  constexpr bool of_16 = VecTraits::kVectors == 2;
-  return {amx_int8_kernels<VecTraits, kBits>(of_16 ? 8 : 12), amx_int8_kernels<VecTraits, kBits, true>(of_16 ? 13 : 18),
-          amx_int8_kernels<VecTraits, kBits, true, true>(44)};
+constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
+  return {int8_kernel<VecTraits, kBits>().by_rows, min_tokens,
+          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Int8Operands<VecTraits, kBits>>,
+                     nullptr)};
 }
 
 template <class VecTraits>
-constexpr Int8Products amx_int8_products() {
-  return {amx_int8_kernels_by_scales<VecTraits, 8>(), amx_int8_kernels_by_scales<VecTraits, 4>()};
+constexpr Int8Products amx_int8_products() {  // measured
+  constexpr int64_t min_tokens = VecTraits::kVectors == 2 ? 8 : 12;
+  return {amx_int8_kernels<VecTraits, 8>(min_tokens), amx_int8_kernels<VecTraits, 4>(min_tokens)};
 }
 
 }  // namespace

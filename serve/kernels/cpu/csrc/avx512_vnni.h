@@ -18,10 +18,19 @@ struct Avx512VnniTraits {
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 
   static Weights weights8(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Weights weights4(const uint8_t* p) {
+  struct Multipliers { __m512i words, eights; };  // of 16 bits each, and 8 times those of each byte
+  static Multipliers multipliers(const uint8_t* p) {
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+    const __m128i rows = _mm_unpacklo_epi64(_mm_and_si128(both, low), _mm_and_si128(_mm_srli_epi16(both, 4), low));
+    const __m512i lanes = _mm512_cvtepu8_epi32(rows), words = _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16));
+    return {words, _mm512_mullo_epi16(words, _mm512_set1_epi16(0x0808))};
+  }
+  static Weights weights4(const uint8_t* p, const Multipliers& multipliers) {
     const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 1);
-    return _mm512_and_si512(_mm512_sllv_epi32(twice, shifts), _mm512_set1_epi8(static_cast<char>(0xf0)));
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 0);
+    const __m512i plus_8 = _mm512_and_si512(_mm512_srlv_epi32(twice, shifts), _mm512_set1_epi8(15));
+    // No product of a byte reaches the next one: 15 * 15 < 256.
+    return _mm512_sub_epi8(_mm512_mullo_epi16(plus_8, multipliers.words), multipliers.eights);
   }
   static void store_weights(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -57,12 +66,6 @@ struct Avx512VnniTraits {
   static DenseSums dense_zero() { return _mm512_setzero_si512(); }
   static DenseSums dense_dot(DenseSums sums, Dense x, Dense w) { return _mm512_dpbusd_epi32(sums, x, w); }
   static int32_t total(DenseSums sums) { return _mm512_reduce_add_epi32(sums); }
-  static __m512 scaled(Accumulators acc, __m512 scales, __m512 sums) {
-    return _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(acc), scales));
-  }
-  static void add_scaled(float* sums, Accumulators acc, const float* scales) {
-    _mm512_store_ps(sums, scaled(acc, _mm512_load_ps(scales), _mm512_load_ps(sums)));
-  }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kStripRows) {
       const int64_t left = count - i;

@@ -19,9 +19,8 @@
 //     static constexpr Dtype kDtype;                                   // of the weights
 //     static constexpr bool kGrouped;                                  // scales belong to groups of columns
 //     static constexpr int64_t kStepBlocks;                            // blocks of the packed form in a step
-//     static constexpr int64_t kSlices;                                // of a step: 2 if a section is half a step
 //     template <int S, int T, int kPart, int kParts>
-//     static void expand(const Layout&, const uint8_t* step, uint8_t* to);
+//     static void expand(const Layout&, const ChunkSource&, int64_t step, uint8_t* to);
 //     static void multiply_00(), multiply_01(), multiply_10(), multiply_11();  // sums of tokens and strip 0 or 1
 //     static void load_scales(const Layout&, const uint8_t*, float*);  // of 16 rows; this and `scaled` if kGrouped
 //     static __m512 scaled(const Product*, __m512 scales, __m512 sums);  // sums + 16 products * scales
@@ -44,7 +43,6 @@ constexpr int64_t kTileTokens = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kAmxBlockTokens = 2 * kTileTokens;
 constexpr int64_t kStepBytes = 64;  // of a token's channels
-constexpr int64_t kMaxSlices = 2;
 // Two token blocks hide the expansion of the weights. More of long tokens would not stay in the L2 cache.
 constexpr int64_t kMinPassTokens = 2 * kAmxBlockTokens;
 // Steps in a chunk: whole sections. Its tiles of weights stay in L1 for all tokens of the pass.
@@ -83,12 +81,12 @@ struct AmxPanel {
 template <int S>
 struct AmxChunk {
   alignas(kCacheLine) uint8_t tiles[kChunkSteps][S * kTileBytes];
-  alignas(kCacheLine) float scales[kChunkSteps * kMaxSlices][S * kStripRows];  // of each section
+  alignas(kCacheLine) float scales[kChunkSteps][S * kStripRows];  // of each section
 };
 
 // Where the packed form of a chunk is.
 struct ChunkSource {
-  const uint8_t* weights = nullptr;
+  const uint8_t *weights = nullptr, *multipliers = nullptr;
   int64_t steps = 0;
 };
 
@@ -103,8 +101,8 @@ struct AmxTile {  // a tile of S strips, step by step
     else
       return chunk + step * step_bytes;
   }
-  static int64_t section_slices(const Layout& layout) {
-    return layout.section_blocks() * Operands::kSlices / Operands::kStepBlocks;
+  static int64_t section_steps(const Layout& layout) {
+    return layout.section_blocks() / Operands::kStepBlocks;
   }
   static void load_scales(const Layout& layout, const uint8_t* weights, int64_t section, float* to) {
     for (int s = 0; s < S; ++s)
@@ -113,12 +111,12 @@ struct AmxTile {  // a tile of S strips, step by step
   }
   static void expand_scales(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
     if constexpr (Operands::kGrouped)
-      for (int64_t section = 0; section * section_slices(layout) < source.steps * Operands::kSlices; ++section)
+      for (int64_t section = 0; section * section_steps(layout) < source.steps; ++section)
         load_scales(layout, source.weights, section, to.scales[section]);
   }
   [[gnu::noinline]] static void expand_all(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
     for (int64_t i = 0; i < source.steps; ++i)
-      Operands::template expand<S, 1, 0, 1>(layout, step(layout, source.weights, i), to.tiles[i]);
+      Operands::template expand<S, 1, 0, 1>(layout, source, i, to.tiles[i]);
     expand_scales(layout, source, to);
   }
 };
@@ -229,36 +227,30 @@ struct BlockJob {
 template <class Operands, int S, int T, int kParts, int kPart>
 void accumulate_block(const BlockJob<S>& job, typename Operands::Sum* sums, PendingSection<Operands, S>& pending) {
   using Tile = AmxTile<Operands, S>;
-  constexpr int64_t slices = Operands::kSlices;
-  const int64_t section_slices = Operands::kGrouped ? Tile::section_slices(job.layout) : 0;
+  const int64_t section_steps = Operands::kGrouped ? Tile::section_steps(job.layout) : 0;
   const int64_t next_steps = kParts == 0 ? 0 : job.next_source.steps;
   const uint8_t* tokens = job.tokens;
   const auto expand = [&](int64_t step) __attribute__((always_inline)) {
     if constexpr (kParts > 0)
-      Operands::template expand<S, T, kPart, kParts>(job.layout, Tile::step(job.layout, job.next_source.weights, step),
-                                                     job.next.tiles[step]);
+      Operands::template expand<S, T, kPart, kParts>(job.layout, job.next_source, step, job.next.tiles[step]);
   };
   if constexpr (!Operands::kGrouped) load_tile_sums<T, S>(sums);
-  int64_t left = 0, section = 0, share = 0;  // slices of the section; tokens of the pending one for each
+  int64_t left = 0, section = 0, share = 0;  // steps of the section; tokens of the pending one for each
   for (int64_t step = 0; step < job.steps; ++step, tokens += job.size * kStepBytes) {
-#pragma GCC unroll 2
-    for (int64_t slice = 0; slice < slices; ++slice) {
-      if constexpr (Operands::kGrouped)
-        if (left == 0) {
-          zero_tile_sums<T, S>();
-          left = section_slices;
-          share = (pending.left() + section_slices - 1) / section_slices;
-        }
-      multiply_step<Operands, T, S>(tokens + slice * kStepBytes / slices, kStepBytes,
-                                    job.chunk.tiles[step] + slice * kTileBytes / slices);
-      if constexpr (Operands::kGrouped) {
-        pending.add(share);
-        if (--left == 0) {
-          tile_barrier();
-          store_tile_sums<T, S>(pending.products());
-          tile_barrier();
-          pending.set(job.size, job.chunk.scales[section++], sums);
-        }
+    if constexpr (Operands::kGrouped)
+      if (left == 0) {
+        zero_tile_sums<T, S>();
+        left = section_steps;
+        share = (pending.left() + section_steps - 1) / section_steps;
+      }
+    multiply_step<Operands, T, S>(tokens, kStepBytes, job.chunk.tiles[step]);
+    if constexpr (Operands::kGrouped) {
+      pending.add(share);
+      if (--left == 0) {
+        tile_barrier();
+        store_tile_sums<T, S>(pending.products());
+        tile_barrier();
+        pending.set(job.size, job.chunk.scales[section++], sums);
       }
     }
     if (step < next_steps) expand(step);
@@ -297,8 +289,9 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
     if (chunk == chunks_of_tile) ++tile, chunk = 0;
     if (tile == end) return {};
     const int64_t first = chunk * kChunkSteps, left = panel.steps - first;
-    return {args.packed + layout.tile_offset(tile) + layout.block_offset(first * Operands::kStepBlocks, S),
-            left < kChunkSteps ? left : kChunkSteps};
+    const uint8_t* packed = args.packed + layout.tile_offset(tile);
+    return {packed + layout.block_offset(first * Operands::kStepBlocks, S),
+            packed + first * Operands::kStepBlocks * kMultiplierBytes, left < kChunkSteps ? left : kChunkSteps};
   };
   AmxTile<Operands, S>::expand_all(layout, source(begin, 0), chunks[0]);
   int turn = 0;
@@ -330,7 +323,7 @@ void multiply_tiles_of(const GemmArgs& args, const AmxPanel& panel, int64_t begi
 template <class Operands>
 void multiply_amx_tiles(const GemmArgs& args, int64_t begin, int64_t end) {
   const AmxPanel panel(args, Operands::kStepBlocks * 4 * kBlockGroups);
-  const TileConfiguration configuration(panel.tile_tokens(), Operands::kSlices);
+  const TileConfiguration configuration(panel.tile_tokens());
   const int64_t whole = begin < end && args.layout.strips_in(end - 1) < kTileStrips ? end - 1 : end;
   multiply_tiles_of<Operands, kTileStrips>(args, panel, begin, whole);
   multiply_tiles_of<Operands, 1>(args, panel, whole, end);

@@ -84,12 +84,9 @@ struct DenseArgs {
   void* y;
 };
 
-// For activations that are rounded to int8 (gemm_int8.h), with scales for rows or for groups of columns.
+// For activations that are rounded to int8 (gemm_int8.h).
 struct Int8Products {  // for weights of one pattern
-  struct ByScales {
-    Kernels rows, groups, blocks;  // a scale for each row, for some blocks of it, or for every block
-  };
-  ByScales int8, int4;  // weights
+  Kernels int8, int4;
 };
 struct Int8Kernels {
   Int8Products of_4;
@@ -101,8 +98,7 @@ struct Int8Kernels {
 
   const Kernels& kernels_for(const Layout& layout) const {
     const Int8Products& products = layout.pattern == 4 ? of_4 : *of_16;
-    const Int8Products::ByScales& kernels = layout.dtype == Dtype::int8 ? products.int8 : products.int4;
-    return !layout.group_size ? kernels.rows : layout.section_blocks() > 1 ? kernels.groups : kernels.blocks;
+    return layout.dtype == Dtype::int8 ? products.int8 : products.int4;
   }
 };
 
@@ -169,12 +165,17 @@ struct TokenBlocks {
 // machine lacks it.
 const InstructionSet& instruction_set();
 
+struct GivenScales {
+  const void* values;
+  int64_t group_size;
+  Dtype dtype;
+};
 // Throws std::runtime_error, with the row and the columns, if a group does not keep exactly half of its values.
 // `values`: as in the checkpoint; int4 ones are two to a byte, as value + 8. `scales`: float32 [rows], or
 // [rows, columns / group_size], if the dtype has scales, else null. `gates`: 0, or the rows of an expert's gate, which
-// its up's follow: then layout.rows is `gated_rows(gates)`.
-void pack(const Layout&, const void* values, const uint8_t* bitmask, const void* scales, uint8_t* packed,
-          int64_t gates = 0);
+// its up's follow: then layout.rows is `gated_rows(gates)`. Where the layout has multipliers, `scales` may be those of
+// groups, too; it throws if they are not multiples, 1 to 15, of one number for each row.
+void pack(const Layout&, const void* values, const uint8_t* bitmask, GivenScales, uint8_t* packed, int64_t gates = 0);
 
 // Rows of a packed gate and up that have `gates` rows each: both in whole strips.
 constexpr int64_t gated_rows(int64_t gates) { return (gates + kStripRows - 1) / kStripRows * 2 * kStripRows; }

@@ -26,7 +26,10 @@
 //
 // int8 and int4 weights have scales, in one of two ways. One float32 per row: they follow the last tile. Or one for
 // `group_size` columns of a row, whole blocks: such a section of a tile's blocks is followed by its scales, for each
-// strip those of 16 rows, in the dtype in which they were given.
+// strip those of 16 rows, in the dtype in which they were given. For kernels that round activations to int8, a row has
+// one scale, and int4 weights a multiplier besides, 1 to 15, for each block: then every product is an integer. A tile
+// begins with them, strip by strip, 4 bits for each row: rows 0 to 7 in the low halves of eight bytes, 8 to 15 in the
+// high ones.
 #pragma once
 #include <cstdint>
 
@@ -38,6 +41,8 @@ constexpr int64_t kTileStrips = 2;
 constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kPositionBytes = 8;  // per strip and group
+constexpr int64_t kMultiplierBytes = 8;  // per strip and block
+constexpr int kMaxMultiplier = 15;  // times -8 is an int8
 
 // The dtype of the weights. Activations have the same, except that int8 and int4 weights take any floating-point ones;
 // those of experts are bfloat16, or any that the kernel rounds to int8.
@@ -68,7 +73,7 @@ struct Int4Bits {
 
 // The first cache line of a packed tensor. It says what the tensor holds, so that a wrong one is refused.
 struct Header {
-  static constexpr uint64_t kMagic = 0x0003343261697200;  // "\0ria24" and the layout's version
+  static constexpr uint64_t kMagic = 0x0004343261697200;  // "\0ria24" and the layout's version
   uint64_t magic;
   int64_t rows;
   int64_t columns;
@@ -110,7 +115,7 @@ struct Layout {
            static_cast<uint32_t>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
            valid_pattern(header.pattern) &&
            (header.group_size == 0 ? scales == Dtype::float32
-                                   : has_scales(dtype) && valid_group(header.group_size, header.columns) &&
+                                   : has_scales(dtype) && !header.int8_activations && valid_group(header.group_size, header.columns) &&
                                          static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
   }
   static constexpr bool valid_group(int64_t group_size, int64_t columns) {
@@ -126,6 +131,10 @@ struct Layout {
                : kBlockGroups * strips * value_bytes() + (group * strips + 4 * strip) * kPositionBytes;
   }
   constexpr bool has_row_scales() const { return has_scales(dtype) && group_size == 0; }
+  constexpr bool has_multipliers() const { return int8_activations && dtype == Dtype::int4; }
+  constexpr int64_t multiplier_bytes() const {  // of a strip, in whole cache lines
+    return has_multipliers() ? (blocks() * kMultiplierBytes + kCacheLine - 1) / kCacheLine * kCacheLine : 0;
+  }
   constexpr int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
   constexpr int64_t tiles() const { return (strips() + kTileStrips - 1) / kTileStrips; }
   constexpr int64_t groups() const { return columns / 4; }
@@ -138,7 +147,7 @@ struct Layout {
   constexpr int64_t strip_section_bytes() const { return section_blocks() * strip_block_bytes() + strip_scale_bytes(); }
   // Where a block, or the scales of a section, begin in a tile of so many strips.
   constexpr int64_t block_offset(int64_t block, int64_t strips) const {
-    return strips * (block * strip_block_bytes() + block / section_blocks() * strip_scale_bytes());
+    return strips * (multiplier_bytes() + block * strip_block_bytes() + block / section_blocks() * strip_scale_bytes());
   }
   constexpr int64_t section_scales_offset(int64_t section, int64_t strips) const {
     return strips * ((section + 1) * strip_section_bytes() - strip_scale_bytes());

@@ -1,12 +1,16 @@
 // Packs a weight: from the checkpoint's form to that of layout.h.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "kernels.h"
+#include "scalar.h"
 #include "units.h"
 
 namespace ria {
@@ -31,11 +35,18 @@ struct Packing {
   Layout layout;
   const uint8_t* values;
   const uint8_t* bitmask;
-  const uint8_t* scales;
+  GivenScales scales;
   uint8_t* packed;
   int64_t gates;
   std::atomic<int64_t> first_invalid_group{INT64_MAX};  // row * groups + group
+  std::atomic<int64_t> first_invalid_scales{INT64_MAX};  // row
 };
+
+void keep_smallest(std::atomic<int64_t>& smallest, int64_t found) {
+  int64_t seen = smallest.load();
+  while (found < seen && !smallest.compare_exchange_weak(seen, found)) {
+  }
+}
 
 // The given row that a packed one holds, or -1 if it holds none.
 int64_t source_row(const Layout& layout, int64_t gates, int64_t row) {
@@ -95,7 +106,7 @@ void pack_unit(const Layout& layout, const uint8_t* pair, uint8_t positions, int
   uint8_t* values = block + slot * 2 * layout.value_bytes();
   uint8_t* all_positions = block + kBlockGroups * strips * layout.value_bytes();
   for (int64_t i = 0; i < 2; ++i) {
-    const uint8_t value = layout.dtype == Dtype::int8 ? pair[i] : (*pair >> (4 * i) & 15) ^ 8;
+    const uint8_t value = layout.dtype == Dtype::int8 ? pair[i] : *pair >> (4 * i) & 15;
     put_unit_value(layout.dtype, values, lane, group % 2 * 2 + i, value);
     put_unit_position(all_positions + slot * kUnitPositionBytes, lane, group % 2 * 2 + i, positions >> (2 * i) & 3);
   }
@@ -106,7 +117,7 @@ void pack_unit_of_16(const Layout& layout, const uint8_t* values, int64_t group,
                      int64_t lane, uint8_t* block) {
   const int64_t unit = group / 2, vector_bytes = 2 * layout.value_bytes();
   for (int64_t i = 0; i < 8; ++i) {
-    const uint8_t value = layout.dtype == Dtype::int8 ? values[i] : (values[i / 2] >> (i % 2 * 4) & 15) ^ 8;
+    const uint8_t value = layout.dtype == Dtype::int8 ? values[i] : values[i / 2] >> (i % 2 * 4) & 15;
     put_unit_value(layout.dtype, block + ((unit + i / 4) * strips + strip) * vector_bytes, lane, i % 4, value);
   }
 }
@@ -118,6 +129,51 @@ void pack_group_scales(const Layout& layout, const uint8_t* scales, int64_t stri
   for (int64_t section = 0; section < sections; ++section)
     std::memcpy(stream + layout.section_scales_offset(section, strips) + (strip * kStripRows + lane) * item,
                 scales + section * item, item);
+}
+
+double scale_of(Dtype dtype, const uint8_t* scales, int64_t i) {
+  if (dtype == Dtype::float32) {
+    float value;
+    std::memcpy(&value, scales + i * sizeof value, sizeof value);
+    return value;
+  }
+  uint16_t value;
+  std::memcpy(&value, scales + i * sizeof value, sizeof value);
+  return dtype == Dtype::bfloat16 ? Bfloat16{value}.to_float() : Float16{value}.to_float();
+}
+
+// Writes the multipliers of a row's blocks, and returns the scale that they multiply, if there is one. Groups of zeros,
+// such as padding, may have any scale. `values` and `scales`: of this row.
+std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& given, const uint8_t* values, const uint8_t* scales,
+                       int64_t lane, uint8_t* to) {
+  const int64_t groups = given.group_size ? layout.columns / given.group_size : 1;
+  const int64_t blocks = layout.blocks() / groups, bytes = layout.columns / 4 / groups;
+  const auto is_zero = [&](int64_t group) {
+    const uint8_t* of_group = values + group * bytes;
+    return std::all_of(of_group, of_group + bytes, [](uint8_t two) { return two == 0x88; });
+  };
+  double least = 0;
+  for (int64_t i = 0; i < groups; ++i)
+    if (const double scale = scale_of(given.dtype, scales, i); !is_zero(i)) {
+      if (!(scale > 0) && groups > 1) return std::nullopt;
+      least = least == 0 ? scale : std::min(least, scale);
+    }
+  for (int divisor = 1; divisor <= kMaxMultiplier; ++divisor) {  // products are exact: of up to 24 and 4 bits
+    const float scale = static_cast<float>(least / divisor);
+    const auto multiplier = [&](int64_t group) {
+      if (groups == 1 || is_zero(group)) return 1;
+      const double product = scale_of(given.dtype, scales, group) * divisor, rounded = std::nearbyint(product / least);
+      return rounded <= kMaxMultiplier && rounded * least == product ? static_cast<int>(rounded) : 0;
+    };
+    bool fits = static_cast<double>(scale) * divisor == least;
+    for (int64_t group = 0; fits && group < groups; ++group) fits = multiplier(group) > 0;
+    if (!fits) continue;
+    for (int64_t block = 0; block < layout.blocks(); ++block)
+      to[block * kMultiplierBytes + lane % 8] |=
+          static_cast<uint8_t>(multiplier(block / blocks) << (lane < 8 ? 0 : 4));
+    return scale;
+  }
+  return std::nullopt;
 }
 
 void pack_tile(Packing& packing, int64_t tile) {
@@ -132,18 +188,26 @@ void pack_tile(Packing& packing, int64_t tile) {
     const int64_t strip = r / kStripRows, lane = r % kStripRows;
     const uint8_t* values = packing.values + row * groups * pair;
     const uint8_t* bitmask = packing.bitmask + row * groups / 2;
-    if (layout.group_size)
-      pack_group_scales(layout,
-                        packing.scales + row * layout.columns / layout.group_size * bits(layout.scale_dtype) / 8,
-                        strips, strip, lane, stream);
+    const GivenScales& given = packing.scales;
+    const uint8_t* scales = static_cast<const uint8_t*>(given.values);
+    if (scales) scales += row * (given.group_size ? layout.columns / given.group_size : 1) * bits(given.dtype) / 8;
+    if (layout.has_row_scales()) {
+      uint8_t* to = packing.packed + layout.row_scales_offset() + (tile * kTileRows + r) * sizeof(float);
+      if (layout.has_multipliers()) {
+        const std::optional<float> scale =
+            pack_multipliers(layout, given, values, scales, lane, stream + strip * layout.multiplier_bytes());
+        if (!scale) return keep_smallest(packing.first_invalid_scales, row);
+        std::memcpy(to, &*scale, sizeof(float));
+      } else {
+        std::memcpy(to, scales, sizeof(float));
+      }
+    }
+    if (layout.group_size) pack_group_scales(layout, scales, strips, strip, lane, stream);
     for (int64_t group = 0; group < groups; group += layout.pattern / 4) {
       const uint8_t* kept = bitmask + group / 2;
       const uint8_t positions = positions_of(*kept >> (group % 2 * 4) & 15);
       if (layout.pattern == 4 ? positions == kInvalid : __builtin_popcount(kept[0] | kept[1] << 8) != 8) {
-        int64_t seen = packing.first_invalid_group.load();
-        while (row * groups + group < seen &&
-               !packing.first_invalid_group.compare_exchange_weak(seen, row * groups + group)) {
-        }
+        keep_smallest(packing.first_invalid_group, row * groups + group);
         return;
       }
       uint8_t* block = stream + layout.block_offset(group / kBlockGroups, strips);
@@ -174,20 +238,12 @@ void ask_for_huge_pages(uint8_t* begin, int64_t bytes) {
 #endif
 }
 
-void pack(const Layout& layout, const void* values, const uint8_t* bitmask, const void* scales, uint8_t* packed,
+void pack(const Layout& layout, const void* values, const uint8_t* bitmask, GivenScales scales, uint8_t* packed,
           int64_t gates) {
   const Header header = layout.header();
   std::memcpy(packed, &header, sizeof header);
-  if (layout.has_row_scales()) {
-    std::memset(packed + layout.row_scales_offset(), 0, layout.bytes() - layout.row_scales_offset());
-    float* to = reinterpret_cast<float*>(packed + layout.row_scales_offset());
-    for (int64_t row = 0; row < layout.rows; ++row) {
-      const int64_t source = source_row(layout, gates, row);
-      if (source >= 0) to[row] = static_cast<const float*>(scales)[source];
-    }
-  }
-  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, static_cast<const uint8_t*>(scales), packed,
-                  gates};
+  std::memset(packed + layout.row_scales_offset(), 0, layout.bytes() - layout.row_scales_offset());
+  Packing packing{layout, static_cast<const uint8_t*>(values), bitmask, scales, packed, gates};
   parallel_for(
       layout.tiles(), 1,
       [](int64_t begin, int64_t end, void* context) {
@@ -202,6 +258,9 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, cons
                              std::to_string(column + layout.pattern - 1) + " must keep exactly " +
                              (layout.pattern == 4 ? "two" : "eight") + " values");
   }
+  if (const int64_t row = packing.first_invalid_scales.load(); row != INT64_MAX)
+    throw std::runtime_error("row " + std::to_string(row) + ": with inputs rounded to int8, the scales of a row's "
+                             "groups must be multiples, 1 to 15, of one number, as ria-vllm compress writes them: compress the model again");
 }
 
 }  // namespace ria

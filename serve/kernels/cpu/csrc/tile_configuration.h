@@ -12,16 +12,15 @@ namespace {
 class TileConfiguration {
  public:
   // `tokens`: the rows of the tiles 0 to 5, which hold sums (0 to 3) and activations. 6 and 7 hold weights.
-  // `slices`: 1, or 2 if one multiplication takes half of a token's 64 bytes.
-  TileConfiguration(int64_t tokens, int64_t slices) {
+  explicit TileConfiguration(int64_t tokens) {
     asm volatile("" ::: "memory");  // or the zeros in `previous_` might be written after it
     _tile_storeconfig(&previous_);
     asm volatile("" ::: "memory");
     Registers registers;
     registers.palette = 1;
     for (int i = 0; i < 8; ++i) {
-      registers.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? 64 / slices : 64);
-      registers.rows[i] = static_cast<uint8_t>(i < 6 ? tokens : 16 / slices);
+      registers.row_bytes[i] = 64;
+      registers.rows[i] = static_cast<uint8_t>(i < 6 ? tokens : 16);
     }
     asm volatile("" ::: "memory");
     _tile_loadconfig(&registers);

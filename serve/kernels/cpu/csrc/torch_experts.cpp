@@ -125,6 +125,7 @@ void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   require(compressed.dim() == 3 && compressed.sizes()[0] > 0, "compressed must be [experts, out, in / 2]");
   const int64_t count = compressed.sizes()[0];
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {count});
+  GivenScales given = given_scales(layout, scales);
   set_activations(layout, stack[5] != 0, static_cast<int64_t>(stack[6]));
   const int64_t rows = layout.rows, gates = gated ? rows / 2 : 0;
   require(!gated || rows % 2 == 0, "gate and up must have as many rows");
@@ -135,12 +136,13 @@ void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t value_bytes = rows * layout.groups() * pair_bytes(layout.dtype);
   const int64_t bitmask_bytes = rows * layout.columns / 8;
   const int64_t scale_bytes =
-      rows * (layout.group_size ? layout.columns / layout.group_size : 1) * bits(layout.scale_dtype) / 8;
+      rows * (given.group_size ? layout.columns / given.group_size : 1) * bits(given.dtype) / 8;
   for (int64_t expert = 0; expert < count; ++expert, to += layout.bytes()) {
     try {
       pack(layout, compressed.data<const uint8_t>() + expert * value_bytes,
            bitmask.data<const uint8_t>() + expert * bitmask_bytes,
-           scales.get() ? scales.data<const uint8_t>() + expert * scale_bytes : nullptr, to, gates);
+           given, to, gates);
+      if (given.values) given.values = static_cast<const uint8_t*>(given.values) + scale_bytes;
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("expert " + std::to_string(expert) + ": " + error.what());
     }

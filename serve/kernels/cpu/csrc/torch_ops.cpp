@@ -52,11 +52,11 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
 void pack_op(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor compressed(stack[0]), bitmask(stack[1]), scales = take_optional(stack[2]);
   Layout layout = check_weight(compressed, bitmask, scales, static_cast<int64_t>(stack[3]), {});
+  const GivenScales given = given_scales(layout, scales);
   set_activations(layout, stack[4] != 0, static_cast<int64_t>(stack[5]));
   Tensor packed = empty({layout.bytes()}, aoti_torch_dtype_uint8());
   ask_for_huge_pages(packed.data<uint8_t>(), layout.bytes());
-  pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(),
-       scales.get() ? scales.data<const void>() : nullptr, packed.data<uint8_t>());
+  pack(layout, compressed.data<const void>(), bitmask.data<const uint8_t>(), given, packed.data<uint8_t>());
   stack[0] = packed.release();
 }
 

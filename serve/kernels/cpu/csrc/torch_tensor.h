@@ -171,6 +171,11 @@ inline Layout check_weight(const Tensor& compressed, const Tensor& bitmask, cons
   return layout;
 }
 
+// The scales as they are stored.
+inline GivenScales given_scales(const Layout& layout, const Tensor& scales) {
+  return {scales.get() ? scales.data<const void>() : nullptr, layout.group_size, layout.scale_dtype};
+}
+
 // Says which activations a weight is for, and the columns of which half are kept. Throws if no kernel multiplies it.
 inline void set_activations(Layout& layout, bool int8, int64_t pattern) {
   layout.int8_activations = int8;
@@ -178,6 +183,9 @@ inline void set_activations(Layout& layout, bool int8, int64_t pattern) {
   require(Layout::valid_pattern(pattern), "pattern must be 4 (2:4) or 16 (8:16)");
   require(has_scales(layout.dtype) || !layout.int8_activations, "only int8 and int4 weights take int8 activations");
   require(!layout.int8_activations || layout.columns <= kMaxInt8Columns, "too many columns for int8 activations");
+  require(!layout.int8_activations || !layout.group_size || layout.dtype == Dtype::int4,
+          "with int8 activations, int8 weights have one scale per row");
+  if (layout.int8_activations) layout.group_size = 0, layout.scale_dtype = Dtype::float32;
 }
 
 inline Tensor contiguous_copy(const Tensor& tensor) {

@@ -4,7 +4,7 @@
 // each unit and strip those of 16 rows, then its positions, in the same order and in as many bytes as otherwise.
 //
 //   int8 values, 64 bytes:  four of row 0, four of row 1, ...
-//   int4 values, 32 bytes:  32 bits for the rows r and r + 8: their four, row r's in the high nibbles
+//   int4 values, 32 bytes:  32 bits for the rows r and r + 8: their four, plus 8, row r's in the high nibbles
 //   positions, 16 bytes:    32 bits for the rows r, r + 4, r + 8 and r + 12. Each byte has the position of one of the
 //                           four values, within its group: row r's in the lowest two bits
 //

@@ -67,7 +67,7 @@ void multiply_dense_amx(const DenseArgs& args, int64_t begin, int64_t end) {
                                                              multiply_dense_tiles<3>, multiply_dense_tiles<4>};
   const int64_t whole = std::min(end, args.rows / kTileRows), groups = (args.tokens + group_tokens - 1) / group_tokens;
   if (whole < end) multiply_dense<Avx512VnniTraits>(args, std::max(begin, whole), end);
-  const TileConfiguration configuration(kStripRows, 1);
+  const TileConfiguration configuration(kStripRows);
   int32_t sums[groups_at_once * kGroupDigits * kTileRows];
   for (int64_t tile = begin; tile < whole; ++tile)
     for (int64_t group = 0; group < groups; group += groups_at_once) {

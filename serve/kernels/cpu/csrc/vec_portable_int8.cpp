@@ -14,11 +14,17 @@ struct PortableInt8Traits {
   static constexpr int kOffset = 0;
 
   static Weights weights8(const uint8_t* p) { return load_weights(p); }
-  static Weights weights4(const uint8_t* p) {
+  struct Multipliers { uint8_t row[kStripRows]; };
+  static Multipliers multipliers(const uint8_t* p) {
+    Multipliers multipliers;
+    for (int r = 0; r < kStripRows; ++r) multipliers.row[r] = static_cast<uint8_t>(p[r % 8] >> (r < 8 ? 0 : 4) & 15);
+    return multipliers;
+  }
+  static Weights weights4(const uint8_t* p, const Multipliers& multipliers) {
     Weights w;
     for (int r = 0; r < kStripRows; ++r)
       for (int i = 0; i < 4; ++i)
-        w.value[r][i] = static_cast<int8_t>(r < 8 ? p[r * 4 + i] & 0xf0 : p[(r - 8) * 4 + i] << 4);
+        w.value[r][i] = static_cast<int8_t>(((p[r % 8 * 4 + i] >> (r < 8 ? 4 : 0) & 15) - 8) * multipliers.row[r]);
     return w;
   }
   static void store_weights(uint8_t* p, const Weights& w) { std::memcpy(p, &w, sizeof w); }
@@ -64,9 +70,6 @@ struct PortableInt8Traits {
   static Accumulators subtract(Accumulators a, const Accumulators& b) {
     for (int r = 0; r < kStripRows; ++r) a.row[r] -= b.row[r];
     return a;
-  }
-  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
-    for (int r = 0; r < kStripRows; ++r) sums[r] += static_cast<float>(acc.row[r]) * scales[r];
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from + 2 * i);

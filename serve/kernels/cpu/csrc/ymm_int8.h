@@ -26,9 +26,21 @@ struct YmmInt8Traits {
   static void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
   static Weights weights8(const uint8_t* p) { return {load(p), load(p + 32)}; }
-  static Weights weights4(const uint8_t* p) {
-    const __m256i both = load(p), mask = _mm256_set1_epi8(static_cast<char>(0xf0));
-    return {_mm256_and_si256(both, mask), _mm256_and_si256(_mm256_slli_epi32(both, 4), mask)};
+  struct Multipliers { Two words, eights; };  // of 16 bits each, and 8 times those of each byte
+  static Multipliers multipliers(const uint8_t* p) {
+    const __m256i rows = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m256i words = _mm256_or_si256(rows, _mm256_slli_epi32(rows, 16)), low = _mm256_set1_epi16(15);
+    const Two of_rows = {_mm256_and_si256(words, low), _mm256_and_si256(_mm256_srli_epi16(words, 4), low)};
+    const __m256i eight = _mm256_set1_epi16(0x0808);
+    return {of_rows, {_mm256_mullo_epi16(of_rows.low, eight), _mm256_mullo_epi16(of_rows.high, eight)}};
+  }
+  static Weights weights4(const uint8_t* p, const Multipliers& multipliers) {
+    const __m256i both = load(p), mask = _mm256_set1_epi8(15);
+    const auto times = [](__m256i plus_8, __m256i words, __m256i eights) {  // no byte reaches the next: 15 * 15 < 256
+      return _mm256_sub_epi8(_mm256_mullo_epi16(plus_8, words), eights);
+    };
+    return {times(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask), multipliers.words.low, multipliers.eights.low),
+            times(_mm256_and_si256(both, mask), multipliers.words.high, multipliers.eights.high)};
   }
   static void store_weights(uint8_t* p, const Weights& w) { store(p, w.low), store(p + 32, w.high); }
   static Weights load_weights(const uint8_t* p) { return {load(p), load(p + 32)}; }
@@ -82,12 +94,6 @@ struct YmmInt8Traits {
   }
   static Accumulators subtract(const Accumulators& a, const Accumulators& b) {
     return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
-  }
-  static void add_scaled(float* sums, const Accumulators& acc, const float* scales) {
-    const __m256 low = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.low), _mm256_loadu_ps(scales));
-    const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(acc.high), _mm256_loadu_ps(scales + 8));
-    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), low));
-    _mm256_storeu_ps(sums + 8, _mm256_add_ps(_mm256_loadu_ps(sums + 8), high));
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     int64_t i = 0;

@@ -79,6 +79,8 @@ def random_weight(
     shared = format.group_size or in_features
     scales = torch.rand(out_features, in_features // shared) + 0.1
     scales *= torch.rand(scales.shape) > 0.05
+    if format.group_size and format.num_bits == 4:  # 1 to 15 times a number of four bits
+        scales = torch.randint(8, 16, (out_features, 1)) / 64 * torch.randint(1, 16, scales.shape)
     scales = scales.to((scale_dtype or dtype) if format.group_size else torch.float32)
     dense = sparse24.decompress(integers, bitmask).double() * scales.double().repeat_interleave(shared, 1)
     parts = {"compressed": stored, "bitmask": bitmask, "weight_scale": scales}

@@ -5,17 +5,18 @@ A module, and a program for the instruction set that RIA_VLLM_CPU_ISA names: it 
 
 from functools import partial
 
+import numpy as np
 import torch
 from packed_layers import PackedLayer, pack
 from sweep import BOTH, EDGES, RandomWeight, random_weight
 from torch.nn.functional import pad
 
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import GROUP_SIZES, IntFormat
+from ria_vllm.format.formats import GROUP_SIZES, INT8, IntFormat
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, multiply_int8_rows
 
-FORMATS = tuple(IntFormat(bits, size) for bits in (8, 4) for size in (None, *GROUP_SIZES))
+FORMATS = (INT8, *(IntFormat(4, size) for size in (None, *GROUP_SIZES)))
 OF_16 = BOTH[1]
 
 
@@ -31,15 +32,23 @@ def product(values: torch.Tensor, format: IntFormat, parts, bias=None) -> torch.
     rounded = (values * inverse).round().clamp(-127, 127).double()
     integers = sparse24.decompress(format.integers(parts), parts["bitmask"]).double()
     rounded = pad(rounded, (0, integers.shape[1] - rounded.shape[1]))
-    scales = parts["weight_scale"].float()
-    sums = torch.zeros(len(values), len(integers))
-    sections = scales.shape[1]
-    for x_section, section, of_rows in zip(
-        rounded.chunk(sections, 1), integers.chunk(sections, 1), scales.T, strict=True
-    ):
-        sums = sums + (x_section @ section.T).float() * of_rows
-    y = sums * scale
+    units = scales = parts["weight_scale"].double()
+    if format.group_size:
+        of_groups = integers.unflatten(1, (scales.shape[1], -1))
+        zeros = ~of_groups.any(-1)  # such as padding; they may have any scale
+        scales = torch.where(zeros, torch.where(zeros, 0, scales).amax(1, keepdim=True), scales)
+        units = largest_divisors(scales)
+        integers = (of_groups * (scales / units).nan_to_num()[..., None]).flatten(1)
+        assert bool((integers == integers.round()).all()) and integers.abs().max() <= 120
+    y = (rounded @ integers.T).float() * units.flatten().float() * scale
     return y if bias is None else y + bias.float()
+
+
+def largest_divisors(scales: torch.Tensor) -> torch.Tensor:
+    """The largest number of which all of a row are multiples, float64 [rows, 1]."""
+    integers = (scales * 2.0**40).long()
+    assert torch.equal(integers.double(), scales * 2.0**40)
+    return torch.from_numpy(np.gcd.reduce(integers.numpy(), axis=1, keepdims=True)).double() / 2.0**40
 
 
 def formula(weight: RandomWeight, x, permutation=None, bias=None) -> torch.Tensor:

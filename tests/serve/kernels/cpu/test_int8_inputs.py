@@ -58,15 +58,37 @@ def test_stricter_patterns_are_8_of_16(name):
         assert_close_to_float64(weight.packed_by()(x), x, weight)
 
 
-@pytest.mark.parametrize("format", (INT4, IntFormat(8, 64)), ids=lambda format: format.name)
-def test_packed_in_as_many_bytes_as_for_other_inputs(format):
-    weight = random_weight(49, 256, format)
-    of_16 = random_weight(49, 256, format, pattern=OF_16)
-    forms = [packed(weight), weight.packed_by(), packed(of_16), of_16.packed_by()]
-    sizes = {layer.packed[0].numel() for layer in forms}
-    (rounded,), (other,) = (layer.packed for layer in forms[:2])
-    assert sizes == {packed_bytes(49, 256, format, torch.bfloat16)}
-    assert not torch.equal(rounded, other)
+@pytest.mark.parametrize("format", (INT8, INT4, IntFormat(4, 64)), ids=lambda format: format.name)
+def test_both_patterns_take_as_many_bytes(format):
+    layers = [packed(random_weight(49, 256, format, pattern=pattern)) for pattern in (TWO_OF_FOUR, OF_16)]
+    multipliers = 0 if format == INT8 else 4 * 64  # of four strips, 4 bits for each row and 32 columns
+    size = 64 + 64 * 256 * (5 if format == INT8 else 3) // 8 + multipliers + 64 * 4
+    assert {layer.packed[0].numel() for layer in layers} == {size}
+    assert size == packed_bytes(49, 256, format, torch.bfloat16, int8_activations=True)
+
+
+def test_scales_without_a_common_divisor_are_refused_by_name():
+    weight = random_weight(45, 192, IntFormat(4, 64), torch.float32)
+    scales = weight.parts["weight_scale"]
+    for row, values in ((41, (0.5, 8.5, 1.0)), (40, (1.0, 1.0 + 2**-20, 1.0)), (3, (0.5, -0.5, 0.5)), (2, (0.5, 0, 1))):
+        scales[row] = torch.tensor(values)
+        with pytest.raises(RuntimeError, match=f"row {row}: .* must be multiples, 1 to 15, of one number"):
+            packed(weight)
+    with pytest.raises(RuntimeError, match="int8 weights have one scale per row"):
+        packed(random_weight(16, 64, IntFormat(8, 64)))
+
+
+@pytest.mark.parametrize("divisor", range(1, 16))
+def test_any_multiples_are_taken(divisor):
+    """Multiples of which the least is `divisor`, so that the row's scale is that part of it; padding has any scale."""
+    weight = random_weight(33, 512, IntFormat(4, 32), torch.float32)
+    scales, unit = weight.parts["weight_scale"], torch.rand(33, 1).to(torch.bfloat16).float() + 2**-9
+    scales[:] = unit * torch.randint(divisor, 16, scales.shape)
+    scales[:, 5:6] = unit * divisor
+    weight.parts["compressed"][:, -8:] = 0x88
+    scales[:, -1] = torch.pi
+    x = weight.x(7)
+    assert_equal(packed(weight)(x), formula(weight, x), str(divisor))
 
 
 def test_the_packed_weight_says_which_inputs_it_is_for():
@@ -107,6 +129,8 @@ def test_which_layers_are_taken():
         assert "no int8 inputs with float weights" in reason(FLOAT, dtype, torch.int8)
         assert reason(INT8, dtype, None) is None
     assert "no float8_e4m3fn inputs" in reason(INT8, torch.bfloat16, torch.float8_e4m3fn)
+    assert "no int8 inputs with int8-g64 weights" in reason(IntFormat(8, 64), torch.bfloat16, torch.int8)
+    assert reason(IntFormat(4, 64), torch.bfloat16, torch.int8) is None
     assert "not a multiple of 128" in reason(IntFormat(4, 128), torch.float16, torch.int8, columns=64)
 
 
