@@ -151,7 +151,7 @@ def with_scales_of_a_cache(quantization):
     [
         (
             unrounded,
-            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* int8 inputs.*Start a server",
+            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* int8 inputs.*Start",
         ),
         (narrower, "the targets of a group, or ignore, are .*down_proj.*Start a server"),
         (with_scales_of_a_cache, "other: config.json: kv_cache_scheme: .*Remove this key"),
