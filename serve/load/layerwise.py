@@ -140,7 +140,7 @@ def watch_updates_of(worker: Any) -> None:
     def watch(start: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(start)
         def watched(self: Any) -> None:
-            if self._weight_update_active and hasattr(self.get_model(), "ria_reloads"):
+            if getattr(self, "_weight_update_active", False) and hasattr(self.get_model(), "ria_reloads"):
                 self.weight_transfer_engine.reset_weight_update_target()
                 self._weight_update_active = False
             start(self)
@@ -149,7 +149,8 @@ def watch_updates_of(worker: Any) -> None:
         return watched
 
     for name in ("start_weight_update", "start_draft_weight_update"):
-        setattr(worker, name, watch(_original(getattr(worker, name))))
+        if hasattr(worker, name):  # older versions have no drafts' updates
+            setattr(worker, name, watch(_original(getattr(worker, name))))
 
 
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
