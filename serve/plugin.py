@@ -48,7 +48,7 @@ def watch_models() -> None:
     from vllm.model_executor.model_loader import utils
 
     from ria_vllm.serve.load.engine import models_being_built
-    from ria_vllm.serve.load.layerwise import watch_reloads_of, watch_sleep
+    from ria_vllm.serve.load.layerwise import watch_reloads_of, watch_sleep, watch_updates_of
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
 
@@ -63,6 +63,7 @@ def watch_models() -> None:
 
                 watch_sleep(Worker)
                 watch_reloads_of(Worker)
+                watch_updates_of(Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 

@@ -11,36 +11,30 @@ care of
 - models that have lost their weights, because the server has slept at level 2, or never had any but dummies. These
   compute nothing until they have got all weights.
 
-vLLM has no hooks for this, so `watch_reloads`, `watch_reloads_of` and `watch_sleep` wrap five of its functions.
+vLLM has no hooks for this, so the functions `watch_...` wrap some of its own.
 """
 
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import _get_default_store
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
-from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from ria_vllm.errors import RiaError
+from ria_vllm.serve.load.agreement import PROVED, SERVED, WAY_OUT, Agreement
 from ria_vllm.serve.load.arrived import check_arrived, left_out, stored_method, tied_layers
 from ria_vllm.serve.load.completeness import EMPTY
 from ria_vllm.serve.load.former import Former
 
 _ORIGINAL = "ria_original"
-# Seconds that a rank waits for others when it has its new weights.
-PATIENCE = 300
-# What ranks decide together: to compare what they have with proofs, for which they add up products; and to serve it.
-_STAGES = ("proved", "served")
 # Of reloads. All ranks begin the same ones of a model.
 _NUMBERS = {True: itertools.count(1), False: itertools.count(1)}
 
@@ -139,6 +133,26 @@ def watch_reloads_of(worker: Any) -> None:
     worker.reload_weights = watched
 
 
+def watch_updates_of(worker: Any) -> None:
+    """Have a class of vLLM's workers begin an update of weights even if the one before was left, or refused at its end
+    or by another rank. vLLM would wait for the end of that one for ever."""
+
+    def watch(start: Callable[[Any], None]) -> Callable[[Any], None]:
+        @functools.wraps(start)
+        def watched(self: Any) -> None:
+            if getattr(self, "_weight_update_active", False) and hasattr(self.get_model(), "ria_reloads"):
+                self.weight_transfer_engine.reset_weight_update_target()
+                self._weight_update_active = False
+            start(self)
+
+        setattr(watched, _ORIGINAL, start)
+        return watched
+
+    for name in ("start_weight_update", "start_draft_weight_update"):
+        if hasattr(worker, name):  # older versions have no drafts' updates
+            setattr(worker, name, watch(_original(getattr(worker, name))))
+
+
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
     """The modules that have imported a function by its name: which ones do depends on vLLM's version."""
     named = function.__name__
@@ -182,7 +196,7 @@ class Reloads:
         self.dummies = dummies
         self.number = self.served = 0
         self.stopped: _Guard | None = None
-        self._on: tuple[Former, _Guard] | None = None
+        self._on: tuple[Former, _Guard, Agreement] | None = None
         self._at_once: list[tuple[str, torch.Tensor]] = []
         config = get_current_vllm_config_or_none()
         self._ranks_of_engine = 1 if config is None else config.parallel_config.world_size
@@ -224,7 +238,8 @@ class Reloads:
             if isinstance(tensor := getattr(one, name, None), torch.Tensor)
         ]
         former.keep(tensor for _, tensor in self._at_once)
-        self._on = former, _Guard(self.model, self._interrupt)
+        agreement = Agreement.about(self.number, self.embeddings, self._ranks_of_engine)
+        self._on = former, _Guard(self.model, self._interrupt), agreement
         for path, layer in self.model.named_modules():
             layer.__dict__.update(ria_path=path, ria_renewed=False, ria_former=former)
             if (method := stored_method(layer)) is not None:
@@ -238,7 +253,7 @@ class Reloads:
         """Refuse the reload that is on, if any, on all ranks, and put the weights of before back."""
         if self._on is None:
             return
-        (former, guard), self._on = self._on, None
+        (former, guard, agreement), self._on = self._on, None
         guard.undo()
         try:
             former.put_back()
@@ -248,8 +263,7 @@ class Reloads:
             self.lose()
             raise
         finally:
-            for stage in _STAGES:
-                self._say(stage, refused=True)
+            agreement.refuse()
         if self.lacks_weights:
             self.lose()
 
@@ -280,11 +294,11 @@ class Reloads:
 
         Raises:
             RiaError: a layer got a part of its weights only; the reload was given up before; or see `after` and
-                `_agree`.
+                `Agreement`.
         """
         if self._on is None:
             raise RiaError(f"this reload was refused, or the model has computed since it began. {WAY_OUT}")
-        former, guard = self._on
+        former, guard, agreement = self._on
         try:
             left = left_out(self.model, self.embeddings)
             lacking = left_out(self.model, self.embeddings, others=True) if self.lacks_weights else []
@@ -304,62 +318,20 @@ class Reloads:
                     f"vLLM's layer {lacking[0]} did not get all of its weights in this reload, and those that it has "
                     f"are of another model, dummies, or lost. {WAY_OUT}"
                 )
-            self._agree(_STAGES[0])
+            agreement.reach(PROVED)
             self.after(left)
-            self._agree(_STAGES[1])
+            agreement.reach(SERVED)
         except BaseException:
             self.give_up()
             raise
         for layer in self.model.modules():
             layer.__dict__.pop("ria_former", None)
         guard.undo()
+        agreement.leave()
         self._on, self.dummies, self.served = None, False, self.number
         if self.stopped is not None:
             self.stopped.undo()
             self.stopped = None
-
-    def _ranks(self) -> Sequence[int]:
-        """Those that serve the model together. A draft may be on the last stage of a pipeline only."""
-        if not torch.distributed.is_initialized():
-            return [0]
-        if not self.embeddings:
-            return get_tp_group().ranks
-        first = torch.distributed.get_rank() // self._ranks_of_engine * self._ranks_of_engine
-        return range(first, first + self._ranks_of_engine)
-
-    def _say(self, stage: str, refused: bool = False) -> tuple[Any, str]:
-        """Tell the other ranks that this one has got to a stage, or has refused the reload.
-
-        Returns:
-            What they tell each other by, and the name of what they decide there. The first decision counts.
-        """
-        if len(ranks := self._ranks()) == 1:
-            return None, ""
-        # Not a barrier: after one that a rank has missed, a group is of no use any more.
-        store, name = _get_default_store(), f"ria-vllm {self.embeddings} {ranks[0]}/{self.number}/{stage}"
-        if refused:
-            store.compare_set(name, "", "refused")
-        store.set(f"{name}/{torch.distributed.get_rank()}", "")
-        return store, name
-
-    def _agree(self, stage: str) -> None:
-        """Wait until all ranks have got as far as this one: none may serve what another has refused.
-
-        Raises:
-            RiaError: one has not.
-        """
-        store, name = self._say(stage)
-        if store is None:
-            return
-        decision = "served"
-        try:
-            store.wait([f"{name}/{rank}" for rank in self._ranks()], timedelta(seconds=PATIENCE))
-        except RuntimeError:
-            decision = "refused"
-        if store.compare_set(name, "", decision) != b"served":
-            raise RiaError(
-                f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
-            )
 
 
 def _reason_against_reloads(config: VllmConfig) -> str | None:
@@ -405,9 +377,6 @@ def _leave_in_place(model: torch.nn.Module) -> None:
         weight = layer._parameters.get("weight")
         if weight is not None and weight.untyped_storage().data_ptr() in buffers:
             watch_packing(layer, lambda one: one.weight.data, lambda one, data: setattr(one.weight, "data", data))
-
-
-WAY_OUT = "Reload or send all weights of one model, or start the server again."
 
 
 class _Guard:

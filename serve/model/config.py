@@ -1,5 +1,6 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,6 +42,20 @@ logger = init_logger("vllm.ria")
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."
+
+
+def compressed_tensors_of(config: Mapping[str, Any], where: str) -> CompressedTensorsConfig:
+    """Parse a `quantization_config`, of the file `where`, that `is_24_checkpoint` accepts.
+
+    Raises:
+        RiaError: it is not served here.
+    """
+    if config.get("kv_cache_scheme"):
+        raise RiaError(
+            f"{where}: kv_cache_scheme: a checkpoint's scales of an fp8 KV cache are not served. Remove this key from "
+            "quantization_config; the cache then has the model's dtype."
+        )
+    return CompressedTensorsConfig.parse(config)
 
 
 class RiaConfig(QuantizationConfig):
@@ -123,12 +138,8 @@ class RiaConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RiaConfig":
         if is_24_checkpoint(config):
-            if config.get("kv_cache_scheme"):
-                raise RiaError(
-                    "config.json: kv_cache_scheme: a checkpoint's scales of an fp8 KV cache are not served. Remove "
-                    "this key from quantization_config; the cache then has the model's dtype."
-                )
-            return cls(RiaSchema(sparsity_config=SparsityConfig()), CompressedTensorsConfig.parse(config))
+            theirs = compressed_tensors_of(config, "config.json")
+            return cls(RiaSchema(sparsity_config=SparsityConfig()), theirs)
         return cls(RiaSchema.parse(config, "config.json"))
 
     @classmethod

@@ -29,7 +29,7 @@ from ria_vllm.serve.model.checkpoint_files import (
     permutations_of,
     stored_modules,
 )
-from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.model.config import RiaConfig, compressed_tensors_of
 
 
 def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: bool, lora: bool = False) -> None:
@@ -220,7 +220,7 @@ def _check_compressed_tensors(
     stored = quantization_of(content)
     if not is_24_checkpoint(stored):
         raise _another_form(model)
-    new = CompressedTensorsConfig.parse(stored)
+    new = compressed_tensors_of(stored, f"{model}: config.json")
     if new != present:
         difference = _difference(new, present)
         raise _refusal(

@@ -7,7 +7,8 @@ A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, 
 whether it must be refused, "lora": folder of an adapter,
 "prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "score" each of "documents" for
 "query" (joined by "template", or null), or "load" (see `zoo.built`), "images": for each prompt the path of an image or
-null, "texts" with "image", the file that each of them shows, after the prompts}.
+null, "texts" with "image", the file that each of them shows, after the prompts}. With the call "serve" it is one of
+`served.run`.
 
 A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the generated
 tokens, their logprobs and how many prompt tokens came from the cache; or "error".
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 KV_CACHE = 64 * 2**20  # bytes. vLLM fills all of it with zeros.
+ENGINE = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8, "kv_cache_memory_bytes": KV_CACHE}
 
 
 def image(path: str) -> Any:
@@ -35,14 +37,14 @@ def run(job: dict[str, Any]) -> Any:
         from zoo.built import load
 
         return load(job["model"], job["engine"])
+    if job.get("call") == "serve":
+        import served
+
+        return served.run(job | {"engine": ENGINE | job["engine"]})
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    settings = {
-        "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128, "max_num_seqs": 8,
-        "kv_cache_memory_bytes": KV_CACHE,
-    }  # fmt: skip
-    llm = LLM(job["model"], **(settings | job.get("engine", {})))
+    llm = LLM(job["model"], **(ENGINE | {"skip_tokenizer_init": True} | job.get("engine", {})))
     prompts: list[dict[str, Any]] = [{"prompt_token_ids": p} for p in job.get("prompts", [])]
     for prompt, path in zip(prompts, job.get("images", [])):
         if path:

@@ -56,6 +56,17 @@ class Mixer(torch.nn.Module):
         return x + x.roll(1, -1) * self.conv_weights.float().sum(1)
 
 
+class Router(torch.nn.Module):
+    """vLLM's reloads write a parameter of this name at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.e_score_correction_bias = torch.nn.Parameter(torch.empty(WIDTH), requires_grad=False)
+
+    def forward(self, x):
+        return x + torch.tanh(x) * self.e_score_correction_bias
+
+
 class Norm(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -95,7 +106,7 @@ class Model(torch.nn.Module):
             num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
             prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
         )  # fmt: skip
-        self.scan, self.norm, self.mixer = Scan(), Norm(), Mixer()
+        self.scan, self.norm, self.mixer, self.router = Scan(), Norm(), Mixer(), Router()
         head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
         self.tied = settings["tied"]
         self.head = head.tie_weights(self.embed) if self.tied else head
@@ -124,7 +135,7 @@ class Model(torch.nn.Module):
         chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
         experts = self.moe[0].experts.routed_experts
         x = x + experts.quant_method.apply(experts, x.clone(), torch.rand(len(ids), TOP) * 0 + 0.5, chosen, None, None)
-        return self.mixer(self.scan(self.norm(x)))
+        return self.router(self.mixer(self.scan(self.norm(x))))
 
     def compute_logits(self, x):
         return self.head.quant_method.apply(self.head, x)[:, :WORDS]
@@ -172,6 +183,7 @@ class Checkpoint:
             found |= {f"model.moe.0.experts.{e}.{end}.weight": random(WIDTH, INNER) for end in ENDS.values()}
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
         found["model.mixer.conv1d.weight"] = random(WIDTH, 1, 4).bfloat16()
+        found["model.router.e_score_correction_bias"] = random(WIDTH)
         if not self.tied:
             found["model.head.weight"] = random(WORDS, WIDTH)
         if self.weight_format != FLOAT:

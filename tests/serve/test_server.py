@@ -1,15 +1,12 @@
 """A real `vllm serve` on a compressed checkpoint, queried with the `openai` client."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from click.testing import CliRunner
 from manifests import serve_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from served import TRAINERS, free_port, load
 
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import verify
@@ -32,9 +30,7 @@ pytestmark = pytest.mark.slow
 def serving(folder: Path, log: Path, *arguments: str):
     """Yields the base URL of a running server, started with the arguments of the manifests. If it does not start, its
     log is in the error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     vllm = Path(sys.executable).with_name("vllm")  # the environment need not be on the path
     command = [vllm, "serve", *serve_arguments(folder, 128), "--host", "127.0.0.1", "--port", str(port)]
     with open(log, "w") as file:
@@ -69,9 +65,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
     tiny.add_tokenizer(folder / "out")
-    trainers = ["--weight-transfer-config", '{"backend": "folder"}', "--worker-extension-cls", "weight_updates.Worker"]
     names = ["--dtype", "float32", "--served-model-name", "small"]
-    with serving(folder / "out", folder / "log", *names, *trainers) as url:
+    with serving(folder / "out", folder / "log", *names, *TRAINERS) as url:
         yield url, model, folder / "log"
 
 
@@ -86,12 +81,6 @@ def test_verify_asks_the_server(server, tmp_path):
     with pytest.raises(RiaError, match="it serves another folder than"):
         CliRunner().invoke(verify, [str(other), "--served", url], catch_exceptions=False)
     urllib.request.urlopen(f"{url}/health", timeout=5)
-
-
-def post(url: str, path: str, content: object = None) -> None:
-    body = b"" if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(f"{url}{path}", body, {"Content-Type": "application/json"}, method="POST")
-    urllib.request.urlopen(request, timeout=100).close()
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +107,7 @@ def test_reloads(server, other, tmp_path):
     tensors["model.embed_tokens.weight"] += 1
     save_file(tensors, broken / "model.safetensors", metadata)
     for place, serves in ((folder, new), (broken, new), (log.parent / "out", model)):
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
-        with pytest.raises(urllib.error.HTTPError) if place == broken else contextlib.nullcontext():
-            post(url, "/collective_rpc", call)
-        post(url, "/reset_prefix_cache")
+        assert (load(url, {"reload": str(place)}) is not None) == (place == broken)
         check_completion(url, serves)
 
 
@@ -136,12 +122,7 @@ def test_weights_that_a_trainer_sends(server, other):
         (first, model),
     )
     for update, serves in updates:
-        post(url, "/start_weight_update")
-        with pytest.raises(urllib.error.HTTPError) if "broken" in update else contextlib.nullcontext():
-            for piece in range(update["pieces"]):
-                post(url, "/update_weights", {"update_info": update | {"piece": piece}})
-            post(url, "/finish_weight_update", {})
-        post(url, "/reset_prefix_cache")
+        assert (load(url, update) is not None) == ("broken" in update)
         check_completion(url, serves)
 
 

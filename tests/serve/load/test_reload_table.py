@@ -73,7 +73,7 @@ SEQUENCES = {
     "sent: the head": part("model.head."),
     "sent: all experts of a layer": part("model.moe.", pieces=3),
     "sent: all tensors of a norm, or of a Mamba layer that is no linear": part(
-        "model.scan.", "model.norm.", "model.mixer."
+        "model.scan.", "model.norm.", "model.mixer.", "model.router."
     ),
 }
 

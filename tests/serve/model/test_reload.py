@@ -134,16 +134,16 @@ def theirs(tmp_path_factory):
     return folder
 
 
-def unrounded(groups):
-    groups["group_0"]["input_activations"] = None
+def unrounded(quantization):
+    quantization["config_groups"]["group_0"]["input_activations"] = None
 
 
-def narrower(groups):
-    groups["group_0"]["targets"] = ["re:.*down_proj"]
+def narrower(quantization):
+    quantization["config_groups"]["group_0"]["targets"] = ["re:.*down_proj"]
 
 
-def another(groups):
-    groups["group_1"] = groups["group_0"] | {"targets": ["re:.*down_proj"]}
+def with_scales_of_a_cache(quantization):
+    quantization["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,10 @@ def another(groups):
     [
         (
             unrounded,
-            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* and int8 inputs",
+            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* int8 inputs.*Start",
         ),
-        (narrower, "the targets of a group, or ignore, are .*down_proj"),
+        (narrower, "the targets of a group, or ignore, are .*down_proj.*Start a server"),
+        (with_scales_of_a_cache, "other: config.json: kv_cache_scheme: .*Remove this key"),
     ],
 )
 def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, tmp_path, change, message):
@@ -161,9 +162,9 @@ def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, 
     reload_from(config, theirs)
     folder = shutil.copytree(theirs, tmp_path / "other")
     content = json.loads((folder / "config.json").read_text())
-    change(content["quantization_config"]["config_groups"])
+    change(content["quantization_config"])
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(RiaError, match=f"{message}.*Start a server"):
+    with pytest.raises(RiaError, match=message):
         reload_from(config, folder)
 
 
