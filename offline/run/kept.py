@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import plain24
-from ria_vllm.format.pattern import Pattern
+from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
@@ -25,6 +26,9 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
     in any row than the pattern keeps. That proves something only if at least LEAST_SHARE of what the pattern can keep
     is not zero: a linear of zeros, or nearly so, fits any pattern. If some linear proves that the model was pruned, all
     that fit are kept; else it is a dense model. The experts of a module fit if all of their linears do.
+
+    Raises:
+        RiaError: none fits, but some linear has a wider pattern, unless the recipe prunes the rest.
     """
     fitting: dict[int, frozenset[str]] = {}
     left: dict[int, frozenset[str]] = {}
@@ -36,7 +40,23 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
         fitting[index] = frozenset(name for name, share in shares.items() if share is not None)
         left[index] = frozenset(shares) - fitting[index]
         proved |= any(share is not None and share >= LEAST_SHARE for share in shares.values())
+    if not proved and not recipe.prune_rest:
+        _refuse_wider(model, recipe)
     return Kept(fitting, left) if proved else Kept()
+
+
+def _refuse_wider(model: StreamedModel, recipe: Recipe) -> None:
+    """Refuse to prune once more what has a wider pattern already. The first layer that would be pruned tells."""
+    wider = [pattern for pattern in PATTERNS.values() if pattern.of > recipe.pattern.of]
+    names = {index: linears_to_prune(model, index, recipe) for index in range(len(model.layers))}
+    index = next((index for index in names if names[index]), 0)
+    for name, pattern in product(names[index], wider):
+        share = _share(_linear(model, index, name), pattern)
+        if share is not None and share >= LEAST_SHARE:
+            raise RiaError(
+                f"{model.written_linear(index, name)}: is {pattern} already, but not {recipe.pattern}. --pattern "
+                f"{pattern} keeps the zeros of this model; --prune-rest prunes it to {recipe.pattern}."
+            )
 
 
 def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:

@@ -237,6 +237,18 @@ def test_zeros_alone_are_no_proof(tiny, text, tmp_path):
     assert "kept" not in report and len(report["linears"]) == 14 and Reader(tmp_path / "out").permutations
 
 
+def test_a_wider_pattern_is_not_pruned_again_unasked(tiny, text, tmp_path):
+    def change(tensors):
+        for name in filter(is_linear, tensors):
+            tensors[name].view(-1, 16)[:, 8:] = 0
+
+    source = edited(tiny("llama"), tmp_path / "in", change)
+    with pytest.raises(RiaError, match="layers.0.*is 8:16 already.*--pattern 8:16 keeps.*--prune-rest"):
+        run_small(source, tmp_path / "out", text)
+    _, warnings = run_small(source, tmp_path / "out", text, prune_rest=True)
+    assert "no linear is 2:4 already" in warnings[0] and len(Reader(tmp_path / "out").sparse_names) == 14
+
+
 @pytest.mark.parametrize("scheme", ["BF16", "W4A16"])
 def test_experts(scheme, text, tmp_path):
     """Those of layer 1 are not 2:4, because one weight of one expert is not zero."""
