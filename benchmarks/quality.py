@@ -26,7 +26,7 @@ WAYS = tuple(
     f"method={method} permute={permute} reconstruct={reconstruct}"
     for reconstruct in ("none", "admm")
     for permute in ("none", "lsa")
-    for method in ("magnitude", "wanda", "ria", "sparsegpt")
+    for method in ("magnitude", "wanda", "ria")
 )
 
 
@@ -78,7 +78,7 @@ def row(way: str, found: dict[str, Any]) -> str:
 @click.option("--windows", default=24, show_default=True, help="Number of windows of 1024 tokens of the text.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default="quality.json", show_default=True)
-def main(
+def main(  # noqa: PLR0913  # the options of the command line
     model: str, ways: tuple[str, ...], calibration: str, text: Path, samples: int, seq_len: int, windows: int,
     device: str, results: Path,
 ) -> None:  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from ria_vllm.format.formats import INTEGERS, IntFormat
 from ria_vllm.offline.pruning.admm import DAMPING
-from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
+from ria_vllm.offline.pruning.rounding import Objective, nearest_scales, round_on_mask
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import layers
 from ria_vllm.offline.run.compress import Settings, compress
@@ -62,7 +62,7 @@ def ways(problem: dict[str, Any], f: IntFormat) -> dict[str, float]:
     wide = searched.float().repeat_interleave(V.shape[1] // searched.shape[1], 1)
 
     def descent(passes: int) -> torch.Tensor:
-        return round_on_mask(W, V.clone(), mask, gram, f, cross_term, passes=passes)[0]
+        return round_on_mask(W, V.clone(), mask, Objective(gram, cross_term), f, passes=passes)[0]
 
     results: dict[str, Callable[[], torch.Tensor]] = {
         "nearest, scales by the largest magnitude": lambda: f.quantize(V, torch.float32, fitting)[0],

@@ -97,9 +97,9 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 )
 @expert(
     "--method",
-    type=click.Choice(["ria", "ri", "wanda", "magnitude", "sparsegpt"]),
+    type=click.Choice(["ria", "ri", "wanda", "magnitude"]),
     default="ria",
-    help="How weights are scored; sparsegpt also updates them.",
+    help="How weights are scored.",
 )
 @expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
 @expert(

@@ -57,7 +57,7 @@ class Recipe:
         RiaError: options that do not go together.
     """
 
-    method: Literal["ria", "ri", "wanda", "magnitude", "sparsegpt"] = "ria"
+    method: Literal["ria", "ri", "wanda", "magnitude"] = "ria"
     exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
     permute: Literal["lsa", "none"] = "lsa"
     calibration: str = "self"
@@ -151,7 +151,7 @@ class Recipe:
 
     @property
     def needs_gram(self) -> bool:
-        return self.reconstruct != "none" or self.method == "sparsegpt"
+        return self.reconstruct != "none"
 
     @property
     def weight_format(self) -> WeightFormat:

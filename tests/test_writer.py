@@ -297,7 +297,7 @@ def process_that_may_die(out: Path, number: int, at: int) -> int:
 DONE, REFUSED, DIED, WRONG = range(4)
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_two_processes_that_die_at_any_moment_share_nothing(tmp_path, rounds):
     """The result is whole and of one of them, and a finished one is there until the next is."""
     out, draw, ends = tmp_path / "out", random.Random(rounds), Counter()

@@ -20,7 +20,7 @@ from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.model.experts.run import output, output_of
-from ria_vllm.offline.pruning.block import Grid, train_block
+from ria_vllm.offline.pruning.block import Grid, Training, train_block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
@@ -101,13 +101,15 @@ class ExpertsTrainer:
                 {kind: linear.mask.to(device) for kind, linear in linears.items()},
                 _Made(places, ranks, device, lambda index: self._input(index, expert)),
                 _Made(places, ranks, device, lambda index: self._target(index, expert, dense)),
-                passes=recipe.schedule.passes(len(places)),
-                seed=recipe.seed,
-                dtype=recipe.matmul_dtype,
-                place=f"{self.experts.place(names[DOWN])} and what is trained with it: ",
-                grids=grids_of(linears, recipe, device),
-                relative=False,
-                agreed=ranks.broadcast,
+                Training(
+                    passes=recipe.schedule.passes(len(places)),
+                    seed=recipe.seed,
+                    dtype=recipe.matmul_dtype,
+                    relative=False,
+                    place=f"{self.experts.place(names[DOWN])} and what is trained with it: ",
+                    agreed=ranks.broadcast,
+                ),
+                grids_of(linears, recipe, device),
             )
         return {
             name: after_training(linears[kind], params[kind].data, losses, recipe, ranks)

@@ -43,22 +43,42 @@ class Grid:
         return self.scales.flatten()[row * self.scales.shape[1] + self.groups[channel]]
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a block is trained, and what its loss is.
+
+    Attributes:
+        lr: the learning rate of the first step, in units of the root mean square of what a weight keeps.
+        seed: for the order of the micro-batches.
+        dtype: of the matrix products, bfloat16 or float32.
+        relative: False: the caller has scaled outputs and targets instead.
+        channels: [hidden] float32, what the square of each channel counts in a token's error and in its norm; None: all
+            count alike.
+        place: what an error begins with.
+        agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
+            all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
+        measure: the loss on other data; None: the mean of a few of these micro-batches (`COMPARED`).
+    """
+
+    passes: int = 8
+    lr: float = LR
+    seed: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    relative: bool = True
+    channels: torch.Tensor | None = None
+    place: str = ""
+    agreed: Callable[[float], float] = float
+    measure: Callable[[], float] | None = None
+
+
 def train_block(
     forward: Callable[..., torch.Tensor],
     params: Mapping[str, torch.nn.Parameter],
     masks: Mapping[str, torch.Tensor],
     inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
-    passes: int = 8,
-    lr: float = LR,
-    seed: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
-    place: str = "",
+    training: Training,
     grids: Mapping[str, Grid] | None = None,
-    relative: bool = True,
-    channels: torch.Tensor | None = None,
-    agreed: Callable[[float], float] = float,
-    measure: Callable[[], float] | None = None,
 ) -> tuple[float, float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
@@ -80,20 +100,10 @@ def train_block(
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
             `forward`.
-        lr: the learning rate of the first step, in units of the root mean square of what a weight keeps.
-        seed: for the order of the micro-batches.
-        dtype: of the matrix products, bfloat16 or float32.
-        place: what an error begins with.
         grids: of the parameters that are rounded.
-        relative: False: the caller has scaled outputs and targets instead.
-        channels: [hidden] float32, what the square of each channel counts in a token's error and in its norm; None: all
-            count alike.
-        agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
-            all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
-        measure: the loss on other data; None: the mean of a few of these micro-batches (`COMPARED`).
 
     Returns:
-        What `measure` says before the first step and after the last one.
+        What `training.measure` says before the first step and after the last one.
 
     Raises:
         RiaError: micro-batches that do not pair up.
@@ -101,35 +111,35 @@ def train_block(
     """
     if len(inputs) != len(targets) or not len(inputs):
         found = f"{len(inputs)} inputs and {len(targets)} targets"
-        raise RiaError(f"{place}{found}: block training needs at least one of each, and equally many.")
-    order = torch.Generator().manual_seed(seed)
-    step, steps = 0, passes * len(inputs)
-    trained = [_Trained(p, masks[name], lr, dtype, (grids or {}).get(name)) for name, p in params.items()]
+        raise RiaError(f"{training.place}{found}: block training needs at least one of each, and equally many.")
+    order = torch.Generator().manual_seed(training.seed)
+    step, steps = 0, training.passes * len(inputs)
+    trained = [_Trained(p, masks[name], training, (grids or {}).get(name)) for name, p in params.items()]
     count = min(COMPARED, len(inputs))
     compared = [i * len(inputs) // count for i in range(count)]
 
     def error_of(i: int) -> torch.Tensor:
-        return error(forward, inputs[i], targets[i], dtype, relative, channels)
+        return error(forward, inputs[i], targets[i], training)
 
     def mean_loss() -> float:
         return sum(error_of(i).item() for i in compared) / count
 
-    measure = torch.no_grad()(mean_loss if measure is None else measure)
+    measure = torch.no_grad()(training.measure or mean_loss)
     try:
         before = measure()
-        for number in range(passes):
+        for number in range(training.passes):
             total = 0.0
             for i in torch.randperm(len(inputs), generator=order).tolist():
                 for weight in trained:
-                    weight.set_lr(lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+                    weight.set_lr(training.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
                 loss = error_of(i)
                 loss.backward()
                 step += 1
                 total += loss.item()
-            total = agreed(total)
+            total = training.agreed(total)
             if not math.isfinite(total):
                 found = f"loss {total} in pass {number + 1}"
-                raise Diverged(f"{place}block training diverged ({found}). Give --reconstruct admm.")
+                raise Diverged(f"{training.place}block training diverged ({found}). Give --reconstruct admm.")
         after = measure()
     finally:
         while trained:
@@ -144,14 +154,7 @@ class _Trained:
     there, so that only one gradient is alive at a time, and piece by piece, so that temporaries stay small.
     """
 
-    def __init__(
-        self,
-        parameter: torch.nn.Parameter,
-        mask: torch.Tensor,
-        lr: float,
-        dtype: torch.dtype,
-        grid: Grid | None = None,
-    ):
+    def __init__(self, parameter: torch.nn.Parameter, mask: torch.Tensor, training: Training, grid: Grid | None):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
         # By index, because selecting by a mask of random bits is ten times slower.
         index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
@@ -162,8 +165,9 @@ class _Trained:
         self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
-        self.optimizer = torch.optim.Adam(self.kept, lr=lr * self.unit, fused=True)
-        parameter.data = parameter.data.mul_(mask).to(dtype).contiguous()  # in place: a copy would raise the peak
+        self.optimizer = torch.optim.Adam(self.kept, lr=training.lr * self.unit, fused=True)
+        # In place: a copy would raise the peak.
+        parameter.data = parameter.data.mul_(mask).to(training.dtype).contiguous()
         parameter.requires_grad_(True)
         self.hook = parameter.register_post_accumulate_grad_hook(self._step)
 
@@ -202,22 +206,16 @@ class _Trained:
             flat.index_copy_(0, part.long(), values.to(flat.dtype))
 
 
-def error(
-    forward: Callable,
-    inputs: torch.Tensor | tuple,
-    targets: torch.Tensor,
-    dtype: torch.dtype,
-    relative: bool = True,
-    channels: torch.Tensor | None = None,
-) -> torch.Tensor:
+def error(forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, training: Training) -> torch.Tensor:
     """The mean loss of a micro-batch, see `train_block`."""
+    channels = training.channels
 
     def size(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.square().sum(-1) if channels is None else tensor.square() @ channels
 
     stream, *others = inputs if isinstance(inputs, tuple) else (inputs,)
-    with torch.autocast(stream.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(stream.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16):
         outputs = forward(stream.float(), *others)
     targets = targets.float()
     errors = size(outputs.float() - targets)
-    return (errors / size(targets).clamp(min=1e-12) if relative else errors).mean()
+    return (errors / size(targets).clamp(min=1e-12) if training.relative else errors).mean()

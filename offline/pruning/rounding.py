@@ -12,6 +12,7 @@ so a sweep can do worse than plain rounding. docs/lab/quality.md has the figures
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,17 +32,30 @@ PASSES = 3
 SMALLEST, STEPS = 0.4, 25
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the rounded weight of a linear should minimise.
+
+    Attributes:
+        gram: X^T X [in, in].
+        cross_term: [out, in] float32, see `ria_vllm.offline.pruning.admm`; None: the target is X W^T.
+        damping, divided_by: of the Gram matrix, as ADMM does it; see `damping_of`, where the latter is `scales`.
+    """
+
+    gram: SymmetricMatrix
+    cross_term: torch.Tensor | None = None
+    damping: float = DAMPING
+    divided_by: torch.Tensor | None = None
+
+
 def round_on_mask(
     weight: torch.Tensor,
     solved: torch.Tensor,
     mask: torch.Tensor,
-    gram: SymmetricMatrix,
+    objective: Objective,
     weight_format: RoundedFormat,
-    cross_term: torch.Tensor | None = None,
     p: torch.Tensor | None = None,
     passes: int = PASSES,
-    damping: float = DAMPING,
-    divided_by: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the kept weights of a linear so that its output stays closest to its target.
 
@@ -51,10 +65,7 @@ def round_on_mask(
         weight: W [out, in], the dense weight in the model's own order, any floating dtype.
         solved: W' [out, in], zero outside the mask: where the descent starts.
         mask: bool [out, in], True = kept.
-        gram: X^T X [in, in].
-        cross_term: [out, in] float32, see `ria_vllm.offline.pruning.admm`; None: the target is X W^T.
         p: int64 [in], the order in which columns are stored; None: the model's own.
-        damping, divided_by: of the Gram matrix, as ADMM does it; see `damping_of`, where the latter is `scales`.
 
     Returns:
         (W'' [out, in] float32, values times scales, zero outside the mask; the scales [out, 1] or
@@ -63,7 +74,8 @@ def round_on_mask(
         scales that fit its largest magnitudes.
     """
     solved = solved.float()
-    added = damping_of(gram.diagonal(), damping, divided_by).expand(gram.width)
+    gram, cross_term = objective.gram, objective.cross_term
+    added = damping_of(gram.diagonal(), objective.damping, objective.divided_by).expand(gram.width)
     system = _System(gram, p, added, weight_format.group_size or BLOCK)
     back = None if p is None else permutation.invert(p)
     scales = []

@@ -16,8 +16,7 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, scores
 from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
-from ria_vllm.offline.pruning.rounding import round_on_mask
-from ria_vllm.offline.pruning.sparsegpt import sparsegpt
+from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -137,27 +136,19 @@ class _Solvers:
         return found
 
 
-def score(weight: torch.Tensor, statistics: Statistics, recipe: Recipe) -> torch.Tensor:
-    """The recipe's scores S [out, in] float32.
-
-    RIA's for SparseGPT, which scores weights itself, but needs scores to order the channels.
-    """
-    method = "ria" if recipe.method == "sparsegpt" else recipe.method
-    return _score(method, weight, statistics, recipe)
-
-
-def _score(
-    method: str,
-    weight: torch.Tensor,
-    statistics: Statistics,
-    recipe: Recipe,
-    column_sums: torch.Tensor | None = None,
+def score(
+    weight: torch.Tensor, statistics: Statistics, recipe: Recipe, column_sums: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The scores of the model's own weights, whatever scales have migrated into them: RIA's would change."""
+    """The scores S [out, in] float32 of the model's own weights, whatever scales have migrated into them: RIA's would
+    change.
+
+    Args:
+        column_sums: [in], of the magnitudes of the dense weight; None: of `weight`.
+    """
     norm, scales = statistics.norm, statistics.scales
     if scales is not None:
         weight, norm = weight.to(torch.float32, copy=True).div_(scales), norm * scales
-    return scores.score(method, weight, norm, recipe.exponent, column_sums)
+    return scores.score(recipe.method, weight, norm, recipe.exponent, column_sums)
 
 
 def _keeps_to_blocks(group: Group, width: int, pattern: Pattern) -> bool:
@@ -204,27 +195,22 @@ def _prune(
     recipe: Recipe,
     solvers: _Solvers,
 ) -> Pruned:
-    W = None
-    if recipe.method == "sparsegpt":
-        W, mask = _sparsegpt(weight, statistics, p, recipe.pattern)
-        record = _retained(score(weight, statistics, recipe), mask, recipe.pattern)
-    else:
-        S = score(weight, statistics, recipe)
-        mask = _mask(S, p, recipe.pattern)
-        record = _retained(S, mask, recipe.pattern)
-        del S  # as large as the weight, so it would raise the peak memory
-    start, scales, weight_format = mask, None, recipe.weight_format
+    S = score(weight, statistics, recipe)
+    mask = _mask(S, p, recipe.pattern)
+    record = _retained(S, mask, recipe.pattern)
+    del S  # as large as the weight, so it would raise the peak memory
+    W, start, scales, weight_format = None, mask, None, recipe.weight_format
     if recipe.reconstruct != "none":
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
-        choose = None if recipe.method == "sparsegpt" else _choice(weight, statistics, p, recipe)
+        choose = _choice(weight, statistics, p, recipe)
         solver = solvers.of(statistics.gram, statistics.scales)
         W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
         del solver
         if isinstance(weight_format, RoundedFormat):
             order = None if p is None else p.to(weight.device)
-            W, scales = round_on_mask(
-                weight, W, mask, statistics.gram, weight_format, cross_term, order, divided_by=statistics.scales
-            )
+            objective = Objective(statistics.gram, cross_term, divided_by=statistics.scales)
+            W, scales = round_on_mask(weight, W, mask, objective, weight_format, order)
+            del objective
         del cross_term
     W = weight * mask if W is None else W
     W, scales = stored_weight(W, p, dtype, recipe, scales, statistics.norm**2)
@@ -249,9 +235,8 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
     if gram is not None and isinstance(weight_format, RoundedFormat) and not dense:
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         start = weight.to(torch.float32, copy=True)  # whose memory the result takes
-        W, scales = round_on_mask(
-            weight, start, weight != 0, gram, weight_format, cross_term, divided_by=statistics.scales
-        )
+        objective = Objective(gram, cross_term, divided_by=statistics.scales)
+        W, scales = round_on_mask(weight, start, weight != 0, objective, weight_format)
     W, scales = stored_weight(W, None, dtype, recipe, scales, statistics.norm**2)
     record: dict[str, Any] = {DENSE: True} if dense else {"kept": True, "retained_before": 1.0, "retained_after": 1.0}
     record |= {"shape": list(weight.shape), "permuted": False}
@@ -267,7 +252,7 @@ def _choice(weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None
         column_sums = column_sums / statistics.scales
 
     def choose(rows: torch.Tensor) -> torch.Tensor:
-        return _mask(_score(recipe.method, rows, statistics, recipe, column_sums), p, recipe.pattern)
+        return _mask(score(rows, statistics, recipe, column_sums), p, recipe.pattern)
 
     return choose
 
@@ -278,19 +263,6 @@ def _mask(S: torch.Tensor, p: torch.Tensor | None, pattern: Pattern) -> torch.Te
         return masks.mask(S, pattern)
     p = p.to(S.device)  # index_select is several times faster than indexing, and ADMM chooses masks often
     return masks.mask(S.index_select(1, p), pattern).index_select(1, permutation.invert(p))
-
-
-def _sparsegpt(
-    weight: torch.Tensor, statistics: Statistics, p: torch.Tensor | None, pattern: Pattern
-) -> tuple[torch.Tensor, torch.Tensor]:
-    gram, scales = statistics.gram, statistics.scales
-    with one_thread():
-        if p is None:
-            return sparsegpt(weight, gram, scales=scales, pattern=pattern)
-        p = p.to(weight.device)
-        W, mask = sparsegpt(weight[:, p], gram, order=p, scales=scales, pattern=pattern)
-    back = permutation.invert(p)
-    return W[:, back], mask[:, back]
 
 
 def _retained(S: torch.Tensor, mask: torch.Tensor, pattern: Pattern) -> dict[str, Any]:

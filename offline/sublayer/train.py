@@ -16,8 +16,8 @@ from ria_vllm.offline.calibration.activations import AllChunks
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
-from ria_vllm.offline.pruning.block import LR, Diverged, error, train_block
-from ria_vllm.offline.pruning.rounding import round_on_mask
+from ria_vllm.offline.pruning.block import LR, Diverged, Training, error, train_block
+from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
@@ -63,7 +63,17 @@ def train_sublayer(
     def measure() -> float:
         for weight in weights.values():
             weight.data = ranks.broadcast(weight.data)  # what the first one has trained is kept, so all measure it
-        return _held_out_loss(sublayer_pass, recipe, channels)
+        return _held_out_loss(sublayer_pass, training)
+
+    training = Training(
+        passes=recipe.schedule.passes(len(chunks), share),
+        lr=LR * recipe.schedule.rate(share),
+        seed=recipe.seed,
+        dtype=recipe.matmul_dtype,
+        channels=channels,
+        place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
+        agreed=ranks.broadcast,
+    )
 
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
@@ -73,14 +83,7 @@ def train_sublayer(
                 _Masks(pruned, runner.device),
                 _Some(sublayer_pass.inputs_and_calls(), chunks),
                 goals,
-                passes=recipe.schedule.passes(len(chunks), share),
-                lr=LR * recipe.schedule.rate(share),
-                seed=recipe.seed,
-                dtype=recipe.matmul_dtype,
-                channels=channels,
-                place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
-                agreed=ranks.broadcast,
-                measure=measure if ranks.largest(streams.held_out) else None,
+                replace(training, measure=measure) if ranks.largest(streams.held_out) else training,
             )
         except Diverged:
             if recipe.reconstruct == "block":
@@ -99,12 +102,12 @@ def train_sublayer(
     return trained
 
 
-def _held_out_loss(sublayer_pass: SublayerPass, recipe: Recipe, channels: torch.Tensor | None) -> float:
+def _held_out_loss(sublayer_pass: SublayerPass, training: Training) -> float:
     """The loss of the sublayer as it is now, on the held-out chunks of all ranks."""
     total = torch.zeros(2, dtype=torch.float64)
     with sublayer_pass.monitor.phase("held-out samples"):
         for stream, call, target in sublayer_pass.held_out():
-            loss = error(sublayer_pass.runner.run, (stream, call), target, recipe.matmul_dtype, channels=channels)
+            loss = error(sublayer_pass.runner.run, (stream, call), target, training)
             tokens = target.numel() // target.shape[-1]
             total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
     sublayer_pass.ranks.all_reduce(total)
@@ -226,7 +229,7 @@ def _rounded(
     mask = linear.mask.to(device)
     if "kept" in linear.record:  # zeros stay, see `solve`
         mask &= exact != 0
-    W, scale = round_on_mask(exact, start, mask, gram, weight_format, p=p, divided_by=divided_by)
+    W, scale = round_on_mask(exact, start, mask, Objective(gram, divided_by=divided_by), weight_format, p)
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})

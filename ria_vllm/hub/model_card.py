@@ -38,7 +38,6 @@ _METHODS = {
     "ri": f"relative importance, RIA without activations ([Zhang et al., ICLR 2024]({_PAPER}))",
     "wanda": "Wanda",
     "magnitude": "magnitude pruning",
-    "sparsegpt": "SparseGPT",
 }
 ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
 _PERPLEXITY = ("text", "tokens", "window", "perplexity", "base model")

@@ -55,7 +55,7 @@ def _check(ids: torch.Tensor, experts: int, name: str) -> None:
         torch._assert_async(valid, message)
 
 
-def _experts(
+def _experts(  # noqa: PLR0913  # the schema of the operator
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,

@@ -49,11 +49,11 @@ def rounding(monkeypatch):
         seen.tokens = tokens[: recipe.samples]  # nothing is fitted to the others
         return tokens
 
-    def watched(weight, solved, mask, gram, *arguments, **options):
-        seen.grams.append(gram.dense())
+    def watched(weight, solved, mask, objective, *arguments):
+        seen.grams.append(objective.gram.dense())
         seen.exact.append(weight.clone())
-        seen.scales.append(options["divided_by"])
-        return real(weight, solved, mask, gram, *arguments, **options)
+        seen.scales.append(objective.divided_by)
+        return real(weight, solved, mask, objective, *arguments)
 
     monkeypatch.setattr(compressing, "calibration_tokens", read)
     monkeypatch.setattr(train, "round_on_mask", watched)
@@ -211,10 +211,9 @@ def test_sublayers_with_fewer_weights_have_a_shorter_training(
     monkeypatch.setitem(RECONSTRUCTIONS, "short", 48 * 32)
     found = []
 
-    def watched(*arguments, passes, place, lr, channels=None, **options):
-        inputs = arguments[3]
-        assert (channels is None) == ("experts" in place), place  # errors count as the norms see them
-        found.append((next(name for name in ("self_attn", "mlp") if name in place), len(inputs), passes, lr))
+    def watched(forward, params, masks, inputs, targets, how, *_):
+        assert (how.channels is None) == ("experts" in how.place), how.place  # errors count as the norms see them
+        found.append((next(n for n in ("self_attn", "mlp") if n in how.place), len(inputs), how.passes, how.lr))
         return 1.0, 2.0
 
     monkeypatch.setattr(train, "train_block", watched)

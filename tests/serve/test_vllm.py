@@ -1,6 +1,7 @@
 """vLLM on small checkpoints against Hugging Face on the same pruned weights, token by token.
 
-The zoo has other families. Where inputs are rounded to int8, Hugging Face's model rounds those of its pruned linears.
+The zoo has other families, and test_server.py has the compiled model. Where inputs are rounded to int8, Hugging Face's
+model rounds those of its pruned linears.
 """
 
 import pytest
@@ -55,7 +56,6 @@ ALONE = {
     "int4-g64 in float16": ("llama-gqa", {"weights": "int4-g64"} | FP16, SERVED_FP16),
     "int4-g64 of 8:16, fused on disk": ("phi3", {"weights": "int4-g64", "pattern": "8:16"}, {}),
     "int8-g64, no folds": ("qwen2", {"weights": "int8-g64", "folds": False}, {}),
-    "compiled": ("llama-gqa", {}, {"enforce_eager": False}),
 }
 HEAD = {"rounded": True, "head": True}
 ROUNDED = {

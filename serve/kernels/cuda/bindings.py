@@ -114,7 +114,7 @@ class CudaLibrary:
         """Size of the workspace that the tile needs for such a product; -1 if the arguments make no sense."""
         return self._c.ria_workspace_bytes(tile, _BY_OPERANDS[dtype], *sizes, tokens, split_k, num_sms)
 
-    def linear(
+    def linear(  # noqa: PLR0913  # what the compiled function takes
         self,
         tile: int,
         split_k: int,

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -115,28 +113,8 @@ def right_answers(folder: Path, source: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_task_with_what_is_recovered(pruned_llama, own_tasks, tmp_path):
-    out = shutil.copytree(pruned_llama.folder, tmp_path / "out")
-    (out / "README.md").write_text("# Mine\n")
-    command = [sys.executable, "-m", "ria_vllm", "eval", str(out), "--json", "--device", "cpu", "--update-card"]
-    command += ["--tasks", "colours", "--include-path", str(own_tasks)]
-    command += ["--baseline", str(pruned_llama.source)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
-    assert found["examples"] == {"colours": 8}
-    right, dense = (right_answers(folder, pruned_llama.source) for folder in (pruned_llama.folder, pruned_llama.source))
-    assert math.isclose(found["tasks"]["colours"]["acc"], right / 8)
-    assert math.isclose(found["baseline"]["tasks"]["colours"]["acc"], dense / 8)
-    assert math.isclose(found["recovery"]["colours"]["acc"], 100 * right / dense)
-    assert math.isclose(found["average"]["recovery"], 100 * right / dense)
-    rows = [line.split(" | ") for line in (out / "README.md").read_text().splitlines()]
-    assert [row[-1] for row in rows if row[0] == "| colours"] == [f"{100 * right / dense:.1f}% |"]
-
-
-def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatch, capsys):
-    """And nothing but the results is on standard output, though the harness prints there."""
+def test_tasks_with_what_is_recovered(pruned_llama, own_tasks, tmp_path, monkeypatch, capsys):
+    """But no perplexity of a word is. And nothing but the results is on standard output, where the harness prints."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monitors = []
@@ -152,15 +130,24 @@ def test_perplexity_of_a_word_has_no_recovery(pruned_llama, tmp_path, monkeypatc
         "doc_to_target": " red",
         "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
     }
-    save_task(tmp_path, "words", [{"text": question["question"]} for question in QUESTIONS], word)
-    arguments = [str(pruned_llama.folder), "--tasks", "words", "--include-path", str(tmp_path), "--device", "cpu"]
-    arguments += ["--baseline", str(pruned_llama.source), "--json"]
+    save_task(own_tasks, "words", [{"text": question["question"]} for question in QUESTIONS], word)
+    out = shutil.copytree(pruned_llama.folder, tmp_path / "out")
+    (out / "README.md").write_text("# Mine\n")
+    arguments = [str(out), "--json", "--device", "cpu", "--update-card", "--tasks", "colours,words"]
+    arguments += ["--include-path", str(own_tasks), "--baseline", str(pruned_llama.source)]
     evaluate.main(arguments, standalone_mode=False)
-    printed = capsys.readouterr()
-    found = json.loads(printed.out)
+    found = json.loads(capsys.readouterr().out)
     assert list(monitors[0].seconds) == [
         "loading lm-evaluation-harness", "loading the model", "tasks for the model",
         "loading the baseline", "tasks for the baseline",
     ]  # fmt: skip
+    assert found["examples"] == {"colours": 8, "words": 8}
+    right, dense = (right_answers(folder, pruned_llama.source) for folder in (pruned_llama.folder, pruned_llama.source))
+    assert math.isclose(found["tasks"]["colours"]["acc"], right / 8)
+    assert math.isclose(found["baseline"]["tasks"]["colours"]["acc"], dense / 8)
+    assert math.isclose(found["recovery"]["colours"]["acc"], 100 * right / dense)
+    assert math.isclose(found["average"]["recovery"], 100 * right / dense)
     assert found["tasks"]["words"]["perplexity"] != found["baseline"]["tasks"]["words"]["perplexity"]
-    assert found["recovery"] == {"words": {}} and found["average"] is None
+    assert found["recovery"]["words"] == {}
+    rows = [line.split(" | ") for line in (out / "README.md").read_text().splitlines()]
+    assert [row[-1] for row in rows if row[0] == "| colours"] == [f"{100 * right / dense:.1f}% |"]

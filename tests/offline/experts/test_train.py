@@ -132,7 +132,7 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
     now[0] = mixture.pruned[0]
     trainer.account(0, now[0])
     calls = []
-    monkeypatch.setattr(train, "train_block", lambda *args, **more: calls.append((args, more)) or (2.0, 1.0))
+    monkeypatch.setattr(train, "train_block", lambda *arguments: calls.append(arguments) or (2.0, 1.0))
     formula, reads = mixture.formula, mixture.reads
     for expert, leans in ((2, False), (3, True)):
         found = {
@@ -141,8 +141,8 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
         }
         trained = trainer.train(expert, found)
         assert trained.keys() == found.keys() and all(linear.record["trained"] for linear in trained.values())
-        (forward, params, masks, inputs, targets), more = calls.pop()
-        assert params.keys() == masks.keys() == set(mixture.layout.kinds) and not more["relative"]
+        forward, params, masks, inputs, targets, how, _ = calls.pop()
+        assert params.keys() == masks.keys() == set(mixture.layout.kinds) and not how.relative
         taken = 0
         for index in range(2):
             X, choices, shares = reads.inputs[index], reads.choices[index], reads.shares[index]

@@ -8,7 +8,7 @@ from solving import admm
 from ria_vllm.format import formats
 from ria_vllm.offline.pruning import rounding
 from ria_vllm.offline.pruning.masks import mask
-from ria_vllm.offline.pruning.rounding import nearest_scales, round_on_mask
+from ria_vllm.offline.pruning.rounding import Objective, nearest_scales, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 FORMATS = [*formats.INTEGERS.values(), formats.FP8]
@@ -52,7 +52,7 @@ def beside_the_grid(weight_format, values, channels, seed):
     W, X, keep, p, R = layer(16, channels, 50, seed)
     solved = admm(W, X.T @ X, keep, damping=1e-6, cross_term=R.T @ X)
     plain = weight_format.quantize(solved, torch.float32)[0]
-    found, scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, R.T @ X, p, passes=20, damping=0.0)
+    found, scales = round_on_mask(W, solved, keep, Objective(gram_of(X), R.T @ X, 0.0), weight_format, p, 20)
     points = torch.cartesian_prod(*[values] * (channels // 2))
     best = torch.empty(16, dtype=torch.float64)
     for i in range(16):
@@ -85,7 +85,7 @@ def test_each_pass_lowers_the_error_of_every_row(weight_format, tokens):
     plain = torch.stack([errors(in_order(solved, p, weight_format, s), W, *damped(X, R, 0.1)) for s in scales])
     last, first = plain.amin(0), None
     for passes in range(5):
-        V, _ = round_on_mask(W, solved.clone(), keep, gram_of(X), weight_format, R.T @ X, p, passes, damping=0.1)
+        V, _ = round_on_mask(W, solved.clone(), keep, Objective(gram_of(X), R.T @ X, 0.1), weight_format, p, passes)
         lost = errors(V, W, *damped(X, R, 0.1))
         assert (lost <= last * (1 + 1e-5)).all(), passes
         first, last = lost if first is None else first, lost
@@ -97,7 +97,9 @@ def test_each_pass_lowers_the_error_of_every_row(weight_format, tokens):
 @pytest.mark.parametrize("weight_format", FORMATS, ids=str)
 def test_the_result_is_what_is_read_back(weight_format, dtype):
     W, X, keep, p, R = layer(24, 128, 300)
-    V, scales = round_on_mask(W.to(dtype), admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, R.T @ X, p)
+    V, scales = round_on_mask(
+        W.to(dtype), admm(W, X.T @ X, keep), keep, Objective(gram_of(X), R.T @ X), weight_format, p
+    )
     assert scales.dtype == weight_format.scale_dtype
     stored, same = weight_format.quantize(V[:, p], dtype, scales)
     assert same is scales and torch.equal(stored, V[:, p].to(dtype))
@@ -112,8 +114,10 @@ def test_the_result_is_what_is_read_back(weight_format, dtype):
 def test_groups_are_those_of_the_stored_order(weight_format):
     W, X, keep, p, R = layer(24, 128, 300)
     solved = admm(W, X.T @ X, keep, cross_term=R.T @ X)
-    want, scales = round_on_mask(W[:, p], solved[:, p], keep[:, p], gram_of(X[:, p]), weight_format, R.T @ X[:, p])
-    found, found_scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, R.T @ X, p)
+    want, scales = round_on_mask(
+        W[:, p], solved[:, p], keep[:, p], Objective(gram_of(X[:, p]), R.T @ X[:, p]), weight_format
+    )
+    found, found_scales = round_on_mask(W, solved, keep, Objective(gram_of(X), R.T @ X), weight_format, p)
     # Sums in another order may round an entry the other way; the groups of the model's own order would differ all over.
     assert (found[:, p] - want).abs().gt(1e-3).double().mean() < 0.01
     torch.testing.assert_close(errors(found, W, X, R), errors(want, W[:, p], X[:, p], R), rtol=0.01, atol=0)
@@ -123,7 +127,7 @@ def test_groups_are_those_of_the_stored_order(weight_format):
 def test_wide_inputs_and_many_rows_give_the_same(monkeypatch):
     W, X, keep, p, R = layer(50, 640, 900)  # three blocks of the half-stored matrix
     solved = admm(W, X.T @ X, keep)
-    arguments = W, keep, gram_of(X), GROUPS, R.T @ X, p
+    arguments = W, keep, Objective(gram_of(X), R.T @ X), GROUPS, p
     want = round_on_mask(W, solved.clone(), *arguments[1:])
     again = round_on_mask(W, solved.clone(), *arguments[1:])
     assert torch.equal(want[0], again[0]) and torch.equal(want[1], again[1])
@@ -145,7 +149,7 @@ def test_dead_channels_and_empty_rows(weight_format, damping):
     R[:, 3] = 0
     solved = admm(W, X.T @ X, keep)
     plain = in_order(solved, p, weight_format, weight_format.scales_of(solved[:, p]))
-    V, scales = round_on_mask(W, solved, keep, gram_of(X), weight_format, R.T @ X, p, damping=damping)
+    V, scales = round_on_mask(W, solved, keep, Objective(gram_of(X), R.T @ X, damping), weight_format, p)
     assert V.isfinite().all() and (scales > 0).all() and scales.isfinite().all()
     assert (V[3] == 0).all()
     assert errors(V, W, X, R).sum() < 0.9 * errors(plain, W, X, R).sum()
@@ -155,7 +159,7 @@ def test_no_input_at_all_rounds_to_the_nearest():
     W, _, keep, p, _ = layer(6, 128, 20)
     solved = W * keep
     nothing = SymmetricMatrix.of(torch.zeros(128, 128))
-    V, scales = round_on_mask(W, solved.clone(), keep, nothing, GROUPS, p=p)
+    V, scales = round_on_mask(W, solved.clone(), keep, Objective(nothing), GROUPS, p)
     off = (V - solved)[:, p].view(6, 2, 64).abs()
     inside = solved[:, p].view(6, 2, 64).abs() <= 7.5 * scales.float()[..., None]
     assert (off <= 0.5001 * scales.float()[..., None])[inside].all()

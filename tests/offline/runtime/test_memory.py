@@ -1,4 +1,4 @@
-"""Peak memory, with a model several times larger than the limit."""
+"""Peak memory, with a model twice as large as the limit."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
-    layers: int  # enough for three times the limit
+    layers: int  # enough for twice the limit
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -53,8 +53,8 @@ class Shape:
 LAYERS_IN_MEMORY = {"bfloat16": 6.5, "float32": 8.5}
 # In the proportions of Llama-2-7B, except for its vocabulary, and of Qwen2.5-7B. Training finds its limit in a model
 # that is not too small, because some of what it takes does not grow with the model.
-WIDE, LLAMA = Shape(1536, 4096, 16, 16, 258, 22), Shape(1152, 3072, 12, 12, 258, 22)
-QWEN = Shape(1024, 5376, 16, 2, 42768, 28)
+WIDE, LLAMA = Shape(1536, 4096, 16, 16, 258, 14), Shape(1152, 3072, 12, 12, 258, 14)
+QWEN = Shape(1024, 5376, 16, 2, 42768, 14)
 
 
 def save_large(folder: Path, small: Path, shape: Shape) -> None:
@@ -109,7 +109,7 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
 @pytest.mark.parametrize(
     ("shape", "reconstruct", "pruned", "compute_dtype"),
     [
-        (LLAMA, "admm", "1|20", "bfloat16"),
+        (LLAMA, "admm", "12", "bfloat16"),
         (WIDE, "block, int8", "1", "bfloat16"),
         (QWEN, "short", "1", "float32"),
     ],
@@ -127,7 +127,7 @@ def test_peak_memory_is_bounded_by_one_layer(small, large, text, tmp_path, shape
     limit = layers * shape.layer_bytes + activations + embedding * (2 if compute_dtype == "float32" else 1)
     print(f"peak {peak / shape.layer_bytes:.2f} layers of {limit / shape.layer_bytes:.2f}")
     whole = shape.layers * shape.layer_bytes * (2 if compute_dtype == "float32" else 1)
-    assert whole > 3 * limit  # the whole model, in the dtype it is computed in, is three times larger than the limit
+    assert whole > 2 * limit  # the whole model, in the dtype it is computed in
     assert peak < limit
 
 

@@ -84,14 +84,17 @@ def workspace():
 @pytest.mark.parametrize("arch, tile", TILES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_products_are_those_of_float64(library, tile, seed, workspace):
-    """For each division of K, on a GPU with so few SMs that blocks take several tiles, in any order."""
+    """For each shape and each division of K, on a GPU with so few SMs that blocks take several tiles, in any order.
+
+    One half of these is under each seed, and in each half both dtypes are with each shape.
+    """
     library.seed = seed
     index = library.tile_names.index(tile)
     for number, (out_features, in_features, tokens) in enumerate(SHAPES):
-        dtype, output = dtypes_of(tile)[(seed + number) % 2]
-        product = Product(out_features, in_features, tokens, dtype, output)
-        metadata = library.pack_metadata_on_device(product.bitmask, product.values.itemsize * 8)
-        for split_k in SPLITS:
+        for place, split_k in list(enumerate(SPLITS))[(seed + number) % 2 :: 2]:
+            dtype, output = dtypes_of(tile)[(number + place // 2) % 2]
+            product = Product(out_features, in_features, tokens, dtype, output)
+            metadata = library.pack_metadata_on_device(product.bitmask, product.values.itemsize * 8)
             library.num_sms = (6, 14, 2)[(split_k + number) % 3]
             bias = product.bias if split_k != 2 else None
             sizes = (out_features, in_features)
