@@ -81,7 +81,7 @@ def row(model: str, scheme: str, effort: str, runs: Sequence[dict[str, Any]]) ->
 @click.option("--samples", default=16, show_default=True)
 @click.option("--windows", default=8, show_default=True, help=f"Of {WINDOW} tokens, from the start of each text.")
 @click.option("--results", type=click.Path(path_type=Path), default="defaults.json", show_default=True)
-def main(
+def main(  # noqa: PLR0913  # the options of the command line
     models: Sequence[str], calibration: str, paths: Sequence[Path], schemes: Sequence[str], efforts: Sequence[str],
     seeds: int, samples: int, windows: int, results: Path,
 ) -> None:  # fmt: skip

@@ -80,10 +80,11 @@ def divisors(scales: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", formats.GROUP_SIZES)
 def test_scales_of_four_bits_are_multiples_of_one_number_a_row(size):
     format = INTEGERS[4, size]
-    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)) * torch.logspace(-9, 9, ROWS)[:, None]
-    weight[5], weight[6, : size] = 0, 0
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(ROWS, COLUMNS, generator=generator) * torch.logspace(-9, 9, ROWS)[:, None]
+    weight[5], weight[6, :size] = 0, 0
     fitting = format.scales_of(weight)
-    drawn = torch.rand(fitting.shape, generator=torch.Generator().manual_seed(4)) * fitting.float()
+    drawn = torch.rand(fitting.shape, generator=generator) * fitting.float()
     for scales, near in ((fitting, fitting), (format.storable(fitting), fitting), (format.storable(drawn), drawn)):
         units = divisors(scales)
         multiples = scales.double() / units

@@ -113,7 +113,8 @@ def unsupported(config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
         return f"no {name_of(input_dtype)} inputs with {weight_format.name} weights"
     if weight_format != FLOAT and not isinstance(weight_format, IntFormat):
         return f"no {weight_format.name} weights; {FLOAT.name}, {INT8.name} and {INT4.name} only"
-    if input_dtype and isinstance(weight_format, IntFormat) and weight_format.num_bits == 8 and weight_format.group_size:
+    groups_of_int8 = isinstance(weight_format, IntFormat) and weight_format.num_bits == 8 and weight_format.group_size
+    if input_dtype and groups_of_int8:
         return f"no int8 inputs with {weight_format.name} weights; with {INT8.name}, which has a scale per row"
     if act_dtype not in sparse24.VALUE_DTYPES:
         return f"dtype {name_of(act_dtype)}; {', '.join(map(name_of, sparse24.VALUE_DTYPES))} only"

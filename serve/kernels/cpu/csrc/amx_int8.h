@@ -81,11 +81,11 @@ struct Int8Operands {
             __builtin_prefetch(blocks + kAmxPrefetchBytes[T - 1] + line * kCacheLine, 0, 2);
         const int64_t block = unit / block_units, slot = unit % block_units * V * S + s;
         if (unit == kPart * units / kParts || unit % block_units == 0)
-          weights = StripWeights<VecTraits, kBits>(multipliers + s * layout.multiplier_bytes() +
-                                                   block * kMultiplierBytes);
+          weights =
+              StripWeights<VecTraits, kBits>(multipliers + s * layout.multiplier_bytes() + block * kMultiplierBytes);
         const uint8_t* values = blocks + block * Stream::block_bytes + slot * Stream::value_bytes;
-        const uint8_t* positions = blocks + block * Stream::block_bytes + Stream::positions_offset +
-                                   (slot + (V - 1) * s) * kUnitPositionBytes;
+        const uint8_t* positions =
+            blocks + block * Stream::block_bytes + Stream::positions_offset + (slot + (V - 1) * s) * kUnitPositionBytes;
         uint8_t* tile_rows = to + s * kTileBytes + unit * V * 2 * kCacheLine;
         if constexpr (V == 2) {
           expand_unit_of_16(weights.of(values), weights.of(values + S * Stream::value_bytes), positions, tile_rows);
@@ -161,9 +161,9 @@ inline void quantize_amx_tokens(const GemmArgs& args, int64_t begin, int64_t end
 // Takes over from the loop of few tokens at `min_tokens`.
 template <class VecTraits, int kBits>
 constexpr Kernels amx_int8_kernels(int64_t min_tokens) {
-  return {int8_kernel<VecTraits, kBits>().by_rows, min_tokens,
-          amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Int8Operands<VecTraits, kBits>>,
-                     nullptr)};
+  return {
+      int8_kernel<VecTraits, kBits>().by_rows, min_tokens,
+      amx_kernel(kUnitChannels / 2, quantize_amx_tokens, multiply_amx_tiles<Int8Operands<VecTraits, kBits>>, nullptr)};
 }
 
 template <class VecTraits>

@@ -101,9 +101,7 @@ struct AmxTile {  // a tile of S strips, step by step
     else
       return chunk + step * step_bytes;
   }
-  static int64_t section_steps(const Layout& layout) {
-    return layout.section_blocks() / Operands::kStepBlocks;
-  }
+  static int64_t section_steps(const Layout& layout) { return layout.section_blocks() / Operands::kStepBlocks; }
   static void load_scales(const Layout& layout, const uint8_t* weights, int64_t section, float* to) {
     for (int s = 0; s < S; ++s)
       Operands::load_scales(layout, weights + layout.section_scales_offset(section, S) + s * layout.strip_scale_bytes(),
@@ -115,8 +113,7 @@ struct AmxTile {  // a tile of S strips, step by step
         load_scales(layout, source.weights, section, to.scales[section]);
   }
   [[gnu::noinline]] static void expand_all(const Layout& layout, const ChunkSource& source, AmxChunk<S>& to) {
-    for (int64_t i = 0; i < source.steps; ++i)
-      Operands::template expand<S, 1, 0, 1>(layout, source, i, to.tiles[i]);
+    for (int64_t i = 0; i < source.steps; ++i) Operands::template expand<S, 1, 0, 1>(layout, source, i, to.tiles[i]);
     expand_scales(layout, source, to);
   }
 };

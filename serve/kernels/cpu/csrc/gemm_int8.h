@@ -266,8 +266,8 @@ void multiply_chunks(const GemmArgs& args, int64_t tile, UnitStream<kBits, S> st
     const int64_t bytes = blocks * stream.block_bytes, share = (bytes / tokens.count / kCacheLine + 1) * kCacheLine;
     const uint8_t *next = stream.block, *const next_end = next + bytes;
     for (int64_t b = 0; b < tokens.count; ++b) {
-      const auto accumulate = accumulate_prepared_for<VecTraits, S>(
-          tokens.size(b), std::make_index_sequence<VecTraits::kBlockTokens>());
+      const auto accumulate =
+          accumulate_prepared_for<VecTraits, S>(tokens.size(b), std::make_index_sequence<VecTraits::kBlockTokens>());
       const uint8_t* panel = args.panel + int8_panel_offset(args.tokens, first, blocks, tokens.first(b));
       for (const uint8_t* stop = next_end - next < share ? next_end : next + share; next < stop; next += kCacheLine)
         __builtin_prefetch(next, 0, 2);

@@ -40,9 +40,9 @@ constexpr int64_t kStripRows = 16;
 constexpr int64_t kTileStrips = 2;
 constexpr int64_t kTileRows = kStripRows * kTileStrips;
 constexpr int64_t kBlockGroups = 8;
-constexpr int64_t kPositionBytes = 8;  // per strip and group
+constexpr int64_t kPositionBytes = 8;    // per strip and group
 constexpr int64_t kMultiplierBytes = 8;  // per strip and block
-constexpr int kMaxMultiplier = 15;  // times -8 is an int8
+constexpr int kMaxMultiplier = 15;       // times -8 is an int8
 
 // The dtype of the weights. Activations have the same, except that int8 and int4 weights take any floating-point ones;
 // those of experts are bfloat16, or any that the kernel rounds to int8.
@@ -114,9 +114,10 @@ struct Layout {
     return header.magic == Header::kMagic && header.rows > 0 && header.columns > 0 && header.columns % 64 == 0 &&
            static_cast<uint32_t>(dtype) < kNumDtypes && header.int8_activations <= has_scales(dtype) &&
            valid_pattern(header.pattern) &&
-           (header.group_size == 0 ? scales == Dtype::float32
-                                   : has_scales(dtype) && !header.int8_activations && valid_group(header.group_size, header.columns) &&
-                                         static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
+           (header.group_size == 0
+                ? scales == Dtype::float32
+                : has_scales(dtype) && !header.int8_activations && valid_group(header.group_size, header.columns) &&
+                      static_cast<uint32_t>(scales) < static_cast<uint32_t>(Dtype::int8));
   }
   static constexpr bool valid_group(int64_t group_size, int64_t columns) {
     return (group_size == 32 || group_size == 64 || group_size == 128) && columns % group_size == 0;

@@ -38,7 +38,7 @@ struct Packing {
   GivenScales scales;
   uint8_t* packed;
   int64_t gates;
-  std::atomic<int64_t> first_invalid_group{INT64_MAX};  // row * groups + group
+  std::atomic<int64_t> first_invalid_group{INT64_MAX};   // row * groups + group
   std::atomic<int64_t> first_invalid_scales{INT64_MAX};  // row
 };
 
@@ -144,8 +144,8 @@ double scale_of(Dtype dtype, const uint8_t* scales, int64_t i) {
 
 // Writes the multipliers of a row's blocks, and returns the scale that they multiply, if there is one. Groups of zeros,
 // such as padding, may have any scale. `values` and `scales`: of this row.
-std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& given, const uint8_t* values, const uint8_t* scales,
-                       int64_t lane, uint8_t* to) {
+std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& given, const uint8_t* values,
+                                      const uint8_t* scales, int64_t lane, uint8_t* to) {
   const int64_t groups = given.group_size ? layout.columns / given.group_size : 1;
   const int64_t blocks = layout.blocks() / groups, bytes = layout.columns / 4 / groups;
   const auto is_zero = [&](int64_t group) {
@@ -169,8 +169,7 @@ std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& g
     for (int64_t group = 0; fits && group < groups; ++group) fits = multiplier(group) > 0;
     if (!fits) continue;
     for (int64_t block = 0; block < layout.blocks(); ++block)
-      to[block * kMultiplierBytes + lane % 8] |=
-          static_cast<uint8_t>(multiplier(block / blocks) << (lane < 8 ? 0 : 4));
+      to[block * kMultiplierBytes + lane % 8] |= static_cast<uint8_t>(multiplier(block / blocks) << (lane < 8 ? 0 : 4));
     return scale;
   }
   return std::nullopt;
@@ -259,8 +258,10 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, Give
                              (layout.pattern == 4 ? "two" : "eight") + " values");
   }
   if (const int64_t row = packing.first_invalid_scales.load(); row != INT64_MAX)
-    throw std::runtime_error("row " + std::to_string(row) + ": with inputs rounded to int8, the scales of a row's "
-                             "groups must be multiples, 1 to 15, of one number, as ria-vllm compress writes them: compress the model again");
+    throw std::runtime_error(
+        "row " + std::to_string(row) +
+        ": with inputs rounded to int8, the scales of a row's "
+        "groups must be multiples, 1 to 15, of one number, as ria-vllm compress writes them: compress the model again");
 }
 
 }  // namespace ria

@@ -135,13 +135,11 @@ void pack_experts_op(StableIValue* stack, uint64_t, uint64_t) {
   ask_for_huge_pages(to, count * layout.bytes());
   const int64_t value_bytes = rows * layout.groups() * pair_bytes(layout.dtype);
   const int64_t bitmask_bytes = rows * layout.columns / 8;
-  const int64_t scale_bytes =
-      rows * (given.group_size ? layout.columns / given.group_size : 1) * bits(given.dtype) / 8;
+  const int64_t scale_bytes = rows * (given.group_size ? layout.columns / given.group_size : 1) * bits(given.dtype) / 8;
   for (int64_t expert = 0; expert < count; ++expert, to += layout.bytes()) {
     try {
       pack(layout, compressed.data<const uint8_t>() + expert * value_bytes,
-           bitmask.data<const uint8_t>() + expert * bitmask_bytes,
-           given, to, gates);
+           bitmask.data<const uint8_t>() + expert * bitmask_bytes, given, to, gates);
       if (given.values) given.values = static_cast<const uint8_t*>(given.values) + scale_bytes;
     } catch (const std::runtime_error& error) {
       throw std::runtime_error("expert " + std::to_string(expert) + ": " + error.what());
