@@ -193,7 +193,8 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     kept = [record["retained_after"] for record in report["linears"].values()]
     free = recipe.pattern == TWO_OF_FOUR and recipe.activations != "fp8" and "kept" not in report
     if free and not cuda.is_available():
-        monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, --pattern 8:16 loses less at the same size")
+        way = "--pattern 8:16 loses less at the same size; `ria-vllm doctor` says at what speed"
+        monitor.say(f"{recipe.pattern} is for GPUs, too; for CPUs alone, {way}")
     score = f", mean retained score {sum(kept) / len(kept):.4f}" if kept else ""
     monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():

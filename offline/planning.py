@@ -25,13 +25,8 @@ from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-from ria_vllm.speed import expected, served_by
+from ria_vllm.speed import expected, of_eight, served_by
 from ria_vllm.table import print_table
-
-EIGHT = (
-    "8:16:    --pattern 8:16, which no GPU multiplies, is as large and loses less: of SmolLM2 in W8A8 28% less in "
-    "KL. On most CPUs it is about as fast with A8; with A16 a fifth slower, and W4A16 up to half with one user"
-)
 
 
 @click.command()
@@ -52,7 +47,8 @@ def plan(model: str, scheme: str, device: str) -> None:
         recipe = Recipe.of_options(SCHEMES[scheme] | EFFORTS["default"]).within(longest)
         kept = find_kept(streamed, recipe, monitor) if is_here else Kept()
         recipe = keeping(recipe.fitting(widths(streamed, recipe)), kept, monitor)
-        topologies = embed(streamed, recipe, torch.zeros(1, recipe.seq_len).long(), Ranks(), monitor).topologies
+        still = replace(recipe, smooth=0.0, rotate="none")  # what scales and heads allow is nothing that is said
+        topologies = embed(streamed, still, torch.zeros(1, recipe.seq_len).long(), Ranks(), monitor).topologies
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
@@ -76,8 +72,9 @@ def plan(model: str, scheme: str, device: str) -> None:
     click.echo(f"kernel:  {kernel}")
     speed = expected(sizes, scheme, instructions)
     click.echo(f"tokens/s {speed or 'unknown: nothing was measured on such a device'}")
-    if place.type == "cpu" and recipe.activations != "fp8" and not recipe.only_keeps:
-        click.echo(EIGHT)
+    inputs = {"none": streamed.stored_dtype, "int8": torch.int8}.get(recipe.activations)
+    if (eight := of_eight(inputs, instructions)) and not recipe.only_keeps:
+        click.echo(f"8:16:    {eight}")
     whole = human_size(round(forecast.LIBRARIES + streamed.model.num_parameters() * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")
     print_table(("--effort", "time", "memory"), rows)

@@ -28,6 +28,7 @@ from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLa
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.proving.folder import Findings, prove_folder
+from ria_vllm.speed import of_eight
 
 EXPERTS = (32, 2048, 768)
 """The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""
@@ -110,6 +111,16 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
             note = f"chosen{choice.how}: the first that can serve this layer"
         lines.append(f"{name:14} {note}")
     return lines
+
+
+def eight_line(config: LinearLayerConfig) -> str:
+    """What 8:16 brings and costs here; empty if it was not measured."""
+    if config.device.type != "cpu" or config.weight_format == FP8:
+        return ""
+    try:
+        return of_eight(config.input_dtype or config.act_dtype, instruction_set())
+    except RiaError:  # no kernel of ours
+        return ""
 
 
 def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
@@ -196,6 +207,8 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
     click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {here}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")
+    if eight := eight_line(linear):
+        click.echo(f"\n{eight}")
     click.echo("\nkernels for {} experts of {} x {} (an MoE layer):".format(*EXPERTS))
     for line in kernel_lines(experts):
         click.echo(f"  {line}")

@@ -94,7 +94,8 @@ def embed(
         # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
         if topologies is None:
             with monitor.phase("structure of the layers"):
-                topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1]) if ranks.first else None)
+                changes = bool(recipe.migration_strength or recipe.rotates_heads)
+                topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1], changes) if ranks.first else None)
         for text in monitor.steps(own + measured, "embedding", len(own + measured)):
             stream, found = embedder(text)
             for call, other, varying in zip(calls[stream.shape], found, made, strict=True):

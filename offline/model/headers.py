@@ -1,6 +1,6 @@
-"""A folder that stands in for a model on the hub: its config.json, and a weight file with nothing but a header.
+"""A folder that stands in for a model on the hub: its config.json, and weight files with nothing but headers.
 
-The values are a hole in the file: they read as zeros and take no space. What does not depend on them can be found out.
+The values are holes in the files: they read as zeros and take no space. What does not depend on them can be found out.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 
+from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.hf import first_line
@@ -37,15 +38,20 @@ def without_weights(model: str) -> Iterator[Path]:
             f"({first_line(error)}). Check the name; gated models need `hf auth login`."
         ) from None
     with TemporaryDirectory(prefix="ria-plan-") as scratch:
-        folder, header, end = Path(scratch, *model.split("/")), {}, 0
-        for name, info in (one for file in found.files_metadata.values() for one in file.tensors.items()):
-            begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
-            header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
+        folder, places = Path(scratch, *model.split("/")), {}
         with disk_errors(folder):
             folder.mkdir(parents=True)
             copyfile(config, folder / "config.json")
-            with open(folder / "model.safetensors", "wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                file.truncate(8 + len(text) + end)
+            # As many files as there: a system may refuse to map one that is larger than its memory.
+            for number, described in enumerate(found.files_metadata.values()):
+                header, end, written = {}, 0, f"model-{number:05d}.safetensors"
+                for name, info in described.tensors.items():
+                    begin, end = end, end + max(0, info.data_offsets[1] - info.data_offsets[0])
+                    header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [begin, end]}
+                    places[name] = written
+                text = json.dumps(header).encode()
+                with open(folder / written, "wb") as file:
+                    file.write(len(text).to_bytes(8, "little") + text)
+                    file.truncate(8 + len(text) + end)
+            (folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
         yield folder

@@ -25,8 +25,8 @@ def plot(path: Path, measured: Measured) -> None:
 
 
 def draw(pyplot, measured: Measured):
-    """A panel for each of SPEEDS over the numbers of users, and with quality two more that have tokens/s over it: for
-    each side a line with a point for each number of users that has figures."""
+    """A panel for each of SPEEDS over the numbers of users, and with quality two more that have tokens/s over it, whose
+    best corner is marked: for each side a line with a point for each number of users that has figures."""
     columns = len(SPEEDS) + (len(QUALITIES) if measured.quality else 0)
     figure, axes = pyplot.subplots(1, columns, figsize=(4.4 * columns, 4), layout="constrained")
     for side in (side.name for side in measured.sides):
@@ -43,5 +43,8 @@ def draw(pyplot, measured: Measured):
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+    for axis in axes[len(SPEEDS) :]:
+        arrow = {"arrowstyle": "->", "color": "green"}
+        axis.annotate("best", (0, 1), (0.12, 0.88), "axes fraction", "axes fraction", arrow, color="green")
+    axes[0].legend(frameon=False)  # colours are the same in all of them
     return figure

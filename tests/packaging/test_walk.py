@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.request
@@ -25,7 +26,6 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 TORCH = "--torch-backend cpu "
-SERVER = "http://127.0.0.1:8000"
 PATIENCE = 3600  # seconds for one command
 
 
@@ -69,6 +69,10 @@ def test_the_readmes_commands_lead_to_a_token(tmp_path, environment, capfd):
     if "UV_FIND_LINKS" in environment:
         assert any(TORCH in step for step in steps)
         steps = [step.replace(TORCH, "") for step in steps]
+    with socket.socket() as free:  # another server may be at the README's 8000
+        free.bind(("127.0.0.1", 0))
+        steps[-1] += f" --port {free.getsockname()[1]}"
+        server_at = f"http://127.0.0.1:{free.getsockname()[1]}"
     told = "\n".join(f'{step}\necho "=== $SECONDS s after: {step.translate({34: 39})}"' for step in steps[:-1])
     with open(log, "w") as file:
         server = subprocess.Popen(
@@ -76,10 +80,10 @@ def test_the_readmes_commands_lead_to_a_token(tmp_path, environment, capfd):
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        while not reaches(f"{SERVER}/health"):
+        while not reaches(f"{server_at}/health"):
             assert server.poll() is None and time.monotonic() < began + PATIENCE, log.read_text()[-5000:]
             time.sleep(1)
-        client = openai.OpenAI(base_url=f"{SERVER}/v1", api_key="none")
+        client = openai.OpenAI(base_url=f"{server_at}/v1", api_key="none")
         chat = [{"role": "user", "content": "What is the capital of France?"}]
         answer = client.chat.completions.create(model="SmolLM2-2of4", messages=chat, max_tokens=1)
         assert answer.usage.completion_tokens == 1

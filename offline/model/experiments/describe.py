@@ -31,7 +31,7 @@ from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, li
 from ria_vllm.vllm_quirks import served_dense
 
 
-def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topology:
+def describe(config: Any, layer: nn.Module, short: Batch, long: Batch, changes: bool = True) -> Topology:
     """The topology of a layer, found by experiment.
 
     Args:
@@ -39,6 +39,7 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
         layer: its weights may be on the meta device.
         short: a call, and a residual stream [1, tokens, hidden], with which everything is tried.
         long: the same with more tokens, with which all that was found is tried once more.
+        changes: also find out where scales can migrate, and heads be rotated, which takes half of the time.
 
     Raises:
         RiaError: a copy of the layer in float64 with random parameters cannot be run by itself.
@@ -56,8 +57,8 @@ def describe(config: Any, layer: nn.Module, short: Batch, long: Batch) -> Topolo
     with_many_tokens = experiment.with_batch(*long)
     folds = confirmed(with_many_tokens, folds)
     sublayers = tuple(_constrained(sublayer, layer, folds, experiment.stream.shape[-1]) for sublayer in sublayers)
-    migrations = find_migrations(experiment, with_many_tokens, seen, groups, folds)
-    rotations = find_rotations(experiment, with_many_tokens, folds)
+    migrations = find_migrations(experiment, with_many_tokens, seen, groups, folds) if changes else ()
+    rotations = find_rotations(experiment, with_many_tokens, folds) if changes else ()
     return Topology(
         sublayers, tuple(folds), _all_dense(layer, dense, order), _together(groups), migrations, rotations,
         _norms_of_stream(experiment, seen, sublayers),

@@ -21,12 +21,13 @@ MANY_TOKENS = 512
 TOO_LARGE = "what this layer looks like is found out on a copy in float64, which does not fit into memory"
 
 
-def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> Topologies:
+def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor, changes: bool = True) -> Topologies:
     """Describe one layer of each kind.
 
     Args:
         embedder: of the model, which knows what layers return.
         tokens: int64 [1, at least one], any text; its first 512 are used.
+        changes: see `describe`.
 
     Raises:
         RiaError: a layer that does not run by itself, or whose copy in float64 does not fit into memory.
@@ -41,7 +42,7 @@ def survey(model: StreamedModel, embedder: Embedder, tokens: torch.Tensor) -> To
         _check_memory(layer, place)
         short, long = ((calls[index], stream) for stream, calls in batches)
         try:
-            found.append(describe(text_config(model.config), layer, short, long))
+            found.append(describe(text_config(model.config), layer, short, long, changes))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise

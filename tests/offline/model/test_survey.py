@@ -24,11 +24,11 @@ def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_pa
     described, loaded = [], []
     describe, load_layer = survey.describe, StreamedModel.load_layer
 
-    def watched(config, layer, short, long):
+    def watched(config, layer, short, long, changes):
         assert short[1].shape[1] == 8 < long[1].shape[1]
         assert all(parameter.is_meta for parameter in layer.parameters())
-        described.append(type(layer).__name__)
-        return describe(config, layer, short, long)
+        described.append((type(layer).__name__, changes))
+        return describe(config, layer, short, long, changes)
 
     def load(self, index):
         loaded.append((index, len(described)))
@@ -37,7 +37,7 @@ def test_one_experiment_for_each_kind_and_no_weights_are_read(tiny, text, tmp_pa
     monkeypatch.setattr(survey, "describe", watched)
     monkeypatch.setattr(StreamedModel, "load_layer", load)
     run_small(tiny("llama"), tmp_path / "out", text)
-    assert described == ["LlamaDecoderLayer"]
+    assert described == [("LlamaDecoderLayer", False)]  # nothing migrates or rotates in this run
     assert loaded == [(0, 0), (0, 1), (1, 1)]
 
 
@@ -55,7 +55,7 @@ def test_layers_are_of_two_kinds_if_only_one_leaves_something_for_others(monkeyp
 
     layers = nn.ModuleList([Passing() for _ in range(3)])
 
-    def found(config, layer, short, long):
+    def found(config, layer, short, long, changes):
         return Topology((Sublayer(f"of layer {[*layers].index(layer)}", ()),))
 
     monkeypatch.setattr(survey, "describe", found)

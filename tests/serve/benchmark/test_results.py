@@ -80,5 +80,7 @@ def test_the_plot(tmp_path):
     assert drawn(time)["sparse"] == [(1, pytest.approx(100 / 150)), (4, 1)]
     assert drawn(perplexity) == {"dense": [(40, 110), (40, 200)], "sparse": [(60, 150), (60, 100)]}
     assert drawn(kl)["sparse"] == [(0.5, 150), (0.5, 100)]
+    marks = [[(text.get_text(), text.xy) for text in axis.texts] for axis in axes]
+    assert marks == [[], [], [], *[[("best", (0, 1))]] * 2]  # upper left: fast, and like the dense model
     plot(tmp_path / "bench.png", Measured(SIDES, RUNS))
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"

@@ -190,6 +190,9 @@ struct Bf16Operands {
       begin(kGrouped ? zeros : sums);
       for (int64_t step = 0; step < panel.steps; ++step, token += panel.step_stride(token_block)) {
         multiply_channels<S>(layout, Steps::step(layout, weights, step), token, products, others);
+        bool decided = true;  // whatever the other steps add, as soon as all rows are NaN
+        for (int64_t r = 0; r < S * kStripRows; ++r) decided &= others[r] != others[r];
+        if (decided) return std::memcpy(sums, others, S * kStripRows * sizeof *sums), void();
         if constexpr (kGrouped)
           if ((step + 1) % Steps::section_steps(layout) == 0) {
             Steps::load_scales(layout, weights, step / Steps::section_steps(layout), scales);
@@ -220,12 +223,17 @@ struct Bf16Operands {
                          __attribute__((always_inline)) { expand_in_block<VecTraits, S, group, true>(step, kept); },
                      kGroupsOfBlock);
       for (int64_t c = 0; c < kStepColumns; ++c)
-        for (int64_t r = 0; r < S * kStripRows; ++r) {
-          const int64_t at = r / kStripRows * kTileBytes + c / 2 * kCacheLine + (r % kStripRows * 2 + c % 2) * 2;
-          Bfloat16 weight, is_kept;
-          std::memcpy(&weight, expanded + at, sizeof weight);
-          std::memcpy(&is_kept, kept + at, sizeof is_kept);
-          if (finite[c] != x[c] && is_kept.bits) others[r] += weight.to_float() * Bfloat16{x[c]}.to_float();
+        for (int64_t s = 0; s < S && finite[c] != x[c]; ++s) {
+          const auto of_channel = [&](const uint8_t* tiles) {  // a line has pairs of channels of 16 rows
+            const __m512i pairs = _mm512_load_si512(tiles + s * kTileBytes + c / 2 * kCacheLine);
+            return c % 2 ? _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000)))
+                         : _mm512_slli_epi32(pairs, 16);
+          };
+          const __m512 weights = _mm512_castsi512_ps(of_channel(expanded));
+          const __m512i ones = of_channel(kept);
+          float* to = others + s * kStripRows;
+          _mm512_store_ps(to, _mm512_mask3_fmadd_ps(weights, _mm512_set1_ps(Bfloat16{x[c]}.to_float()),
+                                                    _mm512_load_ps(to), _mm512_test_epi32_mask(ones, ones)));
         }
     }
 

@@ -168,12 +168,15 @@ def nans_stay_in_their_token_and_row(kind, tokens: int, pattern: Pattern) -> Non
     x, name = weight.x(tokens), f"{kind[0].name}, {kind[1]}, {tokens} tokens"
     layer = weight.packed_by(CpuKernel)
     clean = layer(x)
-    x[3, 5], x[4, 9] = float("nan"), float("inf")
+    x[3, 5], x[4, 9], x[5], x[6, ::3] = float("nan"), float("inf"), float("nan"), float("-inf")
     y = layer(x)
     mask = sparse24.mask_from_bitmask(weight.parts["bitmask"])
     assert torch.equal(y[3].isnan(), mask[:, 5]), name
     assert torch.equal(~y[4].isfinite(), mask[:, 9]), name  # not infinite where a weight is zero
-    y[3:5], clean[3:5] = 0, 0
+    want = torch.where(mask, weight.dense * x[6].double(), 0).sum(1)
+    assert y[5].isnan().all() and torch.equal(y[6].isnan(), want.isnan()), name
+    assert torch.equal(y[6][want.isinf()].double(), want[want.isinf()]), name
+    y[3:7], clean[3:7] = 0, 0
     assert torch.equal(y, clean), name
 
 

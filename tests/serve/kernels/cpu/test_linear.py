@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -258,3 +259,22 @@ for choose, layer in ((registry.choose, config), (experts_registry.choose, rando
 def test_no_other_kernel_takes_over_from_an_instruction_set_that_does_not_exist(instruction_set, said):
     lines = run_with(instruction_set, "-c", CHOOSE).stdout.splitlines()
     assert len(lines) == 2 and all(line.startswith(said) for line in lines)
+
+
+def test_tokens_that_are_nan_take_hardly_longer():
+    """In a server's first run all may be NaN."""
+    weight = random_weight(1536, 576, FLOAT, torch.bfloat16)
+    layer, x = weight.packed_by(), weight.x(256)
+
+    def seconds(x: torch.Tensor) -> float:
+        begun = time.thread_time()
+        layer(x)
+        return time.thread_time() - begun
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        clean, nan = (min(seconds(one) for _ in range(5)) for one in (x, torch.full_like(x, float("nan"))))
+    finally:
+        torch.set_num_threads(threads)
+    assert nan < 30 * clean  # once 1200 times
