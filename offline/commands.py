@@ -123,8 +123,9 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 @expert(
     "--group-size",
     type=click.Choice(["128", "64", "32", "row"]),
-    show_default="row for W8; for W4 128 if that fits 8 tensor-parallel ranks, else 64",
-    help="Columns of an integer weight that share a scale. Smaller groups are more exact: 16/SIZE bits a weight more.",
+    show_default="row for W8; 32 for W4A8; for W4A16 128 if that fits 8 tensor-parallel ranks, else 64",
+    help="Columns of an integer weight that share a scale. Smaller groups are more exact, and take 16/SIZE bits a "
+    "weight more on the disk.",
 )
 @expert(
     "--smooth",

@@ -312,7 +312,7 @@ class Recipe:
             )
         if self.weights != "int4" or self.group_size is not None:
             return self
-        if self.activations != "none":  # scales are integers there, so small groups cost neither time nor memory
+        if self.activations != "none":  # scales are integers there: small groups cost bytes on the disk only
             return replace(self, group_size=32)
         # Tensor parallelism needs whole groups on each rank. Where 128 does not fit 8, 64 fits twice as many as 128.
         return replace(self, group_size=128 if _whole_groups(widths, 128, ranks=8) else 64)

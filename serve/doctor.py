@@ -40,7 +40,7 @@ STORED = {
     "W8A16": (INTEGERS[8, None], None),
     "W8A8": (INTEGERS[8, None], torch.int8),
     "W4A16": (INTEGERS[4, 128], None),
-    "W4A8": (INTEGERS[4, 128], torch.int8),
+    "W4A8": (INTEGERS[4, 32], torch.int8),
     "FP8": (FP8, None),
 }
 """Scheme -> the format of the weights, and what kernels are told to round inputs to. BF16 is what `--dtype` says."""

@@ -62,7 +62,7 @@ def test_quantizing_is_off_by_at_most_half_a_step(format, dtype):
     )
     if format.largest_multiple is not None:  # rounded up to a multiple of the row's unit
         above = (scales.double() - wanted) / divisors(scales)
-        assert above.min() > -1e-6 and above.max() < 1
+        assert above.min() > -1e-6 and above.max() < 2
         return
     torch.testing.assert_close(scales.double(), wanted, rtol=1e-6 if format.group_size is None else 2**-8, atol=0)
 
@@ -86,16 +86,24 @@ def test_scales_of_four_bits_are_multiples_of_one_number_a_row(size):
     fitting = format.scales_of(weight)
     drawn = torch.rand(fitting.shape, generator=generator) * fitting.float()
     for scales, near in ((fitting, fitting), (format.storable(fitting), fitting), (format.storable(drawn), drawn)):
-        units = divisors(scales)
-        multiples = scales.double() / units
+        multiples = scales.double() / divisors(scales)
         assert scales.dtype == torch.bfloat16 and scales.min() > 0
         assert torch.equal(multiples, multiples.round()) and multiples.max() <= 15
-        assert torch.equal(format.units_of(scales).double(), units)
         assert torch.equal(format.storable(scales), scales)
-        # A unit has four bits and 15 of it are no less than the largest.
+        # A unit has four bits, and 15 of it are no less than the largest.
         assert ((scales.double() - near.double()).abs() <= 1.126 * near.double().amax(1, keepdim=True) / 15).all()
-    assert not format.units_of(drawn).any()
+    units = format.units_of(fitting)
+    assert torch.equal(fitting.amax(1, keepdim=True).float(), 15 * units)
+    for multiple in range(1, 16):  # of four bits each
+        scales = (units * multiple).to(torch.bfloat16)
+        assert torch.equal(scales.float(), units * multiple) and torch.equal(format.storable(scales, units), scales)
     assert INTEGERS[8, size].units_of(fitting) is None
+
+
+@pytest.mark.parametrize("largest", (1e-30, 1e-37, 1e-41, 0))
+def test_weights_too_small_for_units_become_zeros(largest):
+    rounded, scales = INTEGERS[4, 32].quantize(torch.full((2, 64), largest), torch.float32)
+    assert scales.min() > 0 and torch.equal(rounded.bool(), torch.full((2, 64), largest == 1e-30))
 
 
 @each_integer

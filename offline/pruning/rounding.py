@@ -4,7 +4,8 @@ other.
 A row q of the rounded weight should minimise q A q^T - 2 b q^T, where A is the damped Gram matrix of the input and b
 the row's target times A: the least squares of `ria_vllm.offline.pruning.admm`, with q on a grid. Coordinate descent
 does this. With all other entries fixed, the best value of entry j on any grid is the one nearest to
-q_j - (q A - b)_j / A_jj; with all values fixed, the best scale of a group is a quotient. No step raises the error.
+q_j - (q A - b)_j / A_jj; with all values fixed, the best scale of a group is a quotient, rounded to one that can be
+stored. No step raises the error.
 (Coordinate descent for dense weights: Behdin et al., "QuantEase", 2023; Nair and Suggala, "CDQuant", 2024.)
 
 A GPTQ sweep makes all later columns compensate for each rounded one. Here half of these are pruned, in each row others,
@@ -28,7 +29,8 @@ ENTRIES_AT_ONCE, ENTRIES_AT_ONCE_ON_GPUS, LEAST_ROWS = 1 << 20, 1 << 24, 256
 # Columns of a block if scales are per row. The gradient of the others is updated once for each block.
 BLOCK = 64
 PASSES = 3
-# Scales are searched for from the one that fits the largest magnitude down to this part of it, in so many steps.
+# Scales are searched for from the one that fits the largest magnitude down to this part of it, in so many steps; those
+# of int4 groups among the multiples of their unit.
 SMALLEST, STEPS = 0.4, 25
 
 
@@ -84,9 +86,10 @@ def round_on_mask(
         if cross_term is not None:
             target += _take(cross_term[rows], p)
         W, kept = _take(solved[rows], p), _take(mask[rows], p)
-        searched = nearest_scales(W, weight_format, system.diagonal)
-        found = _Rows(W, searched, system, target, weight_format)
-        found.replace_where_worse(_Rows(W, weight_format.scales_of(W), system, target, weight_format))
+        fitting, searched = weight_format.scales_of(W), nearest_scales(W, weight_format, system.diagonal)
+        units = weight_format.units_of(fitting)
+        found = _Rows(W, searched, system, target, weight_format, units)
+        found.replace_where_worse(_Rows(W, fitting, system, target, weight_format, units))
         del W
         for _ in range(passes):
             found.descend(kept, system, target)
@@ -169,16 +172,22 @@ class _System:
 class _Rows:
     """Some rows of the rounded weight, in the stored order.
 
-    values: float32 [rows, in], of the format; scales: float32 [rows, 1 or groups], such as can be stored in
-    `scale_dtype`; gradient: half of it, q A - b [rows, in].
+    values: float32 [rows, in], of the format; scales: float32 [rows, 1 or groups], such as can be stored; units: those
+    of the scales, see `RoundedFormat.units_of`; gradient: half of it, q A - b [rows, in].
     """
 
     def __init__(
-        self, W: torch.Tensor, scales: torch.Tensor, system: _System, target: torch.Tensor, weight_format: RoundedFormat
+        self,
+        W: torch.Tensor,
+        scales: torch.Tensor,
+        system: _System,
+        target: torch.Tensor,
+        weight_format: RoundedFormat,
+        units: torch.Tensor | None,
     ):
         """At first they are W [rows, in], rounded to the nearest values."""
         self.format, self.round_, self.columns = weight_format, weight_format.round_, weight_format.group_size
-        self.scales, self.units = scales.float().clone(), weight_format.units_of(scales)
+        self.scales, self.units = scales.float().clone(), units
         self.values = self.round_(W / wide_scales(self.scales, W.shape[1]))
         self.gradient = system.product(self.weight()).sub_(target)
 
@@ -239,7 +248,7 @@ class _Rows:
         return torch.where(better, e + 1, 1.0)
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.values, self.scales, self.gradient, *([] if self.units is None else [self.units])
+        return self.values, self.scales, self.gradient
 
 
 def _some_rows(weight: torch.Tensor) -> Iterator[slice]:

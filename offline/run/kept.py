@@ -32,6 +32,7 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
     """
     fitting: dict[int, frozenset[str]] = {}
     left: dict[int, frozenset[str]] = {}
+    wider: tuple[str, Pattern] | None = None
     proved, total = False, len(model.layers)
     for index in monitor.steps(range(total), "looking for zeros", total):
         weights = {name: _linear(model, index, name) for name in linears_to_prune(model, index, recipe)}
@@ -40,23 +41,27 @@ def find_kept(model: StreamedModel, recipe: Recipe, monitor: Monitor) -> Kept:
         fitting[index] = frozenset(name for name, share in shares.items() if share is not None)
         left[index] = frozenset(shares) - fitting[index]
         proved |= any(share is not None and share >= LEAST_SHARE for share in shares.values())
-    if not proved and not recipe.prune_rest:
-        _refuse_wider(model, recipe)
+        if wider is None and not proved and not recipe.prune_rest:
+            wider = _wider(model, index, left[index], recipe.pattern)
+    if wider is not None and not proved:
+        name, pattern = wider
+        raise RiaError(
+            f"{name}: is {pattern} already, but not {recipe.pattern}. --pattern {pattern} keeps the zeros of this "
+            f"model; --prune-rest prunes it to {recipe.pattern}."
+        )
     return Kept(fitting, left) if proved else Kept()
 
 
-def _refuse_wider(model: StreamedModel, recipe: Recipe) -> None:
-    """Refuse to prune once more what has a wider pattern already. The first layer that would be pruned tells."""
-    wider = [pattern for pattern in PATTERNS.values() if pattern.of > recipe.pattern.of]
-    names = {index: linears_to_prune(model, index, recipe) for index in range(len(model.layers))}
-    index = next((index for index in names if names[index]), 0)
-    for name, pattern in product(names[index], wider):
-        share = _share(_linear(model, index, name), pattern)
+def _wider(model: StreamedModel, index: int, names: Iterable[str], kept: Pattern) -> tuple[str, Pattern] | None:
+    """The written name of a linear of a layer, or the path of experts, among `names` that has a wider pattern, and
+    this pattern; None if there is none."""
+    for name, pattern in product(sorted(names), PATTERNS.values()):
+        is_linear = name not in model.experts[index]
+        weights = _linear(model, index, name) if is_linear else _experts(model, index, name)
+        share = _share(weights, pattern) if pattern.of > kept.of else None
         if share is not None and share >= LEAST_SHARE:
-            raise RiaError(
-                f"{model.written_linear(index, name)}: is {pattern} already, but not {recipe.pattern}. --pattern "
-                f"{pattern} keeps the zeros of this model; --prune-rest prunes it to {recipe.pattern}."
-            )
+            return model.written_linear(index, name) if is_linear else model.layer_prefix(index) + name, pattern
+    return None
 
 
 def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:

@@ -80,7 +80,8 @@ class RoundedFormat(WeightFormat):
         return self.nearest(weight, scales).to(dtype), scales
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The scales that fit the largest magnitudes, [out, 1] or [out, in / group_size], positive.
+        """The scales that fit the largest magnitudes, or of int4 groups the next multiples of the row's unit; [out, 1]
+        or [out, in / group_size], positive.
 
         Args:
             weight: [out, in], in the stored order.
@@ -90,11 +91,11 @@ class RoundedFormat(WeightFormat):
         return torch.where(scales > 0, scales, 1.0)
 
     def units_of(self, scales: torch.Tensor) -> torch.Tensor | None:
-        """The largest numbers that all scales of a row are multiples of, float32 [out, 1], 0 where there is none; None
-        if the format makes no such scales.
+        """float32 [out, 1]: the numbers of which 1 to `largest_multiple` times are scales that can be stored, the
+        largest one no smaller than any of a row's. Those of `scales_of` are such multiples. None: any scale will do.
 
         Args:
-            scales: [out, groups], positive.
+            scales: [out, groups], not negative.
         """
         return None
 
@@ -103,7 +104,8 @@ class RoundedFormat(WeightFormat):
 
         Args:
             scales: [out, 1] or [out, some of the groups], positive.
-            units: those of the rows, if the format has any; None: found for `scales`, which are whole rows.
+            units: those of the rows, if the format has any; None: of `scales`, which are whole rows. If these are
+                multiples of some already, they stay as they are.
         """
         return scales.to(self.scale_dtype)
 
@@ -160,39 +162,40 @@ class IntFormat(RoundedFormat):
         if self.largest_multiple is None:
             return super().scales_of(weight)
         fitting = weight.float().unflatten(1, (-1, self.group_size)).abs().amax(-1) / self.largest
-        units = self._new_units(fitting)
-        return (units * (fitting / units).ceil().clamp_(1, self.largest_multiple)).to(self.scale_dtype)
-
-    def storable(self, scales: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
-        if self.largest_multiple is None:
-            return super().storable(scales)
-        scales = scales.float()
-        if units is None:
-            found = self.units_of(scales)
-            assert found is not None
-            units = torch.where(found > 0, found, self._new_units(scales))
-        return (units * (scales / units).round().clamp_(1, self.largest_multiple)).to(self.scale_dtype)
+        units = self.units_of(fitting)
+        multiples = (fitting / units).ceil().clamp_(1, self.largest_multiple)
+        # So that the units of what is returned are these.
+        multiples = torch.where(multiples == multiples.amax(1, keepdim=True), self.largest_multiple, multiples)
+        return (units * multiples).to(self.scale_dtype)
 
     def units_of(self, scales: torch.Tensor) -> torch.Tensor | None:
         if self.largest_multiple is None:
             return None
+        # Of four bits, as multiples have: bfloat16 holds their products.
+        mantissas, exponents = torch.frexp(scales.float().amax(1, keepdim=True) / self.largest_multiple)
+        units = torch.ldexp((mantissas * 16).ceil() / 16, exponents)
+        return torch.where(units > 2.0**-120, units, 1.0)
+
+    def storable(self, scales: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
+        if self.largest_multiple is None:
+            return super().storable(scales)
+        found = self._divisors(scales) if units is None else units
+        multiples = (scales.float() / found).round().clamp_(1, self.largest_multiple)
+        return (found * multiples).to(self.scale_dtype)
+
+    def _divisors(self, scales: torch.Tensor) -> torch.Tensor:
+        """Units of which a row's scales are multiples; its `units_of` where there is none."""
+        assert self.largest_multiple is not None
+        found = self.units_of(scales)
         exact = scales.double()  # so that products below are
-        least, found = exact.amin(1, keepdim=True), torch.zeros(len(scales), 1, device=scales.device)
+        least = exact.amin(1, keepdim=True)
         for divisor in range(self.largest_multiple, 0, -1):
             units = (least / divisor).float()
             multiples = (exact * divisor / least).round_()
-            fits = (multiples <= self.largest_multiple).all(1) & (multiples * least == exact * divisor).all(1)
-            fits &= (units.double() * divisor == least)[:, 0]
-            found = torch.where(fits[:, None], units, found)
+            fits = (multiples <= self.largest_multiple) & (multiples * least == exact * divisor)
+            fits &= (units.double() * divisor == least) & (torch.frexp(units).mantissa * 16 % 1 == 0)
+            found = torch.where(fits.all(1, keepdim=True), units, found)
         return found
-
-    def _new_units(self, scales: torch.Tensor) -> torch.Tensor:
-        """Units with which no multiple is too large, float32 [out, 1]. They have four bits, as multiples have, so that
-        bfloat16 holds their products."""
-        assert self.largest_multiple is not None
-        mantissas, exponents = torch.frexp(scales.float().amax(1, keepdim=True) / self.largest_multiple)
-        units = torch.ldexp((mantissas * 16).ceil() / 16, exponents)
-        return torch.where(units > 0, units, 1.0)
 
     def written_dtype(self, part: Part, dtype: torch.dtype) -> torch.dtype:
         return self.scale_dtype if part.name == "weight_scale" else super().written_dtype(part, dtype)

@@ -195,12 +195,14 @@ class WeightScheme:
             None if the linear was stored plain and is not 2:4, or is not to be, see `dense_weight`.
 
         Raises:
-            ValueError: a scale that is not finite, or a bitmask without the pattern. Scales of zero or less are as good
-                as others: a value is multiplied by them.
+            ValueError: a scale that is not finite, or a bitmask without the pattern. Most kernels take scales of zero
+                or less as others: a value is multiplied by them.
         """
         parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
         if dummy and "bitmask" in parts:
             parts["bitmask"].fill_(BITMASK.fill)
+        if dummy and "weight_scale" in loaded:
+            loaded["weight_scale"].fill_(1)
         if "weight_scale" in loaded:
             if self.format.group_size is None:
                 parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)

@@ -148,7 +148,10 @@ def _closer_scales(
     assert scales is not None
     closer = _errors(weight_format.quantize(weight, dtype, old)[0], weight, old)
     scales = scales.to(old.dtype).clamp_min(torch.finfo(old.dtype).tiny)  # float16 has fewer exponents
-    return torch.where(closer <= _errors(rounded, weight, old), old, scales)
+    fitting = _errors(rounded, weight, old)
+    if getattr(weight_format, "largest_multiple", None) is not None:  # those of a row belong together
+        closer, fitting = closer.sum(1, keepdim=True), fitting.sum(1, keepdim=True)
+    return torch.where(closer <= fitting, old, scales)
 
 
 def _errors(rounded: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

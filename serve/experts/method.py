@@ -174,7 +174,10 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if self.choice is None:
             self._serve_dense(layer, loaded)
         else:
-            packed = pack_experts(layer, self.choice, loaded)
+            try:
+                packed = pack_experts(layer, self.choice, loaded)
+            except RuntimeError as error:
+                raise RiaError(f"{self.experts.name}: {error}") from error
             self.packed.check(self.experts.name, layer, packed.parameters)
             layer.ria_experts = packed
         self.biases = biases

@@ -15,8 +15,9 @@ and each of its groups of columns in ascending order (a row with one scale is on
     y = y + float32(sum of q * value over the group's columns) * weight_scale
     y = y * scale + bias, rounded to the activations' dtype at the end
 
-The sums are exact, because they are sums of integers; where one exceeds 2^24, float32 rounds it to nearest. So all
-kernels give the same bits. A token with a NaN or an infinity has no defined result.
+The sums are exact, because they are sums of integers; where one exceeds 2^24, float32 rounds it to nearest. Where the
+scales of a row are multiples of one number, a kernel may add up value * multiple and multiply by that number once: its
+float32 roundings are fewer then. A token with a NaN or an infinity has no defined result.
 """
 
 from collections.abc import Mapping

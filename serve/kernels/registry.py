@@ -126,7 +126,7 @@ def self_test(
         y = kernel.apply(config, x, kernel.pack(config, parts), None, None)
         expected, tolerance = int8_inputs.product(x, weight_format, parts, None, input_dtype is not None), 0.1
         if input_dtype is not None:
-            # All kernels give the same bits. One that does not round its inputs is off by about 0.005.
+            # Kernels differ by float32 roundings. One that does not round its inputs is off by about 0.005.
             expected, tolerance = expected.to(act_dtype).float(), 0.001
         right = y.shape == expected.shape and bool((y.float() - expected).norm() <= tolerance * expected.norm())
     except Exception as error:  # another package's kernel may raise anything

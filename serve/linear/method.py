@@ -156,7 +156,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self._serve_dense(layer, loaded)
         else:
-            packed = pack_linear(layer, weights, self.linears[0].input_permutation, self.dtype, self.scheme.input_dtype)
+            order = self.linears[0].input_permutation
+            try:
+                packed = pack_linear(layer, weights, order, self.dtype, self.scheme.input_dtype)
+            except RuntimeError as error:
+                raise RiaError(f"{self.prefix}: {error}") from error
             self.packed.check(self.prefix, layer, packed.parameters)
             layer.ria_packed = packed
         if first:

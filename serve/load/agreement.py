@@ -66,6 +66,11 @@ class Agreement:
                 f"another rank has refused this reload, or takes more than {PATIENCE} seconds longer. {WAY_OUT}"
             )
 
+    def is_refused(self) -> bool:
+        """Whether some rank has refused it."""
+        said = [] if self.store is None else [self._decision(stage) for stage in STAGES]
+        return any(self.store.check([key]) and self.store.get(key) == b"refused" for key in said)
+
     def refuse(self) -> None:
         """Have the others refuse the reload, too. Then `leave`."""
         for stage in STAGES if self.store is not None else ():

@@ -134,13 +134,15 @@ def watch_reloads_of(worker: Any) -> None:
 
 
 def watch_updates_of(worker: Any) -> None:
-    """Have a class of vLLM's workers begin an update of weights even if the one before was left, or refused at its end
-    or by another rank. vLLM would wait for the end of that one for ever."""
+    """Have a class of vLLM's workers begin an update of weights although the one before has no end: it was refused,
+    here or by another rank, or the model has computed since. vLLM would wait for its end for ever. One that goes on
+    still keeps others out, as in vLLM: of two trainers at once, the server would have weights of both."""
 
     def watch(start: Callable[[Any], None]) -> Callable[[Any], None]:
         @functools.wraps(start)
         def watched(self: Any) -> None:
-            if getattr(self, "_weight_update_active", False) and hasattr(self.get_model(), "ria_reloads"):
+            reloads = getattr(self.get_model(), "ria_reloads", None)
+            if getattr(self, "_weight_update_active", False) and reloads is not None and not reloads.goes_on:
                 self.weight_transfer_engine.reset_weight_update_target()
                 self._weight_update_active = False
             start(self)
@@ -149,7 +151,7 @@ def watch_updates_of(worker: Any) -> None:
         return watched
 
     for name in ("start_weight_update", "start_draft_weight_update"):
-        if hasattr(worker, name):  # older versions have no drafts' updates
+        if hasattr(worker, name):
             setattr(worker, name, watch(_original(getattr(worker, name))))
 
 
@@ -213,6 +215,11 @@ class Reloads:
         """Whether a reload has begun and not ended."""
         return self._on is not None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether one is on that no rank has refused."""
+        return self._on is not None and not self._on[2].is_refused()
+
     def begin(self, begin: Callable[[torch.nn.Module], None]) -> None:
         """Begin a reload, by vLLM's `begin`. One that was left by whoever began it is given up first.
 
@@ -263,9 +270,9 @@ class Reloads:
             self.lose()
             raise
         finally:
+            if self.lacks_weights:
+                self.lose()
             agreement.refuse()
-        if self.lacks_weights:
-            self.lose()
 
     def _interrupt(self, late: bool) -> None:
         """The model computes in the middle of a reload: whoever began it is gone, or another rank has refused it."""
@@ -327,11 +334,11 @@ class Reloads:
         for layer in self.model.modules():
             layer.__dict__.pop("ria_former", None)
         guard.undo()
-        agreement.leave()
         self._on, self.dummies, self.served = None, False, self.number
         if self.stopped is not None:
             self.stopped.undo()
             self.stopped = None
+        agreement.leave()
 
 
 def _reason_against_reloads(config: VllmConfig) -> str | None:

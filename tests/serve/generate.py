@@ -7,8 +7,8 @@ A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, 
 whether it must be refused, "lora": folder of an adapter,
 "prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "score" each of "documents" for
 "query" (joined by "template", or null), or "load" (see `zoo.built`), "images": for each prompt the path of an image or
-null, "texts" with "image", the file that each of them shows, after the prompts}. With the call "serve" it is one of
-`served.run`.
+null, "texts" with "image", the file that each of them shows, after the prompts}. With "call": "serve" it is a job
+for `served.run`.
 
 A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the generated
 tokens, their logprobs and how many prompt tokens came from the cache; or "error".

@@ -95,6 +95,7 @@ def _forked(model: str, engine: dict[str, Any]) -> Iterator[str]:
         from vllm.entrypoints.cli import main
 
         end_with_parent()
+        os.register_at_fork(after_in_child=end_with_parent)  # its engine
         os.setsid()
         os.environ["VLLM_SERVER_DEV_MODE"] = "1"
         context = multiprocessing.get_context("fork")  # on CPUs vLLM takes others, which import it again

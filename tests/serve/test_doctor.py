@@ -32,7 +32,7 @@ def test_says_why_a_kernel_is_left_out(monkeypatch):
 def test_quantized_weights_and_rounded_inputs():
     """Which kernel takes them depends on the machine; how it does is said."""
     output = run_doctor("--device", "cpu", "--scheme", "W4A8", "--dtype", "float16")
-    assert "linear of float16, int4-g128 weights, inputs rounded to int8 on cpu" in output
+    assert "linear of float16, int4-g32 weights, inputs rounded to int8 on cpu" in output
     output = run_doctor("--device", "cpu", "--scheme", "w8a8", env={"RIA_VLLM_BACKEND": "reference"})
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
     output = run_doctor("--device", "cpu", "--scheme", "FP8")

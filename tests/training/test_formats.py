@@ -9,7 +9,7 @@ from sparse_llama import load, masks
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import INT4
+from ria_vllm.format.formats import INT4, INTEGERS
 from ria_vllm.training import keep_sparse, save
 
 FORMATS = ["int8", "int4-g32", "fp8"]
@@ -74,6 +74,23 @@ def test_trained_weights_are_rounded_to_the_nearest(pruned_llama, tmp_path, name
     assert low < saved.rounding < high
     story = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]["recipe"]["training"][0]
     assert story["rounding"] == saved.rounding
+
+
+def test_scales_of_a_row_stay_multiples_of_one_number(pruned_llama, tmp_path):
+    quantized(pruned_llama.folder, tmp_path / "out", "int4-g32")
+    model = load(tmp_path / "out")
+    keep_sparse(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    save(model, tmp_path / "new", like=tmp_path / "out")
+    old, new = (Reader(tmp_path / folder) for folder in ("out", "new"))
+    kept = 0
+    for name in new.sparse_names:
+        scales = new.linear(name).parts["weight_scale"]
+        assert torch.equal(INTEGERS[4, 32].storable(scales), scales), name
+        kept += int((scales == old.linear(name).parts["weight_scale"]).all(1).sum())
+    assert 0 < kept < sum(len(new.linear(name).parts["bitmask"]) for name in new.sparse_names)
 
 
 def test_scales_that_were_chosen_well_are_kept(pruned_llama, tmp_path):

@@ -90,7 +90,8 @@ MAX_INT8_COLUMNS = 131_072
 def packed_bytes(
     out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype, int8_activations: bool = False
 ) -> int:
-    """Size of the packed form: the format's bits, rows rounded up to 16, plus a cache line.
+    """Size of the packed form: a header and the format's bits, rows rounded up to 16. With rounded inputs, int4 has 4
+    bits for each row and 32 columns in place of the scales of groups.
 
     Args:
         dtype: of float weights, or of the scales of groups.

@@ -113,7 +113,7 @@ def right_answers(folder: Path, source: Path) -> int:
 
 
 @pytest.mark.slow
-def test_tasks_with_what_is_recovered(pruned_llama, own_tasks, tmp_path, monkeypatch, capsys):
+def test_tasks_with_what_is_recovered(pruned_llama, own_tasks, tmp_path, monkeypatch, capfd):
     """But no perplexity of a word is. And nothing but the results is on standard output, where the harness prints."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -136,7 +136,7 @@ def test_tasks_with_what_is_recovered(pruned_llama, own_tasks, tmp_path, monkeyp
     arguments = [str(out), "--json", "--device", "cpu", "--update-card", "--tasks", "colours,words"]
     arguments += ["--include-path", str(own_tasks), "--baseline", str(pruned_llama.source)]
     evaluate.main(arguments, standalone_mode=False)
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capfd.readouterr().out)
     assert list(monitors[0].seconds) == [
         "loading lm-evaluation-harness", "loading the model", "tasks for the model",
         "loading the baseline", "tasks for the baseline",

@@ -110,6 +110,18 @@ def test_the_result_is_what_is_read_back(weight_format, dtype):
     assert values.min() >= weight_format.smallest and values.max() <= weight_format.largest
 
 
+@pytest.mark.parametrize("groups", (1, 2, 4))
+def test_scales_of_few_groups_are_multiples(groups):
+    """Of a number with four bits: others have products that bfloat16 does not hold."""
+    W, X, keep, p, R = layer(400, 64 * groups, 300)
+    W *= torch.logspace(-2, 2, 64 * groups)
+    weight_format = formats.INTEGERS[4, 64]
+    _, scales = round_on_mask(
+        W, admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, Objective(cross_term=R.T @ X), p
+    )
+    assert torch.equal(weight_format.storable(scales), scales)
+
+
 @pytest.mark.parametrize("weight_format", [formats.INT4, GROUPS], ids=str)
 def test_groups_are_those_of_the_stored_order(weight_format):
     W, X, keep, p, R = layer(24, 128, 300)

@@ -109,7 +109,7 @@ def large(small, tmp_path_factory) -> Callable[[Shape], Path]:
 @pytest.mark.parametrize(
     ("shape", "reconstruct", "pruned", "compute_dtype"),
     [
-        (LLAMA, "admm", "12", "bfloat16"),
+        (LLAMA, "admm", "1|12", "bfloat16"),
         (WIDE, "block, int8", "1", "bfloat16"),
         (QWEN, "short", "1", "float32"),
     ],

@@ -44,7 +44,7 @@ def reload(one, way, others, results):
 
 
 def test_one_refusal_is_that_of_all_and_nothing_is_left_in_the_store(stores, monkeypatch):
-    monkeypatch.setattr(agreement, "PATIENCE", 1)
+    monkeypatch.setattr(agreement, "PATIENCE", 5)
     before = stores[-1].num_keys()
     for ways in itertools.combinations_with_replacement(WAYS, len(RANKS)):
         results: dict[int, bool] = {}

@@ -24,7 +24,7 @@
 //
 // units.h has the order for kernels that round activations to int8.
 //
-// int8 and int4 weights have scales, in one of two ways. One float32 per row: they follow the last tile. Or one for
+// int8 and int4 weights have scales, in one of three ways. One float32 per row: they follow the last tile. Or one for
 // `group_size` columns of a row, whole blocks: such a section of a tile's blocks is followed by its scales, for each
 // strip those of 16 rows, in the dtype in which they were given. For kernels that round activations to int8, a row has
 // one scale, and int4 weights a multiplier besides, 1 to 15, for each block: then every product is an integer. A tile

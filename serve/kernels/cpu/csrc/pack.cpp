@@ -261,7 +261,7 @@ void pack(const Layout& layout, const void* values, const uint8_t* bitmask, Give
     throw std::runtime_error(
         "row " + std::to_string(row) +
         ": with inputs rounded to int8, the scales of a row's "
-        "groups must be multiples, 1 to 15, of one number, as ria-vllm compress writes them: compress the model again");
+        "groups must be multiples, 1 to 15, of one number; quantize it again with ria-vllm compress --scheme W4A8");
 }
 
 }  // namespace ria
