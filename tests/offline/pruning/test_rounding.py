@@ -116,9 +116,7 @@ def test_scales_of_few_groups_are_multiples(groups):
     W, X, keep, p, R = layer(400, 64 * groups, 300)
     W *= torch.logspace(-2, 2, 64 * groups)
     weight_format = formats.INTEGERS[4, 64]
-    _, scales = round_on_mask(
-        W, admm(W, X.T @ X, keep), keep, gram_of(X), weight_format, Objective(cross_term=R.T @ X), p
-    )
+    _, scales = round_on_mask(W, admm(W, X.T @ X, keep), keep, Objective(gram_of(X), R.T @ X), weight_format, p)
     assert torch.equal(weight_format.storable(scales), scales)
 
 
