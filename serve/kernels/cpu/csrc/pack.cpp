@@ -142,8 +142,8 @@ double scale_of(Dtype dtype, const uint8_t* scales, int64_t i) {
   return dtype == Dtype::bfloat16 ? Bfloat16{value}.to_float() : Float16{value}.to_float();
 }
 
-// Writes the multipliers of a row's blocks, and returns the scale that they multiply, if there is one. Groups of zeros,
-// such as padding, may have any scale. `values` and `scales`: of this row.
+// Writes the multipliers of a row's blocks and returns the row's scale; nothing if the scales are no multiples. Groups
+// of zeros, such as padding, may have any scale. `values` and `scales`: of this row.
 std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& given, const uint8_t* values,
                                       const uint8_t* scales, int64_t lane, uint8_t* to) {
   const int64_t groups = given.group_size ? layout.columns / given.group_size : 1;

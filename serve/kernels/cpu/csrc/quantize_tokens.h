@@ -16,10 +16,8 @@ namespace {
 using namespace ria;
 
 constexpr int64_t kPreparedBytes = 64;  // weights, or positions, of a strip and unit, as the instructions take them
-// Blocks of columns in a chunk: whole sections. Its prepared weights and its activations stay in L1 for all tokens of
-// a pass.
+// Blocks of columns in a chunk: its prepared weights and its activations stay in L1 for all tokens of a pass.
 constexpr int64_t kInt8ChunkBlocks = 8;
-static_assert(kInt8ChunkBlocks * kBlockGroups * 4 % 128 == 0, "a chunk holds whole sections");
 
 alignas(kCacheLine) constexpr int32_t kZeros[kStripRows] = {};
 
