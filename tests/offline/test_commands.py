@@ -48,15 +48,15 @@ def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [None, "32", "row"])
+@pytest.mark.parametrize("size", [None, "64", "row"])
 def test_options_of_integers(size, tiny, text, tmp_path):
     options = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none"]
     options += ["--scheme", "w4a8", *(["--group-size", size] if size else [])]
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert ("--group-size 64: what fits the in-features" in result.stderr) == (size is None)
+    assert ("--group-size 32: what fits the in-features" in result.stderr) == (size is None)
     schema = Reader(tmp_path / "out").schema
-    assert schema.weight_format.name == {"row": "int4", "32": "int4-g32", None: "int4-g64"}[size]
+    assert schema.weight_format.name == {"row": "int4", "64": "int4-g64", None: "int4-g32"}[size]
     assert schema.input_dtype == torch.int8
 
 

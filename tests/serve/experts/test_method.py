@@ -104,7 +104,7 @@ def test_experts_that_vllm_does_not_have(monkeypatch):
     close(total, stored.expected(*route(), mixture_layers.swigluoai))
 
 
-@pytest.mark.parametrize(("kernel", "name"), [("cpu", "int4-g32"), ("reference", "int8"), ("cpu", "int8-g128")])
+@pytest.mark.parametrize(("kernel", "name"), [("cpu", "int4-g32"), ("reference", "int8"), ("cpu", "int4-g128")])
 def test_rounded_inputs(monkeypatch, name, kernel):
     """The config says so, and the kernel rounds."""
     stored = StoredMixture(weight_format=FORMATS[name], rounded=True)

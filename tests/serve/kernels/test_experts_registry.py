@@ -39,7 +39,8 @@ def test_weights_are_widened_only_where_no_kernel_keeps_them():
 def test_inputs_are_rounded_where_a_kernel_does_it():
     for format in INTEGERS.values():
         config = replace(CONFIG, weight_format=format, input_dtype=torch.int8)
-        assert str(experts_registry.choose(config)) == "cpu with inputs rounded to int8"
+        how = "not rounded" if format.num_bits == 8 and format.group_size else "rounded"
+        assert str(experts_registry.choose(config)) == f"cpu with inputs {how} to int8"
     float8 = replace(CONFIG, weight_format=INT8, input_dtype=torch.float8_e4m3fn)
     assert str(experts_registry.choose(float8)) == "cpu with inputs not rounded to float8_e4m3fn"
 
