@@ -6,6 +6,7 @@ shows when it is proved, see `ria_vllm.serve.proving.layers`.
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.proofs import PROOF_SUFFIX
 from ria_vllm.serve.load.layerwise import Reloads
 
-# Scales of the key-value cache, which are stored beside a linear and belong to attention.
-CACHE_SCALES = ("k_scale", "v_scale", "output_scale")
+# Scales of an fp8 key-value cache. vLLM drops them with a warning, unless the model's config says that it has some.
+CACHE_SCALE = re.compile(r"(.*\.)?([qkv]_(scale|zero_point)|(kv|prob|output)_scale|q\.scale|[kv]_cache\.scale)")
 
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
 WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale", "integers")
@@ -164,15 +165,24 @@ class WeightStream:
             yield name, tensor
 
     def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:
-        """The same weights, but proofs, and those that somebody takes in place of the model."""
+        """The same weights, but proofs, and those that somebody takes in place of the model.
+
+        Raises:
+            RiaError: a tensor that would be dropped.
+        """
         takers, forms = self.hooks.takers, self.hooks.forms
         for name, tensor in weights:
             module, _, part = name.rpartition(".")
             if name.endswith(PROOF_SUFFIX):
                 self.proofs[module] = tensor.to("cpu", copy=True)
                 continue
+            if CACHE_SCALE.fullmatch(name):
+                raise RiaError(
+                    f"{name}: scales of an fp8 KV cache are not served. Leave them out: the cache then has the model's "
+                    "dtype, or scales of 1 with --kv-cache-dtype fp8."
+                )
             watch(name, tensor)
-            if (module in takers or name in takers) and part not in CACHE_SCALES:
+            if module in takers or name in takers:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:
                     take(part, tensor)

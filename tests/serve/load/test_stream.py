@@ -67,6 +67,15 @@ def test_a_tensor_of_two_files_is_refused(ranks, stored):
         model.load_weights(twice)
 
 
+@pytest.mark.parametrize("name", ["up.k_scale", "attn.v_scale", "attn.k_cache.scale"])
+def test_scales_of_the_cache_are_refused(ranks, stored, name):
+    """vLLM drops them with a warning, and attention would go on with scales of 1."""
+    config = stored.config()
+    model = attached(config, Model(config))
+    with pytest.raises(RiaError, match=f"layers.0.{name}: .*Leave them out"):
+        model.load_weights([*tensors(stored), (f"model.layers.0.{name}", torch.ones(()))])
+
+
 def test_a_load_after_dummy_weights_is_checked(ranks, stored):
     config = stored.config()
     model = Model(config)
