@@ -90,8 +90,8 @@ MAX_INT8_COLUMNS = 131_072
 def packed_bytes(
     out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype, int8_activations: bool = False
 ) -> int:
-    """Size of the packed form: a header and the format's bits, rows rounded up to 16. With rounded inputs, int4 has 4
-    bits for each row and 32 columns in place of the scales of groups.
+    """Size of the packed form: a header and the format's bits, rows rounded up to 16. With rounded inputs, a row
+    has its sum, too, and int4 4 bits for each row and 32 columns in place of the scales of groups.
 
     Args:
         dtype: of float weights, or of the scales of groups.
@@ -103,7 +103,7 @@ def packed_bytes(
     size, group_size = weights * (weight_format.num_bits // 2 + 1) // 8, weight_format.group_size
     if int8_activations:
         multipliers = rows // 16 * -(-in_features // 4 // 64) * 64 if weight_format.num_bits == 4 else 0
-        return 64 + size + multipliers + 4 * rows
+        return 64 + size + multipliers + 8 * rows
     return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 

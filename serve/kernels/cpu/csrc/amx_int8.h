@@ -109,7 +109,7 @@ struct Int8Operands {
     const Sum* initial() const { return kZeroSums; }
     template <int S>
     void finish(const AmxPanel& panel, const Sum* sums) const {
-      finish_tile<Avx512VnniTraits>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()), kZeroSums, sums);
+      finish_tile<Avx512VnniTraits, 0>(args_, tile_, reinterpret_cast<const float*>(panel.of_tokens()), sums);
     }
 
    private:

@@ -13,7 +13,7 @@ struct Avx512VnniTraits {
   using Activations = __m512i;  // the eight channels, eight times
   using Accumulators = __m512i;
   static constexpr int64_t kBlockTokens = 12;
-  static constexpr int64_t kStreamTokens = 8;
+  static constexpr int64_t kStreamTokens = 8, kBlockSumTokens = 4;
   static constexpr int64_t kVectors = 1;
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
 
@@ -25,12 +25,33 @@ struct Avx512VnniTraits {
     const __m512i lanes = _mm512_cvtepu8_epi32(rows), words = _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16));
     return {words, _mm512_mullo_epi16(words, _mm512_set1_epi16(0x0808))};
   }
+  static __m512i twice(const uint8_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  template <int kHalf>
+  static __m512i four_in_half() {  // the other one's are 0
+    return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), kHalf);
+  }
   static Weights weights4(const uint8_t* p, const Multipliers& multipliers) {
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(4), 0);
-    const __m512i plus_8 = _mm512_and_si512(_mm512_srlv_epi32(twice, shifts), _mm512_set1_epi8(15));
+    const __m512i plus_8 = _mm512_and_si512(_mm512_srlv_epi32(twice(p), four_in_half<0>()), _mm512_set1_epi8(15));
     // No product of a byte reaches the next one: 15 * 15 < 256.
     return _mm512_sub_epi8(_mm512_mullo_epi16(plus_8, multipliers.words), multipliers.eights);
+  }
+  static Weights sixteenfold(const uint8_t* p) {  // (shifted & 0xf0) ^ 0x80, as 16 * 8 is stored too much
+    return _mm512_ternarylogic_epi32(_mm512_sllv_epi32(twice(p), four_in_half<1>()), _mm512_set1_epi8('\xf0'),
+                                     _mm512_set1_epi8('\x80'), 0x6a);
+  }
+  static Accumulators row_multipliers(const uint8_t* p) {
+    int64_t both;
+    std::memcpy(&both, p, sizeof both);
+    const __m512i bytes =
+        _mm512_setr_epi64(0xffffff01ffffff00, 0xffffff03ffffff02, 0xffffff05ffffff04, 0xffffff07ffffff06,
+                          0xffffff01ffffff00, 0xffffff03ffffff02, 0xffffff05ffffff04, 0xffffff07ffffff06);
+    const __m512i lanes = _mm512_shuffle_epi8(_mm512_set1_epi64(both), bytes);
+    return _mm512_and_si512(_mm512_srlv_epi32(lanes, four_in_half<1>()), _mm512_set1_epi32(15));
+  }
+  static Accumulators add_block(Accumulators sums, Accumulators block, Accumulators multipliers) {
+    return _mm512_add_epi32(sums, _mm512_mullo_epi32(_mm512_srai_epi32(block, 4), multipliers));
   }
   static void store_weights(uint8_t* p, Weights w) { _mm512_store_si512(p, w); }
   static Weights load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
@@ -53,10 +74,6 @@ struct Avx512VnniTraits {
   static Accumulators multiply_add(Accumulators sums, Weights w, Positions p, Activations x) {
     return _mm512_dpbusd_epi32(sums, _mm512_shuffle_epi8(x, p), w);
   }
-  static Accumulators add_weights(Accumulators sums, Weights w) {
-    return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(static_cast<char>(kOffset)), w);
-  }
-  static Accumulators subtract(Accumulators a, Accumulators b) { return _mm512_sub_epi32(a, b); }
   using Dense = __m512i;
   using DenseSums = __m512i;
   static constexpr int64_t kDenseBytes = 64, kDenseRows = 4;

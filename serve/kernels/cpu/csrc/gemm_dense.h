@@ -43,7 +43,8 @@ void finish_dense(const DenseArgs& args, int64_t first_row, int64_t first_token,
   }
 }
 
-// sums[digit][row] = the products of R rows of weights, from `weights` on, with D rows of activations.
+// sums[digit][row] = the products of R rows of weights, from `weights` on, with D rows of activations. The next R rows
+// are prefetched in the order of their addresses: processors do not see R short streams coming.
 template <class VecTraits, int R, int D>
 void multiply_dense_rows(const int8_t* weights, const int8_t* digits, int64_t columns, int32_t* sums) {
   typename VecTraits::DenseSums acc[D][R], offsets[R];
@@ -57,6 +58,7 @@ void multiply_dense_rows(const int8_t* weights, const int8_t* digits, int64_t co
     typename VecTraits::Dense w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(weights + R * (columns + c) + r * VecTraits::kDenseBytes, 0, 2);
       w[r] = VecTraits::load_dense(weights + r * columns + c);
       if constexpr (VecTraits::kOffset != 0) offsets[r] = VecTraits::dense_dot(offsets[r], VecTraits::offset(), w[r]);
     }

@@ -7,19 +7,25 @@
 // half the multiplications of a dense product. For 8:16 matrices a unit is 16 columns and two such vectors.
 //
 // The sums are exact, so they depend on no order, and become float32 at the end, times the scale of their row. int4
-// weights are multiplied by the multipliers of their block, which makes int8 ones of them. What multiplies unsigned by
-// signed bytes gets the activations plus 128; 128 times the weights is then subtracted from the sums.
+// weights are multiplied by the multipliers of their block, which makes int8 ones of them; for few tokens, the sums of a
+// block are. What multiplies unsigned by signed bytes gets the activations plus 128; 128 times the sum of the row's
+// weights, which the packed form has, is then subtracted.
 //
 //   struct VecTraits {
 //     using Weights, Positions, Activations, Accumulators;             // registers
 //     static constexpr int64_t kBlockTokens;                           // accumulators that fit: tokens x 2 strips
-//     static constexpr int64_t kStreamTokens;                          // with those of the weights' sums beside them
+//     static constexpr int64_t kStreamTokens;                          // so many that come from memory are multiplied
+//                                                                      // as it is unpacked
+//     static constexpr int64_t kBlockSumTokens;                        // of them, for which sums of blocks pay
 //     static constexpr int64_t kVectors;                               // of a unit: 1 for 2:4, 2 for 8:16
 //     static constexpr int kOffset;                                    // 128 or 0: what the panel adds to activations
 //     using Multipliers;                                               // registers: of a strip and block
 //     static Multipliers multipliers(const uint8_t*);
 //     static Weights weights8(const uint8_t*);                         // a strip and unit of the packed form
 //     static Weights weights4(const uint8_t*, const Multipliers&);
+//     static Weights sixteenfold(const uint8_t*);                      // 16 times the int4 ones; this and the next two
+//     static Accumulators row_multipliers(const uint8_t*);             // only if kBlockSumTokens is not 0
+//     static Accumulators add_block(Accumulators, Accumulators block, Accumulators multipliers);  // a 16th of block
 //     static void store_weights(uint8_t*, Weights);                    // kPreparedBytes, for load_weights
 //     static Weights load_weights(const uint8_t*);
 //     static void positions(const uint8_t*, Positions (&)[kVectors]);  // of a strip and unit
@@ -29,8 +35,6 @@
 //     static Accumulators load_sums(const int32_t*);
 //     static void store_sums(int32_t*, Accumulators);
 //     static Accumulators multiply_add(Accumulators, const Weights&, const Positions&, const Activations&);
-//     static Accumulators add_weights(Accumulators, const Weights&);   // kOffset times each of a row's; if it is not 0
-//     static Accumulators subtract(Accumulators, Accumulators);
 //     static void halves_to_float(const uint8_t*, float*, int64_t count);  // float16, anywhere
 //     static void floats_to_half(const float*, uint16_t*, int64_t count);  // from a cache line on; whole strips
 //   };
@@ -45,7 +49,7 @@
 namespace {
 
 // How many bytes ahead the weights are prefetched into L2.
-constexpr int64_t kInt8PrefetchBytes = 4096;
+constexpr int64_t kInt8PrefetchBytes = 8192;
 
 template <int kBits, int S>
 struct UnitStream {  // a tile of S strips, block by block
@@ -81,6 +85,12 @@ struct StripWeights<VecTraits, 4> {
   explicit StripWeights(const uint8_t* multipliers) : multipliers(VecTraits::multipliers(multipliers)) {}
   typename VecTraits::Weights of(const uint8_t* values) const { return VecTraits::weights4(values, multipliers); }
   typename VecTraits::Multipliers multipliers;
+};
+template <class VecTraits>
+struct StripWeights<VecTraits, 0> {  // int4 ones, whose block's sums are multiplied by the multipliers
+  StripWeights() = default;
+  explicit StripWeights(const uint8_t*) {}
+  typename VecTraits::Weights of(const uint8_t* values) const { return VecTraits::sixteenfold(values); }
 };
 
 template <class VecTraits>
@@ -134,21 +144,27 @@ void accumulate_stream(UnitStream<kBits, S> stream, const uint8_t* panel, int64_
   constexpr int64_t block_bytes = UnitStream<kBits, S>::block_bytes;
   constexpr int V = VecTraits::kVectors;
   const typename VecTraits::Accumulators zero = VecTraits::load_sums(kZeros);
-  typename VecTraits::Accumulators acc[T][S], weight_sums[S];
+  constexpr bool kSumsBlocks = kBits == 4 && T <= VecTraits::kBlockSumTokens;
+  using Strip = StripWeights<VecTraits, kSumsBlocks ? 0 : kBits>;
+  typename VecTraits::Accumulators acc[T][S];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) acc[t][s] = zero;
-#pragma GCC unroll 2
-  for (int s = 0; s < S; ++s) weight_sums[s] = zero;
   for (int64_t block = 0; block < blocks; ++block, stream.skip(1)) {
 #pragma GCC unroll 10
     for (int64_t byte = 0; byte < block_bytes; byte += kCacheLine)
       __builtin_prefetch(stream.block + kInt8PrefetchBytes + byte, 0, 2);
-    StripWeights<VecTraits, kBits> weights[S];
+    Strip weights[S];
+    typename VecTraits::Accumulators before[T][S];
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s)
-      weights[s] = StripWeights<VecTraits, kBits>(stream.multipliers + s * stream.multipliers_stride);
+      weights[s] = Strip(stream.multipliers + s * stream.multipliers_stride);
+    if constexpr (kSumsBlocks)
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+        for (int s = 0; s < S; ++s) before[t][s] = acc[t][s], acc[t][s] = zero;
     for (int64_t slot = 0; slot < kBlockUnits * S; slot += V * S) {
       typename VecTraits::Positions positions[S][V];
 #pragma GCC unroll 2
@@ -161,18 +177,23 @@ void accumulate_stream(UnitStream<kBits, S> stream, const uint8_t* panel, int64_
         for (int s = 0; s < S; ++s) {
           w[s] = weights[s].of(stream.values(slot + v * S + s));
           p[s] = positions[s][v];
-          if constexpr (VecTraits::kOffset != 0) weight_sums[s] = VecTraits::add_weights(weight_sums[s], w[s]);
         }
         multiply_unit<VecTraits, S, T>(acc, w, p, panel);
       }
       panel += T * unit_channels<VecTraits>;
     }
+    if constexpr (kSumsBlocks)
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        const auto multipliers = VecTraits::row_multipliers(stream.multipliers + s * stream.multipliers_stride);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) acc[t][s] = VecTraits::add_block(before[t][s], acc[t][s], multipliers);
+      }
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s)
-      VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, VecTraits::subtract(acc[t][s], weight_sums[s]));
+    for (int s = 0; s < S; ++s) VecTraits::store_sums(sums + (t * kTileStrips + s) * kStripRows, acc[t][s]);
 }
 
 using AccumulatePrepared = void (*)(const uint8_t*, const uint8_t*, int64_t, int32_t*);
@@ -192,12 +213,10 @@ AccumulateStream<kBits, S> accumulate_stream_for(int64_t tokens, std::index_sequ
   return table[tokens - 1];
 }
 
-// Prepares a chunk of `blocks` blocks for many tokens, and subtracts kOffset times its weights from `weight_sums`.
+// Prepares a chunk of `blocks` blocks for many tokens.
 template <class VecTraits, int kBits, int S>
-void prepare(UnitStream<kBits, S> stream, int64_t blocks, uint8_t* to, int32_t* weight_sums) {
+void prepare(UnitStream<kBits, S> stream, int64_t blocks, uint8_t* to) {
   constexpr int V = VecTraits::kVectors;
-  typename VecTraits::Accumulators sums[S];
-  for (int s = 0; s < S; ++s) sums[s] = VecTraits::load_sums(kZeros);
   for (int64_t block = 0; block < blocks; ++block, stream.skip(1), to += stream.prepared_bytes)
     for (int s = 0; s < S; ++s) {
       const StripWeights<VecTraits, kBits> weights(stream.multipliers + s * stream.multipliers_stride);
@@ -206,40 +225,40 @@ void prepare(UnitStream<kBits, S> stream, int64_t blocks, uint8_t* to, int32_t* 
         VecTraits::positions(stream.positions(slot + V * s), positions);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const auto w = weights.of(stream.values(slot + v * S + s));
           uint8_t* unit = to + (slot + v * S + s) * 2 * kPreparedBytes;
           VecTraits::store_positions(unit, positions[v]);
-          VecTraits::store_weights(unit + kPreparedBytes, w);
-          if constexpr (VecTraits::kOffset != 0) sums[s] = VecTraits::add_weights(sums[s], w);
+          VecTraits::store_weights(unit + kPreparedBytes, weights.of(stream.values(slot + v * S + s)));
         }
       }
     }
-  for (int s = 0; s < S; ++s) {
-    int32_t* to = weight_sums + s * kStripRows;
-    VecTraits::store_sums(to, VecTraits::subtract(VecTraits::load_sums(to), sums[s]));
-  }
 }
 
 // Tokens whose results finish_tile has at a time.
 constexpr int64_t kFinishedTokens = 8;
 
 // What becomes of a tile's sums: (sum * scale of the row) * scale of the token + bias, then as finish_sums says.
-template <class VecTraits>
-void finish_tile(const GemmArgs& args, int64_t tile, const float* token_scales, const int32_t* weight_sums,
-                 const int32_t* sums) {
+// `kOffset`: what was added to the activations.
+template <class VecTraits, int kOffset>
+void finish_tile(const GemmArgs& args, int64_t tile, const float* token_scales, const int32_t* sums) {
   const TileRows rows(args.layout, tile);
   const int64_t item = bits(args.act_dtype) / 8;
   alignas(kCacheLine) float bias[kTileRows] = {}, scales[kTileRows] = {}, results[kFinishedTokens * kTileRows];
+  alignas(kCacheLine) int32_t offsets[kTileRows] = {};
   if (args.bias)
     load_floats<VecTraits>(args.act_dtype, static_cast<const uint8_t*>(args.bias) + rows.first * item, bias,
                            rows.count);
   std::memcpy(scales, args.packed + args.layout.row_scales_offset() + rows.first * sizeof(float),
               rows.count * sizeof(float));
+  if constexpr (kOffset != 0) {
+    std::memcpy(offsets, args.packed + args.layout.row_sums_offset() + rows.first * sizeof(int32_t),
+                rows.count * sizeof(int32_t));
+    for (int32_t& offset : offsets) offset *= kOffset;
+  }
   for (int64_t first_token = 0; first_token < args.tokens; first_token += kFinishedTokens) {
     const int64_t left = args.tokens - first_token, tokens = left < kFinishedTokens ? left : kFinishedTokens;
     for (int64_t t = 0; t < tokens; ++t, sums += kTileRows)
       for (int64_t r = 0; r < kTileRows; ++r) {
-        const float sum = static_cast<float>(sums[r] + weight_sums[r]) * scales[r];
+        const float sum = static_cast<float>(sums[r] - offsets[r]) * scales[r];
         results[t * kTileRows + r] = sum * token_scales[first_token + t] + bias[r];
       }
     finish_sums(args, rows, results, first_token, tokens,
@@ -253,14 +272,13 @@ void finish_tile(const GemmArgs& args, int64_t tile, const float* token_scales, 
 
 // A pass of many tokens: each chunk of the tile is prepared, then multiplies one block of tokens after another.
 template <class VecTraits, int kBits, int S>
-void multiply_chunks(const GemmArgs& args, int64_t tile, UnitStream<kBits, S> stream, int32_t* weight_sums,
-                     int32_t* sums) {
+void multiply_chunks(const GemmArgs& args, int64_t tile, UnitStream<kBits, S> stream, int32_t* sums) {
   const int64_t all = args.layout.blocks();
   const TokenBlocks tokens(args.tokens, VecTraits::kBlockTokens);
   alignas(kCacheLine) uint8_t prepared[kInt8ChunkBlocks * stream.prepared_bytes];
   for (int64_t first = 0; first < all; first += kInt8ChunkBlocks) {
     const int64_t left = all - first, blocks = left < kInt8ChunkBlocks ? left : kInt8ChunkBlocks;
-    prepare<VecTraits, kBits, S>(stream, blocks, prepared, weight_sums);
+    prepare<VecTraits, kBits, S>(stream, blocks, prepared);
     stream.skip(blocks);
     // The next chunk is prefetched little by little: at once, it would hold up the loads of the first token block.
     const int64_t bytes = blocks * stream.block_bytes, share = (bytes / tokens.count / kCacheLine + 1) * kCacheLine;
@@ -280,15 +298,14 @@ void multiply_chunks(const GemmArgs& args, int64_t tile, UnitStream<kBits, S> st
 template <class VecTraits, int kBits, int S>
 void multiply_tile(const GemmArgs& args, int64_t tile) {
   alignas(kCacheLine) int32_t sums[kMaxPassTokens * kTileRows];
-  alignas(kCacheLine) int32_t weight_sums[kTileRows] = {};
   std::memset(sums, 0, args.tokens * kTileRows * sizeof *sums);
   const UnitStream<kBits, S> stream(args.layout, args.packed + args.layout.tile_offset(tile));
   if (args.tokens <= VecTraits::kStreamTokens)  // the tile comes from memory
     accumulate_stream_for<VecTraits, kBits, S>(args.tokens, std::make_index_sequence<VecTraits::kStreamTokens>())(
         stream, args.panel, args.layout.blocks(), sums);
   else
-    multiply_chunks<VecTraits, kBits, S>(args, tile, stream, weight_sums, sums);
-  finish_tile<VecTraits>(args, tile, token_scales_of(args), weight_sums, sums);
+    multiply_chunks<VecTraits, kBits, S>(args, tile, stream, sums);
+  finish_tile<VecTraits, VecTraits::kOffset>(args, tile, token_scales_of(args), sums);
 }
 
 template <class VecTraits, int kBits>

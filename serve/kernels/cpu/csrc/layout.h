@@ -29,7 +29,7 @@
 // strip those of 16 rows, in the dtype in which they were given. For kernels that round activations to int8, a row has
 // one scale, and int4 weights a multiplier besides, 1 to 15, for each block: then every product is an integer. A tile
 // begins with them, strip by strip, 4 bits for each row: rows 0 to 7 in the low halves of eight bytes, 8 to 15 in the
-// high ones.
+// high ones. The rows' scales are followed by the sums of their integers, times the multipliers, int32.
 #pragma once
 #include <cstdint>
 
@@ -73,7 +73,7 @@ struct Int4Bits {
 
 // The first cache line of a packed tensor. It says what the tensor holds, so that a wrong one is refused.
 struct Header {
-  static constexpr uint64_t kMagic = 0x0004343261697200;  // "\0ria24" and the layout's version
+  static constexpr uint64_t kMagic = 0x0005343261697200;  // "\0ria24" and the layout's version
   uint64_t magic;
   int64_t rows;
   int64_t columns;
@@ -163,8 +163,11 @@ struct Layout {
   constexpr int64_t row_scales_offset() const {
     return static_cast<int64_t>(sizeof(Header)) + strips() * strip_bytes();
   }
-  constexpr int64_t bytes() const {
+  constexpr int64_t row_sums_offset() const {
     return row_scales_offset() + (has_row_scales() ? strips() * kStripRows * static_cast<int64_t>(sizeof(float)) : 0);
+  }
+  constexpr int64_t bytes() const {
+    return row_sums_offset() + (int8_activations ? strips() * kStripRows * static_cast<int64_t>(sizeof(int32_t)) : 0);
   }
 };
 

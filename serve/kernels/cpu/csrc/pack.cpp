@@ -175,6 +175,21 @@ std::optional<float> pack_multipliers(const Layout& layout, const GivenScales& g
   return std::nullopt;
 }
 
+// The sum of a row's integers, times their blocks' multipliers, which `pack_multipliers` wrote.
+int32_t sum_of(const Layout& layout, const uint8_t* values, int64_t lane, const uint8_t* multipliers) {
+  const int64_t of_block = kBlockGroups * pair_bytes(layout.dtype);  // bytes
+  int32_t sum = 0;
+  for (int64_t block = 0; block < layout.blocks(); ++block, values += of_block) {
+    int32_t in_block = 0;
+    for (int64_t i = 0; i < of_block; ++i)
+      in_block += layout.dtype == Dtype::int8 ? static_cast<int8_t>(values[i]) : (values[i] & 15) + (values[i] >> 4) - 16;
+    const int multiplier =
+        layout.has_multipliers() ? multipliers[block * kMultiplierBytes + lane % 8] >> (lane < 8 ? 0 : 4) & 15 : 1;
+    sum += in_block * multiplier;
+  }
+  return sum;
+}
+
 void pack_tile(Packing& packing, int64_t tile) {
   const Layout& layout = packing.layout;
   const int64_t strips = layout.strips_in(tile), groups = layout.groups(), pair = pair_bytes(layout.dtype);
@@ -200,6 +215,10 @@ void pack_tile(Packing& packing, int64_t tile) {
       } else {
         std::memcpy(to, scales, sizeof(float));
       }
+    }
+    if (layout.int8_activations) {
+      const int32_t sum = sum_of(layout, values, lane, stream + strip * layout.multiplier_bytes());
+      std::memcpy(packing.packed + layout.row_sums_offset() + (tile * kTileRows + r) * sizeof sum, &sum, sizeof sum);
     }
     if (layout.group_size) pack_group_scales(layout, scales, strips, strip, lane, stream);
     for (int64_t group = 0; group < groups; group += layout.pattern / 4) {

@@ -9,7 +9,7 @@ struct PortableInt8Traits {
   using Activations = const uint8_t*;
   struct Accumulators { int32_t row[kStripRows]; };
   static constexpr int64_t kBlockTokens = 4;
-  static constexpr int64_t kStreamTokens = 4;
+  static constexpr int64_t kStreamTokens = 4, kBlockSumTokens = 0;
   static constexpr int64_t kVectors = 1;
   static constexpr int kOffset = 0;
 
@@ -66,10 +66,6 @@ struct PortableInt8Traits {
     for (int r = 0; r < kStripRows; ++r)
       for (int i = 0; i < 4; ++i) sums.row[r] += w.value[r][i] * static_cast<int8_t>(x[p.channel[r][i]]);
     return sums;
-  }
-  static Accumulators subtract(Accumulators a, const Accumulators& b) {
-    for (int r = 0; r < kStripRows; ++r) a.row[r] -= b.row[r];
-    return a;
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from + 2 * i);

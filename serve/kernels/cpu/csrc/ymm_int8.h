@@ -14,7 +14,7 @@ struct YmmInt8Traits {
   using Activations = __m256i;  // the eight channels, four times
   using Accumulators = Two;
   static constexpr int64_t kBlockTokens = 3;
-  static constexpr int64_t kStreamTokens = 3;
+  static constexpr int64_t kStreamTokens = 3, kBlockSumTokens = 0;
   static constexpr int64_t kVectors = 1;
 #if defined(__AVXVNNI__)
   static constexpr int kOffset = 128;  // vpdpbusd takes the activations as unsigned
@@ -87,13 +87,6 @@ struct YmmInt8Traits {
   static Accumulators multiply_add(const Accumulators& sums, const Weights& w, const Positions& p, Activations x) {
     return {dot(sums.low, _mm256_shuffle_epi8(x, p.low), w.low),
             dot(sums.high, _mm256_shuffle_epi8(x, p.high), w.high)};
-  }
-  static Accumulators add_weights(const Accumulators& sums, const Weights& w) {
-    const __m256i offset = _mm256_set1_epi8(static_cast<char>(kOffset));
-    return {dot(sums.low, offset, w.low), dot(sums.high, offset, w.high)};
-  }
-  static Accumulators subtract(const Accumulators& a, const Accumulators& b) {
-    return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
   }
   static void halves_to_float(const uint8_t* from, float* to, int64_t count) {
     int64_t i = 0;

@@ -62,7 +62,7 @@ def test_stricter_patterns_are_8_of_16(name):
 def test_both_patterns_take_as_many_bytes(format):
     layers = [packed(random_weight(49, 256, format, pattern=pattern)) for pattern in (TWO_OF_FOUR, OF_16)]
     multipliers = 0 if format == INT8 else 4 * 64  # of four strips, 4 bits for each row and 32 columns
-    size = 64 + 64 * 256 * (5 if format == INT8 else 3) // 8 + multipliers + 64 * 4
+    size = 64 + 64 * 256 * (5 if format == INT8 else 3) // 8 + multipliers + 64 * 4 * 2  # and scales and sums of rows
     assert {layer.packed[0].numel() for layer in layers} == {size}
     assert size == packed_bytes(49, 256, format, torch.bfloat16, int8_activations=True)
 
