@@ -11,13 +11,11 @@ from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.student.places import places_of
-from ria_vllm.offline.distill.teacher.teacher import Origin
+from ria_vllm.offline.distill.teacher import Origin
 from ria_vllm.offline.distill.text import same_tokens
 from ria_vllm.offline.model.files.which_weights import meant_weights
 from ria_vllm.offline.model.run.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.run.hf import explained, load_tokenizer, read_config
-from ria_vllm.offline.model.run.names import Names
 from ria_vllm.progress import Monitor
 
 
@@ -37,23 +35,17 @@ def outline(name: str) -> Any:
 
 
 def check_models(reader: Reader, origin: Origin) -> None:
-    """Check that the teacher's predictions mean the same tokens as the student's, and that the student can be trained.
+    """Check that the teacher's predictions mean the same tokens as the student's.
 
     Args:
         origin: the teacher.
 
     Raises:
-        RiaError: the teacher's weights are the student's, missing, damaged or pickled, or it is unknown which are
-            meant; other tokens, another number of them, or a linear that cannot be trained.
+        RiaError: the teacher's weights are missing, damaged or pickled, or it is unknown which are meant; other tokens,
+            or another number of them.
     """
     meant_weights(origin.folder, origin.name)
-    if digests.of_weights(origin.folder) == digests.of_weights(reader.folder):
-        raise RiaError(
-            f"{origin.name}: has the weights of {reader.folder}, so there is nothing to learn from it. Give the dense "
-            "model that it was pruned from as --teacher."
-        )
     mine, dense = outline(str(reader.folder)), outline(str(origin.folder))
-    places_of(mine, reader, Names(mine, list(reader.dense_tensors()), reader.folder))
     if output_head(mine).weight.shape[0] != output_head(dense).weight.shape[0]:
         raise RiaError(
             f"{reader.folder}: predicts another number of tokens than {origin.name}. Give the model that it was pruned "

@@ -18,13 +18,6 @@ MOST_BEYOND = 1 << 24
 HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
 # Files that `--calibration` reads the text from, which held-out text is not read from.
 NOT_PLAIN = tuple(suffix for suffix in data.FILE_SUFFIXES if suffix != ".txt")
-# Two tokenizers with one vocabulary may still differ in what they do before they look into it.
-SAMPLES = (
-    "The quick brown fox: 12,345 times, naïvely.\n",
-    "def f(x):\n\treturn  {'a': x**2}  # 3.14e-10\n\n",
-    "Съешь же ещё этих мягких булок. Ξεσκεπάζω. שלום עולם. مرحبا بالعالم.",
-    "你好,世界。こんにちは、セカイ。안녕하세요. नमस्ते दुनिया। สวัสดี 👩‍💻🇫🇷 ﬁ Å",
-)
 
 
 def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tuple[torch.Tensor, dict[str, str]]:
@@ -97,30 +90,12 @@ def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str
         raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")
 
 
-def batch_of(recipe: Distillation, step: int, micro: int) -> list[int]:
-    """The numbers of the windows of one micro-batch of a step, both counted from 0.
-
-    In each pass the windows have another order, and a window comes again only after all others.
-    """
-    first = step * recipe.batch + micro * recipe.micro_batch
-    return [_window(recipe, place) for place in range(first, first + recipe.micro_batch)]
-
-
-def _window(recipe: Distillation, place: int) -> int:
-    this_pass, number = divmod(place, recipe.windows)
-    if this_pass == 0:
-        return number  # they were drawn in random order
-    order = torch.Generator().manual_seed((recipe.seed * 1_000_003 + this_pass) % (1 << 64))
-    return int(torch.randperm(recipe.windows, generator=order)[number])
-
-
 def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> None:
-    """Check that two tokenizers have the same tokens, and split texts into the same: otherwise predictions cannot be
-    compared. Special tokens may be known to one of them only."""
+    """Check that two tokenizers have the same tokens: otherwise predictions cannot be compared. Special tokens may be
+    known to one of them only."""
     special = set(one.all_special_tokens) ^ set(other.all_special_tokens)
     mine, theirs = ({t: i for t, i in each.get_vocab().items() if t not in special} for each in (one, other))
-    if mine != theirs or any(one(text).input_ids != other(text).input_ids for text in SAMPLES):
+    if mine != theirs:
         raise RiaError(
-            f"{names[1]}: splits a text into other tokens than {names[0]}. Give the model that it was pruned from as "
-            "--teacher."
+            f"{names[1]}: has other tokens than {names[0]}. Give the model that it was pruned from as --teacher."
         )

@@ -1,7 +1,7 @@
 """Where the numbers that are trained lie in the dense weight that the forward pass reads."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -82,26 +82,6 @@ class Kept:
         if self._known is not None:
             self._known[key] = places
         return places
-
-
-class Whole:
-    """All entries of a dense tensor, such as scales."""
-
-    def __init__(self, shape: torch.Size):
-        self.shape = tuple(shape)
-
-    def rows(self) -> Iterator[slice]:
-        return iter([slice(None)])
-
-    def remembered(self) -> AbstractContextManager[None]:
-        """Nothing: there are no positions."""
-        return nullcontext()
-
-    def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:
-        return dense[rows].float()
-
-    def put(self, values: torch.Tensor, dense: torch.Tensor, rows: slice) -> None:
-        dense[rows].copy_(values)
 
 
 @lru_cache(maxsize=8)

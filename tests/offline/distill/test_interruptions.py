@@ -27,7 +27,6 @@ from ria_vllm.offline.distill.train import Training
         {},
         {"text": "self"},
         {"self_written": 0.5},
-        {"passes": 2, "micro_batch": 1},
     ],
     ids=str,
 )
@@ -65,13 +64,13 @@ def test_stopped_while_the_teacher_writes_and_resumed_it_writes_the_same_bytes(p
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("options", [{}, {"patience": 1}], ids=str)
+@pytest.mark.parametrize("held_out", [False, True])
 def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes(
-    options, pruned, text, tmp_path, monkeypatch
+    held_out, pruned, text, tmp_path, monkeypatch
 ):
     """It does not train again, and needs no parameters for it."""
     dense, folder = pruned(weights="int8")
-    more = options | ({"eval_text": (str(text),), "eval_tokens": 256, "lr": 0.5} if options else {})
+    more = {"eval_text": (str(text),), "eval_tokens": 256} if held_out else {}
     run(dense, folder, tmp_path / "whole", text, **more)
     with monkeypatch.context() as patch:
         patch.setattr("ria_vllm.offline.distill.run.CheckpointWriter.finish", lambda *_: 1 / 0)
@@ -169,11 +168,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_kept
             gradient.view(-1)[0] = float("nan")
         return step(self, gradient)
 
-    for clip in (1.0, 0.0):
-        monkeypatch.setattr(TrainedParameter, "_step", broken)
-        with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
-            run(dense, folder, tmp_path / "out", text, Settings(save_every=0), clip=clip)
-    with pytest.raises(RiaError, match="training diverged"):
+    monkeypatch.setattr(TrainedParameter, "_step", broken)
+    with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
     monkeypatch.setattr(TrainedParameter, "_step", step)
     run(dense, folder, tmp_path / "out", text, Settings(resume=True))

@@ -6,7 +6,7 @@ import torch
 from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.distill.student import layouts
-from ria_vllm.offline.distill.student.layouts import Kept, Whole
+from ria_vllm.offline.distill.student.layouts import Kept
 
 ROWS, COLUMNS = 24, 64
 
@@ -57,10 +57,3 @@ def test_a_weight_in_a_tensor_of_several(part, monkeypatch):
     assert torch.equal(part(stack), 2 * weight)
     part(stack).copy_(weight)
     assert torch.equal(stack, before)
-
-
-def test_a_whole_tensor_is_itself():
-    layout, dense = Whole(torch.Size([7])), torch.zeros(7)
-    (rows,) = layout.rows()
-    layout.put(torch.arange(7.0), dense, rows)
-    assert torch.equal(layout.take(dense, rows), torch.arange(7.0))

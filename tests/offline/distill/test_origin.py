@@ -11,9 +11,7 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
-from ria_vllm.offline.distill.teacher.teacher import located
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 OLD, NEW = "0" * 39 + "a", "0" * 39 + "b"
@@ -77,14 +75,6 @@ def test_another_commit_than_the_pruned_one_teaches_only_if_it_is_named(hub, tex
     for teacher, commit in ((NAME, OLD), (f"{NAME}@main", NEW), (f"{NAME}@{NEW}", NEW)):
         story = run(tmp_path / "pruned", teacher, tmp_path / "out", text, Settings(overwrite=True))
         assert story["teacher_revision"] == commit
-
-
-def test_all_processes_get_the_commit_of_the_first(hub, monkeypatch):
-    """Though the main branch has moved on where a later one looks."""
-    monkeypatch.setattr(Ranks, "broadcast", lambda self, value, src=0: OLD)
-    hub.move_to(NEW)
-    found = located(NAME, [], Ranks(1, 2), Monitor(shown=False))
-    assert (found.folder, found.revision) == (hub.commit(OLD), OLD)
 
 
 def test_a_revision_that_is_not_there_is_refused(hub, pruned, text, tmp_path):

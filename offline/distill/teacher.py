@@ -11,9 +11,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.offline.distill.teacher.two_part import TwoPart
 from ria_vllm.offline.model.run.hf import commit_of, from_hub
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -31,8 +29,8 @@ class Origin:
     revision: str | None = None
 
 
-def located(teacher: str, recipes: list[Mapping[str, Any]], ranks: Ranks, monitor: Monitor) -> Origin:
-    """Find the teacher, or fetch it. All processes get the same commit, each into the cache of its own machine.
+def located(teacher: str, recipes: list[Mapping[str, Any]], monitor: Monitor) -> Origin:
+    """Find the teacher, or fetch it.
 
     Args:
         teacher: a folder, or a hub id, perhaps with @ and a branch, tag or commit. Where none is named, it is the
@@ -47,18 +45,15 @@ def located(teacher: str, recipes: list[Mapping[str, Any]], ranks: Ranks, monito
         return Origin(teacher, Path(teacher))
     name, _, revision = teacher.partition("@")
     with monitor.phase("fetching the teacher from the hub"):
-        commit = None
-        if ranks.first:
-            recorded = (_recorded(name, recipe) for recipe in recipes)
-            folder = from_hub(name, revision or next(filter(None, recorded), None))
-            commit = commit_of(folder)
-            if commit is None:
-                raise RiaError(
-                    f"{teacher}: {folder} is not named after a commit, so it would not be known which one the student "
-                    "has learned from. Give this folder as --teacher."
-                )
-        commit = ranks.broadcast(commit)
-        return Origin(name, from_hub(name, commit), commit)
+        recorded = (_recorded(name, recipe) for recipe in recipes)
+        folder = from_hub(name, revision or next(filter(None, recorded), None))
+    commit = commit_of(folder)
+    if commit is None:
+        raise RiaError(
+            f"{teacher}: {folder} is not named after a commit, so it would not be known which one the student has "
+            "learned from. Give this folder as --teacher."
+        )
+    return Origin(name, folder, commit)
 
 
 def _recorded(teacher: str, recipe: Mapping[str, Any]) -> str | None:
@@ -71,16 +66,16 @@ def _recorded(teacher: str, recipe: Mapping[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def read(teacher: TwoPart, tokens: torch.Tensor) -> torch.Tensor:
-    """The teacher's last hidden states [tokens of all windows, hidden], for int64 [windows, tokens].
+def asked(teacher: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The teacher's logits [tokens of all sequences, vocabulary], for int64 [sequences, tokens].
 
     Raises:
-        RiaError: one is not finite: with a NaN in them, training would seem to diverge.
+        RiaError: one is NaN: training would seem to diverge.
     """
-    hidden = teacher.hidden(tokens)
-    if not bool(hidden.isfinite().all()):
+    logits = teacher(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+    if bool(logits.isnan().any()):
         raise RiaError(
-            f"{teacher.name}: the teacher itself computes NaN or infinity in {name_of(hidden.dtype)}. Check that it "
-            "works without pruning, or give --compute-dtype float32."
+            f"the teacher itself computes NaN in {name_of(logits.dtype)}. Check that it works without pruning, or give "
+            "--compute-dtype float32."
         )
-    return hidden.flatten(0, 1)
+    return logits
