@@ -59,7 +59,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--calibration",
     default="self",
     show_default=True,
-    help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
+    help="A .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
 @click.option(

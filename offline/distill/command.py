@@ -22,7 +22,7 @@ from ria_vllm.offline.runtime import options
     "text",
     default="self",
     show_default=True,
-    help="The text: a .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from "
+    help="The text: a .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from "
     "the hub, or self: text that the teacher writes itself.",
 )
 @click.option(

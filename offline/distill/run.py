@@ -28,7 +28,7 @@ from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, trai
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
-from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, text_tokenizer
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 from ria_vllm.offline.run.work import begun_run, work_folder
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.self_written import spread_among
@@ -175,7 +175,7 @@ class _Run:
     def _draw(self) -> None:
         """Put the windows of a text into the work folder, unless they are there."""
         if self.recipe.text != "self" and not self.writer.has(self._drawn_key):
-            windows, origin = training_text(self.recipe, text_tokenizer(self.reader.folder), self.monitor)
+            windows, origin = training_text(self.recipe, load_tokenizer(str(self.reader.folder)), self.monitor)
             self.writer.write(self._drawn_key, {"tokens": windows}, origin)
 
     def _windows(self, dense: Any) -> torch.Tensor:

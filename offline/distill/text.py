@@ -12,12 +12,8 @@ from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.progress import Monitor
 
-# Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
-MOST_BEYOND = 1 << 24
 # The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
 HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
-# Files that `--calibration` reads the text from, which held-out text is not read from.
-NOT_PLAIN = tuple(suffix for suffix in data.FILE_SUFFIXES if suffix != ".txt")
 
 
 def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tuple[torch.Tensor, dict[str, str]]:
@@ -33,11 +29,9 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
         RiaError: no such text, or too little of it.
     """
     count = recipe.windows - recipe.windows_written
-    options = "--tokens and --self-written ask" if recipe.windows_written else "--tokens asks"
     with monitor.phase("reading the text"):
-        text = data.opened(recipe.text, monitor)
-        asked = f"{options} for {count}"
-        windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
+        text = data.opened(recipe.text)
+        windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed)
     with monitor.phase("digests of files"):
         return windows, digests.of_text(text, "text")
 
@@ -63,7 +57,7 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     Raises:
         RiaError: the text cannot be read, is not plain text, or is shorter than both `seq_len` and LEAST_HELD_OUT.
     """
-    if Path(path).suffix.lower() in NOT_PLAIN:
+    if Path(path).suffix.lower() == ".jsonl":
         raise RiaError(
             f"--eval-text {path}: would be read as it is, with what the file format adds to the text. Give the text "
             "alone, in a .txt file."

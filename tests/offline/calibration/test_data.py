@@ -27,19 +27,14 @@ def tokenizer(tiny):
 
 
 def write(path: Path, documents: list[str]) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
     else:
         path.write_text("\n\n".join(documents) + "\n\n")
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_path):
     path = write(tmp_path / f"text.{kind}", DOCUMENTS)
     tokens = from_text(str(path), tokenizer, samples=20, seq_len=50, seed=3)
@@ -75,10 +70,9 @@ def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch)
     [
         ("absent.txt", None, "no such file"),
         ("text.csv", "a", "unknown file type"),
-        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but --samples is 20"),
+        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but 20 are needed"),
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
-        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
-        ("text.parquet", "not parquet", "damaged parquet"),
+        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no field 'text'"),
     ],
 )
 def test_unusable_texts(name, content, message, tokenizer, tmp_path):
@@ -107,11 +101,8 @@ def test_json_lines_in_every_spelling(content, texts, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"other": ' + b"9" * 5000 + b', "text": "b"}',
-        b'{"text": ' + b"[" * 100_000, b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'{"text": 3}',
-    ],
-)  # fmt: skip
+    [b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"text": 3}'],
+)
 def test_a_bad_line_is_named(line, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "c"}\n')
@@ -120,18 +111,10 @@ def test_a_bad_line_is_named(line, tmp_path):
 
 
 def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert list(data.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
     assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
-    assert list(data.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(RiaError, match="numbers.parquet: the field 'text' must be a string, not int"):
-        list(data.documents(str(tmp_path / "numbers.parquet")))
 
 
 @pytest.fixture
