@@ -97,11 +97,10 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 )
 @expert(
     "--method",
-    type=click.Choice(["ria", "ri", "wanda", "magnitude"]),
+    type=click.Choice(["ria", "wanda", "magnitude"]),
     default="ria",
     help="How weights are scored.",
 )
-@expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
 @expert(
     "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation: linear sum assignment."
 )
