@@ -18,13 +18,13 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.distill.checks import check_models, check_texts, context_of
+from ria_vllm.offline.distill.checks import check_texts, context_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher import Origin, located
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
+from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, same_tokens, training_text
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
@@ -86,7 +86,8 @@ def distill(
         if chosen != stored:
             monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
         recipe = recipe.with_options(compute_dtype=name_of(chosen))
-        check_models(reader, origin)
+        names = origin.name, str(folder)
+        same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(folder)), names)
         run = fingerprint(reader, origin, recipe, inputs) | {"device": settings.device.type}
         kept = ("*", "The text and the steps so far")
         with work_folder(out, run, settings.overwrite, settings.resume, Ranks(), kept) as writer:
@@ -148,10 +149,16 @@ class _Run:
             of_files = self._digests()
         with self.monitor.phase("loading the teacher"):
             dense = self._loaded(folders[1]).requires_grad_(False)
-        windows = self._windows(dense)
-        check_vocabulary([windows, *texts.values()], output_head(dense).weight.shape[0], self.teacher.name)
         with self.monitor.phase("loading the pruned model"):
             student = Student(self.reader, self._loaded(folders[0]), self.settings.save_memory)
+        words, known = (output_head(model).weight.shape[0] for model in (student.model, dense))
+        if words != known:
+            raise RiaError(
+                f"{folders[0]}: predicts {words} tokens, but {self.teacher.name} {known}. Give the model that it was "
+                "pruned from as --teacher."
+            )
+        windows = self._windows(dense)
+        check_vocabulary([windows, *texts.values()], words, self.teacher.name)
         work = Work(self.writer)
         course = Training(
             self.recipe, student, dense, windows, texts, work, self.monitor, self.inputs, self.settings.save_every
