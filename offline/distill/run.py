@@ -18,13 +18,19 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.distill.checks import check_texts, context_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher import Origin, located
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, same_tokens, training_text
+from ria_vllm.offline.distill.text import (
+    check_texts,
+    check_vocabulary,
+    context_of,
+    held_out_texts,
+    same_tokens,
+    training_text,
+)
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype

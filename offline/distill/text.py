@@ -1,15 +1,18 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.hf import read_config
 from ria_vllm.progress import Monitor
 
 # The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
@@ -93,3 +96,32 @@ def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> N
         raise RiaError(
             f"{names[1]}: has other tokens than {names[0]}. Give the model that it was pruned from as --teacher."
         )
+
+
+def context_of(folders: Sequence[str]) -> int | None:
+    """How many tokens all of these models can read; None if none of them says."""
+    found = [getattr(text_config(read_config(name)), "max_position_embeddings", None) for name in folders]
+    return min((one for one in found if one), default=None)
+
+
+def check_texts(out: Path, recipe: Distillation, monitor: Monitor) -> None:
+    """Refuse texts that --overwrite would delete, and held-out ones that the report could not tell apart; warn of a
+    held-out text that is trained on.
+
+    Raises:
+        RiaError: see above.
+    """
+    training, held_out = Path(recipe.text), list(map(Path, recipe.eval_text))
+    files = [path for path in (training, *held_out) if path.is_file()]
+    for path in files:
+        check_place(out, path)
+    names = [path.name for path in held_out]
+    for name in names:
+        if names.count(name) > 1:
+            raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
+    for path in held_out:
+        if training in files and digests.sha256(training) == digests.sha256(path):
+            monitor.warn(
+                f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "
+                "it say little about other text, and the step that is kept may not be the best. Give another text."
+            )

@@ -31,13 +31,3 @@ def test_the_chunks_of_all_ranks_come_from_the_rank_that_holds_them(rank, monkey
         assert torch.equal(value, chunks[number]) if src == rank else value is None
         assert found[number].dtype == torch.float32 and torch.equal(found[number], chunks[number].float())
     assert len(found) == 5
-
-
-def test_rows_are_added_in_place():
-    rows, values, expected = torch.tensor([0, 3, 4]), torch.randn(3, 6), torch.randn(5, 6)
-    stored = Activations()
-    stored.append(torch.zeros(2, 6))
-    stored.append(expected.clone())
-    stored.add(1, rows, values)
-    expected[rows] += values
-    assert torch.equal(stored[1], expected) and not stored[0].any()

@@ -8,9 +8,9 @@ from compressing import WarningRecorder, run_small
 from distilling import run
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.checks import check_texts
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import recovery_section
+from ria_vllm.offline.distill.text import check_texts
 from ria_vllm.offline.run.compress import Settings
 
 

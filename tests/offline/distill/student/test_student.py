@@ -1,7 +1,5 @@
 """Training against a plain loop over dense weights with masks, with torch's own AdamW and KL divergence."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,17 +94,3 @@ def test_what_is_stored_is_what_the_model_reads(weights, pruned):
         scales = [one.parts["weight_scale"] for one in (before, after) if "weight_scale" in one.parts]
         assert not scales or not torch.equal(*scales)
     assert changed > 0
-
-
-@pytest.mark.parametrize("weights", ["float", "int4-g32"])
-def test_what_is_stored_is_what_was_trained_though_the_folder_is_another_by_then(weights, pruned, tmp_path):
-    """With the masks, scales and dtypes from the start."""
-    dense, like = pruned(weights=weights)
-    folder = shutil.copytree(like, tmp_path / "folder")
-    mine = ours(folder, dense, 2e-3, 2, False)
-    before = {name: mine.tensors(name) for name in mine.trained}
-    shutil.rmtree(folder)
-    shutil.copytree(pruned(weights=weights, method="magnitude")[1], folder)
-    for name, tensors in before.items():
-        after = mine.tensors(name)
-        assert after.keys() == tensors.keys() and all(torch.equal(after[key], one) for key, one in tensors.items())
