@@ -15,8 +15,8 @@ from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.hf import read_config
 from ria_vllm.progress import Monitor
 
-# The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
-HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
+# The most tokens in a window of held-out text.
+HELD_OUT_WINDOW = 1024
 
 
 def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tuple[torch.Tensor, dict[str, str]]:
@@ -55,10 +55,8 @@ def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) ->
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:
     """The first windows of a text: int64 [windows, seq_len], at most `tokens` in all. They follow each other.
 
-    A text that is shorter than `seq_len` is one window.
-
     Raises:
-        RiaError: the text cannot be read, is not plain text, or is shorter than both `seq_len` and LEAST_HELD_OUT.
+        RiaError: the text cannot be read, is not plain text, or is shorter than a window.
     """
     if Path(path).suffix.lower() == ".jsonl":
         raise RiaError(
@@ -72,10 +70,10 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"--eval-text {path}: not readable as text ({error}).") from None
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
-    least = min(seq_len, LEAST_HELD_OUT)
-    if len(found) < least:
-        raise RiaError(f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give at least {least}.")
-    seq_len = min(seq_len, len(found))
+    if len(found) < seq_len:
+        raise RiaError(
+            f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give more, or a smaller --eval-tokens."
+        )
     count = len(found) // seq_len
     return found[: count * seq_len].view(count, seq_len)
 

@@ -146,16 +146,13 @@ class TrainedParameter(Moving):
     @torch.no_grad()
     def arrived(self, dense: torch.Tensor) -> None:
         """Take the kept entries of a gradient of the parameter, and the step; that of the scales first."""
-        gradient = torch.empty_like(self.values)
-        with self.layout.remembered():
-            for rows in self.layout.rows():
-                gradient[rows] = self.layout.take(dense, rows)
-            if self.rounding is not None and self.scales is not None:
-                blocks = list(self.layout.rows())
-                parts = [self.rounding.of_scales(self.values[rows], gradient[rows], rows) for rows in blocks]
-                self.scales._step(torch.cat([self.scales.values[:0], *parts]))
-            self._step(gradient)
-            self._write()
+        blocks = list(self.layout.rows())
+        gradient = torch.cat([self.values[:0], *(self.layout.take(dense, rows) for rows in blocks)])
+        if self.rounding is not None and self.scales is not None:
+            parts = [self.rounding.of_scales(self.values[rows], gradient[rows], rows) for rows in blocks]
+            self.scales._step(torch.cat([self.scales.values[:0], *parts]))
+        self._step(gradient)
+        self._write()
 
     @torch.no_grad()
     def _write(self) -> None:
