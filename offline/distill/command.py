@@ -13,7 +13,7 @@ from ria_vllm.offline.runtime import options
 @click.option(
     "--teacher",
     required=True,
-    help="The dense model that FOLDER was pruned from: a folder, or a hub id or ID@REVISION (a branch, tag or commit).",
+    help="The dense model that FOLDER was pruned from: a folder or a hub id.",
 )
 @options.out
 @click.option("--tokens", required=True, type=click.IntRange(min=2), help="Tokens of distinct text to train on.")

@@ -35,7 +35,7 @@ from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
-from ria_vllm.offline.run.work import begun_run, work_folder
+from ria_vllm.offline.run.work import work_folder
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
@@ -80,8 +80,7 @@ def distill(
         inputs.stamps(place)
     with monitor.live(), inputs.watched():
         reader = _opened(folder)
-        begun = begun_run(out) if settings.resume else {}
-        origin = located(teacher, [begun, reader.schema.recipe], monitor)
+        origin = located(teacher, reader.schema.recipe, monitor)
         inputs.stamps(origin.folder)
         longest = context_of([str(folder), str(origin.folder)])
         if longest is not None and recipe.seq_len > longest:
