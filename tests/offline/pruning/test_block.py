@@ -175,9 +175,7 @@ def test_a_huge_token_does_not_dominate(problem):
     assert loss(model, *others) < 0.6 * before
 
 
-def test_bad_input_is_named(problem):
+def test_a_loss_that_is_not_finite_is_an_error(problem):
     model, params, masks, inputs, targets = problem
-    with pytest.raises(RiaError, match="6 inputs and 5 targets"):
-        train_block(model, params, masks, inputs, targets[:5], Training())
     with pytest.raises(RiaError, match="diverged.*Give --reconstruct admm"):
         train_block(model, params, masks, [h * float("nan") for h in inputs], targets, Training())

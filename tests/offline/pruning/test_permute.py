@@ -3,7 +3,6 @@ from itertools import combinations
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.pruning.masks import mask
@@ -84,12 +83,3 @@ def test_heads_of_one_group_share_what_suits_their_sum():
     first_alone = search(S[:, :16])
     copied = torch.cat([first_alone, first_alone + 16])
     assert retained(S, p) > retained(S, copied)
-
-
-def test_bad_input_is_named():
-    with pytest.raises(RiaError, match="10 input channels"):
-        search(torch.rand(4, 10))
-    with pytest.raises(RiaError, match="64 input channels.*3 heads of 16"):
-        search_heads(torch.rand(4, 64), 3, 3, 16)
-    with pytest.raises(RiaError, match="key-value"):
-        search_heads(torch.rand(4, 64), 4, 3, 16)
