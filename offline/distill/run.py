@@ -41,7 +41,6 @@ from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
 
 TEXT_KEY = "text"
-DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there are two
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,9 @@ class _Run:
         # First, so that an error in them shows at once.
         copies = companions(self.reader.folder)
         texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
-        self._draw()
-        with self.monitor.phase("digests of files"):
-            of_files = self._digests()
+        drawn = None
+        if self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
+            drawn = training_text(self.recipe, load_tokenizer(folders[0]), self.monitor)
         with self.monitor.phase("loading the teacher"):
             dense = self._loaded(folders[1]).requires_grad_(False)
         with self.monitor.phase("loading the pruned model"):
@@ -162,8 +161,10 @@ class _Run:
                 f"{folders[0]}: predicts {words} tokens, but {self.teacher.name} {known}. Give the model that it was "
                 "pruned from as --teacher."
             )
-        windows = self._windows(dense)
+        windows = self._windows(dense, drawn)
         check_vocabulary([windows, *texts.values()], words, self.teacher.name)
+        with self.monitor.phase("digests of files"):
+            of_files = self._digests()
         work = Work(self.writer)
         course = Training(
             self.recipe, student, dense, windows, texts, work, self.monitor, self.inputs, self.settings.save_every
@@ -179,36 +180,28 @@ class _Run:
         """A model on its device."""
         return load_model(name, self.settings.device, self.recipe.compute_dtype, training=True)
 
-    @property
-    def _drawn_key(self) -> str:
-        """Of the windows that are drawn from a text, and of what it is."""
-        return DRAWN_KEY if self.recipe.windows_written else TEXT_KEY
-
-    def _draw(self) -> None:
-        """Put the windows of a text into the work folder, unless they are there."""
-        if self.recipe.text != "self" and not self.writer.has(self._drawn_key):
-            windows, origin = training_text(self.recipe, load_tokenizer(str(self.reader.folder)), self.monitor)
-            self.writer.write(self._drawn_key, {"tokens": windows}, origin)
-
-    def _windows(self, dense: Any) -> torch.Tensor:
+    def _windows(self, dense: Any, drawn: tuple[torch.Tensor, dict[str, str]] | None) -> torch.Tensor:
         """The windows to train on, once the teacher has written its part.
 
         They are a part of a file in the work folder, which is in memory as far as there is room.
+
+        Args:
+            drawn: those that it does not write, and what they are from; None: it writes all, or they are there.
         """
         recipe = self.recipe
         if not self.writer.has(TEXT_KEY):
-            count = recipe.windows_written or recipe.windows
-            with self.monitor.phase("writing the text"):
-                bos = getattr(text_config(dense.config), "bos_token_id", None)
-                found = data.from_model(dense, bos, count, recipe.seq_len, recipe.text_seed, self.monitor).int()
-            if recipe.windows_written:
-                found = spread_among(self.writer.read(DRAWN_KEY)[0]["tokens"], found)
-            self.writer.write(TEXT_KEY, {"tokens": found})
+            windows, origin = drawn or (torch.empty(0, recipe.seq_len, dtype=torch.int32), {})
+            if count := recipe.windows - len(windows):
+                with self.monitor.phase("writing the text"):
+                    bos = getattr(text_config(dense.config), "bos_token_id", None)
+                    written = data.from_model(dense, bos, count, recipe.seq_len, recipe.text_seed, self.monitor)
+                windows = spread_among(windows, written)
+            self.writer.write(TEXT_KEY, {"tokens": windows}, origin)
         return self.writer.read(TEXT_KEY)[0]["tokens"]
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
-        found: dict[str, Any] = self.writer.record(self._drawn_key) if self.writer.has(self._drawn_key) else {}
+        found: dict[str, Any] = self.writer.record(TEXT_KEY)
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
         found["student_weights_digest"] = digests.of_weights(self.reader.folder)

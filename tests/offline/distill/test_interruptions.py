@@ -51,19 +51,6 @@ def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pr
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_stopped_while_the_teacher_writes_and_resumed_it_writes_the_same_bytes(pruned, text, tmp_path, monkeypatch):
-    """The text that was drawn by then is not read again."""
-    dense, folder = pruned()
-    run(dense, folder, tmp_path / "whole", text, self_written=0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.distill.run.data.from_model", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(dense, folder, tmp_path / "out", text, self_written=0.5)
-    monkeypatch.setattr("ria_vllm.offline.distill.run.training_text", lambda *_: 1 / 0)
-    run(dense, folder, tmp_path / "out", text, Settings(resume=True), self_written=0.5)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("held_out", [False, True])
 def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes(
     held_out, pruned, text, tmp_path, monkeypatch
