@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import types
 from pathlib import Path
 
-import preloaded
 import pytest
 import torch
-from peak_memory import peak_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.data import from_model, from_text
-from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.progress import Monitor
 
 # No window of these occurs twice.
@@ -148,25 +144,3 @@ def test_nan_predictions_are_an_error(model):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
         from_model(model, 0, 1, 8, 0, Monitor(shown=False))
-
-
-class Bytes:
-    """A tokenizer with a token for each byte of a text."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> types.SimpleNamespace:
-        return types.SimpleNamespace(input_ids=list(text.encode()))
-
-
-def print_peak(small: Path, large: Path, samples: int) -> None:
-    """Bytes that reading `large` takes at its peak, more than the process holds after `small`."""
-    map_large_blocks()
-    from_text(str(small), Bytes(), 1000, 512, 0)
-    print(peak_of(lambda: from_text(str(large), Bytes(), samples, 512, 0)), flush=True)
-
-
-def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path):
-    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
-    for path, samples in ((small, 2000), (large, 12_000)):
-        path.write_text((63 * "a" + "\n") * (samples * 8))
-    peak = int(preloaded.run(tmp_path / "log", print_peak, small, large, 12_000).split()[-1])
-    assert peak < 10 * 12_000 * 512  # in int64, it would be 16 for the drawn ones alone
