@@ -155,7 +155,7 @@ def test_a_run_writes_what_a_plain_loop_trains(weights, activations, pruned, tex
     asked, narrow = "int4-row" if weights == "int4" else weights, "128" in weights
     ignore = ("down_proj",) if narrow else ()  # its 192 in-features do not divide into groups of 128
     dense, folder = pruned(weights=asked, activations=activations, ignore=ignore)
-    recipe = Distillation(tokens=512, seq_len=64, text=str(text), lr=3e-2 if "int4" in weights else 1e-3)
+    recipe = Distillation(tokens=512, seq_len=64, text=str(text), lr=2e-2 if "int4" in weights else 1e-3)
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     linears, drawn = plain(dense, folder, recipe)
     before, after, most = Reader(folder), Reader(tmp_path / "out"), {}
