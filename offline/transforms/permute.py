@@ -85,19 +85,6 @@ def search_heads(
     return torch.cat(order)
 
 
-def retained(S: torch.Tensor, p: torch.Tensor | None = None, pattern: Pattern = TWO_OF_FOUR) -> float:
-    """The share of the total score that a mask retains with the channels in order p (None: as they are).
-
-    Args:
-        S: [rows, channels].
-        p: int [channels].
-    """
-    columns = S.T.float().contiguous()
-    order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
-    total = columns.sum(dtype=torch.float64)
-    return float(retained_score(columns, order.view(-1, pattern.of)) / total) if total > 0 else 1.0
-
-
 def deal(columns: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor:
     """The heuristic order, int64 [G, m].
 
