@@ -20,7 +20,7 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.commands import EFFORTS
-from ria_vllm.offline.distill.teacher.divergence import divergence
+from ria_vllm.offline.distill.divergence import divergence
 from ria_vllm.offline.evaluation.evaluate import read_tokens
 from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.recipe import Recipe

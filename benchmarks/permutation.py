@@ -11,8 +11,8 @@ import click
 import torch
 
 from ria_vllm.offline.model.run.dtypes import fast_bf16
-from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels
-from ria_vllm.offline.transforms.permute import retained, search, search_heads
+from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, retained_score
+from ria_vllm.offline.transforms.permute import search, search_heads
 
 # Linears that share an input: name, rows stacked, channels; None where heads restrict the channels.
 LLAMA_7B = {"qkv": (12288, 4096), "o": (4096, None), "gate+up": (22016, 4096), "down": (4096, 11008)}
@@ -70,7 +70,8 @@ def time_model(name: str, shapes: dict, heads: int, kv_heads: int, head_dim: int
         start = time.perf_counter()
         p = search(S, dtype=DTYPE) if channels else search_heads(S, heads, kv_heads, head_dim, {"dtype": DTYPE})
         total[part] += time.perf_counter() - start
-        gained[part] = (retained(S), retained(S, p))
+        orders = torch.arange(S.shape[1]), p
+        gained[part] = [float(retained_score(S.T.contiguous(), one.view(-1, 4)) / S.sum()) for one in orders]
     for part, taken in total.items():
         before, after = gained[part]
         print(f"  {part:8s} {taken:7.2f} s   retained score {before:.4f} -> {after:.4f}")

@@ -59,7 +59,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--calibration",
     default="self",
     show_default=True,
-    help="A .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from the hub, "
+    help="A .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
 @click.option(
@@ -97,11 +97,10 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 )
 @expert(
     "--method",
-    type=click.Choice(["ria", "ri", "wanda", "magnitude"]),
+    type=click.Choice(["ria", "wanda", "magnitude"]),
     default="ria",
     help="How weights are scored.",
 )
-@expert("--exponent", default=0.5, help="Exponent of the input norms in RIA.")
 @expert(
     "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation: linear sum assignment."
 )

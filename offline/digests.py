@@ -24,14 +24,14 @@ def sha256(path: str | Path) -> str:
 
 
 def of_text(text: str | HubText, name: str) -> dict[str, str]:
-    """What tells a text from others: NAME_sha256 of a file, NAME_revision of a data set on the hub if its commit is
-    known, nothing of what the dense model writes ("self").
+    """What tells a text from others: NAME_sha256 of a file, NAME_revision of a data set on the hub, nothing of what
+    the dense model writes ("self").
 
     Args:
         name: what the recipe calls the text.
     """
     if isinstance(text, HubText):
-        return {} if text.revision is None else {f"{name}_revision": text.revision}
+        return {f"{name}_revision": text.revision}
     return {} if text == "self" else {f"{name}_sha256": sha256(text)}
 
 

@@ -57,8 +57,7 @@ class Recipe:
         RiaError: options that do not go together.
     """
 
-    method: Literal["ria", "ri", "wanda", "magnitude"] = "ria"
-    exponent: Annotated[float, Field(ge=0, le=4)] = 0.5
+    method: Literal["ria", "wanda", "magnitude"] = "ria"
     permute: Literal["lsa", "none"] = "lsa"
     calibration: str = "self"
     self_written: float = 0.0

@@ -3,9 +3,15 @@
 import torch
 
 from ria_vllm.offline.pruning.admm import DAMPING, admm_solver
+from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 
 
 def admm(
-    weight: torch.Tensor, gram, mask: torch.Tensor, iterations: int = 20, damping: float = DAMPING, cross_term=None
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    mask: torch.Tensor,
+    iterations: int = 20,
+    damping: float = DAMPING,
+    cross_term=None,
 ) -> torch.Tensor:
-    return admm_solver(gram, damping).solve(weight, mask, iterations, cross_term)[0]
+    return admm_solver(SymmetricMatrix.of(gram), damping).solve(weight, mask, iterations, cross_term)[0]

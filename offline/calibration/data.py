@@ -1,8 +1,7 @@
 """Calibration tokens: from a text file, a data set of the Hugging Face hub, or the dense model itself.
 
-Files are read without the loaders of `datasets`. Its JSON loader turns dates into timestamps and missing fields into
-nulls and names no line in its errors, its text loader cuts texts into lines, and its parquet loader fails on map
-columns beside the text.
+Files are read without the loaders of `datasets`: its JSON loader turns dates into timestamps and names no line in its
+errors, and its text loader cuts texts into lines.
 """
 
 import json
@@ -15,17 +14,15 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
+from ria_vllm.errors import RiaError, printable
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.hub import HubText
-from ria_vllm.offline.calibration.messages import rendered
 from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.hf import first_line
 from ria_vllm.progress import Monitor
 
-FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_COLUMN = "text"
 MESSAGES_COLUMN = "messages"
-TOOLS_COLUMN = "tools"
 # A text file is tokenized in chunks of about this many characters, so that large files need little memory.
 CHUNK_CHARACTERS = 1 << 20
 # Reading stops at this multiple of the tokens asked for. The samples are drawn from what has been read.
@@ -40,34 +37,24 @@ LEAST_BATCH, MOST_BATCH = 8, 256
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-def opened(source: str, monitor: Monitor) -> str | HubText:
+def opened(source: str) -> str | HubText:
     """A data set of the hub, which then knows its commit; any other source as it is.
 
     Raises:
         RiaError: the data set cannot be had.
     """
-    return hub.opened(source, monitor) if source in hub.DATASETS else source
+    return hub.opened(source) if source in hub.DATASETS else source
 
 
-def from_text(
-    source: str | HubText,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    asked: str | None = None,
-    most: int | None = None,
-) -> torch.Tensor:
+def from_text(source: str | HubText, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 
     If the tokenizer starts every prompt with special tokens (such as BOS), so does each sample.
 
     Args:
-        source: path of a text, JSON Lines or parquet file, or an opened data set.
+        source: path of a text or JSON Lines file, or an opened data set.
         samples: number of samples.
         seq_len: tokens in a sample, special tokens included.
-        asked: which option asks for so many, for errors; --samples, if it is None.
-        most: read no more tokens than this beyond those that are asked for; None: OVERSAMPLING decides alone.
 
     Returns:
         int32 [samples, seq_len]. Besides them, the tokens that are read are in memory, in 4 bytes each.
@@ -79,20 +66,17 @@ def from_text(
     width = seq_len - len(start)
     if width < 1:
         raise RiaError(f"--seq-len {seq_len} is too short: the tokenizer alone puts {len(start)} tokens before a text.")
-    wanted = samples * width
     tokens = array("i")
-    enough = wanted * OVERSAMPLING if most is None else min(wanted * OVERSAMPLING, wanted + most)
     for text in documents(source, tokenizer):
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
-        if len(tokens) >= enough:
+        if len(tokens) >= samples * width * OVERSAMPLING:
             break
     windows = len(tokens) // width
     if windows < samples:
-        asked = asked or f"--samples is {samples}"
         name = source.name if isinstance(source, HubText) else source
         raise RiaError(
-            f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {asked}. Give "
-            f"more text, or a smaller {asked.split()[0]} or --seq-len."
+            f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {samples} are "
+            "needed. Give more text, or ask for fewer or shorter samples."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     read = torch.frombuffer(tokens, dtype=torch.int32, count=windows * width).view(windows, width)
@@ -122,11 +106,13 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
     path = Path(source)
     if not path.is_file():
         names = ", ".join(hub.DATASETS)
-        kinds = "/".join(FILE_SUFFIXES)
-        raise RiaError(f"--calibration {source}: no such file. Give self, a {kinds} file, or one of {names}.")
-    readers = {".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer), ".parquet": _parquet}
+        raise RiaError(f"--calibration {source}: no such file. Give self, a .txt or .jsonl file, or one of {names}.")
+    readers = {".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer)}
     if path.suffix.lower() not in readers:
-        raise RiaError(f"--calibration {source}: unknown file type. Give {', '.join(FILE_SUFFIXES)}.")
+        raise RiaError(
+            f"--calibration {source}: unknown file type. Give .txt or .jsonl; `datasets` writes the latter with "
+            "to_json()."
+        )
     try:
         yield from readers[path.suffix.lower()](path)
     except (OSError, UnicodeDecodeError) as error:
@@ -247,28 +233,44 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
-                line.encode()  # raises if surrogates stand for bytes that are not UTF-8
                 row = json.loads(line)
-                text = row.get(TEXT_COLUMN)
-                messages = row.get(MESSAGES_COLUMN) if text is None else None
-                if messages is None and TEXT_COLUMN not in row:
-                    raise LookupError
-            except UnicodeEncodeError:
-                raise RiaError(f"{place}: not valid UTF-8.") from None
-            except (ValueError, LookupError, AttributeError, RecursionError):
-                raise RiaError(
-                    f"{place}: no JSON object with a field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}."
-                ) from None
-            if messages is not None:
-                yield _clean(rendered(messages, tokenizer, place, row.get(TOOLS_COLUMN)))
-            else:
+                text, messages = row.get(TEXT_COLUMN), row.get(MESSAGES_COLUMN)
+            except (ValueError, AttributeError):
+                raise RiaError(f"{place}: no JSON object.") from None
+            if text is None and messages is not None:
+                yield _clean(_conversation(messages, row.get("tools"), tokenizer, place))
+            elif TEXT_COLUMN in row:
                 yield from _document(text, place)
+            else:
+                raise RiaError(f"{place}: no field {TEXT_COLUMN!r} or {MESSAGES_COLUMN!r}.")
+
+
+def _conversation(messages: Any, tools: Any, tokenizer: Any, place: str) -> str:
+    """What the model's chat template makes of a conversation.
+
+    Args:
+        messages: untrusted; should be a list of {"role", "content"}.
+
+    Raises:
+        RiaError: the model has no template, it refuses the messages, or a content is no text, which it would print.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise RiaError(f"{place}: the model has no chat template to turn messages into text. Give a field 'text'.")
+    try:
+        texts = all(isinstance(message.get("content") or "", str) for message in messages)
+        found = str(tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)) if texts else None
+    except Exception as error:  # a template is untrusted, and may raise anything
+        reason = printable(first_line(error))
+        raise RiaError(f"{place}: the model's chat template refuses these messages ({reason}).") from None
+    if found is None:
+        raise RiaError(f"{place}: the content of each message must be a string. Give strings, or a field 'text'.")
+    return found
 
 
 def _document(text: Any, place: str) -> Iterator[str]:
@@ -283,18 +285,3 @@ def _document(text: Any, place: str) -> Iterator[str]:
 def _clean(text: str) -> str:
     # JSON can spell half of a surrogate pair, which is not a character; tokenizers refuse it.
     return text.encode(errors="replace").decode()
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if TEXT_COLUMN not in file.schema_arrow.names:
-            raise RiaError(f"{path}: no column {TEXT_COLUMN!r} (it has {', '.join(file.schema_arrow.names)}).")
-        for batch in file.iter_batches(batch_size=256, columns=[TEXT_COLUMN]):
-            for text in batch.column(0).to_pylist():
-                yield from _document(text, str(path))
-    except pyarrow.ArrowException as error:
-        raise RiaError(f"{path}: damaged parquet file ({error}).") from None

@@ -1,14 +1,12 @@
 """Data sets of the Hugging Face hub."""
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.hf import first_line
-from ria_vllm.progress import Monitor
 
 # Hub id, configuration, and whether to stream it because it is too large to download.
 DATASETS = {
@@ -20,17 +18,15 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class HubText:
-    """An opened data set: a key of DATASETS, its commit (None: unknown), and its rows, which can be read once."""
+    """An opened data set: a key of DATASETS, its commit, and its rows, which can be read once."""
 
     name: str
-    revision: str | None
+    revision: str
     rows: Iterator[Mapping[str, Any]]
 
 
-def opened(name: str, monitor: Monitor) -> HubText:
+def opened(name: str) -> HubText:
     """The training part of a data set, from the hub, or from the cache of `datasets` if the hub cannot be reached.
-
-    Warns if the commit cannot be found out.
 
     Args:
         name: a key of DATASETS.
@@ -55,10 +51,4 @@ def opened(name: str, monitor: Monitor) -> HubText:
         raise RiaError(
             f"--calibration {name}: {repository} cannot be downloaded ({first_line(error)}). Give a text file, or self."
         ) from None
-    known = isinstance(builder.hash, str) and re.fullmatch("[0-9a-f]{40}", builder.hash)
-    if not known:
-        monitor.warn(
-            f"--calibration {name}: the cache of `datasets` does not say which commit of {repository} this is, so the "
-            "recipe does not name it."
-        )
-    return HubText(name, builder.hash if known else None, itertools.chain([first], rows))
+    return HubText(name, builder.hash, itertools.chain([first], rows))

@@ -1,6 +1,5 @@
 """`ria-vllm distill`."""
 
-import os
 from pathlib import Path
 
 import click
@@ -14,7 +13,7 @@ from ria_vllm.offline.runtime import options
 @click.option(
     "--teacher",
     required=True,
-    help="The dense model that FOLDER was pruned from: a folder, or a hub id or ID@REVISION (a branch, tag or commit).",
+    help="The dense model that FOLDER was pruned from: a folder or a hub id.",
 )
 @options.out
 @click.option("--tokens", required=True, type=click.IntRange(min=2), help="Tokens of distinct text to train on.")
@@ -23,7 +22,7 @@ from ria_vllm.offline.runtime import options
     "text",
     default="self",
     show_default=True,
-    help="The text: a .txt, .jsonl or .parquet file (field text; in .jsonl also messages), c4, wikitext2 or pile from "
+    help="The text: a .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from "
     "the hub, or self: text that the teacher writes itself.",
 )
 @click.option(
@@ -33,42 +32,17 @@ from ria_vllm.offline.runtime import options
     help="Fraction of the tokens that the teacher writes itself; the others are of --calibration.",
 )
 @click.option("--seq-len", default=512, show_default=True, help="Tokens in a sequence.")
-@click.option("--batch", default=2, show_default=True, help="Sequences in a step, of all processes together.")
-@click.option(
-    "--micro-batch",
-    type=click.IntRange(min=1),
-    show_default="all that a process has of a step",
-    help="Sequences that a process runs at a time. Fewer take less memory for activations, but 4 more bytes for each "
-    "kept weight, because gradients are then added up.",
-)
-@click.option("--passes", default=1, show_default=True, help="How many times to train on the text.")
+@click.option("--batch", default=2, show_default=True, help="Sequences in a step.")
 @click.option("--lr", default=3e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
-@click.option("--warmup", default=0.05, show_default=True, help="Fraction of the steps in which it rises.")
-@click.option("--weight-decay", default=0.0, show_default=True, help="Of AdamW.")
-@click.option(
-    "--clip", default=1.0, show_default=True, help="Limit of a parameter's update, in learning rates; 0: no limit."
-)
-@click.option(
-    "--text-loss",
-    default=0.0,
-    show_default=True,
-    help="Weight of the cross entropy of the text itself, beside the divergence from the teacher's predictions.",
-)
 @click.option(
     "--eval-text",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
-    help="A text file to measure on while training. By the first one, the best step is kept, and training stops when "
-    "it no longer gets better. Without one, all tokens are trained on, and the last step is kept. Repeatable.",
+    help="A text file to measure on while training. The step that is best on the first one is kept; without one, the "
+    "last step. Repeatable.",
 )
 @click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
 @click.option("--evals", default=10, show_default=True, help="How many times to measure --eval-text.")
-@click.option(
-    "--patience",
-    default=3,
-    show_default=True,
-    help="Stop after so many measurements of --eval-text in a row that are no better than an earlier one of training.",
-)
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
 )
@@ -95,7 +69,6 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and weight format stay.
-    torchrun divides each step among several processes.
     """
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.recipe import Distillation
@@ -104,25 +77,12 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
 
-    if not recipe["eval_text"]:
-        _refuse_given("eval_tokens", "evals", "patience")
     how = {name: recipe.pop(name) for name in ("save_memory", "save_every", "overwrite", "resume")}
     settings = Settings(choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
-    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
+    monitor = Monitor()
     try:
         report = run(folder, teacher, out, Distillation(**recipe), settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]
     monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")
-
-
-def _refuse_given(*names: str) -> None:
-    """Refuse options that mean nothing without --eval-text, if the user has given them."""
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise RiaError(
-                f"--{name.replace('_', '-')} is about held-out text. Without --eval-text nothing is measured, and "
-                "all tokens are trained on. Give --eval-text, too, or leave it out."
-            )

@@ -14,12 +14,12 @@ from ria_vllm.offline.self_written import check_fraction, written_of
 
 # By the seed itself, the dense model writes the text that `compress` calibrates on.
 TEXT_SEED = 1_000_003
+# The share of the steps in which the learning rate rises.
+WARMUP = 0.05
 
 
 class Distillation(BaseModel):
     """The options; `ria-vllm distill --help` explains each.
-
-    micro_batch: None: as `among` says.
 
     Raises:
         RiaError: an invalid value.
@@ -32,17 +32,10 @@ class Distillation(BaseModel):
     self_written: float = 0.0
     seq_len: int = Field(512, ge=2)
     batch: int = Field(2, ge=1)
-    micro_batch: int | None = Field(None, ge=1)
-    passes: int = Field(1, ge=1)
     lr: float = Field(3e-4, ge=0, le=1)
-    warmup: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    clip: float = Field(1.0, ge=0)
-    text_loss: float = Field(0.0, ge=0)
     eval_text: tuple[str, ...] = ()
     eval_tokens: int = Field(8192, ge=2)
     evals: int = Field(10, ge=1)
-    patience: int = Field(3, ge=1)
     # In float16, small gradients would vanish.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     seed: int = 0
@@ -58,9 +51,9 @@ class Distillation(BaseModel):
     @model_validator(mode="after")
     def _go_together(self) -> "Distillation":
         check_fraction(self.self_written, self.windows, self.text)
-        if self.tokens < self.batch * self.seq_len:
+        if self.tokens < self.tokens_in_step:
             raise RiaError(
-                f"--tokens {self.tokens}: a single step takes {self.batch * self.seq_len} (--batch {self.batch} "
+                f"--tokens {self.tokens}: a single step takes {self.tokens_in_step} (--batch {self.batch} "
                 f"sequences of --seq-len {self.seq_len}). Give more tokens, or smaller steps."
             )
         return self
@@ -68,22 +61,6 @@ class Distillation(BaseModel):
     def with_options(self, **changes: Any) -> "Distillation":
         """The same recipe but for these options, checked anew."""
         return Distillation(**self.model_dump() | changes)
-
-    def among(self, processes: int) -> "Distillation":
-        """The recipe for so many processes. Where no micro-batch is given, a process's sequences of a step are one, so
-        that it has no gradients to add up.
-
-        Raises:
-            RiaError: the micro-batches of a step cannot be divided evenly.
-        """
-        micro = self.micro_batch or max(1, self.batch // processes)
-        if self.batch % (micro * processes):
-            multiple = micro * processes if self.micro_batch else processes
-            raise RiaError(
-                f"--batch {self.batch}: micro-batches of {micro} sequences cannot be divided evenly among {processes} "
-                f"processes. Give a multiple of {multiple} as --batch."
-            )
-        return self.with_options(micro_batch=micro)
 
     @property
     def text_seed(self) -> int:
@@ -102,11 +79,15 @@ class Distillation(BaseModel):
 
     @property
     def steps(self) -> int:
-        return self.windows * self.passes // self.batch
+        return self.windows // self.batch
+
+    @property
+    def tokens_in_step(self) -> int:
+        return self.batch * self.seq_len
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0: a linear warm-up, then half a cosine."""
-        rising = max(1.0, self.warmup * self.steps)
+        rising = max(1.0, WARMUP * self.steps)
         return self.lr * min(1.0, (step + 1) / rising) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
     def measured_after(self, step: int) -> bool:

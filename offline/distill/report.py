@@ -1,6 +1,6 @@
 """What a finished folder says of its training: in the recipe, in ria_report.json and in the model card."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ria_vllm.checkpoint.reader import Reader
@@ -18,14 +18,8 @@ def with_training(reader: Reader, this: dict[str, Any], curve: list[dict[str, An
     """
     found: dict[str, Any] = {"linears": {}} | without_errors(reader.report())
     recipe = reader.schema.recipe
-    runs = recipe | {"distill": [*_entries(recipe), this]}
-    return found | {"recipe": runs, "distill": [*_entries(found), {"curve": curve}]}
-
-
-def _entries(story: Mapping[str, Any]) -> list[Any]:
-    """The earlier trainings in a recipe or report, which another program may have written."""
-    earlier = story.get("distill")
-    return earlier if isinstance(earlier, list) else []
+    runs = recipe | {"distill": [*recipe.get("distill", []), this]}
+    return found | {"recipe": runs, "distill": [*found.get("distill", []), {"curve": curve}]}
 
 
 def card_of(reader: Reader, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:

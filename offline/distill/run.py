@@ -18,27 +18,29 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.distill.checks import check_models, check_texts, context_of
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
 from ria_vllm.offline.distill.state import Work
-from ria_vllm.offline.distill.student.parameters import AdamW, Pace
 from ria_vllm.offline.distill.student.student import Student
-from ria_vllm.offline.distill.teacher.teacher import Origin, located, read
-from ria_vllm.offline.distill.teacher.two_part import TwoPart
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, training_text
-from ria_vllm.offline.distill.train import HeldOut, Training
-from ria_vllm.offline.model.files.source_tensors import SourceTensors
+from ria_vllm.offline.distill.teacher import Origin, located
+from ria_vllm.offline.distill.text import (
+    check_texts,
+    check_vocabulary,
+    context_of,
+    held_out_texts,
+    same_tokens,
+    training_text,
+)
+from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
-from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
-from ria_vllm.offline.run.work import begun_run, not_shared, work_folder
-from ria_vllm.offline.runtime.ranks import Ranks, joined
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
+from ria_vllm.offline.run.work import work_folder
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
 
 TEXT_KEY = "text"
-DRAWN_KEY = "drawn"  # the part of it that the teacher does not write, if there are two
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,25 @@ def distill(
     inputs = Inputs()
     for place in (folder, *_files(recipe)):
         inputs.stamps(place)
-    with joined(settings.device) as ranks, monitor.live(), inputs.watched():
+    with monitor.live(), inputs.watched():
         reader = _opened(folder)
-        begun = begun_run(out) if settings.resume and ranks.first else {}
-        origin = located(teacher, [begun, reader.schema.recipe], ranks, monitor)
+        origin = located(teacher, reader.schema.recipe, monitor)
         inputs.stamps(origin.folder)
         longest = context_of([str(folder), str(origin.folder)])
         if longest is not None and recipe.seq_len > longest:
             monitor.warn(f"--seq-len {recipe.seq_len}: these models read at most {longest} tokens; so do sequences.")
             recipe = recipe.with_options(seq_len=longest)
-        dtype = _compute_dtype(reader, origin.folder, recipe.compute_dtype, settings.device, monitor)
-        recipe = recipe.with_options(compute_dtype=dtype).among(ranks.size)
-        check_models(reader, origin)
-        run = fingerprint(reader, origin, recipe, inputs) | rounding_of(settings, ranks)
+        stored = reader.linear(reader.sparse_names[0]).dtype
+        chosen = choose_dtype(stored, settings.device, recipe.compute_dtype, training=True)
+        if chosen != stored:
+            monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
+        recipe = recipe.with_options(compute_dtype=name_of(chosen))
+        names = origin.name, str(folder)
+        same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(folder)), names)
+        run = fingerprint(reader, origin, recipe, inputs) | {"device": settings.device.type}
         kept = ("*", "The text and the steps so far")
-        with work_folder(out, run, settings.overwrite, settings.resume, ranks, kept) as writer:
-            return _Run(reader, origin, recipe, settings, writer, ranks, monitor, inputs).distill()
+        with work_folder(out, run, settings.overwrite, settings.resume, Ranks(), kept) as writer:
+            return _Run(reader, origin, recipe, settings, writer, monitor, inputs).distill()
 
 
 def _opened(folder: Path) -> Reader:
@@ -110,19 +115,6 @@ def _opened(folder: Path) -> Reader:
     return reader
 
 
-def _compute_dtype(reader: Reader, teacher: Path, asked: str, device: torch.device, monitor: Monitor) -> str:
-    """The dtype to compute in: by default one that rounds no weight of a teacher in float32."""
-    stored, of_teacher = reader.linear(reader.sparse_names[0]).dtype, stored_dtype(teacher)
-    if of_teacher is None and not is_compressed(teacher):  # config.json does not say
-        of_teacher = SourceTensors(teacher, None).dtype
-    if asked == "auto" and of_teacher == torch.float32:
-        asked = "float32"
-    chosen = choose_dtype(stored, device, asked, training=True)
-    if chosen != stored:
-        monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
-    return name_of(chosen)
-
-
 def _files(recipe: Distillation) -> list[Path]:
     """The local files among its texts."""
     return [path for path in map(Path, (*recipe.eval_text, recipe.text)) if path.is_file()]
@@ -139,11 +131,6 @@ def fingerprint(reader: Reader, origin: Origin, recipe: Distillation, inputs: In
     return json.loads(json.dumps(recipe.dump(origin.name, origin.revision) | full | stamps))
 
 
-def rounding_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """What results are rounded by besides the recipe's options: sums over processes have another order."""
-    return {"processes": ranks.size, "device": settings.device.type}
-
-
 @dataclass(frozen=True)
 class _Run:
     """One distillation, and what its steps need."""
@@ -153,7 +140,6 @@ class _Run:
     recipe: Distillation
     settings: Settings
     writer: CheckpointWriter
-    ranks: Ranks
     monitor: Monitor
     inputs: Inputs
 
@@ -162,83 +148,60 @@ class _Run:
         # First, so that an error in them shows at once.
         copies = companions(self.reader.folder)
         texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
-        self._draw()
-        with self.monitor.phase("digests of files"):
-            of_files = self.ranks.broadcast(self._digests() if self.ranks.first else None)
+        drawn = None
+        if self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
+            drawn = training_text(self.recipe, load_tokenizer(folders[0]), self.monitor)
         with self.monitor.phase("loading the teacher"):
-            dense = self._loaded(folders[1])
-            dense.model.requires_grad_(False)
-        windows = self._windows(dense)
-        vocabulary = output_head(dense.model).weight.shape[0]
-        check_vocabulary([windows, *texts.values()], vocabulary, self.teacher.name)
-        held_out: HeldOut = {name: [] for name in texts}
-        pairs = [(name, window) for name, found in texts.items() for window in found]
-        for name, window in self.monitor.steps(pairs, "asking about held-out text", len(pairs)):
-            held_out[name].append((window, read(dense, window[None].to(dense.model.device))))
+            dense = self._loaded(folders[1]).requires_grad_(False)
         with self.monitor.phase("loading the pruned model"):
-            student = self._student()
-        work = Work(self.writer, self.ranks.first)
+            student = Student(self.reader, self._loaded(folders[0]), self.settings.save_memory)
+        words, known = (output_head(model).weight.shape[0] for model in (student.model, dense))
+        if words != known:
+            raise RiaError(
+                f"{folders[0]}: predicts {words} tokens, but {self.teacher.name} {known}. Give the model that it was "
+                "pruned from as --teacher."
+            )
+        windows = self._windows(dense, drawn)
+        check_vocabulary([windows, *texts.values()], words, self.teacher.name)
+        with self.monitor.phase("digests of files"):
+            of_files = self._digests()
+        work = Work(self.writer)
         course = Training(
-            self.recipe, student, dense, windows, held_out, work, self.ranks, self.monitor, self.inputs,
-            self.settings.save_every,
-        ).run()  # fmt: skip
-        this = self.recipe.dump(self.teacher.name, self.teacher.revision) | rounding_of(self.settings, self.ranks)
+            self.recipe, student, dense, windows, texts, work, self.monitor, self.inputs, self.settings.save_every
+        ).run()
+        this = self.recipe.dump(self.teacher.name, self.teacher.revision) | {"device": self.settings.device.type}
         this |= of_files | {"steps": course.step} | ({"kept_step": course.kept} if course.best else {})
         report = with_training(self.reader, this, course.curve)
-        if self.ranks.first:
-            with self.monitor.phase("writing"):
-                self._finish(work.results(student.trained, course.kept), report, copies)
-        self.ranks.barrier()
+        with self.monitor.phase("writing"):
+            self._finish(work.results(student.trained, course.kept), report, copies)
         return report
 
-    def _loaded(self, name: str) -> TwoPart:
+    def _loaded(self, name: str) -> Any:
         """A model on its device."""
-        return TwoPart(load_model(name, self.settings.device, self.recipe.compute_dtype, training=True), name)
+        return load_model(name, self.settings.device, self.recipe.compute_dtype, training=True)
 
-    @property
-    def _drawn_key(self) -> str:
-        """Of the windows that are drawn from a text, and of what it is."""
-        return DRAWN_KEY if self.recipe.windows_written else TEXT_KEY
-
-    def _draw(self) -> None:
-        """Put the windows of a text into the work folder, unless they are there."""
-        if self.ranks.first and self.recipe.text != "self" and not self.writer.has(self._drawn_key):
-            windows, origin = training_text(self.recipe, text_tokenizer(self.reader.folder), self.monitor)
-            self.writer.write(self._drawn_key, {"tokens": windows}, origin)
-
-    def _windows(self, dense: TwoPart) -> torch.Tensor:
+    def _windows(self, dense: Any, drawn: tuple[torch.Tensor, dict[str, str]] | None) -> torch.Tensor:
         """The windows to train on, once the teacher has written its part.
 
         They are a part of a file in the work folder, which is in memory as far as there is room.
 
-        Raises:
-            RiaError: this process does not see what the first one has written.
+        Args:
+            drawn: those that it does not write, and what they are from; None: it writes all, or they are there.
         """
         recipe = self.recipe
-        if not self.ranks.broadcast(self.writer.has(TEXT_KEY)):
-            count = recipe.windows_written or recipe.windows
-            if self.ranks.first:
-                with self.monitor.phase("writing the text"):
-                    bos = getattr(text_config(dense.model.config), "bos_token_id", None)
-                    found = data.from_model(dense.model, bos, count, recipe.seq_len, recipe.text_seed, self.monitor)
-                found = found.int()
-                if recipe.windows_written:
-                    found = spread_among(self.writer.read(DRAWN_KEY)[0]["tokens"], found)
-                self.writer.write(TEXT_KEY, {"tokens": found})
-            self.ranks.barrier()
         if not self.writer.has(TEXT_KEY):
-            raise not_shared(self.writer.path(TEXT_KEY), self.ranks.rank)
+            windows, origin = drawn or (torch.empty(0, recipe.seq_len, dtype=torch.int32), {})
+            if count := recipe.windows - len(windows):
+                with self.monitor.phase("writing the text"):
+                    bos = getattr(text_config(dense.config), "bos_token_id", None)
+                    written = data.from_model(dense, bos, count, recipe.seq_len, recipe.text_seed, self.monitor)
+                windows = spread_among(windows, written)
+            self.writer.write(TEXT_KEY, {"tokens": windows}, origin)
         return self.writer.read(TEXT_KEY)[0]["tokens"]
-
-    def _student(self) -> Student:
-        pace = Pace(reduce=self.ranks.all_reduce)
-        model = self._loaded(str(self.reader.folder))
-        adamw = AdamW(weight_decay=self.recipe.weight_decay, clip=self.recipe.clip)
-        return Student(self.reader, model, adamw, pace, self.settings.save_memory)
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
-        found: dict[str, Any] = self.writer.record(self._drawn_key) if self.writer.has(self._drawn_key) else {}
+        found: dict[str, Any] = self.writer.record(TEXT_KEY)
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
         found["student_weights_digest"] = digests.of_weights(self.reader.folder)

@@ -16,7 +16,7 @@ from ria_vllm.checkpoint.sparse_linear import not_finite
 from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.distill.student.parameters import diverged
-from ria_vllm.offline.distill.student.student import TERMS, Student
+from ria_vllm.offline.distill.student.student import Student
 
 STATE = "state"
 
@@ -26,60 +26,39 @@ class Course:
     """The course of a run: all that a resumed run must know besides the parameters.
 
     step: how many are done.
-    sums: of the terms of the loss, over the tokens since the last point of the curve; `counted` are these tokens.
+    losses: of the steps since the last point of the curve: the mean divergence of a token.
     curve: points; see `point`.
-    best: the step after which the held-out loss was lowest, and that loss; None: nothing is held out. 0 is the start.
-    lowest: the held-out loss of the best step of training, which may be above that of the start.
-    worse: measurements since that step.
-    stopped: whether the run is over, because it got no better.
+    best: the step after which the held-out divergence was lowest, and that; None: nothing is held out. 0 is the start.
     """
 
     step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * len(TERMS))
-    counted: int = 0
+    losses: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
-    lowest: float | None = None
-    worse: int = 0
-    stopped: bool = False
 
-    def add(self, terms: list[float], tokens: int) -> None:
-        """Count a step.
-
-        Args:
-            terms: sums over its tokens.
-        """
+    def add(self, loss: float) -> None:
+        """Count a step."""
         self.step += 1
-        self.sums = [total + term for total, term in zip(self.sums, terms, strict=True)]
-        self.counted += tokens
+        self.losses.append(loss)
 
     def point(self, tokens: int, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Add a point to the curve: the mean of each term since the last one, and the scores of held-out texts.
+        """Add a point to the curve: the mean loss since the last one, and the scores of held-out texts.
 
         Args:
             tokens: that were trained on until now.
         """
         found: dict[str, Any] = {"step": self.step, "tokens": tokens}
-        if self.counted:
-            found |= {name: total / self.counted for name, total in zip(TERMS, self.sums, strict=True)}
+        if self.losses:
+            found["kl"] = sum(self.losses) / len(self.losses)
         if scores:
             found["held_out"] = scores
         found = json.loads(json.dumps(found, sort_keys=True))  # in the order in which a resumed run reads it
         self.curve.append(found)
-        self.sums, self.counted = [0.0] * len(TERMS), 0
+        self.losses = []
         return found
 
-    def judge(self, loss: float, patience: int) -> bool:
-        """Take note of a held-out loss; whether it is the lowest so far.
-
-        It may rise in the first steps, while the learning rate is high, and fall below that of the start later. So what
-        counts against `patience` are measurements that are no better than an earlier one of training.
-        """
-        if self.step and (self.lowest is None or loss < self.lowest):
-            self.lowest, self.worse = loss, 0
-        elif self.step:
-            self.worse += 1
-            self.stopped = self.worse >= patience
+    def judge(self, loss: float) -> bool:
+        """Take note of a held-out divergence; whether it is the lowest so far."""
         if self.best is None or loss < self.best[1]:
             self.best = (self.step, loss)
             return True
@@ -92,14 +71,10 @@ class Course:
 
 
 class Work:
-    """The state of a run in the work folder.
+    """The state of a run in the work folder."""
 
-    Args:
-        first: whether this process writes what all have.
-    """
-
-    def __init__(self, writer: CheckpointWriter, first: bool = True):
-        self.writer, self.first = writer, first
+    def __init__(self, writer: CheckpointWriter):
+        self.writer = writer
 
     def save_parameters(self, student: Student, step: int) -> None:
         """The parameters after a step. `save_course` makes them count."""
@@ -131,7 +106,7 @@ class Work:
 
     def save_result(self, student: Student, step: int) -> None:
         """The tensors of a step that is the best so far, or the last."""
-        for number, name in enumerate(student.trained if self.first else ()):
+        for number, name in enumerate(student.trained):
             tensors = student.tensors(name)
             _check_finite(tensors, step)
             self.writer.write(f"{_best(step)}-{number:06d}", tensors)

@@ -1,30 +1,22 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.model.run.architecture import text_config
+from ria_vllm.offline.model.run.hf import read_config
 from ria_vllm.progress import Monitor
 
-# Windows are drawn from more text than is needed, but not from more than so many tokens beyond.
-MOST_BEYOND = 1 << 24
-# The most tokens in a window of held-out text, and the fewest where the text has no more: below, it says nothing.
-HELD_OUT_WINDOW, LEAST_HELD_OUT = 1024, 64
-# Files that `--calibration` reads the text from, which held-out text is not read from.
-NOT_PLAIN = tuple(suffix for suffix in data.FILE_SUFFIXES if suffix != ".txt")
-# Two tokenizers with one vocabulary may still differ in what they do before they look into it.
-SAMPLES = (
-    "The quick brown fox: 12,345 times, naïvely.\n",
-    "def f(x):\n\treturn  {'a': x**2}  # 3.14e-10\n\n",
-    "Съешь же ещё этих мягких булок. Ξεσκεπάζω. שלום עולם. مرحبا بالعالم.",
-    "你好,世界。こんにちは、セカイ。안녕하세요. नमस्ते दुनिया। สวัสดี 👩‍💻🇫🇷 ﬁ Å",
-)
+# The most tokens in a window of held-out text.
+HELD_OUT_WINDOW = 1024
 
 
 def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tuple[torch.Tensor, dict[str, str]]:
@@ -40,11 +32,9 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
         RiaError: no such text, or too little of it.
     """
     count = recipe.windows - recipe.windows_written
-    options = "--tokens and --self-written ask" if recipe.windows_written else "--tokens asks"
     with monitor.phase("reading the text"):
-        text = data.opened(recipe.text, monitor)
-        asked = f"{options} for {count}"
-        windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed, asked, MOST_BEYOND)
+        text = data.opened(recipe.text)
+        windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed)
     with monitor.phase("digests of files"):
         return windows, digests.of_text(text, "text")
 
@@ -65,12 +55,10 @@ def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) ->
 def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> torch.Tensor:
     """The first windows of a text: int64 [windows, seq_len], at most `tokens` in all. They follow each other.
 
-    A text that is shorter than `seq_len` is one window.
-
     Raises:
-        RiaError: the text cannot be read, is not plain text, or is shorter than both `seq_len` and LEAST_HELD_OUT.
+        RiaError: the text cannot be read, is not plain text, or is shorter than a window.
     """
-    if Path(path).suffix.lower() in NOT_PLAIN:
+    if Path(path).suffix.lower() == ".jsonl":
         raise RiaError(
             f"--eval-text {path}: would be read as it is, with what the file format adds to the text. Give the text "
             "alone, in a .txt file."
@@ -82,10 +70,10 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"--eval-text {path}: not readable as text ({error}).") from None
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
-    least = min(seq_len, LEAST_HELD_OUT)
-    if len(found) < least:
-        raise RiaError(f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give at least {least}.")
-    seq_len = min(seq_len, len(found))
+    if len(found) < seq_len:
+        raise RiaError(
+            f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give more, or a smaller --eval-tokens."
+        )
     count = len(found) // seq_len
     return found[: count * seq_len].view(count, seq_len)
 
@@ -97,30 +85,41 @@ def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str
         raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")
 
 
-def batch_of(recipe: Distillation, step: int, micro: int) -> list[int]:
-    """The numbers of the windows of one micro-batch of a step, both counted from 0.
-
-    In each pass the windows have another order, and a window comes again only after all others.
-    """
-    first = step * recipe.batch + micro * recipe.micro_batch
-    return [_window(recipe, place) for place in range(first, first + recipe.micro_batch)]
-
-
-def _window(recipe: Distillation, place: int) -> int:
-    this_pass, number = divmod(place, recipe.windows)
-    if this_pass == 0:
-        return number  # they were drawn in random order
-    order = torch.Generator().manual_seed((recipe.seed * 1_000_003 + this_pass) % (1 << 64))
-    return int(torch.randperm(recipe.windows, generator=order)[number])
-
-
 def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> None:
-    """Check that two tokenizers have the same tokens, and split texts into the same: otherwise predictions cannot be
-    compared. Special tokens may be known to one of them only."""
+    """Check that two tokenizers have the same tokens: otherwise predictions cannot be compared. Special tokens may be
+    known to one of them only."""
     special = set(one.all_special_tokens) ^ set(other.all_special_tokens)
     mine, theirs = ({t: i for t, i in each.get_vocab().items() if t not in special} for each in (one, other))
-    if mine != theirs or any(one(text).input_ids != other(text).input_ids for text in SAMPLES):
+    if mine != theirs:
         raise RiaError(
-            f"{names[1]}: splits a text into other tokens than {names[0]}. Give the model that it was pruned from as "
-            "--teacher."
+            f"{names[1]}: has other tokens than {names[0]}. Give the model that it was pruned from as --teacher."
         )
+
+
+def context_of(folders: Sequence[str]) -> int | None:
+    """How many tokens all of these models can read; None if none of them says."""
+    found = [getattr(text_config(read_config(name)), "max_position_embeddings", None) for name in folders]
+    return min((one for one in found if one), default=None)
+
+
+def check_texts(out: Path, recipe: Distillation, monitor: Monitor) -> None:
+    """Refuse texts that --overwrite would delete, and held-out ones that the report could not tell apart; warn of a
+    held-out text that is trained on.
+
+    Raises:
+        RiaError: see above.
+    """
+    training, held_out = Path(recipe.text), list(map(Path, recipe.eval_text))
+    files = [path for path in (training, *held_out) if path.is_file()]
+    for path in files:
+        check_place(out, path)
+    names = [path.name for path in held_out]
+    for name in names:
+        if names.count(name) > 1:
+            raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
+    for path in held_out:
+        if training in files and digests.sha256(training) == digests.sha256(path):
+            monitor.warn(
+                f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "
+                "it say little about other text, and the step that is kept may not be the best. Give another text."
+            )

@@ -3,45 +3,43 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
+from ria_vllm.offline.distill.divergence import divergence
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.state import Course, Work
 from ria_vllm.offline.distill.student.parameters import diverged
-from ria_vllm.offline.distill.student.student import TERMS, Student
-from ria_vllm.offline.distill.teacher.teacher import read
-from ria_vllm.offline.distill.teacher.two_part import TwoPart
-from ria_vllm.offline.distill.text import batch_of
-from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.offline.distill.student.student import Student
+from ria_vllm.offline.distill.teacher import asked
 from ria_vllm.progress import Monitor
 
 # Seconds between two lines about the loss.
 EVERY = 30.0
 Scores = dict[str, dict[str, float]]
-HeldOut = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass
 class Training:
     """One run, and what its steps need.
 
+    teacher: the dense model, of transformers.
     windows: integers [windows, seq_len].
-    held_out: name of a held-out text -> its windows, int64 [tokens] of one length, each with what the teacher's head
-        reads of it [tokens, hidden]: the teacher is asked only once.
+    held_out: name of a held-out text -> its windows, int64 [windows, tokens].
     inputs: what must not have changed when a state is saved.
     save_every: seconds between two states in the work folder.
     """
 
     recipe: Distillation
     student: Student
-    teacher: TwoPart
+    teacher: Any
     windows: torch.Tensor
-    held_out: HeldOut
+    held_out: dict[str, torch.Tensor]
     work: Work
-    ranks: Ranks
     monitor: Monitor
     inputs: Inputs
     save_every: float
@@ -54,68 +52,56 @@ class Training:
         """
         self.inputs.check()
         recipe = self.recipe
-        course = self.ranks.broadcast(self.work.course() if self.ranks.first else None) or Course()
+        course = self.work.course() or Course()
         if course.step:
             self.monitor.say(f"resuming after step {course.step} of {recipe.steps}")
-            if course.stopped or course.step == recipe.steps:
+            if course.step == recipe.steps:
                 return course
             self.work.restore(self.student, course.step)
         else:
             self._measure(course)
-        saved = said = time.monotonic()
-        begun, before = said, course.step
+        begun, before = time.monotonic(), course.step
+        saved = said = begun
         left = range(course.step, recipe.steps)
         for step in self.monitor.steps(left, "training", len(left)):
-            terms = self._step(step)
-            tokens = recipe.batch * recipe.seq_len
-            course.add(terms, tokens)
+            loss = self._step(step)
+            course.add(loss)
             now = time.monotonic()
-            rate = (course.step - before) * tokens / (now - begun)
+            rate = (course.step - before) * recipe.tokens_in_step / (now - begun)
             if recipe.measured_after(course.step):
                 self._measure(course, rate)
             elif now - said > EVERY:
                 said = now
-                self.monitor.say(f"{self._place(course)}: {_terms(terms, tokens)}, {rate:.0f} tokens/s")
-            if course.stopped:
-                self.monitor.say(f"the held-out loss has not fallen {course.worse} times in a row, so this is enough")
-                break
-            if self.ranks.broadcast(now - saved > self.save_every) and course.step < recipe.steps:
+                self.monitor.say(f"{self._place(course)}: kl {loss:.4f}, {rate:.0f} tokens/s")
+            if now - saved > self.save_every and course.step < recipe.steps:
                 self._save(course)
                 saved = time.monotonic()
         if course.best is None:
             self.work.save_result(self.student, course.step)
         elif course.best[0] == 0:
             self.monitor.warn(
-                f"{self.recipe.eval_text[0]}: the held-out loss was never as low as before the first step, so the "
+                f"{recipe.eval_text[0]}: the held-out divergence was never as low as before the first step, so the "
                 "result has the weights from before training. It can be trained again: `ria-vllm distill` with a lower "
                 "--lr, or more --tokens."
             )
         self._save(course, over=True)
         return course
 
-    def _step(self, step: int) -> list[float]:
-        """One step; the sums of the loss's terms over its tokens, of all processes.
-
-        That of the text is extrapolated from the tokens with a next one to all, so that its mean is the text's loss.
-        """
+    def _step(self, step: int) -> float:
+        """One step, counted from 0; the mean divergence of its tokens."""
         recipe, pace = self.recipe, self.student.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
-        assert recipe.micro_batch is not None
-        mine = range(self.ranks.rank, recipe.batch // recipe.micro_batch, self.ranks.size)
-        # On the device: the processes' group on GPUs takes nothing else.
-        total = torch.zeros(len(TERMS), dtype=torch.float64, device=self.student.two.model.device)
-        for micro in mine:
-            pace.last = micro == mine[-1]
-            tokens = self.windows[batch_of(recipe, step, micro)].to(self.student.two.model.device, torch.int64)
-            loss, terms = self.student.loss(tokens, read(self.teacher, tokens), self.teacher, recipe.text_loss)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise diverged(step + 1, f"loss {value}")
-            (loss / (recipe.batch * recipe.seq_len)).backward()
-            total += terms.to(total.device)
-        self.ranks.all_reduce(total)
-        total[TERMS.index("text")] *= recipe.seq_len / (recipe.seq_len - 1)
-        return total.tolist()
+        windows = self.windows[step * recipe.batch : (step + 1) * recipe.batch]
+        tokens = windows.to(self.student.model.device, torch.int64)
+        wanted = asked(self.teacher, tokens)
+        logits = self.student.logits(tokens)
+        slope = torch.empty_like(logits)
+        loss = float(divergence(wanted, logits.detach(), slope).mean(dtype=torch.float64))
+        del wanted
+        if not math.isfinite(loss):
+            raise diverged(step + 1, f"loss {loss}")
+        logits.backward(slope.div_(len(slope)))
+        return loss
 
     @torch.no_grad()
     def _scores(self) -> Scores:
@@ -126,48 +112,37 @@ class Training:
         """
         found = {}
         for name, windows in self.held_out.items():
-            total = torch.zeros(len(TERMS), dtype=torch.float64)
-            for window, hidden in self.monitor.steps(windows, "measuring", len(windows)):
-                tokens = window[None].to(self.student.two.model.device)
-                total += self.student.loss(tokens, hidden, self.teacher, 1.0)[1]
-            count, length = len(windows), len(windows[0][0])
-            kl, mean = float(total[0]) / (count * length), float(total[1]) / (count * (length - 1))
-            if not math.isfinite(mean) or not math.isfinite(kl):
+            kl = loss = 0.0
+            for window in self.monitor.steps(windows, "measuring", len(windows)):
+                tokens = window.to(self.student.model.device)
+                logits = self.student.logits(tokens[None])
+                kl += float(divergence(asked(self.teacher, tokens[None]), logits).mean()) / len(windows)
+                loss += float(functional.cross_entropy(logits[:-1].float(), tokens[1:])) / len(windows)
+            if not math.isfinite(loss) or not math.isfinite(kl):
                 raise RiaError(
                     f"{name}: the student's predictions are not finite. Give a smaller --lr, or check that the model "
                     "works if this was before the first step."
                 )
-            found[name] = {"perplexity": math.exp(min(mean, 700.0)), "kl": kl}
+            found[name] = {"perplexity": math.exp(min(loss, 700.0)), "kl": kl}
         return found
 
     def _measure(self, course: Course, rate: float = 0.0) -> None:
-        scores = self.ranks.broadcast(self._scores())  # all stop together, though devices round differently
-        point = course.point(course.step * self.recipe.batch * self.recipe.seq_len, scores)
-        words = [_terms([point[name] for name in TERMS], 1)] if "kl" in point else []
+        scores = self._scores()
+        point = course.point(course.step * self.recipe.tokens_in_step, scores)
+        words = [f"kl {point['kl']:.4f}"] if "kl" in point else []
         words += [f"{rate:.0f} tokens/s"] if rate else []
         words += [f"{name}: perplexity {one['perplexity']:.2f}, KL {one['kl']:.4f}" for name, one in scores.items()]
         self.monitor.say(f"{self._place(course)}: {', '.join(words)}" if words else self._place(course))
-        if scores and course.judge(self._loss_of(next(iter(scores.values()))), self.recipe.patience):
+        if scores and course.judge(next(iter(scores.values()))["kl"]):
             self.work.save_result(self.student, course.step)
-
-    def _loss_of(self, score: dict[str, float]) -> float:
-        """What the loss is on held-out text."""
-        return score["kl"] + self.recipe.text_loss * math.log(score["perplexity"])
 
     def _save(self, course: Course, over: bool = False) -> None:
         """Save what a resumed run needs. If training is `over`, it needs no parameters: the result is saved already."""
         self.inputs.check()
         with self.monitor.phase("saving the state"):
-            if not over and self.ranks.first:
+            if not over:
                 self.work.save_parameters(self.student, course.step)
-            self.ranks.barrier()
-            if self.ranks.first:
-                self.work.save_course(course)
-            self.ranks.barrier()
+            self.work.save_course(course)
 
     def _place(self, course: Course) -> str:
         return f"step {course.step} of {self.recipe.steps}"
-
-
-def _terms(sums: list[float], tokens: int) -> str:
-    return ", ".join(f"{name} {value / tokens:.4f}" for name, value in zip(TERMS, sums, strict=True) if value)

@@ -33,14 +33,13 @@ class AdmmSolver:
     """What all linears with the same input share; made by `admm_solver`.
 
     Columns are normalised: W is multiplied, and the Gram matrix divided, by `scale`, so that every input channel has
-    norm 1 and one rho suits them all.
+    norm 1 and one rho, 1, suits them all.
     """
 
     scale: torch.Tensor  # [in]
     gram: torch.Tensor | SymmetricMatrix  # [in, in]
     ridge: torch.Tensor  # [in], the damping on the diagonal of the normalised matrix
-    inverse: torch.Tensor | BlockInverse  # [in, in], (normalised gram + ridge + rho)^-1
-    rho: float
+    inverse: torch.Tensor | BlockInverse  # [in, in], (normalised gram + ridge + 1)^-1
 
     def solve(
         self,
@@ -88,7 +87,7 @@ class AdmmSolver:
         U = torch.zeros_like(W)
         keep = mask
         for iteration in range(iterations):
-            free = (target + self.rho * (Z - U)) @ self.inverse
+            free = (target + (Z - U)) @ self.inverse
             U += free
             if choose is not None and iteration < CHOOSING:
                 keep = choose(U / self.scale)
@@ -118,12 +117,7 @@ def damping_of(diagonal: torch.Tensor, damping: float, scales: torch.Tensor | No
     return added if scales is None else added / scales**2
 
 
-def admm_solver(
-    gram: torch.Tensor | SymmetricMatrix,
-    damping: float = DAMPING,
-    rho: float = 1.0,
-    scales: torch.Tensor | None = None,
-) -> AdmmSolver:
+def admm_solver(gram: SymmetricMatrix, damping: float = DAMPING, scales: torch.Tensor | None = None) -> AdmmSolver:
     """Prepare the reconstruction of all linears that read one input.
 
     For a wide input the solver takes, besides `gram`, half the memory of a dense [in, in] matrix, and no more while it
@@ -132,47 +126,31 @@ def admm_solver(
     Args:
         gram: [in, in] X^T X; channels that are always zero are allowed.
         damping, scales: see `damping_of`.
-        rho: ADMM's penalty, in units of a normalised channel.
 
     Raises:
         torch.linalg.LinAlgError: the damped matrix is not positive definite.
     """
-    gram = _suitable(gram)
     diagonal = gram.diagonal()
     added = damping_of(diagonal, damping, scales)
     scale = (diagonal + added).sqrt()
     # Without damping a dead channel has scale 0; it does not matter for the output either.
     scale = torch.where(scale > 0, scale, 1.0)
     ridge = added / scale**2
-    return AdmmSolver(scale, gram, ridge, _inverse(gram, scale, ridge + rho), rho)
-
-
-def _suitable(gram: torch.Tensor | SymmetricMatrix) -> torch.Tensor | SymmetricMatrix:
-    """The matrix in the form that multiplies best, float32: dense if it is narrow, half-stored if it is wide."""
-    if isinstance(gram, SymmetricMatrix):
-        return gram.dense() if gram.width <= DENSE_WIDTH else gram
-    gram = gram.float()
-    return gram if len(gram) <= DENSE_WIDTH else SymmetricMatrix.of(gram)
-
-
-def _inverse(
-    gram: torch.Tensor | SymmetricMatrix, scale: torch.Tensor, added: torch.Tensor
-) -> torch.Tensor | BlockInverse:
-    """The inverse of gram, divided by `scale` [in] on both sides and with `added` [in] on the diagonal."""
-    if isinstance(gram, SymmetricMatrix):
+    if gram.width > DENSE_WIDTH:
         half = gram.normalised(scale)
-        half.add_to_diagonal(added)
-        return half.into_inverse()
-    system = gram / scale[:, None]
+        half.add_to_diagonal(ridge + 1)
+        return AdmmSolver(scale, gram, ridge, half.into_inverse())
+    dense = gram.dense()
+    system = dense / scale[:, None]
     system /= scale
-    system.diagonal().add_(added)
-    return inverted_in_place(system)
+    system.diagonal().add_(ridge + 1)
+    return AdmmSolver(scale, dense, ridge, inverted_in_place(system))
 
 
 def output_error(
     weight: torch.Tensor,
     approximation: torch.Tensor,
-    gram: torch.Tensor | SymmetricMatrix,
+    gram: SymmetricMatrix,
     drift: Drift | None = None,
 ) -> float:
     """||Y - X W'^T||_F / ||Y||_F, where Y = X W^T if there is no drift; 0 if Y is zero.
@@ -182,7 +160,6 @@ def output_error(
         approximation: W' [out, in].
         gram: X^T X [in, in].
     """
-    gram = gram if isinstance(gram, SymmetricMatrix) else gram.float()
     cross_term = None if drift is None else drift.cross_term(weight)
     lost = whole = 0.0 if drift is None else drift.squared_residual(weight)
     for start in range(0, len(weight), ROWS_AT_ONCE):

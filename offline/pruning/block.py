@@ -106,12 +106,8 @@ def train_block(
         What `training.measure` says before the first step and after the last one.
 
     Raises:
-        RiaError: micro-batches that do not pair up.
         Diverged: a loss that is not finite. The parameters are no longer of use.
     """
-    if len(inputs) != len(targets) or not len(inputs):
-        found = f"{len(inputs)} inputs and {len(targets)} targets"
-        raise RiaError(f"{training.place}{found}: block training needs at least one of each, and equally many.")
     order = torch.Generator().manual_seed(training.seed)
     step, steps = 0, training.passes * len(inputs)
     trained = [_Trained(p, masks[name], training, (grids or {}).get(name)) for name, p in params.items()]

@@ -2,31 +2,14 @@
 
 A linear W reads X [tokens, in] in the pruned model. Its output should be Y [tokens, out], with which everything after
 it is as in the dense model on its own path. Least squares needs only two things of Y: the cross term
-(Y - X W^T)^T X [out, in] and the squared residual ||Y - X W^T||_F^2.
+(Y - X W^T)^T X [out, in] float32 (`cross_term`), and the squared residual ||Y - X W^T||_F^2 (`squared_residual`).
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
-
-
-class Drift(Protocol):
-    """What reconstruction needs: two sums over all calibration tokens."""
-
-    def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
-        """(Y - X W^T)^T X [out, in] float32, for W [out, in]."""
-        ...
-
-    def squared_residual(self, weight: torch.Tensor) -> float:
-        """||Y - X W^T||_F^2, for W [out, in]."""
-        ...
-
-    def divide(self, scales: torch.Tensor) -> None:
-        """Divide the channels of X, and of the dense model's input, by `scales` [in]; in place."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +20,7 @@ class InputDrift:
     """
 
     cross: torch.Tensor
-    gram: torch.Tensor | SymmetricMatrix
+    gram: SymmetricMatrix
 
     def cross_term(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.float() @ self.cross
@@ -47,11 +30,9 @@ class InputDrift:
         return float(((W @ self.gram) * W).sum(dtype=torch.float64))
 
     def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X, and of D, by `scales` [in]; in place."""
         self.cross.div_(scales[:, None]).div_(scales)
-        if isinstance(self.gram, SymmetricMatrix):
-            self.gram.divide(scales)
-        else:
-            self.gram.div_(scales[:, None]).div_(scales)
+        self.gram.divide(scales)
 
 
 @dataclass(frozen=True)
@@ -73,4 +54,8 @@ class OutputDrift:
         return self.squared_norm
 
     def divide(self, scales: torch.Tensor) -> None:
+        """Divide the channels of X by `scales` [in]; in place."""
         self.cross.div_(scales)
+
+
+Drift = InputDrift | OutputDrift

@@ -4,34 +4,19 @@ from collections.abc import Sequence
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
-
-
-def check_divides(columns: int, pattern: Pattern) -> None:
-    """Check that input channels divide into groups.
-
-    Raises:
-        RiaError: they do not.
-    """
-    if columns % pattern.of:
-        raise RiaError(f"{columns} input channels do not divide into groups of {pattern.of}")
 
 
 def mask(S: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor:
     """Keep the largest scores of each group; of equal scores, the one in the lower column.
 
     Args:
-        S: [out, in] scores, any floating dtype.
+        S: [out, in] scores, any floating dtype; `in` divides into the pattern's groups.
 
     Returns:
         bool [out, in], True = kept.
-
-    Raises:
-        RiaError: `in` does not divide into the pattern's groups.
     """
     rows, columns = S.shape
-    check_divides(columns, pattern)
     groups = S.reshape(rows, columns // pattern.of, pattern.of)
     if pattern.of > 4:  # twice as fast where the scores of each place lie together, which costs a copy
         groups = groups.permute(2, 0, 1).contiguous().permute(1, 2, 0)

@@ -5,42 +5,25 @@ W is [out, in]; ||X_j|| is the l2 norm of input channel j over all calibration t
 
 import torch
 
-from ria_vllm.errors import RiaError
-
-METHODS = ("ria", "ri", "wanda", "magnitude")
-
 
 def score(
-    method: str,
-    weight: torch.Tensor,
-    input_norm: torch.Tensor,
-    exponent: float = 0.5,
-    column_sums: torch.Tensor | None = None,
+    method: str, weight: torch.Tensor, input_norm: torch.Tensor, column_sums: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Importance S of every weight.
 
-    ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||^a          (Zhang et al., ICLR 2024)
-    ri         the same with a = 0: relative importance alone
+    ria        S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * sqrt(||X_j||)      (Zhang et al., ICLR 2024)
     wanda      S_ij = |W_ij| * ||X_j||                                                     (Sun et al., ICLR 2024)
     magnitude  S_ij = |W_ij|
 
     Args:
-        method: one of METHODS.
+        method: one of these.
         weight: [out, in], any floating dtype; computed in float32.
-        input_norm: [in], ||X_j||; ignored by ri and magnitude.
-        exponent: a; used only by ria.
+        input_norm: [in], ||X_j||; ignored by magnitude.
         column_sums: [in], sum_i |W_ij|, where `weight` has only some of the rows; None: over the rows given.
 
     Returns:
         S [out, in] float32, never NaN for finite input: a row or column of zeros scores 0.
-
-    Raises:
-        RiaError: unknown method, or shapes that do not fit.
     """
-    if method not in METHODS:
-        raise RiaError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    if weight.dim() != 2 or input_norm.shape != weight.shape[1:]:
-        raise RiaError(f"a weight {tuple(weight.shape)} needs one input norm per column, got {tuple(input_norm.shape)}")
     magnitude = weight.abs().float()
     if method == "magnitude":
         return magnitude
@@ -50,7 +33,7 @@ def score(
     column_sums = magnitude.sum(0) if column_sums is None else column_sums
     relative = _share(magnitude, column_sums)
     relative += _share(magnitude, magnitude.sum(1, keepdim=True))
-    return relative if method == "ri" else relative.mul_(norm**exponent)
+    return relative.mul_(norm**0.5)
 
 
 def _share(magnitude: torch.Tensor, total: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ class _Run:
             tokens = self.writer.read(CALIBRATION_KEY)[0]["tokens"]
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
-                text = data.opened(self.recipe.calibration, self.monitor)
+                text = data.opened(self.recipe.calibration)
                 tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text)
             with self.monitor.phase("digests of files"):
                 found = self._digests(text)

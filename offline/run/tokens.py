@@ -37,14 +37,11 @@ def calibration_tokens(
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, recipe.drawn, monitor)
     written = recipe.samples_written
-    asked = f"--samples {'and --self-written ask' if written else 'asks'} for {recipe.drawn - written}"
-    if recipe.held_out:
-        asked += f", the held-out ones ({recipe.held_out} of {recipe.drawn}) included"
     try:
         tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
-    tokens = data.from_text(text, tokenizer, recipe.drawn - written, recipe.seq_len, recipe.seed, asked)
+    tokens = data.from_text(text, tokenizer, recipe.drawn - written, recipe.seq_len, recipe.seed)
     vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise RiaError(

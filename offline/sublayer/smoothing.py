@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ria_vllm.format.layer_schema import Producer
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.experiments.migrations import producer_rows
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -96,22 +97,29 @@ class Smoother:
         pruned: Mapping[str, Pruned],
     ) -> None:
         layer, read = self.model.layers[self.index], statistics[group.linears[0]]
+        dense = [name for name in migration.consumers if name not in group.linears]
+        # A gain plus one cannot be divided by a power of two: its scales have many digits, by which these were rounded.
+        if migration.offset and (dense or f"{migration.norm}.bias" in _parameters_of(layer, migration.absorber)):
+            return
         columns = [_largest(layer.get_submodule(name).weight.data) for name in migration.consumers]
         scales = migration_scales(
             migration.largest(read.norm.cpu()), migration.largest(torch.stack(columns).amax(0)), self.strength
         )
         scales = self.ranks.broadcast(scales)  # logarithms may differ between machines
-        # First find the channels whose scales nothing has to round, then migrate those of all others.
-        dense = [name for name in migration.consumers if name not in group.linears]
-        scales, _, _ = self._absorbed(migration, scales, pruned)
-        for name in dense:
-            exact = times(self._stored(f"{name}.weight"), migration.columns(scales))[1].all(0)
-            scales = torch.where(migration.largest((~exact).float()) > 0, 1.0, scales)
-        scales, tensors, replaced = self._absorbed(migration, scales, pruned)
+        changed: dict[str, torch.Tensor] = {}
+        if migration.offset:
+            gain = f"{migration.norm}.weight"
+            changed[gain], scales = divided(self._stored(gain), scales, migration.offset)
         if bool((scales == 1).all()):
             return
+        if migration.producer is not None:
+            self._absorb(migration.producer, scales, pruned)
+        elif not migration.offset:
+            names = _parameters_of(layer, migration.absorber)
+            changed = {name: times(self._stored(name), 1 / scales) for name in names}
         by_column = migration.columns(scales)
-        tensors |= {f"{name}.weight": times(self._stored(f"{name}.weight"), by_column)[0] for name in dense}
+        changed |= {f"{name}.weight": times(self._stored(f"{name}.weight"), by_column) for name in dense}
+        self._tensors |= changed
         of_input = by_column.float().to(read.norm.device)
         read.divide(of_input)  # which all linears of the group share
         for name in group.linears:
@@ -120,58 +128,22 @@ class Smoother:
             fits = torch.equal(product.to(weights[name].dtype).float(), product)
             weights[name] = product.to(weights[name].dtype) if fits else product
         self._absorbers |= dict.fromkeys(group.linears, self.model.written_linear(self.index, migration.absorber))
-        self._tensors |= tensors
-        self._pruned |= replaced
 
-    def _absorbed(
-        self, migration: Migration, scales: torch.Tensor, pruned: Mapping[str, Pruned]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Pruned]]:
-        """What the norm or the producer becomes: (the scales that it absorbs exactly, its new parameters, the producer
-        if it is pruned). Where a channel cannot, its scale is 1."""
-        if migration.norm is not None:
-            return self._absorbed_by_norm(migration.norm, migration.offset, scales)
-        assert migration.producer is not None
-        name = migration.producer.name
-        linear = self.model.layers[self.index].get_submodule(name)
-        rows = producer_rows(linear, migration.producer)
-        parts: dict[str, torch.Tensor] = {}
+    def _absorb(self, producer: Producer, scales: torch.Tensor, pruned: Mapping[str, Pruned]) -> None:
+        """Divide the rows of a producer by the scales, [rows]."""
+        name, linear = producer.name, self.model.layers[self.index].get_submodule(producer.name)
+        factors = torch.ones(linear.out_features, dtype=torch.float64)
+        factors[producer_rows(linear, producer)] = 1 / scales
         # Two inputs of a stage can come from rows of one linear.
         before = self._pruned.get(name, pruned.get(name))
-        if before is not None:
-            parts["pruned"] = before.weight
-            if before.scale is not None:
-                parts["scale"] = before.scale
+        if before is None:
+            weight = f"{name}.weight"
+            self._tensors[weight] = times(self._stored(weight), factors[:, None])
         else:
-            parts["weight"] = self._stored(f"{name}.weight")
+            scale = None if before.scale is None else times(before.scale, factors[:, None])
+            self._pruned[name] = replace(before, weight=times(before.weight, factors[:, None]), scale=scale)
         if linear.bias is not None:
-            parts["bias"] = self._stored(f"{name}.bias")
-        exact = torch.ones(len(rows), dtype=torch.bool)
-        for part in parts.values():
-            good = times(part[rows].view(len(rows), -1), 1 / scales[:, None])[1]
-            exact &= good.all(1)
-        scales = torch.where(exact, scales, 1.0)
-        for key, part in parts.items():
-            factors = torch.ones(len(part), dtype=torch.float64)
-            factors[rows] = 1 / scales
-            parts[key] = times(part, factors.view(-1, *[1] * (part.dim() - 1)))[0]
-        replaced = {}
-        if before is not None:
-            replaced[name] = replace(before, weight=parts.pop("pruned"), scale=parts.pop("scale", None))
-        return scales, {f"{name}.{key}": part for key, part in parts.items()}, replaced
-
-    def _absorbed_by_norm(
-        self, name: str, offset: int, scales: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, Pruned]]:
-        gain = self._stored(f"{name}.weight")
-        new, scales = divided(gain, scales, offset)
-        found = {}
-        if f"{name}.bias" in _parameters_of(self.model.layers[self.index], [name]):
-            bias = self._stored(f"{name}.bias")
-            quotient, exact = times(bias, 1 / scales)
-            exact &= quotient.double() * scales == bias.double()
-            scales, new = torch.where(exact, scales, 1.0), torch.where(exact, new, gain)
-            found[f"{name}.bias"] = torch.where(exact, quotient, bias)
-        return scales, {f"{name}.weight": new} | found, {}
+            self._tensors[f"{name}.bias"] = times(self._stored(f"{name}.bias"), factors)
 
     def _stored(self, parameter: str) -> torch.Tensor:
         """A parameter as it is in the file, or as it has been changed."""
@@ -202,16 +174,12 @@ def set_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _changeable(layer: nn.Module, migration: Migration) -> list[str]:
-    return [f"{name}.weight" for name in migration.consumers] + _parameters_of(layer, [migration.absorber])
+    return [f"{name}.weight" for name in migration.consumers] + _parameters_of(layer, migration.absorber)
 
 
-def _parameters_of(layer: nn.Module, modules: Iterable[str]) -> list[str]:
-    return [
-        f"{name}.{leaf}"
-        for name in modules
-        for leaf, parameter in layer.get_submodule(name).named_parameters(recurse=False)
-        if parameter is not None
-    ]
+def _parameters_of(layer: nn.Module, name: str) -> list[str]:
+    found = layer.get_submodule(name).named_parameters(recurse=False)
+    return [f"{name}.{leaf}" for leaf, _ in found]
 
 
 def _largest(weight: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,7 @@ def score(
     norm, scales = statistics.norm, statistics.scales
     if scales is not None:
         weight, norm = weight.to(torch.float32, copy=True).div_(scales), norm * scales
-    return scores.score(recipe.method, weight, norm, recipe.exponent, column_sums)
+    return scores.score(recipe.method, weight, norm, column_sums)
 
 
 def _keeps_to_blocks(group: Group, width: int, pattern: Pattern) -> bool:

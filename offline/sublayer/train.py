@@ -4,12 +4,12 @@ round them, if their format has fewer bits.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import Subset
 
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.offline.calibration.activations import AllChunks
@@ -51,7 +51,7 @@ def train_sublayer(
         parameter.data = parameter.data.float()
     targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
     chunks = recipe.schedule.chunks(streams.total, share)
-    goals = _Some(targets, chunks)
+    goals = Subset(targets, chunks)
     channels = channel_weights(goals, sublayer_pass.gains)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
@@ -81,7 +81,7 @@ def train_sublayer(
                 runner.run,
                 weights,
                 _Masks(pruned, runner.device),
-                _Some(sublayer_pass.inputs_and_calls(), chunks),
+                Subset(sublayer_pass.inputs_and_calls(), chunks),
                 goals,
                 replace(training, measure=measure) if ranks.largest(streams.held_out) else training,
             )
@@ -233,23 +233,6 @@ def _rounded(
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Some(Sequence[T]):
-    """Some items of a sequence, each loaded only when it is asked for."""
-
-    items: Sequence[T]
-    chosen: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int) -> T:  # type: ignore[override]
-        return self.items[self.chosen[index]]
 
 
 class _Masks(Mapping[str, torch.Tensor]):

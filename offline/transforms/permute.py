@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
-from ria_vllm.offline.pruning.masks import check_divides
 from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
 
 # After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
@@ -36,7 +34,8 @@ def search(
     what the last one could not. A round is kept only if the score that it really retains is higher.
 
     Args:
-        S: [rows, channels] scores; those of linears that share their input are stacked.
+        S: [rows, channels] scores; those of linears that share their input are stacked. The channels divide into the
+            pattern's groups.
         rounds: stop after this many rounds with a gain.
         seed: for the shuffles; the same seed gives the same order.
         dtype: of the products that compare assignments; see `coded_gain_matrix`.
@@ -44,12 +43,8 @@ def search(
     Returns:
         int64 [channels] on the device of S: stored column j holds channel p[j]. It never retains less than the model's
         own order or the heuristic's.
-
-    Raises:
-        RiaError: channels that do not divide into the pattern's groups.
     """
     channels = S.shape[1]
-    check_divides(channels, pattern)
     index = torch.arange(channels, device=S.device).view(-1, pattern.of)
     if channels == pattern.of:
         return index.flatten()
@@ -79,15 +74,7 @@ def search_heads(
 
     Returns:
         int64 [num_heads * head_dim].
-
-    Raises:
-        RiaError: the channels are not num_heads * head_dim, or num_kv_heads does not divide num_heads.
     """
-    if S.shape[1] != num_heads * head_dim or num_heads % num_kv_heads:
-        raise RiaError(
-            f"{S.shape[1]} input channels are not {num_heads} heads of {head_dim} channels over {num_kv_heads} "
-            "key-value heads"
-        )
     share = num_heads // num_kv_heads
     heads = S.view(-1, num_kv_heads, share, head_dim)
     order = []
@@ -96,19 +83,6 @@ def search_heads(
         inner = search(stacked, **of_search)
         order += [inner + (kv * share + query) * head_dim for query in range(share)]
     return torch.cat(order)
-
-
-def retained(S: torch.Tensor, p: torch.Tensor | None = None, pattern: Pattern = TWO_OF_FOUR) -> float:
-    """The share of the total score that a mask retains with the channels in order p (None: as they are).
-
-    Args:
-        S: [rows, channels].
-        p: int [channels].
-    """
-    columns = S.T.float().contiguous()
-    order = torch.arange(len(columns), device=S.device) if p is None else p.long().to(S.device)
-    total = columns.sum(dtype=torch.float64)
-    return float(retained_score(columns, order.view(-1, pattern.of)) / total) if total > 0 else 1.0
 
 
 def deal(columns: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor:

@@ -30,37 +30,29 @@ def migration_scales(inputs: torch.Tensor, weights: torch.Tensor, strength: floa
     return torch.where(alive, torch.exp2((logs - mean).round()), 1.0)
 
 
-def divided(gain: torch.Tensor, scales: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm's weight after its outputs were divided by `scales`, and by what exactly it then divides them.
-
-    The norm multiplies by gain + offset. With an offset, the new gain has to be rounded; the scales that come back make
-    up for that.
+def divided(gain: torch.Tensor, scales: torch.Tensor, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight of a norm that multiplies by gain + offset, after its outputs were divided by `scales`, and by what
+    exactly it then divides them: the new gain has to be rounded, and the scales that come back make up for that.
 
     Args:
         gain: [channels], any floating dtype.
         scales: float64 [channels], positive.
 
     Returns:
-        (the new gain in its dtype, float64 scales). Both are unchanged where no gain divides exactly by a scale.
+        (the new gain in its dtype, float64 scales). Both are unchanged where rounding would move the gain far.
     """
     before = gain.double() + offset
     new = (before / scales - offset).to(gain.dtype)
     after = new.double() + offset
     exact = torch.where(after == 0, 1.0, before / torch.where(after == 0, 1.0, after))
-    # A gain that rounding moves far has almost no digits left.
     good = (before != 0) & (after != 0) & (exact > scales / 2) & (exact < scales * 2)
-    if not offset:
-        good &= exact == scales
     return torch.where(good, new, gain), torch.where(good, exact, 1.0)
 
 
-def times(tensor: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` times `factors` (float64, broadcast) in its dtype, and a mask of where the product is exact."""
-    product, exact = torch.empty_like(tensor), torch.empty_like(tensor, dtype=torch.bool)
-    factors = factors.expand(tensor.shape)
+def times(tensor: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """`tensor` times `factors` (float64, broadcast) in its dtype."""
+    product, factors = torch.empty_like(tensor), factors.expand(tensor.shape)
     for start in range(0, len(tensor), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        wanted = tensor[rows].double() * factors[rows]
-        product[rows] = wanted.to(tensor.dtype)
-        exact[rows] = product[rows].double() == wanted
-    return product, exact
+        product[rows] = (tensor[rows].double() * factors[rows]).to(tensor.dtype)
+    return product

@@ -194,14 +194,6 @@ class Reader:
                 found[f"{linear}.weight"] = partial(self.dense, linear)
         return found
 
-    def pruned_tensors(self) -> set[str]:
-        """The tensors of the dense model that hold pruned linears, by their names in its files.
-
-        Raises:
-            RiaError: an expert is missing, or a tensor is there twice.
-        """
-        return self.dense_tensors().keys() - set(self.dense_names) - {f"{name}.weight" for name in self.int8_names}
-
     def proved(self, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
         """(matrix, its proof) of all matrices, one in memory at a time, and of large plain ones only a part.
 

@@ -35,7 +35,6 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]
 _PAPER = "https://openreview.net/forum?id=Tr0lPx9woF"
 _METHODS = {
     "ria": f"RIA ([Zhang et al., ICLR 2024]({_PAPER}))",
-    "ri": f"relative importance, RIA without activations ([Zhang et al., ICLR 2024]({_PAPER}))",
     "wanda": "Wanda",
     "magnitude": "magnitude pruning",
 }

@@ -15,7 +15,6 @@ FP8 = {"weights": "fp8", "activations": "fp8"}
     "options, words",
     [
         ({"method": "best"}, "--method 'best'"),
-        ({"exponent": float("nan")}, "--exponent nan"),
         ({"weights": "int4-g64"}, "--weights 'int4-g64'"),
         ({"weights": "int4", "group_size": 16}, "--group-size 16"),
         ({"group_size": 64}, "--group-size: for integer weights only"),

@@ -44,13 +44,6 @@ def test_the_dense_model_writes_a_share_of_the_samples(tiny, text, tmp_path, rea
     assert len(recipe["calibration_sha256"]) == 64
 
 
-def test_what_is_asked_of_the_text_is_named(tiny, text, tmp_path):
-    with pytest.raises(
-        RiaError, match="--samples and --self-written ask for 50000. Give more text, or a smaller --samples"
-    ):
-        run_small(tiny("llama"), tmp_path / "out", text, samples=100_000, self_written=0.5)
-
-
 def test_a_model_that_does_not_fit_into_memory_writes_nothing(tiny, text, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "available", lambda device: 10)
     with pytest.raises(RiaError, match="--self-written runs the whole dense model.* Leave it out; then"):

@@ -1,15 +1,12 @@
 """Where the numbers that are trained lie in the dense weight that the forward pass reads."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 
 # Entries of a dense weight that are handled at a time; the indices have four bytes each. GPUs need more to do at once.
 BLOCK, GPU_BLOCK = 1 << 20, 1 << 24
-# The most bytes of indices of a whole weight that stay in memory from taking its gradient to putting its new values.
-REMEMBERED = 32 << 20
 
 Part = Callable[[torch.Tensor], torch.Tensor]
 
@@ -30,7 +27,6 @@ class Kept:
         self.bitmask = bitmask
         self.part: Part = part or (lambda dense: dense)
         self.order = None if order is None else order.to(bitmask.device, torch.int32)
-        self._known: dict[tuple[int, int], torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,15 +37,6 @@ class Kept:
         count, columns = self.bitmask.shape[0], self.bitmask.shape[1] * 8
         step = max(1, (BLOCK if self.bitmask.device.type == "cpu" else GPU_BLOCK) // columns)
         return (slice(first, min(first + step, count)) for first in range(0, count, step))
-
-    @contextmanager
-    def remembered(self) -> Iterator[None]:
-        """While this lasts, positions are computed only once, unless the weight is large."""
-        self._known = {} if self.bitmask.numel() * 16 <= REMEMBERED else None
-        try:
-            yield
-        finally:
-            self._known = None
 
     def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:
         """The kept entries of some rows, float32.
@@ -66,9 +53,6 @@ class Kept:
     def _places(self, rows: slice) -> torch.Tensor:
         """int32 [rows * in/2]: where the kept entries are in these rows of the dense weight, counted from their first
         entry, row by row."""
-        key = (rows.start, rows.stop)
-        if self._known is not None and key in self._known:
-            return self._known[key]
         bitmask = self.bitmask[rows]
         count, columns = bitmask.shape[0], bitmask.shape[1] * 8
         first = torch.arange(0, columns, 16, dtype=torch.int32, device=bitmask.device)
@@ -79,29 +63,7 @@ class Kept:
         places = (bits.view(count, -1, 8) + first[:, None]).flatten()
         places = places if self.order is None else self.order.index_select(0, places)
         places.view(count, -1).add_(row[:, None])
-        if self._known is not None:
-            self._known[key] = places
         return places
-
-
-class Whole:
-    """All entries of a dense tensor, such as scales."""
-
-    def __init__(self, shape: torch.Size):
-        self.shape = tuple(shape)
-
-    def rows(self) -> Iterator[slice]:
-        return iter([slice(None)])
-
-    def remembered(self) -> AbstractContextManager[None]:
-        """Nothing: there are no positions."""
-        return nullcontext()
-
-    def take(self, dense: torch.Tensor, rows: slice) -> torch.Tensor:
-        return dense[rows].float()
-
-    def put(self, values: torch.Tensor, dense: torch.Tensor, rows: slice) -> None:
-        dense[rows].copy_(values)
 
 
 @lru_cache(maxsize=8)

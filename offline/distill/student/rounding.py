@@ -18,6 +18,15 @@ class StraightThrough:
 
     def __init__(self, weight_format: RoundedFormat, scales: torch.Tensor, dtype: torch.dtype):
         self.format, self.scales, self.dtype = weight_format, scales, dtype
+        self.first = scales.float()
+
+    def scale(self, logarithms: torch.Tensor) -> None:
+        """Change the scales.
+
+        Args:
+            logarithms: float32 [out, 1 or groups], of what they have changed by since the beginning.
+        """
+        self.scales = self.format.storable(self.first * logarithms.exp())
 
     def __call__(self, values: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         scales = self.scales[rows]
@@ -42,15 +51,3 @@ class StraightThrough:
         low, high = self.format.smallest * wide, self.format.largest * wide
         added = torch.where((values < low) | (values > high), rounded, rounded - values)
         return (gradient * added).unflatten(1, (scales.shape[1], -1)).sum(-1)
-
-
-def scaled(
-    weight_format: RoundedFormat, first: torch.Tensor, logarithms: torch.Tensor, rows: slice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales from the logarithms of what they have changed by, which is what is trained: so they stay positive.
-
-    Args:
-        first: the scales before training, float32 [out, 1 or groups].
-        logarithms: of some rows; 0 stands for no change.
-    """
-    return weight_format.storable(first[rows] * logarithms.exp()), logarithms

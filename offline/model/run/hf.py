@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from ria_vllm.checkpoint.companions import LEGAL_PATTERNS, SUFFIXES
-from ria_vllm.checkpoint.reader import Reader, is_compressed
+from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import unindexed_files
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
-from ria_vllm.hf.inputs import round_inputs
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline.model.files.dequantize import method_of
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.files.which_weights import meant_weights, refuse_pickled
 from ria_vllm.offline.model.run.architecture import model_class, output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
-from ria_vllm.offline.model.run.names import Names
 
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SUFFIXES), CARD_FILE, *LEGAL_PATTERNS]
 # The same weights once more, in their publisher's own format: gpt-oss, Llama and Mistral have such files.
@@ -145,8 +142,8 @@ def attention_options(config: Any) -> dict[str, Any]:
 
 
 def load_dense(architecture: Any, folder: Path, dtype: torch.dtype | str, **options: Any) -> Any:
-    """What `architecture.from_pretrained` makes of a dense folder; quantized weights are dequantized by us, if we read
-    them.
+    """What `architecture.from_pretrained` makes of a folder; quantized weights are dequantized by us, if we read them.
+    (Compressed folders are read by `ria_vllm.hf`.)
 
     While the model is loaded, what is dequantized is on the CPU a second time, in the model's own dtype: all weights
     where `dtype` is another one, else those that transformers merges, such as experts that are stored one by one.
@@ -223,16 +220,7 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | st
     # Weights that do not fit are refused below, by name; transformers' own message only says which flag ignores them.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **attention_options(config)}
     with _loading(name):
-        reader = Reader(folder) if is_compressed(folder) else None
-        if reader is None:
-            model, info = load_dense(architecture, folder, dtype, **options)
-        else:
-            state = dense_state(reader)
-            without_quantization(config)
-            kind = config.dtype or "auto" if dtype == "auto" else dtype
-            model, info = architecture.from_pretrained(None, config=config, state_dict=state, dtype=kind, **options)
-            if reader.schema.input_dtype is not None:
-                round_inputs(model, _rounding_parameters(model, reader), name, reader.schema.input_dtype)
+        model, info = load_dense(architecture, folder, dtype, **options)
     if output_head(model) is None:
         raise RiaError(
             f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
@@ -258,36 +246,6 @@ def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: 
         raise RiaError(f"{place}: {name} has shape {tuple(found)}, {description} asks for {tuple(wanted)}. {remedy}")
     if info["missing_keys"]:
         raise RiaError(f"{place}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. {remedy}")
-
-
-def _rounding_parameters(model: PreTrainedModel, reader: Reader) -> list[str]:
-    """The names in the model of the weights that hold pruned linears, or dense ones in int8.
-
-    Raises:
-        RiaError: a weight holds dense linears as well, or the model has no place for a pruned one.
-    """
-    names = Names(model, reader.dense_tensors(), reader.folder)
-    pruned = reader.pruned_tensors() | {f"{name}.weight" for name in reader.schema.int8_linears}
-    found, left = [], set(pruned)
-    for parameter, written in (names.made_of | {name: [one] for name, one in names.direct.items()}).items():
-        sources = {names.files[one] for one in written}
-        if sources & pruned and sources - pruned:
-            raise RiaError(
-                f"{reader.folder}: {min(sources & pruned)} is pruned and {min(sources - pruned)} is not, but in "
-                f"transformers both are {parameter}, whose input cannot be rounded in part."
-            )
-        if sources & pruned:
-            found.append(parameter)
-            left -= sources
-    if left:
-        kind = type(model).__name__
-        raise RiaError(f"{reader.folder}: {min(left)} is pruned, but no part of a {kind}, as transformers has it.")
-    return found
-
-
-def dense_state(reader: Reader) -> dict[str, torch.Tensor]:
-    """Every tensor of the dense model, in the model's own channel order."""
-    return {name: make() for name, make in reader.dense_tensors().items()}
 
 
 @contextmanager

@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import types
 from pathlib import Path
 
-import preloaded
 import pytest
 import torch
-from peak_memory import peak_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.data import from_model, from_text
-from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.progress import Monitor
 
 # No window of these occurs twice.
@@ -27,19 +23,14 @@ def tokenizer(tiny):
 
 
 def write(path: Path, documents: list[str]) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
-    elif path.suffix == ".jsonl":
+    if path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in documents) + "\n\n")
     else:
         path.write_text("\n\n".join(documents) + "\n\n")
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_samples_are_windows_of_the_text_without_overlap(kind, tokenizer, tmp_path):
     path = write(tmp_path / f"text.{kind}", DOCUMENTS)
     tokens = from_text(str(path), tokenizer, samples=20, seq_len=50, seed=3)
@@ -75,10 +66,9 @@ def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch)
     [
         ("absent.txt", None, "no such file"),
         ("text.csv", "a", "unknown file type"),
-        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but --samples is 20"),
+        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but 20 are needed"),
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
-        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no JSON object with a field 'text'"),
-        ("text.parquet", "not parquet", "damaged parquet"),
+        ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no field 'text'"),
     ],
 )
 def test_unusable_texts(name, content, message, tokenizer, tmp_path):
@@ -107,11 +97,8 @@ def test_json_lines_in_every_spelling(content, texts, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [
-        b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"other": ' + b"9" * 5000 + b', "text": "b"}',
-        b'{"text": ' + b"[" * 100_000, b'{"text": "\xff"}', b'{"text": "\xed\xa0\x80"}', b'{"text": 3}',
-    ],
-)  # fmt: skip
+    [b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"text": 3}'],
+)
 def test_a_bad_line_is_named(line, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "c"}\n')
@@ -120,18 +107,10 @@ def test_a_bad_line_is_named(line, tmp_path):
 
 
 def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert list(data.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
     assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "text.parquet")
-    assert list(data.documents(str(tmp_path / "text.parquet"))) == ["a\n\n", "b\n\n"]
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    with pytest.raises(RiaError, match="numbers.parquet: the field 'text' must be a string, not int"):
-        list(data.documents(str(tmp_path / "numbers.parquet")))
 
 
 @pytest.fixture
@@ -165,25 +144,3 @@ def test_nan_predictions_are_an_error(model):
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RiaError, match="NaN"):
         from_model(model, 0, 1, 8, 0, Monitor(shown=False))
-
-
-class Bytes:
-    """A tokenizer with a token for each byte of a text."""
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> types.SimpleNamespace:
-        return types.SimpleNamespace(input_ids=list(text.encode()))
-
-
-def print_peak(small: Path, large: Path, samples: int) -> None:
-    """Bytes that reading `large` takes at its peak, more than the process holds after `small`."""
-    map_large_blocks()
-    from_text(str(small), Bytes(), 1000, 512, 0)
-    print(peak_of(lambda: from_text(str(large), Bytes(), samples, 512, 0)), flush=True)
-
-
-def test_a_text_takes_four_bytes_for_each_token_read_and_for_each_drawn(tmp_path):
-    small, large = tmp_path / "small.txt", tmp_path / "large.txt"
-    for path, samples in ((small, 2000), (large, 12_000)):
-        path.write_text((63 * "a" + "\n") * (samples * 8))
-    peak = int(preloaded.run(tmp_path / "log", print_peak, small, large, 12_000).split()[-1])
-    assert peak < 10 * 12_000 * 512  # in int64, it would be 16 for the drawn ones alone

@@ -11,7 +11,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from zoo.toy import build
 from zoo.toys import TOYS
 
-from ria_vllm.offline.calibration import data
 from ria_vllm.offline.calibration.data import from_model
 from ria_vllm.progress import Monitor
 
@@ -70,25 +69,3 @@ def test_a_model_that_keeps_nothing_reads_all_again(tiny):
     found = from_model(model, 0, samples=3, seq_len=40, seed=SEED, monitor=Monitor(shown=False))
     assert asked[1:] == [False] * 37
     assert torch.equal(found, written_without_cache(model, 0, 3, 40))
-
-
-@pytest.mark.parametrize(
-    ("family", "size"),
-    [
-        ("llama", 2 * 2 * 2 * 32),  # keys and values of 2 layers with 2 heads of 32 channels
-        ("gemma4-e2b", 2 * 2 * (32 + 64) * 2),  # every other layer has heads of 64
-    ],
-)
-def test_a_batch_is_as_large_as_its_keys_and_values_allow(family, size, tiny, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(tiny(family), attn_implementation="eager").eval()
-    monkeypatch.setattr(data, "KV_CACHE_BYTES", size * 4 * 20 * 9)  # of 9 documents of 20 tokens, in float32
-    read, forward = set(), model.forward
-
-    @wraps(forward)
-    def watched(*args, **kwargs):
-        read.add(len(kwargs["input_ids"]))
-        return forward(*args, **kwargs)
-
-    model.forward = watched
-    found = from_model(model, 0, samples=11, seq_len=20, seed=SEED, monitor=Monitor(shown=False))
-    assert found.shape == (11, 20) and read == {9, 2}

@@ -3,13 +3,11 @@
 import hashlib
 
 import pytest
-from compressing import WarningRecorder
 from hub_texts import NEW, OLD, install
 from transformers import AutoTokenizer
 
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.data import documents, from_text, opened
-from ria_vllm.progress import Monitor
 
 TEXTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
 
@@ -24,9 +22,8 @@ TEXTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
 )
 def test_what_is_streamed_is_not_downloaded(name, asked, tiny, monkeypatch):
     found = install(monkeypatch, **{OLD: TEXTS * 100})
-    tokenizer, monitor = AutoTokenizer.from_pretrained(tiny("llama")), WarningRecorder()
-    text = opened(name, monitor)
-    assert (text.name, text.revision, found.asked, monitor.warnings) == (name, OLD, asked, [])
+    tokenizer, text = AutoTokenizer.from_pretrained(tiny("llama")), opened(name)
+    assert (text.name, text.revision, found.asked) == (name, OLD, asked)
     assert from_text(text, tokenizer, samples=20, seq_len=50, seed=0).shape == (20, 50)
     assert len(TEXTS) < found.read < 200  # 8 times as many tokens as are asked for
 
@@ -53,5 +50,5 @@ def test_without_a_connection_the_commit_is_that_in_the_cache(name, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    text = opened(name, Monitor(shown=False))
+    text = opened(name)
     assert text.revision == OLD and list(documents(text)) == [f"{one}\n\n" for one in TEXTS]

@@ -1,11 +1,7 @@
 """Runs that stop before their end: resumed, they write the bytes of an uninterrupted one; nothing broken is kept."""
 
-import os
 import random
-import re
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +10,6 @@ import pytest
 from compressing import digests, edit_config
 from distilling import command, has_reached, run, stop_at
 
-from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.run import Settings
 from ria_vllm.offline.distill.student.parameters import TrainedParameter
@@ -27,7 +22,6 @@ from ria_vllm.offline.distill.train import Training
         {},
         {"text": "self"},
         {"self_written": 0.5},
-        {"passes": 2, "micro_batch": 1},
     ],
     ids=str,
 )
@@ -52,26 +46,13 @@ def test_stopped_after_any_step_and_resumed_it_writes_the_same_bytes(options, pr
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_stopped_while_the_teacher_writes_and_resumed_it_writes_the_same_bytes(pruned, text, tmp_path, monkeypatch):
-    """The text that was drawn by then is not read again."""
-    dense, folder = pruned()
-    run(dense, folder, tmp_path / "whole", text, self_written=0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.distill.run.data.from_model", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(dense, folder, tmp_path / "out", text, self_written=0.5)
-    monkeypatch.setattr("ria_vllm.offline.distill.run.training_text", lambda *_: 1 / 0)
-    run(dense, folder, tmp_path / "out", text, Settings(resume=True), self_written=0.5)
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("options", [{}, {"patience": 1}], ids=str)
+@pytest.mark.parametrize("held_out", [False, True])
 def test_stopped_while_it_writes_the_result_and_resumed_it_writes_the_same_bytes(
-    options, pruned, text, tmp_path, monkeypatch
+    held_out, pruned, text, tmp_path, monkeypatch
 ):
     """It does not train again, and needs no parameters for it."""
     dense, folder = pruned(weights="int8")
-    more = options | ({"eval_text": (str(text),), "eval_tokens": 256, "lr": 0.5} if options else {})
+    more = {"eval_text": (str(text),), "eval_tokens": 256} if held_out else {}
     run(dense, folder, tmp_path / "whole", text, **more)
     with monkeypatch.context() as patch:
         patch.setattr("ria_vllm.offline.distill.run.CheckpointWriter.finish", lambda *_: 1 / 0)
@@ -105,50 +86,6 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     assert not units.parent.exists()
 
 
-def dying(kind: str, count: int, later: float, *arguments: str) -> None:
-    """The command, which dies by SIGKILL, so many seconds after it has written `count` units whose keys match `kind`.
-
-    Steps take at least 0.03 seconds.
-    """
-    step, write, left = Training._step, CheckpointWriter.write, [count]
-
-    def counted(self, key, *contents):
-        write(self, key, *contents)
-        matches = re.fullmatch(kind, key) is not None
-        left[0] -= matches
-        if matches and left[0] == 0:
-            threading.Timer(later, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-    CheckpointWriter.write = counted
-    Training._step = lambda self, number: time.sleep(0.03) or step(self, number)
-    preloaded.ria_vllm(*arguments)
-
-
-def killed_after(kind: str, count: int, log: Path, *arguments: str) -> None:
-    later = random.uniform(0.0, 0.1)
-    print(f"killed {later} s after {count} times {kind}")
-    with preloaded.started(log, dying, kind, count, later, *arguments) as (process,):
-        process.join(preloaded.TIMEOUT)
-        assert process.exitcode == -signal.SIGKILL, log.read_text()[-6000:]
-
-
-@pytest.mark.slow
-def test_killed_after_several_saves_integers_with_their_scales_go_on_to_the_same_bytes(pruned, text, tmp_path):
-    """Of the steps after the last save, nothing is left. How often the state is saved makes no difference."""
-    dense, folder = pruned(weights="int8")
-    log, out = tmp_path / "log", tmp_path / "killed"
-    more = ["--tokens", "4096", "--evals", "2", "--save-every"]
-    preloaded.run(log, preloaded.ria_vllm, *command(dense, folder, tmp_path / "whole", text, *more, "600"))
-    again = command(dense, folder, out, text, "--resume", *more)
-    for _ in range(2):
-        killed_after("state", 3, log, *again, "0.05")
-        assert not out.exists()
-    said = preloaded.run(log, preloaded.ria_vllm, *again, "600")
-    first, second = (int(step) for step in re.findall(r"resuming after step (\d+) of 32", said))
-    assert 3 <= first < first + 3 <= second < 32
-    assert digests(tmp_path / "whole") == digests(out)
-
-
 def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
     stop_at(monkeypatch, 3)
@@ -169,11 +106,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_kept
             gradient.view(-1)[0] = float("nan")
         return step(self, gradient)
 
-    for clip in (1.0, 0.0):
-        monkeypatch.setattr(TrainedParameter, "_step", broken)
-        with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
-            run(dense, folder, tmp_path / "out", text, Settings(save_every=0), clip=clip)
-    with pytest.raises(RiaError, match="training diverged"):
+    monkeypatch.setattr(TrainedParameter, "_step", broken)
+    with pytest.raises(RiaError, match=r"step 3: training diverged \(a gradient is not finite\).*--resume"):
         run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
     monkeypatch.setattr(TrainedParameter, "_step", step)
     run(dense, folder, tmp_path / "out", text, Settings(resume=True))

@@ -16,33 +16,12 @@ from safetensors.torch import load_file
 from ria_vllm.cli import group
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
-from ria_vllm.offline.evaluation.evaluate import read_tokens
-from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.progress import Monitor
 
 
 def run(dense: Path, folder: Path, out: Path, text: Path, monitor: Monitor, resume: bool = False, **options) -> dict:
     fixed = {"tokens": 256, "seq_len": 64, "text": str(text), "eval_text": (str(text),), "eval_tokens": 256, "evals": 1}
     return distill(folder, str(dense), out, Distillation(**fixed | options), Settings(resume=resume), monitor)
-
-
-def divergence(dense: Path, folder: Path, text: Path) -> float:
-    """Between the predictions of transformers' models, in float64."""
-    tokens = read_tokens(str(folder), text, 256).view(2, 128)
-    with torch.no_grad():
-        p, q = (load_model(str(path), torch.device("cpu"))(input_ids=tokens).logits for path in (dense, folder))
-    p, q = p.double().softmax(-1), q.double().softmax(-1)
-    return float((p * (p / q).log()).sum(-1).mean())
-
-
-def test_the_divergence_of_held_out_text_and_what_rounds_the_weights(pruned, text, tmp_path):
-    dense, folder = pruned()
-    report = run(dense, folder, tmp_path / "out", text, Monitor(shown=False))
-    score = report["distill"][0]["curve"][0]["held_out"][text.name]
-    assert set(score) == {"perplexity", "kl"}
-    assert score["kl"] == pytest.approx(divergence(dense, folder, text), rel=1e-4)
-    (story,) = report["recipe"]["distill"]
-    assert (story["processes"], story["device"]) == (1, "cpu")
 
 
 FIELDS = {"text_sha256", "eval_text_sha256", "student_weights_digest", "teacher_weights_digest"}

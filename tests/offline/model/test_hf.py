@@ -1,19 +1,15 @@
 """What we need from transformers: models in the right dtype, and errors in our own words."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from compressing import edit_config, edit_weights, edited, run_small
-from damage import rewrite
-from moe import save_moe
+from compressing import edit_weights, edited, run_small
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from wrappers import save_wrapper
 
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.model.run.hf import configured_dtype, load_model, read_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -103,37 +99,3 @@ def test_paligemma_does_not_read_later_tokens(tiny_wrapper):
 def test_the_dtype_that_a_configuration_names(own, of_text, expected):
     config = SimpleNamespace(dtype=own, get_text_config=lambda **_: SimpleNamespace(dtype=of_text))
     assert configured_dtype(config) == expected
-
-
-@pytest.fixture(scope="module")
-def rounding_mixture(text, tmp_path_factory):
-    """A mixture whose pruned linears round their inputs."""
-    work = tmp_path_factory.mktemp("mixture")
-    options = {"weights": "int8", "activations": "int8", "permute": "none"}
-    run_small(save_moe(work / "dense", "mixtral"), work / "out", text, **options)
-    return work / "out"
-
-
-def test_inputs_that_could_be_rounded_in_part_only_are_refused(rounding_mixture, tmp_path):
-    """transformers stacks the experts' linears; here one of them is stored dense."""
-    reader, folder = Reader(rounding_mixture), shutil.copytree(rounding_mixture, tmp_path / "out")
-    name = max(name for name in reader.sparse_names if ".experts.2." in name)
-    dense = reader.dense(name)
-
-    def leave_dense(tensors):
-        for part in reader.schema.tensor_names:
-            del tensors[f"{name}.{part}"]
-        tensors[f"{name}.weight"] = dense
-
-    rewrite(folder / "model.safetensors", leave_dense)
-    words = read_config(str(folder)).quantization_config
-    edit_config(folder, quantization_config={key: word for key, word in words.items() if key != "experts"})
-    with pytest.raises(RiaError, match=rf"is pruned and {name}.* is not, .*whose input cannot be rounded in part"):
-        load_model(str(folder), CPU)
-
-
-def test_pruned_linears_that_the_model_lacks_are_named(rounding_mixture, tmp_path):
-    folder = shutil.copytree(rounding_mixture, tmp_path / "out")
-    edit_config(folder, num_hidden_layers=1)
-    with pytest.raises(RiaError, match=r"model\.layers\.1\..* is pruned, but no part of a MixtralForCausalLM"):
-        load_model(str(folder), CPU)

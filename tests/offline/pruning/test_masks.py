@@ -3,7 +3,6 @@ from itertools import combinations
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.pruning.masks import mask
 
@@ -41,8 +40,3 @@ def test_ties_go_to_the_lower_column(pattern):
 def test_two_of_an_all_zero_group_are_kept():
     keep = mask(torch.zeros(2, 8))
     assert keep.tolist() == [[True, True, False, False] * 2] * 2
-
-
-def test_columns_must_divide_into_groups():
-    with pytest.raises(RiaError, match="18 input channels.*groups of 4"):
-        mask(torch.rand(2, 18))

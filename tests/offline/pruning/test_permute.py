@@ -3,11 +3,10 @@ from itertools import combinations
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
-from ria_vllm.format.pattern import PATTERNS
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.offline.pruning.masks import mask
-from ria_vllm.offline.transforms.permute import deal, retained, search, search_heads
+from ria_vllm.offline.transforms.permute import deal, search, search_heads
 
 
 def scores(rows, channels, seed):
@@ -17,16 +16,13 @@ def scores(rows, channels, seed):
     return torch.randn(rows, channels, generator=draw).abs() * spread * torch.rand(rows, 1, generator=draw)
 
 
+def retained(S, p=None, pattern=TWO_OF_FOUR):
+    """The share of the score that the mask keeps with the channels in order p; None: as they are."""
+    stored = (S if p is None else S[:, p]).double()
+    return (stored[mask(stored, pattern)].sum() / stored.sum()).item()
+
+
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=str)
-
-
-@each_pattern
-def test_retained_is_the_score_under_the_mask(pattern):
-    S = scores(13, 48, 0)
-    for p in (None, torch.randperm(48, generator=torch.Generator().manual_seed(1))):
-        stored = (S if p is None else S[:, p]).double()
-        expected = (stored[mask(stored, pattern)].sum() / stored.sum()).item()
-        assert retained(S, p, pattern) == pytest.approx(expected, rel=1e-6)
 
 
 @each_pattern
@@ -67,11 +63,6 @@ def test_many_groups_take_the_coded_gain_and_still_win():
     assert retained(S, search(S)) > retained(S, once) > retained(S, deal(S.T.contiguous()).flatten()) + 0.002
 
 
-def test_same_seed_same_order():
-    S = scores(64, 128, 5)
-    assert torch.equal(search(S, seed=3), search(S, seed=3))
-
-
 @pytest.mark.parametrize("heads,kv_heads", [(4, 4), (6, 2), (4, 1)])
 def test_heads_move_together(heads, kv_heads):
     head_dim = 16
@@ -89,12 +80,3 @@ def test_heads_of_one_group_share_what_suits_their_sum():
     first_alone = search(S[:, :16])
     copied = torch.cat([first_alone, first_alone + 16])
     assert retained(S, p) > retained(S, copied)
-
-
-def test_bad_input_is_named():
-    with pytest.raises(RiaError, match="10 input channels"):
-        search(torch.rand(4, 10))
-    with pytest.raises(RiaError, match="64 input channels.*3 heads of 16"):
-        search_heads(torch.rand(4, 64), 3, 3, 16)
-    with pytest.raises(RiaError, match="key-value"):
-        search_heads(torch.rand(4, 64), 4, 3, 16)

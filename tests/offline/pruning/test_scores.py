@@ -1,12 +1,16 @@
+"""Scores against the papers' formulas, one weight at a time, in float64."""
+
+import math
+
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
-from ria_vllm.offline.pruning.scores import METHODS, score
+from ria_vllm.offline.pruning.scores import score
+
+METHODS = ("ria", "wanda", "magnitude")
 
 
-def reference(method, W, norm, exponent):
-    """The papers' formulas, one weight at a time, in float64."""
+def reference(method, W, norm):
     W, norm = W.double(), norm.double()
     S = torch.zeros_like(W)
     for i in range(W.shape[0]):
@@ -15,25 +19,20 @@ def reference(method, W, norm, exponent):
             column = sum(abs(v) for v in W[:, j].tolist())
             row = sum(abs(v) for v in W[i].tolist())
             relative = w / column + w / row
-            S[i, j] = {
-                "ria": relative * norm[j].item() ** exponent,
-                "ri": relative,
-                "wanda": w * norm[j].item(),
-                "magnitude": w,
-            }[method]
+            size = norm[j].item()
+            S[i, j] = {"ria": relative * math.sqrt(size), "wanda": w * size, "magnitude": w}[method]
     return S
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("exponent", [0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matches_the_formula(method, exponent, dtype):
+def test_matches_the_formula(method, dtype):
     torch.manual_seed(0)
     W = torch.randn(7, 12).to(dtype)
     norm = torch.rand(12) * 30 + 0.1
-    S = score(method, W, norm, exponent)
+    S = score(method, W, norm)
     assert S.dtype == torch.float32
-    torch.testing.assert_close(S.double(), reference(method, W, norm, exponent), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(S.double(), reference(method, W, norm), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,15 +46,6 @@ def test_zero_rows_and_columns_score_zero(method):
     S = score(method, W, norm)
     assert torch.isfinite(S).all()
     assert (S[2] == 0).all() and (S[:, 5] == 0).all()
-    if method in ("ria", "wanda"):
-        assert (S[:, 1] == 0).all()
+    assert method == "magnitude" or (S[:, 1] == 0).all()
     live = (W != 0) & (norm != 0)
     assert (S[live] > 0).all()
-
-
-def test_bad_input_is_named():
-    W = torch.randn(4, 8)
-    with pytest.raises(RiaError, match="'rai'.*ria, ri, wanda, magnitude"):
-        score("rai", W, torch.ones(8))
-    with pytest.raises(RiaError, match=r"\(4, 8\).*\(4,\)"):
-        score("ria", W, torch.ones(4))

@@ -1,12 +1,11 @@
-"""SmoothQuant's scales against its formula, and what absorbs them against exact arithmetic."""
+"""SmoothQuant's scales against its formula, and norms that absorb them."""
 
-from fractions import Fraction
 from math import log2
 
 import pytest
 import torch
 
-from ria_vllm.offline.transforms.scales import divided, migration_scales, times
+from ria_vllm.offline.transforms.scales import divided, migration_scales
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
@@ -28,32 +27,17 @@ def test_channels_that_are_always_zero_keep_their_scale():
     assert migration_scales(torch.zeros(3), torch.zeros(3), 0.5).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_norm_and_its_scales_multiply_to_what_it_was(dtype, offset):
+def test_a_norm_and_its_scales_multiply_to_what_it_was(dtype):
     torch.manual_seed(0)
     gain, scales = torch.randn(500).to(dtype), torch.exp2(torch.randint(-4, 5, (500,)).double())
-    new, exact = divided(gain, scales, offset)
+    new, exact = divided(gain, scales, 1)
     assert new.dtype == dtype
-    before, after = gain.double() + offset, new.double() + offset
-    torch.testing.assert_close(after * exact, before, rtol=1e-15, atol=0)
+    torch.testing.assert_close((new.double() + 1) * exact, gain.double() + 1, rtol=1e-15, atol=0)
     assert (exact.log2() - scales.log2()).abs().median() < 0.05
-    if not offset:
-        fits = [
-            Fraction(a) * Fraction(s) == Fraction(b) for a, s, b in zip(after.tolist(), exact.tolist(), before.tolist())
-        ]
-        assert all(fits) and (exact != 1).double().mean() > 0.8
 
 
 def test_what_cannot_be_divided_stays():
-    gain = torch.tensor([0.0, 6e-8, 1.0, -1.0], dtype=torch.float16)  # a zero, and the smallest subnormal
-    new, exact = divided(gain, torch.full((4,), 4.0, dtype=torch.float64))
-    assert exact.tolist() == [1, 1, 4, 4] and torch.equal(new, torch.tensor([0, 6e-8, 0.25, -0.25]).half())
-    # Gemma's norm with a gain of -1 gives zeros.
+    """Gemma's norm with a gain of -1 gives zeros."""
     new, exact = divided(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 2.0]).double(), 1)
     assert new.tolist() == [-1, -0.25] and exact.tolist() == [1, 2]
-
-
-def test_products_say_where_they_are_exact():
-    product, exact = times(torch.tensor([1.0, 1.0078125]).bfloat16(), torch.tensor([1.5, 1.5]).double())
-    assert exact.tolist() == [True, False] and product[0] == 1.5

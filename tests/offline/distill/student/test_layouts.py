@@ -6,7 +6,7 @@ import torch
 from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.offline.distill.student import layouts
-from ria_vllm.offline.distill.student.layouts import Kept, Whole
+from ria_vllm.offline.distill.student.layouts import Kept
 
 ROWS, COLUMNS = 24, 64
 
@@ -42,25 +42,3 @@ def test_what_is_put_comes_to_the_kept_places_and_to_no_other(permuted, block, m
     for rows in layout.rows():
         layout.put(2 * compressed[rows], dense, rows)
     assert torch.equal(dense, 2 * weight)
-
-
-@pytest.mark.parametrize("part", [lambda stack: stack[1].T[::2], lambda stack: stack[1].T[ROWS:]])
-def test_a_weight_in_a_tensor_of_several(part, monkeypatch):
-    monkeypatch.setattr(layouts, "BLOCK", 5 * COLUMNS)
-    weight, compressed, bitmask, p = sparse(True)
-    layout, stack = Kept(bitmask, p, part), torch.randn(3, COLUMNS, 2 * ROWS)
-    part(stack).copy_(weight)
-    before = stack.clone()
-    assert torch.equal(torch.cat([layout.take(stack, rows) for rows in layout.rows()]), compressed)
-    for rows in layout.rows():
-        layout.put(2 * compressed[rows], stack, rows)
-    assert torch.equal(part(stack), 2 * weight)
-    part(stack).copy_(weight)
-    assert torch.equal(stack, before)
-
-
-def test_a_whole_tensor_is_itself():
-    layout, dense = Whole(torch.Size([7])), torch.zeros(7)
-    (rows,) = layout.rows()
-    layout.put(torch.arange(7.0), dense, rows)
-    assert torch.equal(layout.take(dense, rows), torch.arange(7.0))

@@ -1,4 +1,4 @@
-"""How much memory training takes: bytes for each kept weight, gradients of one layer, no logits of a whole sequence."""
+"""How much memory training takes: bytes for each kept weight, gradients of one layer, no logits in float32."""
 
 import json
 import subprocess
@@ -17,20 +17,18 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.distill.teacher.two_part import TwoPart
-from ria_vllm.offline.distill.student.parameters import AdamW, Pace
+from ria_vllm.offline.distill.divergence import divergence
 from ria_vllm.offline.distill.student.student import Student
-from ria_vllm.offline.distill.teacher.teacher import read
 from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.runtime.memory import map_large_blocks, trim
 
 map_large_blocks()
 held = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 folder, length = sys.argv[1], int(sys.argv[2])
-model, teacher = (TwoPart(load_model(folder, torch.device("cpu"), "bfloat16"), folder) for _ in range(2))
-student = Student(Reader(Path(folder)), model, AdamW(), Pace(lr=1e-4, number=1))
+student = Student(Reader(Path(folder)), load_model(folder, torch.device("cpu"), "bfloat16"))
+student.pace.lr, student.pace.number = 1e-4, 1
 tokens = torch.randint(2, 250, (1, length))
-answer = read(teacher, tokens)
+wanted = torch.randn(length, 20_000, dtype=torch.bfloat16)
 trim()
 base, peak, over = held(), [0], threading.Event()
 
@@ -41,8 +39,10 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-loss, _ = student.loss(tokens, answer, teacher, 0.0)
-(loss / length).backward()
+logits = student.logits(tokens)
+slope = torch.empty_like(logits)
+divergence(wanted, logits.detach(), slope)
+logits.backward(slope.div_(length))
 over.set()
 thread.join()
 kept = sum(t.values.numel() for t in student.trained.values())
@@ -59,9 +59,10 @@ def probe(folder: Path, length: int) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_step_holds_the_gradients_of_one_layer_and_the_logits_of_some_tokens(make_model, text, tmp_path):
+def test_a_step_holds_the_gradients_of_one_layer_and_no_logits_in_float32(make_model, text, tmp_path):
     """Six layers of 3.1 million weights each: all gradients in bfloat16 would be 38 MB, kept ones in float32 as much.
-    The logits of 1024 tokens and 20,000 words would be 82 MB in float32, and several copies are needed."""
+    The logits of 1024 tokens and 20,000 words are 41 MB in bfloat16, as is their gradient; a copy in float32 would be
+    82 MB."""
     model = make_model(
         tmp_path / "in", "llama", dtype=torch.bfloat16, hidden_size=512, intermediate_size=1536, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=4, vocab_size=20_000, max_position_embeddings=2048,
@@ -71,6 +72,5 @@ def test_a_step_holds_the_gradients_of_one_layer_and_the_logits_of_some_tokens(m
     found = probe(tmp_path / "out", 1024)
     assert found["state"] == 10 * found["kept"]
     assert found["kept"] > 9e6
-    # 175 MB were measured; one of those sums more is beyond the limit.
-    # What is left to hold: a chunk of logits in float32, some copies (20 MB each), a layer's activations and gradients.
-    assert found["peak"] < 200e6, found["peak"]
+    # Logits and their gradient, a layer's activations and gradients; another copy of the logits is beyond the limit.
+    assert found["peak"] < 250e6, found["peak"]

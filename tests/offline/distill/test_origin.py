@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import digests, edit_weights, run_small
+from compressing import edit_weights, run_small
 from hub_cache import NAME, Cache
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
-from ria_vllm.offline.distill.teacher.teacher import located
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 OLD, NEW = "0" * 39 + "a", "0" * 39 + "b"
@@ -51,42 +49,21 @@ def test_the_recipe_names_the_commit_that_taught(hub, pruned, text, tmp_path):
     story = run(folder, NAME, tmp_path / "out", text)
     assert (story["teacher"], story["teacher_revision"]) == (NAME, NEW) and "teacher_weights_digest" not in story
     assert same_weights(tmp_path / "out", tmp_path / "local")
-    story = run(folder, f"{NAME}@{OLD}", tmp_path / "old", text)
-    assert (story["teacher"], story["teacher_revision"]) == (NAME, OLD)
-    assert not same_weights(tmp_path / "out", tmp_path / "old")
 
 
 def test_a_run_goes_on_with_its_own_commit_only(hub, pruned, text, tmp_path, monkeypatch):
     _, folder = pruned()
-    run(folder, NAME, tmp_path / "whole", text)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         interrupt(patch)
         run(folder, NAME, tmp_path / "out", text, Settings(save_every=0))
     hub.move_to(NEW)
     with pytest.raises(RiaError, match=OLD):
-        run(folder, f"{NAME}@{NEW}", tmp_path / "out", text, Settings(resume=True))
-    run(folder, NAME, tmp_path / "out", text, Settings(resume=True))
-    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+        run(folder, NAME, tmp_path / "out", text, Settings(resume=True))
 
 
-def test_another_commit_than_the_pruned_one_teaches_only_if_it_is_named(hub, text, tmp_path):
+def test_the_commit_that_was_pruned_teaches(hub, text, tmp_path):
     run_small(NAME, tmp_path / "pruned", text)
     recipe = Reader(tmp_path / "pruned").schema.recipe
     assert recipe["source_revision"] == OLD and "source_weights_digest" not in recipe
     hub.move_to(NEW)
-    for teacher, commit in ((NAME, OLD), (f"{NAME}@main", NEW), (f"{NAME}@{NEW}", NEW)):
-        story = run(tmp_path / "pruned", teacher, tmp_path / "out", text, Settings(overwrite=True))
-        assert story["teacher_revision"] == commit
-
-
-def test_all_processes_get_the_commit_of_the_first(hub, monkeypatch):
-    """Though the main branch has moved on where a later one looks."""
-    monkeypatch.setattr(Ranks, "broadcast", lambda self, value, src=0: OLD)
-    hub.move_to(NEW)
-    found = located(NAME, [], Ranks(1, 2), Monitor(shown=False))
-    assert (found.folder, found.revision) == (hub.commit(OLD), OLD)
-
-
-def test_a_revision_that_is_not_there_is_refused(hub, pruned, text, tmp_path):
-    with pytest.raises(RiaError, match=f"{NAME}@v2"):
-        run(pruned()[1], f"{NAME}@v2", tmp_path / "out", text)
+    assert run(tmp_path / "pruned", NAME, tmp_path / "out", text)["teacher_revision"] == OLD

@@ -1,1 +1,0 @@
-"""The dense model, what it predicts, and how far others are from it."""
