@@ -41,14 +41,12 @@ class ServedModel:
         layer_matching.match_layers(config, model)
         heads, widened = match_heads(config, model, self.embeddings)
         takers = self._takers() | heads
-        reload.check_draft(config.schema, config.where)
         empty_weights(model, self.embeddings)
         self.prover = Prover(config, model, takers, self.embeddings)
         self.file_proofs = config.file_proofs() if proofs.wanted() else None
         model.ria_prove = self.prove_served
         hooks = Hooks(
-            before_reload=functools.partial(reload.check_reload, config, engine.model_config, lora=engine.lora),
-            check_files=functools.partial(reload.check_first_load, config, self.built_from, lora=engine.lora),
+            before_reload=functools.partial(reload.check_reload, config, engine.model_config),
             after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
             after_reload=self.after_reload, prove=self.prove, forms=stored_forms(model), takers=takers,
             translation=config.translation or widened, loaded=engine.dummy_weights, embeddings=self.embeddings,
@@ -65,7 +63,7 @@ class ServedModel:
     def _takers(self) -> dict[str, Taker | None]:
         """See `Hooks`. Modules are imported where they are needed: they import kernels."""
         found: dict[str, Taker | None] = {}
-        if self.config.rearranged and self.config.stored is not None:
+        if self.config.rearranged:
             from ria_vllm.serve.model import rearranged
 
             linears = self.config.required | (set(self.config.schema.int8_linears) - self.config.int8)

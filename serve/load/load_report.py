@@ -10,7 +10,6 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
@@ -120,19 +119,6 @@ class LoadReport:
                 "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
                 "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
             )
-
-    def warn_of_weight_offload(self, option: str | None) -> None:
-        """Say once that vLLM's offloading of weights leaves pruned ones where they are.
-
-        Args:
-            option: by which the user asked for it; None: nobody did.
-        """
-        if option is not None and not current_platform.is_cpu() and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
-                "%s moves no pruned weights: vLLM offloads the tensors into which a checkpoint is loaded, and kernels "
-                "pack these into others, which stay on the GPU. Leave the option out. If memory is short, use more "
-                "GPUs (--tensor-parallel-size), or compress with fewer bits (--scheme W4A16).", option,
-            )  # fmt: skip
 
     def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
         """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.

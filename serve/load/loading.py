@@ -12,7 +12,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.folding import RowOrder
-from ria_vllm.serve.load.reordered_rows import ReorderedRows
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 
 Loader = Callable[..., Any]
@@ -104,7 +103,7 @@ class LayerLoader:
             if part == "weight_scale":
                 self.scale_dtypes.add(tensor.dtype)
         order = self._row_order(part, tensor, shard)
-        return tensor if order is None else ReorderedRows.of(tensor, order)
+        return tensor if order is None else tensor.index_select(0, order)
 
     def _row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
         """int64 [rows of `tensor`], None to leave them as they are."""

@@ -44,9 +44,6 @@ class Hooks:
 
     Attributes:
         before_reload: called before weights replace others; its argument is whether they come from the model's files.
-        check_files: are the model's files those that it was built for? Called before the first tensor of the first load
-            by one of vLLM's loaders, which then has downloaded the files, and after the last one, because it opens one
-            file after the other.
         after_load: do the files lack weights? Called after the first load from them.
         after_reload: called with the paths of the layers that a reload from files has left out.
         prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
@@ -63,7 +60,6 @@ class Hooks:
     """
 
     before_reload: Callable[[bool], None] = _nothing
-    check_files: Callable[[], None] = _nothing
     after_load: Callable[[], None] = _nothing
     after_reload: Callable[[Sequence[str]], None] = _nothing
     prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
@@ -130,8 +126,6 @@ class WeightStream:
         lazy = not isinstance(weights, list | tuple)
         if self.loaded:
             hooks.before_reload(lazy)
-        elif all_files:
-            weights = checked(weights, hooks.check_files)
         self.loaded = True
         weights = self._once(weights, all_files or first)
         if hooks.translation is not None:
@@ -139,8 +133,6 @@ class WeightStream:
         result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
         if not self.reloads.is_on:
             self.seen.clear()
-        if first and all_files:
-            hooks.check_files()
         if first and lazy:
             hooks.after_load()
         self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
@@ -210,13 +202,3 @@ class WeightStream:
 def are_files(weights: Weights) -> bool:
     """Whether they are what a loader of vLLM reads from files, and not what somebody sends, perhaps lazily, too."""
     return inspect.isgenerator(weights) and Path(weights.gi_code.co_filename).is_relative_to(LOADERS)
-
-
-def checked(weights: Weights, check: Callable[[], None]) -> Weights:
-    """The same weights; `check` is called when the first one is there."""
-    done = False
-    for one in weights:
-        if not done:
-            check()
-            done = True
-        yield one

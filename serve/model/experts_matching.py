@@ -81,8 +81,6 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
     if isinstance(method, Sparse24MoEMethod):
         if method.experts.name == name:
             return
-        if name is None and config.stored is None:
-            return  # dummy weights, and no file to say what is pruned
     elif name is None:
         if isinstance(method, DenseExpertsMethod):
             method.check(layer.layer_name)

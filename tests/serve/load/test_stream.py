@@ -1,7 +1,5 @@
 """The stream of tensors: what is refused before a model sees it."""
 
-import functools
-
 import pytest
 import torch
 from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finished, stored_model, tensors
@@ -15,7 +13,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.layerwise import holders, watch_reloads
 from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.layer_matching import match_layers
-from ria_vllm.serve.model.reload import check_reload
 
 
 @pytest.fixture
@@ -65,19 +62,6 @@ def test_a_tensor_of_two_files_is_refused(ranks, stored):
     twice = ((n, t) for pair in tensors(stored) for n, t in ([pair] if pair[0] != name else [pair, pair]))
     with pytest.raises(RiaError, match=f"{name} is in two of the weight files"):
         model.load_weights(twice)
-
-
-def test_a_load_after_dummy_weights_is_checked(ranks, stored):
-    config = stored.config()
-    model = Model(config)
-    match_layers(config, model)
-    WeightStream(model, Hooks(functools.partial(check_reload, config, None), loaded=True))
-    config.unread = "here: permutations.safetensors is missing."
-    for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
-        with pytest.raises(
-            RiaError, match="is missing. This server was started with dummy weights, which did not need that"
-        ):
-            model.load_weights(weights)
 
 
 class Skipping(Model):

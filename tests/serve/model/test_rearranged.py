@@ -133,11 +133,10 @@ def test_scales_go_with_their_rows(ranks, rank):
     check_same(model, dense, stored)
 
 
-@pytest.mark.parametrize("part", ["bias"])
-def test_a_tensor_that_no_layer_has_a_place_for(ranks, part):
+def test_a_tensor_that_no_layer_has_a_place_for(ranks):
     model = built(stored_model().config(), Unbiased)
-    with pytest.raises(RiaError, match=f"model.qkv.{part}: no layer of vLLM's model takes this tensor"):
-        model.load_weights([(f"model.qkv.{part}", torch.ones(3 * HIDDEN))])
+    with pytest.raises(RiaError, match="model.qkv.bias: no layer of vLLM's model takes this tensor"):
+        model.load_weights([("model.qkv.bias", torch.ones(3 * HIDDEN))])
 
 
 def test_a_reload_puts_rows_in_the_same_places(ranks):
@@ -180,7 +179,6 @@ def test_folds_count_rows_as_the_file_does(ranks):
     ("change", "message"),
     [
         (lambda name, tensor: tensor[:-1], "does more with it than to rearrange its rows"),
-        (lambda name, tensor: tensor - 1, "does more with it"),
         (lambda name, tensor: tensor.view(3, 5), "does not tell which: RuntimeError: shape"),
     ],
 )
@@ -190,13 +188,4 @@ def test_a_model_that_does_more_than_that(ranks, change, message):
             return change(name, tensor)
 
     with pytest.raises(RiaError, match=message):
-        built(stored_model().config(), Other)
-
-
-def test_a_linear_that_the_model_does_not_load(ranks):
-    class Other(Fused):
-        def load_weights(self, weights):
-            return super().load_weights((name, tensor) for name, tensor in weights if "qkv" not in name)
-
-    with pytest.raises(RiaError, match=r"model\.qkv\.weight: vLLM's Other does not load it"):
         built(stored_model().config(), Other)
