@@ -1,13 +1,11 @@
 """One of vLLM's models that serves a checkpoint: what happens when it is built, loaded, reloaded and proved."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from vllm.config import ModelConfig
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear.method import stored_forms
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
@@ -48,11 +46,9 @@ class ServedModel:
         hooks = Hooks(
             before_reload=functools.partial(reload.check_reload, config, engine.model_config),
             after_load=functools.partial(check_loaded, model, self.where, self.embeddings),
-            after_reload=self.after_reload, prove=self.prove, forms=stored_forms(model), takers=takers,
+            prove=self.prove, file_proofs=self.file_proofs, forms=stored_forms(model), takers=takers,
             translation=config.translation or widened, loaded=engine.dummy_weights, embeddings=self.embeddings,
         )  # fmt: skip
-        if self.file_proofs is not None:
-            hooks = replace(hooks, watch=self.file_proofs.see, forget=self.file_proofs.forget)
         WeightStream(model, hooks)
 
     @property
@@ -77,14 +73,6 @@ class ServedModel:
     def _present(self) -> ModelConfig | None:
         """vLLM's present configuration of this model, which a reload may have changed."""
         return (EngineOptions.current().model_config if self.embeddings else None) or self.built_from
-
-    def after_reload(self, left_out: Sequence[str]) -> None:
-        if left_out:
-            present = self._present()
-            raise RiaError(
-                f"{self.where if present is None else present.model}: vLLM's layer {left_out[0]} got no weights in "
-                "this reload, while others are new. Reload all files of one model."
-            )
 
     def prove(self, sent: Mapping[str, torch.Tensor] | None, first: bool) -> None:
         # At first, the present configuration may be that of the model's target.

@@ -17,7 +17,7 @@ vLLM has no hooks for this, so `watch_reloads` and `watch_worker` wrap functions
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -155,8 +155,7 @@ class Reloads:
 
     Args:
         model: as vLLM built it, with all layers.
-        after: called when a reload has ended, with the paths of the layers that got nothing, see `left_out`. It may
-            raise a RiaError, which refuses the reload.
+        after: called when a reload has ended. It may raise a RiaError, which refuses the reload.
         embeddings: the model has embeddings and a head of its own. A draft may have its target's.
         before: called before a reload begins.
         dummies: the model was started with dummy weights.
@@ -164,13 +163,14 @@ class Reloads:
     Attributes:
         number: of the last reload, the same on all ranks.
         served: number of the last reload whose weights are served; 0: there was none.
+        from_files: what has come last in the present one are all files of a model.
         stopped: the model refuses to compute, because its weights are gone, or were dummies.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        after: Callable[[Sequence[str]], None],
+        after: Callable[[], None],
         embeddings: bool = True,
         before: Callable[[], None] = lambda: None,
         dummies: bool = False,
@@ -181,6 +181,7 @@ class Reloads:
         self.before = before
         self.dummies = dummies
         self.number = self.served = 0
+        self.from_files = False
         self.stopped: _Guard | None = None
         self._on: tuple[Former, _Guard, Agreement] | None = None
         self._at_once: list[tuple[str, torch.Tensor]] = []
@@ -219,7 +220,7 @@ class Reloads:
             )
         if self._refused is not None:
             raise RiaError(self._refused)
-        self.number = next(_NUMBERS[self.embeddings])
+        self.number, self.from_files = next(_NUMBERS[self.embeddings]), False
         former = Former(self.model, keeps=not self.lacks_weights)
         # vLLM writes these at once.
         self._at_once = [
@@ -291,8 +292,9 @@ class Reloads:
             raise RiaError(f"this reload was refused, or the model has computed since it began. {WAY_OUT}")
         former, guard, agreement = self._on
         try:
-            left = left_out(self.model, self.embeddings)
-            lacking = left_out(self.model, self.embeddings, others=True) if self.lacks_weights else []
+            lacking = []
+            if self.lacks_weights or self.from_files:
+                lacking = left_out(self.model, self.embeddings, others=self.lacks_weights)
             if self.lacks_weights:
                 lacking += [path for path, one in self._at_once if one.numel() and bool((one == EMPTY).all())]
             tied = tied_layers(self.model)
@@ -310,7 +312,7 @@ class Reloads:
                     f"are of another model, dummies, or lost. {WAY_OUT}"
                 )
             agreement.reach(PROVED)
-            self.after(left)
+            self.after()
             agreement.reach(SERVED)
         except BaseException:
             self.give_up()

@@ -6,7 +6,7 @@ shows when it is proved, see `ria_vllm.serve.proving.layers`.
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from vllm.model_executor import model_loader
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
 from ria_vllm.format.proofs import PROOF_SUFFIX
+from ria_vllm.serve.load.file_proofs import FileProofs
 from ria_vllm.serve.load.layerwise import Reloads
 
 # Scales of the key-value cache, which are stored beside a linear and belong to attention.
@@ -45,12 +46,10 @@ class Hooks:
     Attributes:
         before_reload: called before weights replace others; its argument is whether they come from the model's files.
         after_load: do the files lack weights? Called after the first load from them.
-        after_reload: called with the paths of the layers that a reload from files has left out.
         prove: do layers compute what the files say? Called once all weights are packed. If somebody has sent them, the
             first argument are the proofs that came with them, perhaps none; the second is whether this was the first
             load.
-        watch: called with each tensor that comes from a file, and its name.
-        forget: what was watched before belongs to no load any more: one begins, or has failed.
+        file_proofs: sees each tensor that comes from a file.
         forms: linears of our layers -> how the names of the tensors that store their weights end.
         takers: linears, or whole names of tensors, that the model must not see -> who takes their tensors; None if
             nobody here needs them.
@@ -61,10 +60,8 @@ class Hooks:
 
     before_reload: Callable[[bool], None] = _nothing
     after_load: Callable[[], None] = _nothing
-    after_reload: Callable[[Sequence[str]], None] = _nothing
     prove: Callable[[Mapping[str, torch.Tensor] | None, bool], None] = _nothing
-    watch: Callable[[str, torch.Tensor], None] = _nothing
-    forget: Callable[[], None] = _nothing
+    file_proofs: FileProofs | None = None
     forms: Mapping[str, Collection[str]] = field(default_factory=dict)
     takers: Mapping[str, Taker | None] = field(default_factory=dict)
     translation: Translation | None = None
@@ -112,7 +109,8 @@ class WeightStream:
     def _forget(self) -> None:
         self.proofs.clear()
         self.seen.clear()
-        self.hooks.forget()
+        if self.hooks.file_proofs is not None:
+            self.hooks.file_proofs.forget()
 
     def _load_checked(self, weights: Weights, *args: object, **kwargs: object) -> object:
         hooks, first, all_files = self.hooks, not self.loaded, are_files(weights)
@@ -130,12 +128,13 @@ class WeightStream:
         weights = self._once(weights, all_files or first)
         if hooks.translation is not None:
             weights = hooks.translation.translate(weights, lazy)
-        result = self._load(self._passed(weights, hooks.watch if lazy else _nothing), *args, **kwargs)
+        result = self._load(self._passed(weights, hooks.file_proofs if lazy else None), *args, **kwargs)
         if not self.reloads.is_on:
             self.seen.clear()
         if first and lazy:
             hooks.after_load()
         self.from_files = all_files or (first and lazy)  # a loader of another package reads the model's files, too
+        self.reloads.from_files = self.from_files
         return result
 
     def _once(self, weights: Weights, from_files: bool) -> Weights:
@@ -155,7 +154,7 @@ class WeightStream:
             self.seen.add(name)
             yield name, tensor
 
-    def _passed(self, weights: Weights, watch: Callable[[str, torch.Tensor], None]) -> Weights:
+    def _passed(self, weights: Weights, file_proofs: FileProofs | None) -> Weights:
         """The same weights, but proofs, and those that somebody takes in place of the model."""
         takers, forms = self.hooks.takers, self.hooks.forms
         for name, tensor in weights:
@@ -163,7 +162,8 @@ class WeightStream:
             if name.endswith(PROOF_SUFFIX):
                 self.proofs[module] = tensor.to("cpu", copy=True)
                 continue
-            watch(name, tensor)
+            if file_proofs is not None:
+                file_proofs.see(name, tensor)
             if (module in takers or name in takers) and part not in CACHE_SCALES:
                 take = takers[name] if name in takers else takers[module]
                 if take is not None:
@@ -183,11 +183,9 @@ class WeightStream:
         self._process()
         self._prove(first=True)
 
-    def _after_reload(self, left_out: Sequence[str]) -> None:
+    def _after_reload(self) -> None:
         if self.hooks.translation is not None:
             self.hooks.translation.finish()
-        if self.from_files:
-            self.hooks.after_reload(left_out)
         self._prove(first=False)
 
     def _prove(self, first: bool) -> None:

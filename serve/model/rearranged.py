@@ -35,9 +35,12 @@ class Destination:
     rows: torch.Tensor
 
     def load(self, part: str, tensor: torch.Tensor) -> None:
-        """Load the tensor called `part` of the linear."""
+        """Load the tensor called `part` of the linear. Folds count rows as the file does, so their order comes first,
+        though the layer's loader applies it later."""
         if tensor.dim() and len(tensor) == len(self.rows):
-            tensor = tensor.index_select(0, self.rows.to(tensor.device))
+            fold = self.layer.quant_method.layer_loader.row_order(part, tensor, self.shard)
+            rows = self.rows if fold is None else fold.cpu()[self.rows][fold.cpu().argsort()]
+            tensor = tensor.index_select(0, rows.to(tensor.device))
         parameter = getattr(self.layer, part)
         parameter.weight_loader(parameter, tensor, *(() if self.shard is None else (self.shard,)))
 

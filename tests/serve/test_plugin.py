@@ -116,7 +116,7 @@ def test_a_reload_that_leaves_a_dense_layer_out(built, load_format):
     x = torch.randn(3, HIDDEN)
     before = model.layers[0](x)
     others = [(name, one * 2 if name.endswith("compressed") else one) for name, one in tensors_of(stored)]
-    with pytest.raises(RiaError, match="^the folder: vLLM's layer fc got no weights in this reload"):
+    with pytest.raises(RiaError, match="vLLM's layer fc did not get all of its weights in this reload"):
         reload(files(others))
     assert torch.equal(model.layers[0](x), before)
     reload(files([*others, *dense]))
