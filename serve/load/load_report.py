@@ -19,6 +19,12 @@ from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice
 logger = init_logger("vllm.ria")
 
 
+def _on_first_rank(text: str, *values: Any) -> None:
+    """Say once, on the first rank, what holds on all of them."""
+    if get_tensor_model_parallel_rank() == 0:
+        logger.warning_once(text, *values)
+
+
 @dataclass
 class LoadReport:
     """Sums over the pruned layers of one model in one process.
@@ -114,11 +120,10 @@ class LoadReport:
             current.additional_config["ria_vllm"] = sorted([*others, self.graph])
 
     def warn_of_all_gather(self) -> None:
-        if get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
-                "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
-                "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
-            )
+        _on_first_rank(
+            "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
+            "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
+        )
 
     def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
         """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
@@ -130,13 +135,13 @@ class LoadReport:
         stored = choice.widened_from or config.weight_format
         name = choice.kernel.name
         forced = os.environ.get(KERNEL_VARIABLE) == name
-        if choice.kernel.is_fallback and not forced and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
+        if choice.kernel.is_fallback and not forced:
+            _on_first_rank(
                 "The kernel %s serves %s, because no fast one does: the answers are right, but slow. `ria-vllm doctor` "
                 "says why.", name, config,
             )  # fmt: skip
-        if choice.widened_from is not None and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
+        if choice.widened_from is not None:
+            _on_first_rank(
                 "Weights in %s are widened to %s, because no kernel for %s multiplies them as the checkpoint "
                 "wants: the answers are right, but the weights take the memory of %s.",
                 choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),

@@ -209,23 +209,16 @@ class RiaConfig(QuantizationConfig):
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not isinstance(layer, LinearBase):
-            return self._method_of_others(layer, prefix)
-        self._check_engine()
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
-        linears = self.linears_of(prefix)
-        if not self.serves_sparse(prefix, linears):
-            return ProvisionalDenseMethod()
-        return self.sparse_method(prefix, linears)
-
-    def _method_of_others(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a layer that is not linear. All experts get one of ours, whatever their tensors are called."""
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # imports kernels for them
 
+        if not isinstance(layer, LinearBase | RoutedExperts):
+            return None
+        self._check_engine()
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         if isinstance(layer, RoutedExperts):
-            self._check_engine()
-            return self._moe_method(layer, prefix.removeprefix(DRAFT_PREFIX))
-        return None
+            return self.experts_method(layer, self.expert_layers.get(prefix))
+        linears = self.linears_of(prefix)
+        return self.sparse_method(prefix, linears) if self.serves_sparse(prefix, linears) else ProvisionalDenseMethod()
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
@@ -244,16 +237,13 @@ class RiaConfig(QuantizationConfig):
                 f"trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
-    def _moe_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+    def experts_method(self, layer: torch.nn.Module, name: str | None) -> QuantizeMethodBase:
+        """The method by which vLLM's MoE `layer` serves the pruned experts `name`, or dense ones."""
         from ria_vllm.serve.experts.dense import DenseExpertsMethod
-
-        name = self.expert_layers.get(prefix)
-        return DenseExpertsMethod(layer) if name is None else self.experts_method(layer, name)
-
-    def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
-        """The method by which vLLM's MoE `layer` serves the pruned experts `name`."""
         from ria_vllm.serve.experts.method import Sparse24MoEMethod, check_count
 
+        if name is None:
+            return DenseExpertsMethod(layer)
         experts = self.experts[name]
         check_count(layer, experts)
         orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))

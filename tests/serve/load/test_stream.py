@@ -11,8 +11,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.layerwise import holders, watch_reloads
-from ria_vllm.serve.load.stream import Hooks, WeightStream
-from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.model import reload
 
 
 @pytest.fixture
@@ -27,17 +26,15 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypa
     for module in holders(begin):
         monkeypatch.setattr(module, begin.__name__, begin)
     watch_reloads()
-    config = stored.config()
-    model = Model(config)
-    match_layers(config, model)
-    checked = []
+    config, checked = stored.config(), []
 
-    def check(from_files):
+    def check(_, built_with, from_files):
         checked.append(from_files)
         if from_files:
             raise RiaError("other orders")
 
-    WeightStream(model, Hooks(check))
+    monkeypatch.setattr(reload, "check_reload", check)
+    model = attached(config, Model(config))
     model.load_weights(tensors(stored))
     assert not checked
     finished(model)

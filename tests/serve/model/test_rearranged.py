@@ -17,9 +17,7 @@ from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import INT8
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.format.schema import WeightQuantization
-from ria_vllm.serve.load.stream import Hooks, WeightStream
-from ria_vllm.serve.model.layer_matching import match_layers
-from ria_vllm.serve.model.rearranged import takers
+from ria_vllm.serve.served_model import ServedModel
 
 HEADS, WIDTH, HIDDEN = 4, 32, 128
 
@@ -100,8 +98,8 @@ def tensors(stored, dense=False, biases=True):
 
 def built(config, model_class):
     model = model_class(config)
-    match_layers(config, model)
-    WeightStream(model, Hooks(takers=takers(model, config.required)))
+    config.rearranged = True
+    ServedModel(config, model, None)
     return model
 
 
