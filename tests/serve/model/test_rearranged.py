@@ -88,12 +88,11 @@ def stored_as_int8(stored):
     return config
 
 
-def tensors(stored, dense=False, biases=True):
+def tensors(stored, dense=False):
     for name, parts in stored.tensors.items():
         parts = {"weight": stored.plain[name]} if dense else parts
         yield from ((f"{name}.{part}", tensor.clone()) for part, tensor in parts.items())
-        if biases:
-            yield f"{name}.bias", stored.bias[name].clone()
+        yield f"{name}.bias", stored.bias[name].clone()
 
 
 def built(config, model_class):
