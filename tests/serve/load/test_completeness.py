@@ -116,7 +116,7 @@ def load_experts(model, absent=(None, None)):
 def test_a_weight_of_a_dense_expert_that_never_came_is_named(ranks, part, projection):
     model = dense_experts()
     load_experts(model, absent=(2, part))
-    what = rf"the {projection} projection of expert 2 of vLLM's layer layers\.1\.mlp\.experts\S*"
+    what = rf"the {projection} projection of this rank's expert 2 of vLLM's layer layers\.1\.mlp\.experts\S*"
     with pytest.raises(RiaError, match=f"^here: {what} is in none of the weight files.*Get all files of one model"):
         check_loaded(model, "here")
     load_experts(model)
