@@ -1,7 +1,10 @@
 """The entry point that vLLM calls in each of its processes (group `vllm.general_plugins`)."""
 
 import functools
+import inspect
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -47,8 +50,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve.load.engine import models_being_built
-    from ria_vllm.serve.load.layerwise import watch_reloads_of, watch_sleep, watch_updates_of
+    from ria_vllm.serve.load.layerwise import watch_worker
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
 
@@ -61,10 +63,24 @@ def watch_models() -> None:
             if "vllm.v1.worker.gpu_worker" in sys.modules:  # else it is no worker that builds the model
                 from vllm.v1.worker.gpu_worker import Worker
 
-                watch_sleep(Worker)
-                watch_reloads_of(Worker)
-                watch_updates_of(Worker)
+                watch_worker(Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 
     utils.record_metadata_for_reloading = record_metadata_for_reloading
+
+
+def models_being_built() -> list[Mapping[str, Any]]:
+    """The local variables of each call of vLLM's `initialize_model` on the stack, the innermost first.
+
+    Models inside a model are built by the same function.
+    """
+    from vllm.model_executor.model_loader import utils
+
+    code = inspect.unwrap(utils.initialize_model).__code__
+    calls, frame = [], inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is code:
+            calls.append(dict(frame.f_locals))
+        frame = frame.f_back
+    return calls

@@ -1,8 +1,8 @@
 """The checkpoint's tensors of an MoE layer's experts, on their way into vLLM's layer.
 
 vLLM's models load experts in many ways: they rename, split and fuse tensors, and expect them stacked, transposed or
-interleaved. None of that is right for compressed tensors. So these do not pass through the model: `WeightStream` hands
-each of them to the layer that serves it.
+interleaved. None of that is right for compressed tensors. So these do not pass through the model: each of them goes
+to the layer that serves it, see `stream.left_to_the_model`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

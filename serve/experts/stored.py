@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.layer_schema import Stacked, filled, numbers_in
+from ria_vllm.format.layer_schema import Stacked, filled
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.stacks import LayerExperts, layers_of_experts
 from ria_vllm.serve.load.folding import Folding
@@ -69,15 +69,6 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
                 f"{where}: {problem}. Get the files again, or compress the model with all of these experts in --ignore."
             )
     return found
-
-
-def named_experts(schema: RiaSchema, name: str) -> StoredExperts | None:
-    """The experts called `name`, for dummy weights without any file; None if config.json has none of that name."""
-    for experts in schema.experts:
-        numbers = numbers_in(experts.module, name)
-        if numbers is not None:
-            return StoredExperts.of(LayerExperts.of(experts, numbers))
-    return None
 
 
 @dataclass(frozen=True)

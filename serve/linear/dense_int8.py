@@ -5,8 +5,6 @@ The latter multiplies twice to leave inputs as they are: as fast as vLLM's for a
 prompts. It also takes what vLLM's does not.
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearBase
@@ -21,20 +19,11 @@ from ria_vllm.serve.linear.parameters import set_parameter
 NAMES = WEIGHT, SCALE, *_OF_INPUTS = ["weight_packed", "packed_scale", "no_input_scale", "no_zero_point", "azp_adj"]
 
 
-class DenseInt8Method(ABC):
-    """Multiplies with a layer's weights as they are stored."""
-
-    kernel_name: str
-
-    @abstractmethod
-    def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [..., in] -> [..., out], both of this rank."""
-
-
 def dense_int8(
     layer: LinearBase, integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, rounds: bool
-) -> DenseInt8Method | None:
-    """Register on `layer` what a kernel needs; None where no kernel multiplies with these weights.
+) -> "DenseInt8 | None":
+    """Register on `layer` what a kernel needs. The result multiplies with the weights as they are stored; None where no
+    kernel does.
 
     Args:
         integers: int8 [out, in], of this rank.
@@ -62,17 +51,18 @@ def dense_int8(
     return _RowsMethod(rounds)
 
 
-class _RowsMethod(DenseInt8Method):
+class _RowsMethod:
     def __init__(self, rounds: bool):
         self.rounds = rounds
         self.kernel_name = f"ria::int8_rows_linear with inputs {'rounded to int8' if rounds else 'unrounded'}"
 
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., in] -> [..., out], both of this rank."""
         x = round_tokens(x, torch.int8) if self.rounds else x
         return multiply_int8_rows(x, getattr(layer, WEIGHT), getattr(layer, SCALE), bias)
 
 
-class _VllmMethod(DenseInt8Method):
+class _VllmMethod:
     def __init__(self, layer: LinearBase, integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype):
         self.kernel = init_int8_linear_kernel(
             is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="ria-vllm"
@@ -93,3 +83,6 @@ class _VllmMethod(DenseInt8Method):
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         # One of vLLM's kernels takes matrices only.
         return self.kernel.apply_weights(layer, x.flatten(0, -2), bias).unflatten(0, x.shape[:-1])
+
+
+DenseInt8 = _RowsMethod | _VllmMethod

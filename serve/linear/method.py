@@ -16,8 +16,8 @@ from vllm.model_executor.layers.linear import (
 from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
-from ria_vllm.serve.linear.dense_int8 import DenseInt8Method, dense_int8
-from ria_vllm.serve.linear.packing import PackedLinear, pack_linear
+from ria_vllm.serve.linear.dense_int8 import DenseInt8, dense_int8
+from ria_vllm.serve.linear.packing import pack_linear
 from ria_vllm.serve.linear.parameters import (
     Creation,
     PackedTensors,
@@ -84,7 +84,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.linears = linears
         self.names = tuple(linear.name for linear in linears)
         self.report = report
-        self.dense: UnquantizedLinearMethod | DenseInt8Method | None = None
+        self.dense: UnquantizedLinearMethod | DenseInt8 | None = None
         self.packed = PackedTensors()
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
@@ -151,8 +151,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         finally:
             self.forget()
         weights = self._weights(loaded, dummy, scales)
-        if not first:
-            self._check_reload(layer.ria_packed, weights)
+        packed = None
         if weights is None:
             self._serve_dense(layer, loaded)
         else:
@@ -161,8 +160,8 @@ class Sparse24LinearMethod(LinearMethodBase):
                 packed = pack_linear(layer, weights, order, self.dtype, self.scheme.input_dtype)
             except RuntimeError as error:
                 raise RiaError(f"{self.prefix}: {error}") from error
-            self.packed.check(self.prefix, layer, packed.parameters)
-            layer.ria_packed = packed
+        self.packed.check(self.prefix, layer, packed.parameters if packed is not None else [])
+        layer.ria_packed = packed
         if first:
             self._report(layer, weights)
 
@@ -190,19 +189,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         except ValueError as error:
             raise RiaError(f"{' + '.join(self.names)}: {error}. The weight file is damaged; get it again.") from None
 
-    def _check_reload(self, before: PackedLinear | None, weights: Weights | None) -> None:
-        if (before is None) != (weights is None):
-            raise RiaError(
-                f"{self.prefix}: its new weights are {'not 2:4' if weights is None else '2:4'}, unlike those that this "
-                "server started with. Start the server again instead of reloading."
-            )
-
     def _serve_dense(self, layer: LinearBase, loaded: dict[str, torch.Tensor]) -> None:
         """Serve in int8, or with vLLM's own method.
 
         This method stays in front of it, because a reload delivers the weights in stored form again.
         """
-        layer.ria_packed = None
         if self.scheme.plain == INTEGERS:
             rounds = self.scheme.activations == torch.int8
             self.dense = dense_int8(layer, loaded[INTEGERS], loaded[SCALE], self.dtype, rounds)
@@ -215,7 +206,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _report(self, layer: LinearBase, weights: Weights | None) -> None:
         packed = layer.ria_packed
         if weights is None:
-            kernel = self.dense.kernel_name if isinstance(self.dense, DenseInt8Method) else None
+            kernel = getattr(self.dense, "kernel_name", None)  # of int8
             self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format, kernel)
             if kernel is not None:
                 return

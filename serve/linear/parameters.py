@@ -169,7 +169,8 @@ def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> No
 
 @dataclass
 class PackedTensors:
-    """What a kernel computes a layer with. A reload copies new tensors into the old ones, and torch would cast them.
+    """What a kernel computes a layer with: nothing if the layer is served dense. A reload copies new tensors into the
+    old ones, and torch would cast them.
 
     Attributes:
         known: (name, shape, dtype) of each; None until the layer has weights.
@@ -190,12 +191,8 @@ class PackedTensors:
         tensors = [(part, getattr(layer, part)) for part in packed]
         found = [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in tensors]
         if self.known is not None and found != self.known:
-            new, old = (
-                ", ".join(f"{part} {dtype} {shape}" for part, shape, dtype in one if (part, shape, dtype) not in other)
-                for one, other in ((found, self.known), (self.known, found))
-            )
             raise RiaError(
-                f"{name}: its new weights are packed as {new or 'fewer tensors'}, unlike those that this server "
-                f"started with ({old or 'fewer tensors'}). Start a server of the new weights instead of reloading."
+                f"{name}: its new weights are packed as {found or 'dense ones'}, unlike those that this server started "
+                f"with ({self.known or 'dense ones'}). Start a server of the new weights instead of reloading."
             )
         self.known = found

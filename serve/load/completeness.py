@@ -55,8 +55,8 @@ def dense_tensors(model: torch.nn.Module, embeddings: bool = True) -> Iterator[t
             yield f"the {name} of vLLM's layer {path}", tensor.data
 
 
-def first_rows(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
-    """(path, layer, projection, its first row [experts of this rank, in]) of all dense experts.
+def first_rows(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(path, projection, its first row [experts of this rank, in]) of all dense experts.
 
     Whatever way a model loads a projection, it fills this row.
     """
@@ -70,9 +70,9 @@ def first_rows(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, s
         if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod) or not (_is_stored(w13) and _is_stored(w2)):
             continue
         if layer.moe_config.is_act_and_mul:
-            yield path, layer, "gate", w13.data[:, 0]
-        yield path, layer, "up", w13.data[:, w13.shape[1] // 2 if layer.moe_config.is_act_and_mul else 0]
-        yield path, layer, "down", w2.data[:, 0]
+            yield path, "gate", w13.data[:, 0]
+        yield path, "up", w13.data[:, w13.shape[1] // 2 if layer.moe_config.is_act_and_mul else 0]
+        yield path, "down", w2.data[:, 0]
 
 
 def _is_stored(tensor: torch.Tensor) -> bool:
@@ -99,15 +99,9 @@ def check_loaded(model: torch.nn.Module, where: str, embeddings: bool = True) ->
     for what, tensor in dense_tensors(model, embeddings):
         if tensor[(0,) * tensor.dim()] == EMPTY and bool((tensor == EMPTY).all()):
             raise _absent(what, where)
-    for path, layer, projection, rows in first_rows(model):
+    for path, projection, rows in first_rows(model):
         if empty := (rows == EMPTY).all(1).nonzero().flatten().tolist():
-            expert = _number_over_all_ranks(layer, empty[0])
-            raise _absent(f"the {projection} projection of expert {expert} of vLLM's layer {path}", where)
-
-
-def _number_over_all_ranks(layer: torch.nn.Module, here: int) -> int:
-    local = map(layer._map_global_expert_id_to_local_expert_id, range(layer.moe_config.num_experts))
-    return next((expert for expert, number in enumerate(local) if number == here), here)
+            raise _absent(f"the {projection} projection of this rank's expert {empty[0]} of vLLM's layer {path}", where)
 
 
 def _absent(what: str, where: str) -> RiaError:

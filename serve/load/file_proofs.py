@@ -8,7 +8,7 @@ What comes out of an expert needs all rows of its gate and up. So of these r has
 expert, and what is asked of the down projection is some of its rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import lcm
 
 import torch
@@ -54,6 +54,12 @@ class FileProofs:
         self.vector = vector
         self.others = others
         self.forget()
+
+    def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same weights, each of which is seen on its way."""
+        for name, tensor in weights:
+            self.see(name, tensor)
+            yield name, tensor
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor, as it is in the file. Those that are damaged are left to the layer that loads them."""

@@ -8,7 +8,6 @@ allows.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ from ria_vllm.format.schema import RiaSchema
 class RowOrder:
     """The order in which some rows of a producer are taken: [start, start + len(order) / blocks) of each block.
 
-    `for_all`: they are all its rows; `blocks`: how many equal blocks its rows make; `by_heads`: attention lies between
-    the producer and the linear that wants this order.
+    `for_all`: they are all its rows; `blocks`: how many equal blocks its rows make.
 
     `order` is a numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would
     travel as shared memory, with a file descriptor of its own.
@@ -33,7 +31,6 @@ class RowOrder:
     start: int = 0
     for_all: bool = True
     blocks: int = 1
-    by_heads: bool = False
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` [out, ...] with its rows reordered.
@@ -62,20 +59,10 @@ class RowOrder:
 
 @dataclass
 class Folding:
-    """The consumers whose permutation is folded away, and the row orders that absorb it, by producer.
-
-    `by_heads`: those of the consumers that read attention's output.
-    """
+    """The consumers whose permutation is folded away, and the row orders that absorb it, by producer."""
 
     folded: set[str] = field(default_factory=set)
     row_orders: dict[str, list[RowOrder]] = field(default_factory=dict)
-    by_heads: set[str] = field(default_factory=set)
-
-    @cached_property
-    def outside_attention(self) -> "Folding":
-        """The same without folds through attention, so that what it keeps of each token is in the model's own order."""
-        kept = {name: [one for one in orders if not one.by_heads] for name, orders in self.row_orders.items()}
-        return Folding(self.folded - self.by_heads, {name: orders for name, orders in kept.items() if orders})
 
 
 def fold(
@@ -95,7 +82,6 @@ def fold(
     rules = [(name, rule) for name in permutations for rule in schema.folds if rule.numbers(name) is not None]
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
-        by_heads = rule.coupling == "heads"
         try:
             orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
         except ValueError as error:
@@ -110,12 +96,10 @@ def fold(
                     f"{where}: {consumer}: its fold reorders {len(rows)} rows, but takes "
                     f"{(end - start) * producer.blocks} of {producer.name}{of_each}."
                 )
-            order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks, by_heads)
+            order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks)
             others = result.row_orders.setdefault(producer.name, [])
             if any(order.overlaps(other) for other in others):
                 raise RiaError(f"{where}: two folds reorder the same rows of {producer.name}.")
             others.append(order)
         result.folded.add(consumer)
-        if by_heads:
-            result.by_heads.add(consumer)
     return result

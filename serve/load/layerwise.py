@@ -11,13 +11,13 @@ care of
 - models that have lost their weights, because the server has slept at level 2, or never had any but dummies. These
   compute nothing until they have got all weights.
 
-vLLM has no hooks for this, so the functions `watch_...` wrap some of its own.
+vLLM has no hooks for this, so `watch_reloads` and `watch_worker` wrap functions of its own.
 """
 
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -34,125 +34,26 @@ from ria_vllm.serve.load.arrived import check_arrived, left_out, stored_method, 
 from ria_vllm.serve.load.completeness import EMPTY
 from ria_vllm.serve.load.former import Former
 
-_ORIGINAL = "ria_original"
 # Of reloads. All ranks begin the same ones of a model.
 _NUMBERS = {True: itertools.count(1), False: itertools.count(1)}
 
 
 def watch_reloads() -> None:
     """Have the reloads of our models begin, pack and end as `Reloads` says."""
-    begin, pack, end = (
-        _original(function)
-        for function in (
-            layerwise.initialize_layerwise_reload,
-            layerwise._layerwise_process,
-            layerwise.finalize_layerwise_processing,
-        )
-    )
-
-    @functools.wraps(begin)
-    def initialize_layerwise_reload(model: torch.nn.Module) -> None:
-        reloads = getattr(model, "ria_reloads", None)
-        if reloads is None:
-            begin(model)
-        else:
-            reloads.begin(begin)
-
-    @functools.wraps(pack)
-    def _layerwise_process(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
-        former = layer.__dict__.get("ria_former")
-        if former is not None:
-            check_arrived(layer.__dict__["ria_path"], layer, info)
-            _keep(former, layer)
-        pack(layer, info)
-        if former is not None:
-            layer.__dict__["ria_renewed"] = True
-
-    @functools.wraps(end)
-    def finalize_layerwise_processing(model: torch.nn.Module, model_config: Any) -> None:
-        reloads = getattr(model, "ria_reloads", None)
-        if reloads is None:
-            end(model, model_config)
-        else:
-            reloads.end(functools.partial(end, model, model_config))
-
-    for wrapper, original in (
-        (initialize_layerwise_reload, begin), (_layerwise_process, pack), (finalize_layerwise_processing, end)
-    ):  # fmt: skip
-        setattr(wrapper, _ORIGINAL, original)
-    for module in holders(layerwise.initialize_layerwise_reload):
-        module.initialize_layerwise_reload = initialize_layerwise_reload
-    layerwise._layerwise_process = _layerwise_process
-    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+    begin = layerwise.initialize_layerwise_reload
+    for module in holders(begin):
+        _replace(module, begin.__name__, _begin)
+    _replace(layerwise, "_layerwise_process", _pack)
+    _replace(layerwise, "finalize_layerwise_processing", _end)
 
 
-def watch_sleep(worker: Any) -> None:
-    """Have the models of a class of vLLM's workers compute nothing after sleep level 2, which drops all weights, until
-    these have come again."""
-    sleep = _original(worker.sleep)
-
-    @functools.wraps(sleep)
-    def watched(self: Any, level: int = 1) -> None:
-        reloads = getattr(self.get_model(), "ria_reloads", None) if level == 2 else None
-        if reloads is not None:
-            if getattr(self.model_config, "sleep_preserve_parameter_names", None):
-                raise RiaError("sleep_preserve_parameter_names: not for a model that ria-vllm serves. Leave it out.")
-            reloads.give_up()
-        sleep(self, level)
-        if reloads is not None:
-            reloads.lose()
-
-    setattr(watched, _ORIGINAL, sleep)
-    worker.sleep = watched
-
-
-def watch_reloads_of(worker: Any) -> None:
-    """Have a class of vLLM's workers still name the files that are served after it has refused others."""
-    reload = _original(worker.reload_weights)
-
-    @functools.wraps(reload)
-    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
-        reloads, config = getattr(self.get_model(), "ria_reloads", None), self.model_config
-        if reloads is None:
-            return reload(self, *arguments, **named)
-        if False in (named.get("is_checkpoint_format"), *arguments[2:3]):
-            raise RiaError(
-                "is_checkpoint_format=False: a model that ria-vllm serves takes weights as a folder has them. Leave it "
-                "out."
-            )
-        before = {name: one for name, one in vars(config).items() if name in ("model", "revision", "model_weights")}
-        served = reloads.served
-        try:
-            return reload(self, *arguments, **named)
-        except BaseException:
-            if reloads.served == served:  # else what follows has failed
-                vars(config).update(before)
-            raise
-
-    setattr(watched, _ORIGINAL, reload)
-    worker.reload_weights = watched
-
-
-def watch_updates_of(worker: Any) -> None:
-    """Have a class of vLLM's workers begin an update of weights although the one before has no end: it was refused,
-    here or by another rank, or the model has computed since. vLLM would wait for its end for ever. One that goes on
-    still keeps others out, as in vLLM: of two trainers at once, the server would have weights of both."""
-
-    def watch(start: Callable[[Any], None]) -> Callable[[Any], None]:
-        @functools.wraps(start)
-        def watched(self: Any) -> None:
-            reloads = getattr(self.get_model(), "ria_reloads", None)
-            if getattr(self, "_weight_update_active", False) and reloads is not None and not reloads.goes_on:
-                self.weight_transfer_engine.reset_weight_update_target()
-                self._weight_update_active = False
-            start(self)
-
-        setattr(watched, _ORIGINAL, start)
-        return watched
-
+def watch_worker(worker: Any) -> None:
+    """Watch what a class of vLLM's workers does with the weights of our models."""
+    _replace(worker, "sleep", _sleep)
+    _replace(worker, "reload_weights", _reload_weights)
     for name in ("start_weight_update", "start_draft_weight_update"):
         if hasattr(worker, name):
-            setattr(worker, name, watch(_original(getattr(worker, name))))
+            _replace(worker, name, _start_update)
 
 
 def holders(function: Callable[..., Any]) -> list[ModuleType]:
@@ -161,8 +62,91 @@ def holders(function: Callable[..., Any]) -> list[ModuleType]:
     return [module for module in list(sys.modules.values()) if getattr(module, "__dict__", {}).get(named) is function]
 
 
-def _original(function: Callable[..., Any]) -> Callable[..., Any]:
-    return getattr(function, _ORIGINAL, function)
+def _replace(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Have `around` called with a function of vLLM's and its arguments in place of this function."""
+    function = getattr(owner, name)
+    if hasattr(function, "ria_wrapped"):
+        return
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        return around(function, *arguments, **named)
+
+    wrapper.ria_wrapped = function
+    setattr(owner, name, wrapper)
+
+
+def _reloads_of(model: torch.nn.Module) -> "Reloads | None":
+    return getattr(model, "ria_reloads", None)
+
+
+def _begin(begin: Callable[..., None], model: torch.nn.Module) -> None:
+    reloads = _reloads_of(model)
+    if reloads is None:
+        begin(model)
+    else:
+        reloads.begin(begin)
+
+
+def _pack(pack: Callable[..., None], layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    former = layer.__dict__.get("ria_former")
+    if former is not None:
+        check_arrived(layer.__dict__["ria_path"], layer, info)
+        _keep(former, layer)
+    pack(layer, info)
+    if former is not None:
+        layer.__dict__["ria_renewed"] = True
+
+
+def _end(end: Callable[..., None], model: torch.nn.Module, model_config: Any) -> None:
+    reloads = _reloads_of(model)
+    if reloads is None:
+        end(model, model_config)
+    else:
+        reloads.end(functools.partial(end, model, model_config))
+
+
+def _sleep(sleep: Callable[..., None], worker: Any, level: int = 1) -> None:
+    """A model computes nothing after sleep level 2, which drops all weights, until these have come again."""
+    reloads = _reloads_of(worker.get_model()) if level == 2 else None
+    if reloads is not None:
+        if getattr(worker.model_config, "sleep_preserve_parameter_names", None):
+            raise RiaError("sleep_preserve_parameter_names: not for a model that ria-vllm serves. Leave it out.")
+        reloads.give_up()
+    sleep(worker, level)
+    if reloads is not None:
+        reloads.lose()
+
+
+def _reload_weights(reload: Callable[..., None], worker: Any, *arguments: Any, **named: Any) -> None:
+    """A worker still names the files that are served after it has refused others."""
+    reloads, config = _reloads_of(worker.get_model()), worker.model_config
+    if reloads is None:
+        reload(worker, *arguments, **named)
+        return
+    if False in (named.get("is_checkpoint_format"), *arguments[2:3]):
+        raise RiaError(
+            "is_checkpoint_format=False: a model that ria-vllm serves takes weights as a folder has them. Leave it out."
+        )
+    before = {name: one for name, one in vars(config).items() if name in ("model", "revision", "model_weights")}
+    served = reloads.served
+    try:
+        reload(worker, *arguments, **named)
+    except BaseException:
+        if reloads.served == served:  # else what follows has failed
+            vars(config).update(before)
+        raise
+
+
+def _start_update(start: Callable[[Any], None], worker: Any) -> None:
+    """An update of weights begins although the one before has no end: it was refused, here or by another rank, or the
+    model has computed since. vLLM would wait for its end for ever. One that goes on still keeps others out, as in vLLM:
+    of two trainers at once, the server would have weights of both."""
+    reloads = _reloads_of(worker.get_model())
+    if getattr(worker, "_weight_update_active", False) and reloads is not None and not reloads.goes_on:
+        worker.weight_transfer_engine.reset_weight_update_target()
+        worker._weight_update_active = False
+    start(worker)
 
 
 class Reloads:
@@ -171,8 +155,7 @@ class Reloads:
 
     Args:
         model: as vLLM built it, with all layers.
-        after: called when a reload has ended, with the paths of the layers that got nothing, see `left_out`. It may
-            raise a RiaError, which refuses the reload.
+        after: called when a reload has ended. It may raise a RiaError, which refuses the reload.
         embeddings: the model has embeddings and a head of its own. A draft may have its target's.
         before: called before a reload begins.
         dummies: the model was started with dummy weights.
@@ -180,13 +163,14 @@ class Reloads:
     Attributes:
         number: of the last reload, the same on all ranks.
         served: number of the last reload whose weights are served; 0: there was none.
+        from_files: what has come last in the present one are all files of a model.
         stopped: the model refuses to compute, because its weights are gone, or were dummies.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        after: Callable[[Sequence[str]], None],
+        after: Callable[[], None],
         embeddings: bool = True,
         before: Callable[[], None] = lambda: None,
         dummies: bool = False,
@@ -197,6 +181,7 @@ class Reloads:
         self.before = before
         self.dummies = dummies
         self.number = self.served = 0
+        self.from_files = False
         self.stopped: _Guard | None = None
         self._on: tuple[Former, _Guard, Agreement] | None = None
         self._at_once: list[tuple[str, torch.Tensor]] = []
@@ -235,7 +220,7 @@ class Reloads:
             )
         if self._refused is not None:
             raise RiaError(self._refused)
-        self.number = next(_NUMBERS[self.embeddings])
+        self.number, self.from_files = next(_NUMBERS[self.embeddings]), False
         former = Former(self.model, keeps=not self.lacks_weights)
         # vLLM writes these at once.
         self._at_once = [
@@ -307,8 +292,9 @@ class Reloads:
             raise RiaError(f"this reload was refused, or the model has computed since it began. {WAY_OUT}")
         former, guard, agreement = self._on
         try:
-            left = left_out(self.model, self.embeddings)
-            lacking = left_out(self.model, self.embeddings, others=True) if self.lacks_weights else []
+            lacking = []
+            if self.lacks_weights or self.from_files:
+                lacking = left_out(self.model, self.embeddings, others=self.lacks_weights)
             if self.lacks_weights:
                 lacking += [path for path, one in self._at_once if one.numel() and bool((one == EMPTY).all())]
             tied = tied_layers(self.model)
@@ -326,7 +312,7 @@ class Reloads:
                     f"are of another model, dummies, or lost. {WAY_OUT}"
                 )
             agreement.reach(PROVED)
-            self.after(left)
+            self.after()
             agreement.reach(SERVED)
         except BaseException:
             self.give_up()

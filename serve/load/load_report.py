@@ -10,7 +10,6 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
@@ -18,6 +17,12 @@ from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")
+
+
+def _on_first_rank(text: str, *values: Any) -> None:
+    """Say once, on the first rank, what holds on all of them."""
+    if get_tensor_model_parallel_rank() == 0:
+        logger.warning_once(text, *values)
 
 
 @dataclass
@@ -115,24 +120,10 @@ class LoadReport:
             current.additional_config["ria_vllm"] = sorted([*others, self.graph])
 
     def warn_of_all_gather(self) -> None:
-        if get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
-                "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
-                "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
-            )
-
-    def warn_of_weight_offload(self, option: str | None) -> None:
-        """Say once that vLLM's offloading of weights leaves pruned ones where they are.
-
-        Args:
-            option: by which the user asked for it; None: nobody did.
-        """
-        if option is not None and not current_platform.is_cpu() and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
-                "%s moves no pruned weights: vLLM offloads the tensors into which a checkpoint is loaded, and kernels "
-                "pack these into others, which stay on the GPU. Leave the option out. If memory is short, use more "
-                "GPUs (--tensor-parallel-size), or compress with fewer bits (--scheme W4A16).", option,
-            )  # fmt: skip
+        _on_first_rank(
+            "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
+            "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
+        )
 
     def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
         """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
@@ -144,13 +135,13 @@ class LoadReport:
         stored = choice.widened_from or config.weight_format
         name = choice.kernel.name
         forced = os.environ.get(KERNEL_VARIABLE) == name
-        if choice.kernel.is_fallback and not forced and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
+        if choice.kernel.is_fallback and not forced:
+            _on_first_rank(
                 "The kernel %s serves %s, because no fast one does: the answers are right, but slow. `ria-vllm doctor` "
                 "says why.", name, config,
             )  # fmt: skip
-        if choice.widened_from is not None and get_tensor_model_parallel_rank() == 0:
-            logger.warning_once(
+        if choice.widened_from is not None:
+            _on_first_rank(
                 "Weights in %s are widened to %s, because no kernel for %s multiplies them as the checkpoint "
                 "wants: the answers are right, but the weights take the memory of %s.",
                 choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),

@@ -12,7 +12,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.folding import RowOrder
-from ria_vllm.serve.load.reordered_rows import ReorderedRows
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 
 Loader = Callable[..., Any]
@@ -103,10 +102,10 @@ class LayerLoader:
             self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
             if part == "weight_scale":
                 self.scale_dtypes.add(tensor.dtype)
-        order = self._row_order(part, tensor, shard)
-        return tensor if order is None else ReorderedRows.of(tensor, order)
+        order = self.row_order(part, tensor, shard)
+        return tensor if order is None else tensor.index_select(0, order)
 
-    def _row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
+    def row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
         """int64 [rows of `tensor`], None to leave them as they are."""
         linears = self.shards.linears_of(shard)
         if not any(self.row_orders[linear] for linear in linears):

@@ -1,6 +1,7 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,23 +23,20 @@ from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_plain, plain_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, named_experts, stored_experts
+from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
-from ria_vllm.serve.load.engine import ADAPTERS_VARIABLE, EngineOptions
+from ria_vllm.serve.linear.parameters import IGNORED_TENSORS
+from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.load_report import LoadReport
-from ria_vllm.serve.model.checkpoint_files import (
-    OutOfReach,
-    WeightHeaders,
-    check_weight_files,
-    dense_tensors,
-    permutations_of,
-    stored_modules,
-)
+from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 
 logger = init_logger("vllm.ria")
+
+ADAPTERS_VARIABLE = "RIA_VLLM_OWN_ADAPTERS"
+"""1: all LoRA adapters of the server were trained on the folder that is served."""
 
 # vLLM puts this before the names of a draft model in speculative decoding. The names in its checkpoint do not have it.
 DRAFT_PREFIX = "draft_model."
@@ -68,16 +66,13 @@ class RiaConfig(QuantizationConfig):
         schema: of config.json.
         compressed_tensors: the configuration of a checkpoint that compressed-tensors wrote; None for one of ours.
         where: folder or repository.
-        stored: linears and other modules with a weight, pruned or not; None if no weight file could tell.
+        tensors: all that the weight files have, but those that only describe others.
+        stored: linears and other modules with a weight, pruned or not.
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
-        dense_tensors: all tensors but those that store pruned weights; None if no weight file could tell.
-        pruned: those that are stored compressed; None if no weight file could tell, or has any linear of ours.
+        pruned: those that are stored compressed; None for a checkpoint of compressed-tensors that has none.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
-        weightless: the model has no weight files here.
-        unread: why files could not be read; dummy weights do not need them.
-        mistral: why vLLM would read other files than the model's own; see `WeightHeaders`.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
         folding: the permutations that the row orders of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
@@ -87,7 +82,6 @@ class RiaConfig(QuantizationConfig):
         served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
         model_built: a model was built with this config.
         rearranged: vLLM's model changes the order of rows.
-        one_head: attention has one query head, so that a fold through it may look like any other.
         scales_head: vLLM's model scales the rows of the head as it loads them.
     """
 
@@ -96,14 +90,11 @@ class RiaConfig(QuantizationConfig):
         self.schema = schema
         self.compressed_tensors = compressed_tensors
         self.where = "this model"
+        self.tensors: set[str] = set()
+        self.stored: set[str] = set()
         self.pruned: set[str] | None = None
-        self.stored: set[str] | None = None
         self.int8: set[str] = set()
-        self.dense_tensors: set[str] | None = None
         self.names: dict[str, str] = {}
-        self.weightless = False
-        self.unread: str | None = None
-        self.mistral: str | None = None
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
         self.report = LoadReport()
@@ -115,7 +106,6 @@ class RiaConfig(QuantizationConfig):
         self.served_by: dict[str, type] = {}
         self.model_built = False
         self.rearranged = False
-        self.one_head = False
         self.scales_head = False
 
     def __repr__(self) -> str:
@@ -155,44 +145,38 @@ class RiaConfig(QuantizationConfig):
         if not current_platform.is_cpu():
             refuse_on_gpus(self.schema.pattern, self.where)
         self.rearranged = vllm_quirks.rearranged(hf_config)
-        text_config = getattr(hf_config, "get_text_config", lambda: hf_config)()
-        self.one_head = getattr(text_config, "num_attention_heads", None) == 1
         self.scales_head = vllm_quirks.changes_head(hf_config)
-        try:
-            headers = WeightHeaders(self.where, revision)
-        except OutOfReach as error:
-            # Dummy weights do not need the headers; the load format is not known here.
-            self.unread = str(error)
-            return
-        self.weightless, self.mistral = headers.names is None, headers.mistral
-        if headers.names is not None:
-            self._read_names(headers.names)
+        folder = folder_of(self.where, revision)
+        files = files_of(folder)
+        if not files:
+            raise RiaError(
+                f"{self.where}: no weights here ({SINGLE_FILE}, or shards with {INDEX_FILE}). Get these files, too. A "
+                "model on an object store has to be served from a local copy."
+            )
+        self._read_names(list(files))
         if self.compressed_tensors is None:
-            self._read_permutations(headers)
-        self.names = {name: name for name in (self.stored or self.permutations)}
+            self._fold(permutations_of(folder, self.schema, files))
+        self.names = {name: name for name in self.stored}
 
     def _read_names(self, tensors: list[str]) -> None:
-        if self.translation is not None:
+        theirs = self.compressed_tensors
+        if theirs is not None:
             check_plain(tensors, self.where)
-            tensors = self.translation.names(tensors)
-        stored = stored_modules(tensors)
-        self.stored = set(stored)
-        self.pruned = {name for name, pruned in stored.items() if pruned} or (
-            set() if self.schema.int8_linears else None
-        )
-        int8 = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{INTEGERS}")}
+        self.tensors = self.awaited(tensors)
+        parts = [name.rpartition(".")[::2] for name in self.tensors]
+        pruned = {linear for linear, part in parts if part == "compressed"}
+        int8 = {linear for linear, part in parts if part == INTEGERS}
+        self.stored = pruned | {linear for linear, part in parts if part in ("weight", INTEGERS)}
+        self.pruned = pruned if pruned or theirs is None else None
         if lost := sorted(set(self.schema.int8_linears) - int8):
             raise RiaError(f"{self.where}: {lost[0]}.{INTEGERS} is missing. Get all files of one run.")
         self.int8 = int8 - set(self.schema.int8_linears)
-        self.dense_tensors = dense_tensors(tensors)
-        scaled = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
-        if self.compressed_tensors is None:
-            self.experts = stored_experts(self.schema, self.pruned or (), self.where)
+        if theirs is None:
+            self.experts = stored_experts(self.schema, pruned, self.where)
         self.expert_linears = {name for experts in self.experts.values() for name, _, _ in experts.linears()}
         self.expert_layers = {name: name for name in self.experts}
-        quantized = set() if self.compressed_tensors is None else set(filter(self.is_quantized, scaled))
-        self.required = (self.pruned or set()) | quantized
-        theirs = self.compressed_tensors
+        scaled = {linear for linear, part in parts if part == "weight_scale"}
+        self.required = pruned | (set() if theirs is None else set(filter(self.is_quantized, scaled)))
         if theirs and any(one.linear("up", 0) in theirs.pruned for one in self.dense_experts().values()):
             logger.warning_once(
                 "%s: config.json says that experts are 2:4. Those of other programs are served dense: the answers are "
@@ -200,18 +184,16 @@ class RiaConfig(QuantizationConfig):
                 self.where,
             )
 
-    def _read_permutations(self, headers: WeightHeaders) -> None:
-        try:
-            permutations = permutations_of(self.where, headers.revision, self.schema)
-        except RiaError as error:
-            if self.stored is not None and not isinstance(error, OutOfReach):
-                raise
-            # Out of reach, or a folder without weights.
-            self.unread, permutations = str(error), {}
-        try:
-            check_weight_files(headers, self.schema)
-        except OutOfReach as error:
-            self.unread = str(error)
+    def awaited(self, tensors: Iterable[str]) -> set[str]:
+        """The tensors called `tensors` in the files, as layers await them, but those that only describe others.
+
+        Raises:
+            RiaError: a packed linear lacks one.
+        """
+        names = tensors if self.translation is None else self.translation.names(tensors)
+        return {name for name in names if name.rpartition(".")[2] not in IGNORED_TENSORS}
+
+    def _fold(self, permutations: dict[str, np.ndarray]) -> None:
         for name in permutations:
             if not self.is_pruned(name):
                 raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
@@ -219,8 +201,6 @@ class RiaConfig(QuantizationConfig):
         self.permutations = permutations
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        sparsity = self.schema.sparsity_config
-        sparsity.ignore = hf_to_vllm_mapper.apply_list(sparsity.ignore)
         self.expert_layers = {
             new.rsplit(".", 2)[0]: name
             for known, name in self.expert_layers.items()
@@ -229,42 +209,26 @@ class RiaConfig(QuantizationConfig):
         self.names = {new: name for known, name in self.names.items() for new in hf_to_vllm_mapper.apply_list([known])}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not isinstance(layer, LinearBase):
-            return self._method_of_others(layer, prefix)
-        self._check_engine()
-        prefix = prefix.removeprefix(DRAFT_PREFIX)
-        linears = self.linears_of(prefix)
-        if not self.serves_sparse(prefix, linears):
-            return ProvisionalDenseMethod()
-        return self.sparse_method(prefix, linears)
-
-    def _method_of_others(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a layer that is not linear. All experts get one of ours, whatever their tensors are called."""
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # imports kernels for them
 
+        if not isinstance(layer, LinearBase | RoutedExperts):
+            return None
+        self._check_engine()
+        prefix = prefix.removeprefix(DRAFT_PREFIX)
         if isinstance(layer, RoutedExperts):
-            self._check_engine()
-            return self._moe_method(layer, prefix.removeprefix(DRAFT_PREFIX))
-        return None
+            return self.experts_method(layer, self.expert_layers.get(prefix))
+        linears = self.linears_of(prefix)
+        return self.sparse_method(prefix, linears) if self.serves_sparse(prefix, linears) else ProvisionalDenseMethod()
 
     def _check_engine(self) -> None:
         engine = EngineOptions.current()
-        if engine.packed_weights:
+        if engine.draft_reads_cache:
             raise RiaError(
-                f"--load-format {engine.load_format} reads weights that a kernel has packed, for one kernel on one "
-                "machine. Serve the folder that `ria-vllm compress` wrote without this option."
+                "the draft of --speculative-config reads its target's KV cache, in which a pruned model may have "
+                "channels in another order. Serve without --speculative-config."
             )
-        if self.weightless and not engine.dummy_weights:
-            raise RiaError(
-                f"{self.where}: no weights here ({SINGLE_FILE}, or shards with {INDEX_FILE}). Get these files, too. A "
-                "model on an object store has to be served from a local copy."
-            )
-        if self.unread is not None and not engine.dummy_weights:
-            raise RiaError(self.unread)
-        if self.mistral is not None and engine.takes_mistral:
-            raise RiaError(self.mistral)
         unfit = self.schema.unlike_dense
-        if engine.lora and unfit and not engine.own_adapters:
+        if engine.lora and unfit and os.environ.get(ADAPTERS_VARIABLE) != "1":
             without = " ".join({"smooth": "--smooth 0", "rotate": "--rotate none"}[name] for name in unfit)
             raise RiaError(
                 f"{self.where}: this folder's linears read scaled or rotated inputs (`compress "
@@ -273,30 +237,21 @@ class RiaConfig(QuantizationConfig):
                 f"trained on this folder, set {ADAPTERS_VARIABLE}=1."
             )
 
-    def _moe_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+    def experts_method(self, layer: torch.nn.Module, name: str | None) -> QuantizeMethodBase:
+        """The method by which vLLM's MoE `layer` serves the pruned experts `name`, or dense ones."""
         from ria_vllm.serve.experts.dense import DenseExpertsMethod
-
-        if self.stored is None and (experts := named_experts(self.schema, prefix)) is not None:
-            self.experts[prefix], self.expert_layers[prefix] = experts, prefix
-        name = self.expert_layers.get(prefix)
-        return DenseExpertsMethod(layer) if name is None else self.experts_method(layer, name)
-
-    def experts_method(self, layer: torch.nn.Module, name: str) -> QuantizeMethodBase:
-        """The method by which vLLM's MoE `layer` serves the pruned experts `name`."""
         from ria_vllm.serve.experts.method import Sparse24MoEMethod, check_count
 
+        if name is None:
+            return DenseExpertsMethod(layer)
         experts = self.experts[name]
-        check_count(layer, experts)  # first, because the number in config.json may be anything
-        engine = EngineOptions.current()
-        self.report.warn_of_weight_offload(engine.weight_offload)
-        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(engine))
+        check_count(layer, experts)
+        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
         return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
-        engine = EngineOptions.current()
-        self.report.warn_of_weight_offload(engine.weight_offload)
-        folding = self.folding_under(engine)
+        folding = self.folding_under(EngineOptions.current())
         stored = tuple(self.stored_linear(linear, folding) for linear in linears)
         return Sparse24LinearMethod(layer, stored, self.report)
 
@@ -325,7 +280,7 @@ class RiaConfig(QuantizationConfig):
         parent, _, leaf = path.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf) or [leaf]
         linears = [f"{parent}.{name}" if parent else name for name in leaves]
-        if self.stored is not None and len(linears) == 3 and set(linears) - set(self.names) == {linears[2]}:
+        if len(linears) == 3 and set(linears) - set(self.names) == {linears[2]}:
             linears[2] = linears[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
         return tuple(self.names.get(name, name) for name in linears)
 
@@ -333,9 +288,7 @@ class RiaConfig(QuantizationConfig):
         """Whether the checkpoint's linear `name` is stored compressed."""
         if self.pruned is not None:
             return name in self.pruned
-        if self.compressed_tensors is not None:
-            return name in self.compressed_tensors.pruned
-        return not self.schema.ignored(name)
+        return self.compressed_tensors is not None and name in self.compressed_tensors.pruned
 
     def is_quantized(self, name: str) -> bool:
         """Whether integers or fp8 values are stored for this linear, which may be dense."""
@@ -365,18 +318,13 @@ class RiaConfig(QuantizationConfig):
 
     def dense_experts(self) -> dict[str, StoredExperts]:
         """Those that vLLM's own layers serve, by their names, as far as they are stored one by one."""
-        found = plain_experts((self.stored or set()) - self.required)
+        found = plain_experts(self.stored - self.required)
         return {name: experts for name, experts in found.items() if name not in self.experts}
 
     def folding_under(self, engine: EngineOptions) -> Folding:
-        """What is folded.
-
-        With adapters, nothing: they are trained against channels in the model's own order. An engine that shares its
-        KV cache keeps the values there in this order, because others may have folded otherwise, or not at all.
-        """
-        if engine.lora or (engine.shares_cache and self.one_head):
-            return Folding()
-        return self.folding.outside_attention if engine.shares_cache else self.folding
+        """What is folded. With adapters, nothing: they are trained against channels in the model's own order. Nor where
+        others read the KV cache, because they may have folded otherwise, or not at all."""
+        return Folding() if engine.lora or engine.shares_cache else self.folding
 
     def stored_linear(self, name: str, folding: Folding) -> StoredLinear:
         """The linear `name`, as a layer loads it."""

@@ -70,24 +70,17 @@ def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, 
     return [name for name in layers if name == path or name.startswith(f"{path}.") or not path]
 
 
-def _takes_pruned(layer: RoutedExperts) -> bool:
-    """Whether vLLM's model gave the layer its quantization config."""
-    return isinstance(layer.quant_method, Sparse24MoEMethod | DenseExpertsMethod)
-
-
 def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
     """Make `layer` serve the experts `name`, or dense ones. It keeps its method if that does so already."""
     method = layer.quant_method
     if isinstance(method, Sparse24MoEMethod):
         if method.experts.name == name:
             return
-        if name is None and config.stored is None:
-            return  # dummy weights, and no file to say what is pruned
     elif name is None:
         if isinstance(method, DenseExpertsMethod):
             method.check(layer.layer_name)
         return
-    elif not _takes_pruned(layer):
+    elif not isinstance(method, DenseExpertsMethod):  # vLLM's model gave the layer no quantization config
         raise RiaError(
             f"{config.where}: vLLM's layer {layer.layer_name} takes dense experts only, but {name} are pruned. "
             + WAY_OUT
@@ -96,7 +89,7 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         delattr(layer, parameter)
     if isinstance(method, Sparse24MoEMethod):
         method.report.expected -= 1
-    new = DenseExpertsMethod(layer) if name is None else config.experts_method(layer, name)
+    new = config.experts_method(layer, name)
     if isinstance(new, DenseExpertsMethod):
         new.check(layer.layer_name)
     del layer.quant_method  # vLLM's own is a module; torch would not let another object take its place

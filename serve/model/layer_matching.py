@@ -44,7 +44,7 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
         of_experts = names | {linear for name in names for linear, _, _ in config.experts[name].linears()}
     # A draft may give its layers the target's paths, but the linears that the target serves are not the draft's.
     taken = {name for name, model_class in config.served_by.items() if model_class is not type(model)}
-    found = linears_by_path(config, model, layers, taken) if config.stored is not None else {}
+    found = linears_by_path(config, model, layers, taken)
     model.ria_linears = found
     placed = {name for linears in found.values() for name in linears} | taken
     served: Counter[str] = Counter()
@@ -64,19 +64,15 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
         if wanted:
             serve_sparse(config, path, layer, linears)
             served.update(set(linears))
-        elif sparse and config.stored is not None:
-            replace_method(layer, UnquantizedLinearMethod())
         elif sparse:
-            method.finish_creation(layer, method.creation.model_loader(layer))
+            replace_method(layer, UnquantizedLinearMethod())
         else:
             layer.quant_method = UnquantizedLinearMethod()
     unserved = config.required - set(served) - of_experts - set(config.served_by)
     elsewhere = {name for name in unserved if destinations(model, name) is None}
-    if config.stored is not None:
-        _check_all_served(config, model, served, unserved - elsewhere, unquantized)
+    _check_all_served(config, model, served, unserved - elsewhere, unquantized)
     config.served_by |= dict.fromkeys(elsewhere | of_experts | set(served), type(model))
-    if config.stored is not None:
-        config.int8 |= set(config.schema.int8_linears) - set(config.served_by)
+    config.int8 |= set(config.schema.int8_linears) - set(config.served_by)
     config.model_built = True
 
 

@@ -17,39 +17,31 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
-from ria_vllm.serve.linear.parameters import IGNORED_TENSORS
-from ria_vllm.serve.load.reordered_rows import ReorderedRows
 from ria_vllm.serve.load.shards import ShardId
 from ria_vllm.serve.load.stream import Taker
 
-# The number of a row in a tensor is this times the tensor's number, plus the row's.
-NUMBER = 2**32
+WAY_OUT = "`ria-vllm export` makes a dense folder."
 
 
 @dataclass(frozen=True)
 class Destination:
     """Where vLLM's model puts a linear's dense weight or bias: into which layer, as which shard, in what order of rows.
 
-    rows: int64 [out]; None: as they are.
+    rows: int64 [out].
     """
 
     layer: LinearBase
     shard: ShardId
-    rows: torch.Tensor | None
+    rows: torch.Tensor
 
-    def load(self, part: str, tensor: torch.Tensor, name: str) -> None:
-        """Load the tensor called `part` of the linear, which is `name` in the checkpoint, or ignore it.
-
-        Raises:
-            RiaError: the layer has no such tensor, though it is none of those that only describe the others.
-        """
-        parameter = getattr(self.layer, part, None)
-        if parameter is None and part in IGNORED_TENSORS:
-            return
-        if parameter is None:
-            raise _no_place(name)
-        if self.rows is not None and tensor.dim() and len(tensor) == len(self.rows):
-            tensor = ReorderedRows.of(tensor, self.rows)
+    def load(self, part: str, tensor: torch.Tensor) -> None:
+        """Load the tensor called `part` of the linear. Folds count rows as the file does, so their order comes first,
+        though the layer's loader applies it later."""
+        if tensor.dim() and len(tensor) == len(self.rows):
+            fold = self.layer.quant_method.layer_loader.row_order(part, tensor, self.shard)
+            rows = self.rows if fold is None else fold.cpu()[self.rows][fold.cpu().argsort()]
+            tensor = tensor.index_select(0, rows.to(tensor.device))
+        parameter = getattr(self.layer, part)
         parameter.weight_loader(parameter, tensor, *(() if self.shard is None else (self.shard,)))
 
 
@@ -60,9 +52,27 @@ def takers(model: torch.nn.Module, pruned: Collection[str]) -> dict[str, Taker |
         model: complete, and not loaded yet.
 
     Raises:
-        RiaError: see `ask_for_rows`.
+        RiaError: the model does not load one of them, or does more with it than to rearrange its rows.
     """
-    places = ask_for_rows(model)
+    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
+    layers = [layer for layer in layers if isinstance(layer.quant_method, Sparse24LinearMethod)]
+    places: dict[str, list[Destination]] = {}
+    with catching(layers) as arrived:
+        for name, count in (one for layer in layers for one in _rows(layer)):
+            arrived.clear()
+            numbers = torch.arange(count, device="cpu")
+            try:
+                model.load_weights([(name, numbers if name.endswith(".bias") else numbers[:, None])])
+            except Exception as error:  # whatever a model raises that does not load a part of its weights
+                raise RiaError(
+                    f"{name}: vLLM's {type(model).__name__} rearranges rows of weights, and does not tell which: "
+                    f"{type(error).__name__}: {error}. {WAY_OUT}"
+                ) from error
+            if not arrived or not all(torch.equal(rows.flatten().sort().values, numbers) for _, rows, _ in arrived):
+                raise RiaError(
+                    f"{name}: vLLM's {type(model).__name__} does more with it than to rearrange its rows. {WAY_OUT}"
+                )
+            places[name] = [Destination(layer, shard, rows.flatten()) for layer, rows, shard in arrived]
     return {name: _taker(name, places) if f"{name}.weight" in places else None for name in pruned}
 
 
@@ -70,55 +80,12 @@ def _taker(linear: str, places: Mapping[str, list[Destination]]) -> Taker:
     def take(part: str, tensor: torch.Tensor) -> None:
         name = f"{linear}.{part}"
         found = places.get(name if part == "bias" else f"{linear}.weight", [])
-        if not found:
-            raise _no_place(name)
+        if not found or not all(hasattr(place.layer, part) for place in found):
+            raise RiaError(f"{name}: no layer of vLLM's model takes this tensor. {WAY_OUT}")
         for place in found:
-            place.load(part, tensor, name)
+            place.load(part, tensor)
 
     return take
-
-
-def _no_place(name: str) -> RiaError:
-    return RiaError(
-        f"{name}: no layer of vLLM's model takes this tensor, so what it would serve is not the checkpoint's model. "
-        "`ria-vllm export` makes a dense folder."
-    )
-
-
-def ask_for_rows(model: torch.nn.Module) -> dict[str, list[Destination]]:
-    """Dense weight or bias -> where `model` puts it, for all pruned linears that its layers serve.
-
-    The model must be complete and must not have loaded anything yet.
-
-    Raises:
-        RiaError: the model does not load one of them, or does more with it than to rearrange its rows.
-    """
-    layers = [module for module in model.modules() if isinstance(module, LinearBase)]
-    layers = [layer for layer in layers if isinstance(layer.quant_method, Sparse24LinearMethod)]
-    rows = {name: count for layer in layers for name, count in _rows(layer)}
-    numbered = {name: i * NUMBER + _as_shaped(name, torch.arange(rows[name])) for i, name in enumerate(rows)}
-    names = list(rows)
-    arrived: list[tuple[LinearBase, torch.Tensor, ShardId]] = []
-    with catching(layers, arrived):
-        try:
-            model.load_weights(numbered.items())
-        except RiaError:
-            raise
-        except Exception as error:  # whatever a model raises that does not load a part of its weights
-            raise RiaError(
-                f"vLLM's {type(model).__name__} rearranges rows of weights, and does not tell which: "
-                f"{type(error).__name__}: {error}. `ria-vllm export` makes a dense folder."
-            ) from error
-    found: dict[str, list[Destination]] = {name: [] for name in rows}
-    for layer, tensor, shard in arrived:
-        number = int(tensor.flatten()[0]) // NUMBER if tensor.numel() else -1
-        name = names[number] if 0 <= number < len(names) else layer.quant_method.prefix
-        found.setdefault(name, []).append(Destination(layer, shard, _order(name, tensor, numbered.get(name))))
-    if lost := next((name for name, places in found.items() if not places), None):
-        raise RiaError(
-            f"{lost}: vLLM's {type(model).__name__} does not load it. `ria-vllm export` makes a dense folder."
-        )
-    return found
 
 
 def _rows(layer: LinearBase) -> Iterator[tuple[str, int]]:
@@ -128,35 +95,18 @@ def _rows(layer: LinearBase) -> Iterator[tuple[str, int]]:
         if shard not in shards.rows:
             raise RiaError(
                 f"{name}: ria-vllm does not know how many rows vLLM's {type(layer).__name__} has for it, and cannot "
-                "rearrange them. `ria-vllm export` makes a dense folder."
+                f"rearrange them. {WAY_OUT}"
             )
         yield f"{name}.weight", shards.rows[shard]
         if layer.bias is not None:
             yield f"{name}.bias", shards.rows[shard]
 
 
-def _as_shaped(name: str, rows: torch.Tensor) -> torch.Tensor:
-    """The numbers of the rows of a weight [out, 1] or bias [out], on the CPU."""
-    rows = rows.to("cpu")
-    return rows if name.endswith(".bias") else rows[:, None]
-
-
-def _same_numbers(tensor: torch.Tensor, numbered: torch.Tensor) -> bool:
-    return torch.equal(tensor.flatten().sort().values, numbered.flatten())
-
-
-def _order(name: str, tensor: torch.Tensor, numbered: torch.Tensor | None) -> torch.Tensor | None:
-    if numbered is None or tensor.shape != numbered.shape or not _same_numbers(tensor, numbered):
-        raise RiaError(
-            f"{name}: vLLM does more with it than to rearrange its rows. `ria-vllm export` makes a dense folder."
-        )
-    return None if torch.equal(tensor, numbered) else tensor.flatten() % NUMBER
-
-
 @contextmanager
-def catching(layers: list[LinearBase], arrived: list[tuple[LinearBase, torch.Tensor, ShardId]]) -> Iterator[None]:
-    """Let the layers' `weight` and `bias` be parameters that append what is loaded to `arrived`."""
-    before: list[tuple[LinearBase, dict[str, Parameter | None]]] = []
+def catching(layers: list[LinearBase]) -> Iterator[list[tuple[LinearBase, torch.Tensor, ShardId]]]:
+    """Let the layers' `weight` and `bias` be parameters that append what is loaded to a list."""
+    arrived: list[tuple[LinearBase, torch.Tensor, ShardId]] = []
+    before = [(layer, dict(layer._parameters)) for layer in layers]
     for layer in layers:
 
         def load(
@@ -164,13 +114,12 @@ def catching(layers: list[LinearBase], arrived: list[tuple[LinearBase, torch.Ten
         ) -> None:
             arrived.append((layer, loaded_weight, loaded_shard_id))
 
-        before.append((layer, dict(layer._parameters)))
         for name in ["weight"] if layer.bias is None else ["weight", "bias"]:
             parameter = Parameter(torch.empty(0, dtype=torch.int64, device="cpu"), requires_grad=False)
             parameter.weight_loader, parameter.output_dim = load, 0
             layer._parameters[name] = parameter
     try:
-        yield
+        yield arrived
     finally:
         for layer, parameters in before:
             layer._parameters.clear()

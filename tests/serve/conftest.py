@@ -22,21 +22,6 @@ def engine():
 
 
 @pytest.fixture
-def watched(engine, monkeypatch):
-    """The current configuration. Our plugin sees the models that vLLM builds, but looks for no layers in them."""
-    from vllm.config import get_current_vllm_config
-    from vllm.model_executor.model_loader import utils
-
-    from ria_vllm.serve import plugin
-    from ria_vllm.serve.model import layer_matching
-
-    monkeypatch.setattr(layer_matching, "match_layers", lambda *_: None)
-    monkeypatch.setattr(utils, "record_metadata_for_reloading", lambda model: None)
-    plugin.watch_models()
-    return get_current_vllm_config()
-
-
-@pytest.fixture
 def ranks(engine, monkeypatch):
     """Call with (rank, size) to become that rank; at first, rank 0 of 1. vLLM's layers ask two functions for them."""
     from vllm.model_executor import parameter

@@ -1,7 +1,5 @@
 """A small model made of vLLM's layers, whose prefixes need not be their paths."""
 
-import functools
-
 import tiny
 import torch
 from stored import Stored
@@ -9,10 +7,7 @@ from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLi
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm.format.layer_schema import Fold, Producer
-from ria_vllm.serve.linear.method import stored_forms
-from ria_vllm.serve.load.stream import Hooks, WeightStream
-from ria_vllm.serve.model.layer_matching import match_layers
-from ria_vllm.serve.model.reload import check_reload
+from ria_vllm.serve.served_model import ServedModel
 
 HIDDEN = tiny.HIDDEN
 PREFIX, INNER = "model.layers.0", 256
@@ -75,8 +70,7 @@ def tensors(stored):
 
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
-    match_layers(config, model)
-    WeightStream(model, Hooks(functools.partial(check_reload, config, None), forms=stored_forms(model)))
+    ServedModel(config, model, None)
     return model
 
 

@@ -13,10 +13,8 @@ from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.sparse24 import compress, mask_from_bitmask
 from ria_vllm.serve.load.folding import fold
-from ria_vllm.serve.load.stream import Hooks, WeightStream
 from ria_vllm.serve.model.config import RiaConfig
-from ria_vllm.serve.model.experts_matching import takers
-from ria_vllm.serve.model.layer_matching import match_layers
+from ria_vllm.serve.served_model import ServedModel
 
 HIDDEN, INNER, EXPERTS, TOP = 128, 128, 4, 2
 AT = "model.layers.{i}.mlp.experts"
@@ -150,8 +148,7 @@ class Model(torch.nn.Module):
 
 def attached(config, model):
     """`model` as vLLM's plugin leaves it."""
-    match_layers(config, model)
-    WeightStream(model, Hooks(takers=takers(config, model), translation=config.translation))
+    ServedModel(config, model, None)
     return model
 
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_reloads_of, watch_sleep
+from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_worker
 from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)
@@ -43,7 +43,6 @@ def watch(monkeypatch):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name))
     monkeypatch.setattr(reload, "check_reload", Server.check_reload)
-    monkeypatch.setattr(reload, "check_first_load", lambda *_, **__: None)
     monkeypatch.setattr(reload, "proofs_of", Server.proofs_of)
     monkeypatch.setattr(get_current_vllm_config(), "model_config", HERE)
     monkeypatch.setattr(Server, "refuses", False)
@@ -70,8 +69,7 @@ class Sleeper:
         server.reload(2)
 
 
-watch_sleep(Sleeper)
-watch_reloads_of(Sleeper)
+watch_worker(Sleeper)
 
 
 @dataclass

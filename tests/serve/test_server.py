@@ -111,21 +111,6 @@ def test_reloads(server, other, tmp_path):
         check_completion(url, serves)
 
 
-def test_weights_that_a_trainer_sends(server, other):
-    """Over vLLM's API for that: other weights, first ones that are refused when some layers are new, and first ones."""
-    url, model, log = server
-    folder, new = other
-    first = {"send": str(log.parent / "out"), "pieces": 2}
-    updates = (
-        ({"send": str(folder), "pieces": 3}, new),
-        (first | {"broken": "layernorm.weight"}, new),
-        (first, model),
-    )
-    for update, serves in updates:
-        assert (load(url, update) is not None) == ("broken" in update)
-        check_completion(url, serves)
-
-
 def test_completion_has_the_logprobs_of_the_pruned_model(server):
     check_completion(*server[:2])
 

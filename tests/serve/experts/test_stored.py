@@ -4,7 +4,7 @@ from mixture_layers import AT, EXPERTS, LAYER, StoredMixture
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Experts
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.experts.stored import named_experts, stored_experts
+from ria_vllm.serve.experts.stored import stored_experts
 
 
 def schema():
@@ -35,12 +35,6 @@ def test_the_layers_are_those_of_the_pruned_linears():
 def test_a_layer_is_pruned_whole(pruned, message):
     with pytest.raises(RiaError, match=message):
         stored_experts(schema(), pruned, "here")
-
-
-def test_experts_by_the_name_of_a_layer():
-    found = named_experts(schema(), "model.layers.7.mlp.experts")
-    assert found.linear("up", 0) == "model.layers.7.mlp.experts.0.up"
-    assert named_experts(schema(), "model.layers.7.mlp") is None
 
 
 def test_a_config_survives_pickling():

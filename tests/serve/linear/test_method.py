@@ -6,10 +6,8 @@ Ranks are played one after the other in this process: vLLM's layers ask for rank
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from stored import Stored
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import LoadConfig, LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -20,7 +18,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
-from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
@@ -125,64 +122,6 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, s
     close(total + stored.bias["down"], stored.apply(want, "down"))
 
 
-class LargestCopy(TorchDispatchMode):
-    """Counts the elements of the largest tensor that an operation makes and that is not a view."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and not (function.is_view or function.overloadpacket.__name__.endswith("_")):
-            self.elements = max(self.elements, made.numel())
-        return made
-
-
-@pytest.mark.parametrize(("size", "reordered"), [(1, True), (2, False), (4, True)])
-def test_a_rank_copies_no_more_than_its_rows(ranks, size, reordered):
-    stored = feed_forward()
-    config = stored.config([FOLD] if reordered else [])
-    for rank in range(size):
-        ranks(rank, size)
-        layer = gate_up(config)
-        for name, shard in GATE_UP.items():
-            for part in ("compressed", "bitmask"):
-                tensor, parameter = stored.tensors[name][part], getattr(layer, part)
-                with LargestCopy() as copies:
-                    parameter.weight_loader(parameter, tensor, shard)
-                rows = stored.orders["down"] if reordered else np.arange(INNER)
-                mine = torch.from_numpy(rows).long().chunk(size)[rank]
-                assert torch.equal(parameter.data.chunk(2)[shard], tensor[mine])
-                assert copies.elements <= max(tensor.numel() // size, INNER)  # at most the order itself
-                assert reordered == bool(copies.elements)
-
-
-def own_memory() -> int:
-    """Bytes of memory that this process holds, not counting mapped files."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon:"))
-
-
-def test_rows_of_other_ranks_stay_in_the_file(ranks, tmp_path):
-    """Through vLLM's own reader of safetensors; each of four ranks has a quarter of the rows."""
-    rows, columns, size = 1 << 14, 1 << 13, 4
-    one = torch.zeros(rows, columns // 2, dtype=torch.bfloat16)
-    save_file({"up.compressed": one}, tmp_path / "model.safetensors")
-    whole = one.nbytes
-    del one
-    stored = Stored()
-    stored.add("down", 8, rows, stored.order(rows))
-    stored.tensors["up"] = {}
-    config = stored.config([Fold(consumer="down", producers=[Producer(name="up")], coupling="elementwise")])
-    ranks(1, size)
-    layer = ColumnParallelLinear(columns, rows, quant_config=config, prefix="up", params_dtype=torch.bfloat16)
-    layer.compressed.data.fill_(1)  # so that its pages are allocated before the measurement
-    before = own_memory()
-    ((_, tensor),) = safetensors_weights_iterator([str(tmp_path / "model.safetensors")], use_tqdm_on_load=False)
-    layer.compressed.weight_loader(layer.compressed, tensor)
-    assert own_memory() - before < 0.3 * whole
-    assert not layer.compressed.any()
-
-
 def test_two_linears_for_four_outputs(ranks):
     """Qwen3.5's linear attention: q, k and v are one tensor and the gate another. vLLM's layer has four outputs."""
     stored = Stored()
@@ -200,17 +139,6 @@ def test_two_linears_for_four_outputs(ranks):
         )
         got = stored.load(layer, {"z": 3, "qkv": (0, 1, 2)})(x)
         close(got, torch.cat([output.chunk(2, -1)[rank] for output in whole], -1))
-
-
-def test_fused_on_disk_though_vllm_names_two_linears(ranks):
-    """GLM-4's gate_up_proj, in a folder whose tensor names are not known beforehand."""
-    stored = Stored()
-    stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
-    config = stored.config()
-    config.permutations = dict.fromkeys(("gate", "up"), stored.orders["gate_up"])
-    config.pruned, config.stored, config.names = {"gate", "up"}, None, {}
-    x = torch.randn(5, HIDDEN)
-    close(stored.load(gate_up(config), {"gate_up": None})(x), stored.apply(x, "gate_up"))
 
 
 def test_keys_that_are_also_the_values(ranks):

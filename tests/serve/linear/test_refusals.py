@@ -7,7 +7,7 @@ import pytest
 import torch
 from compressed_tensors_layers import INT, Checkpoint
 from stored import Stored
-from vllm.config import LoadConfig, LoRAConfig, VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 
 from ria_vllm.errors import RiaError
@@ -83,15 +83,6 @@ def test_too_many_ranks(ranks, name, columns, size, message):
     ranks(0, size)
     with pytest.raises(RiaError, match=f"down: {columns} input channels over {size} ranks {message}"):
         RowParallelLinear(columns, HIDDEN, quant_config=stored.config(), prefix="down")
-
-
-@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded"])
-def test_weights_that_another_kernel_packed_are_refused(load_format):
-    stored = Stored()
-    stored.add("down", HIDDEN, INNER)
-    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format=load_format))):
-        with pytest.raises(RiaError, match=f"--load-format {load_format}"):
-            RowParallelLinear(INNER, HIDDEN, quant_config=stored.config(), prefix="down")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """What the report of a load says, and adds to vLLM's compile key."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from compressed_tensors_layers import INT, Checkpoint
-from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 from ria_vllm.format.formats import FLOAT, FORMATS
@@ -105,22 +103,3 @@ def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said, rank):
         "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
         "those of weights in int8 alone."
     ]
-
-
-@pytest.mark.parametrize(
-    ("offload", "option"),
-    [
-        ({}, None),
-        ({"uva": {"cpu_offload_gb": 2}}, "--cpu-offload-gb"),
-        ({"prefetch": {"offload_group_size": 2}, "offload_backend": "uva"}, None),
-    ],
-)
-@pytest.mark.parametrize("cpu", [True, False])
-@pytest.mark.filterwarnings("ignore:.*offload fields are set")
-def test_offloading_that_leaves_pruned_weights_on_the_gpu_is_said(ranks, said, monkeypatch, offload, option, cpu):
-    monkeypatch.setattr(load_report, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
-    checkpoint = Checkpoint(weights=INT, inputs=None)
-    with set_current_vllm_config(VllmConfig(offload_config=OffloadConfig(**offload))):
-        ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
-    expected = [] if option is None or cpu else [f"{option} moves no pruned weights"]
-    assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))

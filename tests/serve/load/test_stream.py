@@ -1,7 +1,5 @@
 """The stream of tensors: what is refused before a model sees it."""
 
-import functools
-
 import pytest
 import torch
 from gated_model import HIDDEN, INNER, PREFIX, Model, attached, expected, finished, stored_model, tensors
@@ -13,9 +11,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.layerwise import holders, watch_reloads
-from ria_vllm.serve.load.stream import Hooks, WeightStream
-from ria_vllm.serve.model.layer_matching import match_layers
-from ria_vllm.serve.model.reload import check_reload
+from ria_vllm.serve.model import reload
 
 
 @pytest.fixture
@@ -30,17 +26,15 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypa
     for module in holders(begin):
         monkeypatch.setattr(module, begin.__name__, begin)
     watch_reloads()
-    config = stored.config()
-    model = Model(config)
-    match_layers(config, model)
-    checked = []
+    config, checked = stored.config(), []
 
-    def check(from_files):
+    def check(_, built_with, from_files):
         checked.append(from_files)
         if from_files:
             raise RiaError("other orders")
 
-    WeightStream(model, Hooks(check))
+    monkeypatch.setattr(reload, "check_reload", check)
+    model = attached(config, Model(config))
     model.load_weights(tensors(stored))
     assert not checked
     finished(model)
@@ -74,19 +68,6 @@ def test_scales_of_the_cache_are_refused(ranks, stored, name):
     model = attached(config, Model(config))
     with pytest.raises(RiaError, match=f"layers.0.{name}: .*Leave them out"):
         model.load_weights([*tensors(stored), (f"model.layers.0.{name}", torch.ones(()))])
-
-
-def test_a_load_after_dummy_weights_is_checked(ranks, stored):
-    config = stored.config()
-    model = Model(config)
-    match_layers(config, model)
-    WeightStream(model, Hooks(functools.partial(check_reload, config, None), loaded=True))
-    config.unread = "here: permutations.safetensors is missing."
-    for weights in (tensors(stored), list(tensors(stored))):  # from files, from a trainer
-        with pytest.raises(
-            RiaError, match="is missing. This server was started with dummy weights, which did not need that"
-        ):
-            model.load_weights(weights)
 
 
 class Skipping(Model):

@@ -25,7 +25,7 @@ def other(pruned_llama, tmp_path_factory) -> Path:
 def test_a_pattern_that_gpus_cannot_multiply_is_refused_there_before_anything_is_loaded(monkeypatch):
     wide = {"quant_method": "ria", "sparsity_config": {"sparsity_structure": "8:16"}}
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    monkeypatch.setattr(config, "WeightHeaders", pytest.fail)
+    monkeypatch.setattr(config, "folder_of", pytest.fail)
     with pytest.raises(RiaError, match=r"^OUT is pruned to 8:16, .*compress --pattern 2:4`.*`ria-vllm export`"):
         RiaConfig.from_config(wide).maybe_update_config("OUT")
 

@@ -11,7 +11,7 @@ import torch
 from checkpoint_folder import config_of, rebind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 
 from ria_vllm.checkpoint.weight_files import SINGLE_FILE
 from ria_vllm.errors import RiaError
@@ -20,8 +20,8 @@ from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.reload import check_reload
 
 
-def reload_from(config, folder, lora=False):
-    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True, lora=lora)
+def reload_from(config, folder):
+    check_reload(config, SimpleNamespace(model=str(folder), revision=None), from_files=True)
 
 
 def test_a_reload_from_another_folder(checkpoint, copy):
@@ -32,31 +32,29 @@ def test_a_reload_from_another_folder(checkpoint, copy):
     name = "model.layers.1.mlp.down_proj.input_permutation"
     stored[name] = stored[name].flip(0).contiguous()
     save_file(stored, copy / PERMUTATIONS_FILE)
-    with pytest.raises(RiaError, match=f"{copy}/?: permutations.safetensors is from another run"):
-        reload_from(config, copy)
     rebind(copy)
     with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
         reload_from(config, copy)
 
 
 def test_a_reload_in_another_format(copy):
-    """`compress --overwrite --weights int4` under a running server."""
+    """`compress --overwrite --scheme W4A16` under a running server."""
     config = config_of(copy)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64")
-    with pytest.raises(
-        RiaError, match="int4-g64 weights and unrounded inputs, .* float weights and unrounded inputs. S"
-    ):
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", permuted=False)
+    with pytest.raises(RiaError, match="in another format"):
         reload_from(config, copy)
     config = config_of(copy)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", rounded=True)
-    with pytest.raises(RiaError, match="int4-g64 weights and int8 inputs, .* int4-g64 weights and unrounded inputs"):
+    reload_from(config, copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, weights="int4-g64", permuted=False, rounded=True)
+    with pytest.raises(RiaError, match="in another format"):
         reload_from(config, copy)
 
 
-def test_a_reload_that_prunes_other_linears(checkpoint, copy):
-    config = config_of(checkpoint)
-    tiny.write(tiny.FAMILIES["llama-gqa"], copy, dense=("1.mlp.down_proj",))
-    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"):
+def test_a_reload_that_prunes_other_linears(copy):
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, permuted=False)
+    config = config_of(copy)
+    tiny.write(tiny.FAMILIES["llama-gqa"], copy, permuted=False, dense=("1.mlp.down_proj",))
+    with pytest.raises(RiaError, match=r"model\.layers\.1\.mlp\.down_proj.bitmask is in the folder or on this server"):
         reload_from(config, copy)
 
 
@@ -83,14 +81,6 @@ def test_a_reload_with_other_dense_tensors(checkpoint, copy, theirs, tmp_path, n
             reload_from(config_of(folder), other)
 
 
-def test_a_reload_of_a_server_that_was_started_without_files(checkpoint, copy):
-    (copy / SINGLE_FILE).unlink()
-    config = config_of(copy)
-    reload_from(config, copy)  # the weights come from elsewhere
-    with pytest.raises(RiaError, match="started with dummy weights in a folder without any"):
-        reload_from(config, checkpoint)
-
-
 def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
     """compressed-tensors gives linears the same names as we do, but permutes no columns."""
     ours, theirs = config_of(checkpoint), {
@@ -99,31 +89,28 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
     }  # fmt: skip
     their_config = RiaConfig.from_config(theirs)
     their_config.maybe_update_config(str(copy))
-    with pytest.raises(RiaError, match="stored in another form"):
+    with pytest.raises(RiaError, match="in another format"):
         reload_from(their_config, checkpoint)
     content = json.loads((copy / "config.json").read_text())
     for quantization in (theirs, None):
         (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
-        with pytest.raises(RiaError, match="stored in another form"):
+        with pytest.raises(RiaError, match="in another format|quantization_config.sparsity_config"):
             reload_from(ours, copy)
 
 
-@pytest.mark.parametrize(("option", "off", "on"), [("smooth", None, 0.5), ("rotate", "none", "heads")])
-def test_a_reload_of_other_inputs_under_adapters(option, off, on, checkpoint, copy):
-    """Adapters that fit the inputs of this server's linears do not fit those that were scaled or rotated."""
+def test_a_reload_under_adapters(engine, checkpoint, copy):
+    """Adapters that fit the inputs of this server's linears do not fit those that were scaled or rotated otherwise."""
     config = config_of(checkpoint)
     content = json.loads((copy / "config.json").read_text())
-    for value in (off, on):
-        content["quantization_config"]["recipe"][option] = value
-        (copy / "config.json").write_text(json.dumps(content))
-        reload_from(config, copy)
-        reload_from(config, checkpoint, lora=True)
-        if value == on:
-            with pytest.raises(RiaError, match="scaled or rotated .* otherwise than here"):
-                reload_from(config, copy, lora=True)
-            reload_from(config_of(copy), copy, lora=True)  # the orders of channels show that it is the same run
-        else:
-            reload_from(config, copy, lora=True)
+    content["quantization_config"]["recipe"]["smooth"] = 0.5
+    (copy / "config.json").write_text(json.dumps(content))
+    reload_from(config, copy)
+    get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
+    get_current_vllm_config().model_config = None
+    reload_from(config, checkpoint)
+    for before, new in ((config, copy), (config_of(copy), checkpoint)):
+        with pytest.raises(RiaError, match="adapters may not fit"):
+            reload_from(before, new)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +136,9 @@ def with_scales_of_a_cache(quantization):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            unrounded,
-            r"Linear has int8 weights \(a scale per channel\) and unrounded inputs there and .* int8 inputs.*Start",
-        ),
-        (narrower, "the targets of a group, or ignore, are .*down_proj.*Start a server"),
-        (with_scales_of_a_cache, "other: config.json: kv_cache_scheme: .*Remove this key"),
+        (unrounded, "stored otherwise"),
+        (narrower, "stored otherwise"),
+        (with_scales_of_a_cache, "kv_cache_scheme: .*Remove this key"),
     ],
 )
 def test_a_reload_of_other_peoples_weights_that_are_quantized_otherwise(theirs, tmp_path, change, message):
@@ -195,7 +179,7 @@ def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
     """vLLM reads no config.json when it reloads, and nothing else says in which order channels are stored."""
     config = config_of(checkpoint)
     (copy / "config.json").unlink()
-    with pytest.raises(RiaError, match=f"{copy}: it has weights, but no config.json"):
+    with pytest.raises(RiaError, match="config.json: no such file"):
         reload_from(config, copy)
     (copy / SINGLE_FILE).unlink()
     reload_from(config, copy)  # a trainer sends them
@@ -205,7 +189,7 @@ def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
     ("name", "instead", "message"),
     [
         ("model.norm.weight", None, r"model\.norm\.weight is in the folder or on this server, but not on both"),
-        ("1.mlp.down_proj.", "weight", r"model\.layers\.1\.mlp\.down_proj is pruned in the folder or on this server"),
+        ("1.mlp.down_proj.", "weight", r"model\.layers\.1\.mlp\.down_proj.* is in the folder or on this server"),
     ],
 )
 def test_a_reload_of_other_peoples_weights_of_other_names(theirs, tmp_path, name, instead, message):
