@@ -7,8 +7,8 @@
 // half the multiplications of a dense product. For 8:16 matrices a unit is 16 columns and two such vectors.
 //
 // The sums are exact, so they depend on no order, and become float32 at the end, times the scale of their row. int4
-// weights are multiplied by the multipliers of their block, which makes int8 ones of them; for few tokens, the sums of a
-// block are. What multiplies unsigned by signed bytes gets the activations plus 128; 128 times the sum of the row's
+// weights are multiplied by the multipliers of their block, which makes int8 ones of them; for few tokens, the sums of
+// a block are. What multiplies unsigned by signed bytes gets the activations plus 128; 128 times the sum of the row's
 // weights, which the packed form has, is then subtracted.
 //
 //   struct VecTraits {
@@ -158,8 +158,7 @@ void accumulate_stream(UnitStream<kBits, S> stream, const uint8_t* panel, int64_
     Strip weights[S];
     typename VecTraits::Accumulators before[T][S];
 #pragma GCC unroll 2
-    for (int s = 0; s < S; ++s)
-      weights[s] = Strip(stream.multipliers + s * stream.multipliers_stride);
+    for (int s = 0; s < S; ++s) weights[s] = Strip(stream.multipliers + s * stream.multipliers_stride);
     if constexpr (kSumsBlocks)
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t)

@@ -182,7 +182,8 @@ int32_t sum_of(const Layout& layout, const uint8_t* values, int64_t lane, const 
   for (int64_t block = 0; block < layout.blocks(); ++block, values += of_block) {
     int32_t in_block = 0;
     for (int64_t i = 0; i < of_block; ++i)
-      in_block += layout.dtype == Dtype::int8 ? static_cast<int8_t>(values[i]) : (values[i] & 15) + (values[i] >> 4) - 16;
+      in_block +=
+          layout.dtype == Dtype::int8 ? static_cast<int8_t>(values[i]) : (values[i] & 15) + (values[i] >> 4) - 16;
     const int multiplier =
         layout.has_multipliers() ? multipliers[block * kMultiplierBytes + lane % 8] >> (lane < 8 ? 0 : 4) & 15 : 1;
     sum += in_block * multiplier;
