@@ -31,7 +31,7 @@ def of_text(text: str | HubText, name: str) -> dict[str, str]:
         name: what the recipe calls the text.
     """
     if isinstance(text, HubText):
-        return {f"{name}_revision": text.revision}
+        return {f"{name}_revision": text.revision} if text.revision else {}
     return {} if text == "self" else {f"{name}_sha256": sha256(text)}
 
 

@@ -118,8 +118,11 @@ class ServedModel:
             )
         # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
         lazy = not isinstance(weights, list | tuple)
+        of_this_model = self.built_from is not None and str(self.built_from.model) == self.config.where
         if self.loaded:
             reload.check_reload(self.config, self.built_with, lazy)
+        elif all_files and of_this_model and not proofs.wanted():  # they would show that the folder was replaced
+            reload.check_reload(self.config, self.built_from, lazy)
         self.loaded = True
         weights = stream.once(weights, self.seen, all_files or first)
         if self.translation is not None:

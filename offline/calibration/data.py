@@ -25,8 +25,9 @@ TEXT_COLUMN = "text"
 MESSAGES_COLUMN = "messages"
 # A text file is tokenized in chunks of about this many characters, so that large files need little memory.
 CHUNK_CHARACTERS = 1 << 20
-# Reading stops at this multiple of the tokens asked for. The samples are drawn from what has been read.
-OVERSAMPLING = 8
+# Reading stops at this multiple of the tokens asked for, or so many beyond them. The samples are drawn from what has
+# been read.
+OVERSAMPLING, MOST_BEYOND = 8, 1 << 24
 # The model writes documents of this length. In longer ones attention would dominate the cost.
 DOCUMENT_TOKENS = 256
 # Documents are generated in batches whose KV cache has about this size.
@@ -69,7 +70,7 @@ def from_text(source: str | HubText, tokenizer: Any, samples: int, seq_len: int,
     tokens = array("i")
     for text in documents(source, tokenizer):
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
-        if len(tokens) >= samples * width * OVERSAMPLING:
+        if len(tokens) >= min(samples * width * OVERSAMPLING, samples * width + MOST_BEYOND):
             break
     windows = len(tokens) // width
     if windows < samples:
@@ -263,13 +264,20 @@ def _conversation(messages: Any, tools: Any, tokenizer: Any, place: str) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
         raise RiaError(f"{place}: the model has no chat template to turn messages into text. Give a field 'text'.")
     try:
-        texts = all(isinstance(message.get("content") or "", str) for message in messages)
+        texts = all(isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str) for m in messages)
         found = str(tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)) if texts else None
     except Exception as error:  # a template is untrusted, and may raise anything
         reason = printable(first_line(error))
         raise RiaError(f"{place}: the model's chat template refuses these messages ({reason}).") from None
     if found is None:
-        raise RiaError(f"{place}: the content of each message must be a string. Give strings, or a field 'text'.")
+        raise RiaError(f"{place}: role and content of each message must be strings. Give strings, or a field 'text'.")
+    # A template may leave out thoughts, but not the last words.
+    said = [message["content"].rpartition("</think>")[2].strip() for message in messages if message.get("content")]
+    if said and said[-1] not in found:
+        raise RiaError(
+            f"{place}: the model's chat template leaves out what these messages say. Leave the row out, or give a "
+            "field 'text'."
+        )
     return found
 
 

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,10 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class HubText:
-    """An opened data set: a key of DATASETS, its commit, and its rows, which can be read once."""
+    """An opened data set: a key of DATASETS, its commit (None: unknown), and its rows, which can be read once."""
 
     name: str
-    revision: str
+    revision: str | None
     rows: Iterator[Mapping[str, Any]]
 
 
@@ -51,4 +52,5 @@ def opened(name: str) -> HubText:
         raise RiaError(
             f"--calibration {name}: {repository} cannot be downloaded ({first_line(error)}). Give a text file, or self."
         ) from None
-    return HubText(name, builder.hash, itertools.chain([first], rows))
+    known = re.fullmatch("[0-9a-f]{40}", str(builder.hash))
+    return HubText(name, builder.hash if known else None, itertools.chain([first], rows))

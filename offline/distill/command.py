@@ -1,5 +1,6 @@
 """`ria-vllm distill`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -70,6 +71,8 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
 
     FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and weight format stay.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RiaError("distill runs in one process: start it without torchrun.")
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.offline.distill.run import Settings

@@ -34,8 +34,8 @@ from ria_vllm.offline.distill.text import (
 from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
-from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
-from ria_vllm.offline.run.work import work_folder
+from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
+from ria_vllm.offline.run.work import begun_run, work_folder
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.self_written import spread_among
 from ria_vllm.progress import Monitor
@@ -79,14 +79,18 @@ def distill(
         inputs.stamps(place)
     with monitor.live(), inputs.watched():
         reader = _opened(folder)
-        origin = located(teacher, reader.schema.recipe, monitor)
+        begun = begun_run(out) if settings.resume else {}
+        origin = located(teacher, reader.schema.recipe, begun, monitor)
         inputs.stamps(origin.folder)
         longest = context_of([str(folder), str(origin.folder)])
         if longest is not None and recipe.seq_len > longest:
             monitor.warn(f"--seq-len {recipe.seq_len}: these models read at most {longest} tokens; so do sequences.")
             recipe = recipe.with_options(seq_len=longest)
         stored = reader.linear(reader.sparse_names[0]).dtype
-        chosen = choose_dtype(stored, settings.device, recipe.compute_dtype, training=True)
+        asked = recipe.compute_dtype
+        if asked == "auto" and stored_dtype(origin.folder) == torch.float32:  # no weight of the teacher is rounded
+            asked = "float32"
+        chosen = choose_dtype(stored, settings.device, asked, training=True)
         if chosen != stored:
             monitor.say(f"computing in {name_of(chosen)}, writing {name_of(stored)}")
         recipe = recipe.with_options(compute_dtype=name_of(chosen))
@@ -147,10 +151,12 @@ class _Run:
         folders = str(self.reader.folder), str(self.teacher.folder)
         # First, so that an error in them shows at once.
         copies = companions(self.reader.folder)
+        with self.monitor.phase("digests of files"):
+            of_files = self._digests()
         texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))
         drawn = None
         if self.recipe.text != "self" and not self.writer.has(TEXT_KEY):
-            drawn = training_text(self.recipe, load_tokenizer(folders[0]), self.monitor)
+            drawn = training_text(self.recipe, text_tokenizer(self.reader.folder), self.monitor)
         with self.monitor.phase("loading the teacher"):
             dense = self._loaded(folders[1]).requires_grad_(False)
         with self.monitor.phase("loading the pruned model"):
@@ -163,8 +169,7 @@ class _Run:
             )
         windows = self._windows(dense, drawn)
         check_vocabulary([windows, *texts.values()], words, self.teacher.name)
-        with self.monitor.phase("digests of files"):
-            of_files = self._digests()
+        of_files |= self.writer.record(TEXT_KEY)
         work = Work(self.writer)
         course = Training(
             self.recipe, student, dense, windows, texts, work, self.monitor, self.inputs, self.settings.save_every
@@ -201,12 +206,17 @@ class _Run:
 
     def _digests(self) -> dict[str, Any]:
         """Of the texts and local models that the recipe names, and of the folder that training starts from."""
-        found: dict[str, Any] = self.writer.record(TEXT_KEY)
+        found: dict[str, Any] = {}
         if self.recipe.eval_text:
             found["eval_text_sha256"] = [digests.sha256(path) for path in self.recipe.eval_text]
         found["student_weights_digest"] = digests.of_weights(self.reader.folder)
         if self.teacher.revision is None:
             found["teacher_weights_digest"] = digests.of_weights(self.teacher.folder)
+            if found["teacher_weights_digest"] == found["student_weights_digest"]:
+                raise RiaError(
+                    f"--teacher {self.teacher.name}: the same weights as {self.reader.folder}. Give the dense model "
+                    "that it was pruned from."
+                )
         return found
 
     def _finish(self, results: dict[str, str], report: dict[str, Any], copies: list[Path]) -> None:

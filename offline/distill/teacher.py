@@ -28,12 +28,14 @@ class Origin:
     revision: str | None = None
 
 
-def located(teacher: str, recipe: Mapping[str, Any], monitor: Monitor) -> Origin:
+def located(teacher: str, recipe: Mapping[str, Any], begun: Mapping[str, Any], monitor: Monitor) -> Origin:
     """Find the teacher, or fetch it.
 
     Args:
-        teacher: a folder, or a hub id: the commit that the student was pruned from, otherwise that of the main branch.
+        teacher: a folder, or a hub id: the commit that the run began with, or that the student was pruned from;
+            otherwise that of the main branch.
         recipe: what `compress` wrote into the student's folder.
+        begun: the fingerprint of the run that goes on; empty: none does.
 
     Raises:
         RiaError: it cannot be fetched.
@@ -41,7 +43,10 @@ def located(teacher: str, recipe: Mapping[str, Any], monitor: Monitor) -> Origin
     if os.path.exists(teacher):
         return Origin(teacher, Path(teacher))
     with monitor.phase("fetching the teacher from the hub"):
-        folder = from_hub(teacher, recipe.get("source_revision") if recipe.get("source") == teacher else None)
+        revision = recipe.get("source_revision") if recipe.get("source") == teacher else None
+        if begun.get("teacher") == teacher:
+            revision = begun.get("teacher_revision")
+        folder = from_hub(teacher, revision)
     return Origin(teacher, folder, commit_of(folder))
 
 

@@ -1,5 +1,7 @@
 """What must be known about a checkpoint before its weights stream in: a local folder, or on the hub."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,17 @@ def files_of(folder: Path) -> dict[str, Path]:
         RiaError: a file is missing or damaged.
     """
     if not (folder / INDEX_FILE).is_file():
-        return {name: folder / file for file in unindexed_files(folder) for name in tensor_names(folder / file)}
+        files = unindexed_files(folder)
+        shards = [
+            found.groups() for file in files if (found := re.fullmatch(r"(.*)-\d+-of-(\d{1,6})\.safetensors", file))
+        ]
+        for (stem, total), count in Counter(shards).items():
+            if count != int(total):  # norms in a missing one would stay as they are made
+                raise RiaError(
+                    f"{folder}: {count} of the {int(total)} files {stem}-*-of-{total}.safetensors, and no "
+                    f"{INDEX_FILE}. Get the others and the index, or remove these if they are of another model."
+                )
+        return {name: folder / file for file in files for name in tensor_names(folder / file)}
     shards = set(read_index(folder / INDEX_FILE, folder).values())
     return weight_files(folder) if any((folder / file).is_file() for file in shards) else {}
 

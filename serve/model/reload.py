@@ -12,9 +12,10 @@ from ria_vllm.checkpoint.consistency import check_file_digest
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.side_files import checked_proofs
 from ria_vllm.checkpoint.weight_files import file_metadata
-from ria_vllm.compressed_tensors.config import quantization_of
+from ria_vllm.compressed_tensors.config import is_24_checkpoint, quantization_of
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
+from ria_vllm.format import permutation
 from ria_vllm.format.schema import PROOFS_FILE, RiaSchema
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.model.checkpoint_files import files_of, folder_of
@@ -43,7 +44,10 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     files = files_of(folder)
     if not files:
         return  # as above
-    new = RiaConfig.from_config(dict(quantization_of(read_json(folder / "config.json"))))
+    content = read_json(folder / "config.json")
+    if not is_compressed(folder) and not is_24_checkpoint(quantization_of(content)):
+        raise _refusal(model, "its weights are stored in another form than those that this server was started with")
+    new = RiaConfig.from_config(dict(quantization_of(content)))
     if new.compressed_tensors != config.compressed_tensors or _layout(new.schema) != _layout(config.schema):
         raise _refusal(
             model,
@@ -54,8 +58,14 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
         raise _refusal(model, f"{min(different)} is in the folder or on this server, but not on both")
     for path in sorted(set(files.values())) if config.compressed_tensors is None else ():
         check_file_digest(new.schema, file_metadata(path), path)
-    if engine.lora and (new.schema.unlike_dense or config.schema.unlike_dense):
-        raise _refusal(model, "adapters may not fit its linears, whose inputs are scaled or rotated")
+    # Scales and rotations are not stored: the orders of channels, which are the same, tell runs apart.
+    changes = new.schema.unlike_dense
+    no_orders = new.schema.permutations_digest in (None, permutation.digest({}))
+    if engine.lora and (changes != config.schema.unlike_dense or (changes and no_orders)):
+        raise _refusal(
+            model,
+            "adapters may not fit its linears, whose inputs may be scaled or rotated (--smooth, --rotate) otherwise",
+        )
 
 
 def proofs_of(config: RiaConfig, model_config: ModelConfig) -> tuple[RiaSchema, dict[str, torch.Tensor]]:
@@ -80,8 +90,8 @@ def proofs_of(config: RiaConfig, model_config: ModelConfig) -> tuple[RiaSchema, 
 
 def _layout(schema: RiaSchema) -> dict[str, Any]:
     """What a server builds its layers by. The orders of channels tell runs apart."""
-    names = ("weights", "input_activations", "folds", "experts", "permutations_digest", "int8_linears")
-    return {name: getattr(schema, name) for name in names} | {"pattern": schema.pattern}
+    names = ("pattern", "weight_format", "input_dtype", "folds", "experts", "permutations_digest", "int8_linears")
+    return {name: getattr(schema, name) for name in names}
 
 
 def _refusal(model: str, why: str) -> RiaError:

@@ -128,7 +128,7 @@ def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tm
     """Heads of 6 channels do not divide into groups of four, so o_proj, the only pruned linear, keeps its order."""
     from transformers import AutoModelForCausalLM
 
-    from ria_vllm.serve.model.checkpoint_files import permutations_of
+    from ria_vllm.serve.model.checkpoint_files import files_of, permutations_of
 
     model = make_model(
         tmp_path / "in", "llama", hidden_size=192, num_attention_heads=32, num_key_value_heads=32, head_dim=6
@@ -137,7 +137,7 @@ def test_all_readers_accept_a_model_without_any_permutation(make_model, text, tm
     run(model, out, text, reconstruct="none", ignore=("[qkv]_proj", "mlp"))
     reader = Reader(out)
     assert reader.schema.recipe["permute"] == "lsa" and reader.permuted_names == [] and not list(reader.problems())
-    assert permutations_of(str(out), None, reader.schema) == {}
+    assert permutations_of(out, reader.schema, files_of(out)) == {}
     loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
     assert all(torch.equal(loaded[f"{name}.weight"], reader.linear(name).dense()) for name in reader.sparse_names)
     (out / "permutations.safetensors").unlink()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+import ria_vllm.hf  # noqa: F401  (from_pretrained reads compressed folders)
 from ria_vllm.checkpoint.companions import LEGAL_PATTERNS, SUFFIXES
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import unindexed_files

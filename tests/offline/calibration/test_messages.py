@@ -62,7 +62,7 @@ def test_bad_messages_are_named_by_file_and_line(bad, tokenizer, file):
         list(documents(file({"messages": [QUESTION]}, {"messages": bad}), tokenizer))
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('only one') }}"])
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('only one') }}", "{{ messages[0]['role'] }}"])
 def test_bad_templates(template, tokenizer, file):
     tokenizer.chat_template = template
     with pytest.raises(RiaError, match=r"chat.jsonl, line 1: the model.*chat template"):

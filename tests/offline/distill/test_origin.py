@@ -8,7 +8,6 @@ from compressing import edit_weights, run_small
 from hub_cache import NAME, Cache
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.train import Training
@@ -51,14 +50,14 @@ def test_the_recipe_names_the_commit_that_taught(hub, pruned, text, tmp_path):
     assert same_weights(tmp_path / "out", tmp_path / "local")
 
 
-def test_a_run_goes_on_with_its_own_commit_only(hub, pruned, text, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_its_own_commit(hub, pruned, text, tmp_path, monkeypatch):
     _, folder = pruned()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         interrupt(patch)
         run(folder, NAME, tmp_path / "out", text, Settings(save_every=0))
     hub.move_to(NEW)
-    with pytest.raises(RiaError, match=OLD):
-        run(folder, NAME, tmp_path / "out", text, Settings(resume=True))
+    story = run(folder, NAME, tmp_path / "out", text, Settings(resume=True))
+    assert story["teacher_revision"] == OLD
 
 
 def test_the_commit_that_was_pruned_teaches(hub, text, tmp_path):

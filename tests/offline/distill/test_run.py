@@ -91,6 +91,22 @@ def test_the_teacher_writes_a_share_of_the_text(pruned, text, tmp_path, monkeypa
     assert (story["text"], story["self_written"], len(story["text_sha256"])) == (text.name, 0.25, 64)
 
 
+def test_a_teacher_in_float32_is_not_rounded_by_default(pruned, text, tmp_path):
+    dense, folder = pruned()
+    teacher = shutil.copytree(dense, tmp_path / "teacher")
+    edit_weights(teacher, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
+    edit_config(teacher, dtype="float32")
+    report = run(teacher, folder, tmp_path / "out", text, tokens=128)
+    assert report["recipe"]["distill"][0]["compute_dtype"] == "float32"
+
+
+def test_a_folder_does_not_teach_itself(pruned, text, tmp_path):
+    _, folder = pruned()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(RiaError, match="the same weights as"):
+        run(copy, folder, tmp_path / "out", text)
+
+
 def test_it_comes_closer_to_the_teacher_on_other_text(pruned, text, tmp_path):
     """By the divergence that transformers' own logits of both folders give, which is what the curve says."""
     dense, folder = pruned(reconstruct="none")

@@ -64,6 +64,12 @@ def test_shards_without_an_index(checkpoint, copy):
     assert set(config.permutations) == set(whole.permutations)
 
 
+def test_a_missing_shard_without_an_index(copy):
+    split(copy, index=False)[1].unlink()
+    with pytest.raises(RiaError, match="1 of the 2 files model-"):
+        config_of(copy)
+
+
 def test_a_second_weight_file_without_an_index(copy):
     """vLLM would load both."""
     save_file({"lm_head.bias": torch.zeros(8)}, copy / "old.safetensors")

@@ -94,7 +94,7 @@ def test_a_reload_from_a_folder_of_another_kind(checkpoint, copy):
     content = json.loads((copy / "config.json").read_text())
     for quantization in (theirs, None):
         (copy / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
-        with pytest.raises(RiaError, match="in another format|quantization_config.sparsity_config"):
+        with pytest.raises(RiaError, match="in another form"):
             reload_from(ours, copy)
 
 
@@ -108,6 +108,7 @@ def test_a_reload_under_adapters(engine, checkpoint, copy):
     get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
     get_current_vllm_config().model_config = None
     reload_from(config, checkpoint)
+    reload_from(config_of(copy), copy)  # the orders of channels show that it is the same run
     for before, new in ((config, copy), (config_of(copy), checkpoint)):
         with pytest.raises(RiaError, match="adapters may not fit"):
             reload_from(before, new)
