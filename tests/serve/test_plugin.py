@@ -13,7 +13,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import INTEGERS
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.layerwise import watch_reloads
+from ria_vllm.serve.load.layerwise import holders, watch_reloads
 from ria_vllm.serve.model import layer_matching
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.served_model import ServedModel
@@ -52,13 +52,13 @@ def test_models_inside_a_model_wait_for_the_outermost(ranks, monkeypatch):
 
 
 def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypatch):
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-        layerwise,
-    )
+    from vllm.model_executor.model_loader.reload import layerwise
 
-    monkeypatch.setattr(layerwise, "finalize_layerwise_processing", layerwise.finalize_layerwise_processing)
+    for name in ("finalize_layerwise_processing", "_layerwise_process"):
+        monkeypatch.setattr(layerwise, name, getattr(layerwise, name))
+    begin = layerwise.initialize_layerwise_reload
+    for module in holders(begin):
+        monkeypatch.setattr(module, begin.__name__, begin)
     watch_reloads()
     form, loaded = Marlin24(INTEGERS[4, 128]), []
     model = torch.nn.Linear(4, 4)
@@ -70,10 +70,10 @@ def test_pieces_of_an_update_that_ended_do_not_go_into_the_next(engine, monkeypa
     layerwise.record_metadata_for_reloading(model)
 
     def update(*pieces):
-        initialize_layerwise_reload(model)
+        layerwise.initialize_layerwise_reload(model)
         for piece in pieces:
             model.load_weights([(f"fc.{piece}", tensors()[piece])])
-        finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+        layerwise.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
     with pytest.raises(RiaError, match=r"fc\.scale_packed is in none of the weight files"):
         update("weight_packed")
