@@ -77,6 +77,8 @@ class _VllmMethod:
         layer.logical_widths = [len(integers)]
         with set_default_torch_dtype(dtype):
             self.kernel.process_weights_after_loading(layer)
+        # oneDNN has their address, and a reload copies them into the tensor before.
+        self.scales = getattr(layer, SCALE)
         if getattr(layer, WEIGHT) is None:  # oneDNN keeps its own
             set_parameter(layer, WEIGHT, integers.new_empty(0))
 
