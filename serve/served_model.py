@@ -83,6 +83,11 @@ class ServedModel:
         """The folder or repository of its first weights."""
         return self.config.where if self.built_from is None else str(self.built_from.model)
 
+    @property
+    def _is_configured(self) -> bool:
+        """vLLM's configuration is that of its files. A draft may have been built with its target's."""
+        return self.built_from is not None and str(self.built_from.model) == self.config.where
+
     def _takers(self) -> dict[str, Taker | None]:
         """Modules are imported where they are needed: they import kernels."""
         found: dict[str, Taker | None] = {}
@@ -118,11 +123,10 @@ class ServedModel:
             )
         # vLLM's loaders read files lazily. A list is a piece of what a trainer sends; it comes from no file.
         lazy = not isinstance(weights, list | tuple)
-        of_this_model = self.built_from is not None and str(self.built_from.model) == self.config.where
         if self.loaded:
             reload.check_reload(self.config, self.built_with, lazy)
-        elif all_files and of_this_model and not proofs.wanted():  # they would show that the folder was replaced
-            reload.check_reload(self.config, self.built_from, lazy)
+        elif all_files and self._is_configured and not proofs.wanted():  # which would show that the folder was replaced
+            reload.check_files(self.config, self.built_from)
         self.loaded = True
         weights = stream.once(weights, self.seen, all_files or first)
         if self.translation is not None:
@@ -156,9 +160,8 @@ class ServedModel:
         from_files, sent = self.from_files, dict(self.sent)
         self.from_files = False
         self.sent.clear()
-        # At first, the present configuration may be that of the model's target.
         present = self.built_from if first else self._present()
-        if not proofs.wanted() or present is None or (first and str(present.model) != self.config.where):
+        if not proofs.wanted() or present is None or (first and not self._is_configured):
             return
         schema, found, made = self.config.schema, sent, None
         if from_files and self.file_proofs is not None:

@@ -31,12 +31,19 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
         from_files: vLLM reads the weights from the model's files; otherwise somebody sends them, by their names.
 
     Raises:
+        RiaError: see `check_files`.
+    """
+    model_config = EngineOptions.current().model_config or built_from
+    if model_config is not None and from_files:
+        check_files(config, model_config)
+
+
+def check_files(config: RiaConfig, model_config: ModelConfig) -> None:
+    """The same for the files of a model that vLLM has this configuration of.
+
+    Raises:
         RiaError: the weights are stored differently, or their files do not belong together.
     """
-    engine = EngineOptions.current()
-    model_config = engine.model_config or built_from
-    if model_config is None or not from_files:
-        return
     model = str(model_config.model)
     if Path(model).is_absolute() and not Path(model).exists():
         return  # the weights come from elsewhere, by their names
@@ -61,7 +68,7 @@ def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: 
     # Scales and rotations are not stored: the orders of channels, which are the same, tell runs apart.
     changes = new.schema.unlike_dense
     no_orders = new.schema.permutations_digest in (None, permutation.digest({}))
-    if engine.lora and (changes != config.schema.unlike_dense or (changes and no_orders)):
+    if EngineOptions.current().lora and (changes != config.schema.unlike_dense or (changes and no_orders)):
         raise _refusal(
             model,
             "adapters may not fit its linears, whose inputs may be scaled or rotated (--smooth, --rotate) otherwise",
