@@ -20,9 +20,7 @@ struct Avx512VnniTraits {
   static Weights weights8(const uint8_t* p) { return _mm512_loadu_si512(p); }
   struct Multipliers { __m512i words, eights; };  // of 16 bits each, and 8 times those of each byte
   static Multipliers multipliers(const uint8_t* p) {
-    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
-    const __m128i rows = _mm_unpacklo_epi64(_mm_and_si128(both, low), _mm_and_si128(_mm_srli_epi16(both, 4), low));
-    const __m512i lanes = _mm512_cvtepu8_epi32(rows), words = _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16));
+    const __m512i lanes = row_multipliers(p), words = _mm512_or_si512(lanes, _mm512_slli_epi32(lanes, 16));
     return {words, _mm512_mullo_epi16(words, _mm512_set1_epi16(0x0808))};
   }
   static __m512i twice(const uint8_t* p) {
