@@ -44,17 +44,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def unindexed_files(folder: Path) -> list[str]:
-    """Names of the files that vLLM takes for a folder's weights where there is no index."""
-    return weights_among(path.name for path in folder.iterdir())
-
-
-def weights_among(files: Iterable[str]) -> list[str]:
-    """Those of a folder's or repository's files that vLLM takes for weights where there is no index, sorted."""
-    return sorted(
-        name
-        for name in files
-        if name.endswith(".safetensors") and "/" not in name and not name.startswith(".") and name != PERMUTATIONS_FILE
-    )
+    """Names of the files that vLLM takes for a folder's weights where there is no index, sorted."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
+    return [name for name in names if not name.startswith(".") and name != PERMUTATIONS_FILE]
 
 
 def files_below(folder: Path) -> list[str]:
