@@ -13,7 +13,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from ria_vllm.errors import RiaError
 from ria_vllm.format import int8_rows
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
-from ria_vllm.serve.kernels.cpu.backend import LOADED, multiply_int8_rows
+from ria_vllm.serve.kernels.cpu.backend import LOADED, ask_for_huge_pages, multiply_int8_rows
 
 
 class Int8EmbeddingMethod(QuantizeMethodBase):
@@ -39,7 +39,9 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         (self.rows, self.columns), self.dtype = weight.shape, weight.dtype
         shapes = {INTEGERS: (self.columns, torch.int8), SCALE: (1, torch.float32)}
         for part, (width, dtype) in shapes.items():
-            parameter = Parameter(torch.zeros(self.rows, width, dtype=dtype), requires_grad=False)
+            values = torch.empty(self.rows, width, dtype=dtype)
+            ask_for_huge_pages(values)
+            parameter = Parameter(values.zero_(), requires_grad=False)
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": weight.weight_loader})
             layer.register_parameter(part, parameter)
 

@@ -34,6 +34,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     library = ctypes.CDLL(str(_LIBRARY))
     library.ria_cpu_instruction_set.restype = ctypes.c_char_p
+    library.ria_cpu_ask_for_huge_pages.argtypes = ctypes.c_void_p, ctypes.c_int64
+    library.ria_cpu_ask_for_huge_pages.restype = None
     return library, None
 
 
@@ -72,6 +74,16 @@ def multiply_int8_rows(
         bias: [out], of x's dtype.
     """
     return torch.ops.ria.int8_rows_linear.cpu(x, integers, scales, bias)
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Have the memory of a large tensor on the CPU in pages of 2 MB, if the system grants them.
+
+    To be called before anything is written to it. Every token reads a whole weight, and memory in pages of 4 kB gives
+    one thread a quarter less.
+    """
+    assert _library is not None
+    _library.ria_cpu_ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def stored_format(

@@ -139,3 +139,8 @@ extern "C" __attribute__((visibility("default"))) const char* ria_cpu_instructio
   }
   return answer.c_str();
 }
+
+// See `ria::ask_for_huge_pages`.
+extern "C" __attribute__((visibility("default"))) void ria_cpu_ask_for_huge_pages(void* begin, int64_t bytes) {
+  ria::ask_for_huge_pages(static_cast<uint8_t*>(begin), bytes);
+}
