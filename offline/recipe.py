@@ -39,6 +39,7 @@ LEAST_RATE = 1 / 2
 DAMPED_TOKENS = 16384
 MOST_DAMPING = 2.0
 SMOOTH = 0.5
+BUDGETS = {"max_loss": "--max-loss", "min_speed": "--min-speed"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Recipe:
     rotate: "heads", "none", or None for the default: see `rotates_heads`.
     prune_rest: of a model of which some linears have the pattern already, the others are pruned, and do not stay dense.
     only_keeps: all that is pruned has the pattern already; see `keeping`.
+    max_loss, min_speed: a budget, one or the other; see `ria_vllm.offline.run.budget`.
 
     Raises:
         pydantic.ValidationError: a value that an option cannot have.
@@ -76,6 +78,7 @@ class Recipe:
     only_keeps: bool = False
     pattern: Pattern = TWO_OF_FOUR
     max_loss: Annotated[float, Field(gt=0)] | None = None
+    min_speed: Annotated[float, Field(gt=1)] | None = None
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> "Recipe":
@@ -114,6 +117,8 @@ class Recipe:
             derived |= {"smooth", "group_size"}
         if "reconstruct" in given:
             derived.add("rotate")
+        if BUDGETS.keys() & given:
+            derived |= BUDGETS.keys()
         options = {field.name: found[field.name] for field in fields(cls) if field.name in found.keys() - derived}
         return options | {"pattern": PATTERNS[found["pattern"]]}
 
@@ -124,8 +129,10 @@ class Recipe:
             raise RiaError("--group-size: W8A8 has a scale for each row; leave it out, or give --group-size row.")
         if self._words not in SCHEMES.values():
             raise RiaError(f"no --scheme has {self.weights} weights and {self.activations} activations; give one.")
-        if self.max_loss is not None and not self.follows_dense:
-            raise RiaError("--max-loss: for weights that are reconstructed; leave out --reconstruct none.")
+        if self.max_loss is not None and self.min_speed is not None:
+            raise RiaError("--max-loss and --min-speed: one follows from the other; give one of them.")
+        if self.budget is not None and not self.follows_dense:
+            raise RiaError(f"{self.budget}: for weights that are reconstructed; leave out --reconstruct none.")
         if self.smooth and self.activations == "none":
             raise RiaError("--smooth is for rounded inputs; give --scheme W8A8, W4A8 or FP8.")
         check_fraction(self.self_written, self.samples, self.calibration)
@@ -142,6 +149,11 @@ class Recipe:
     @property
     def _words(self) -> dict[str, str]:
         return {"weights": self.weights, "activations": self.activations}
+
+    @property
+    def budget(self) -> str | None:
+        """The option that limits what is pruned."""
+        return next((option for name, option in BUDGETS.items() if getattr(self, name) is not None), None)
 
     @property
     def has_integers(self) -> bool:

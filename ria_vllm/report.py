@@ -30,5 +30,5 @@ def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def without_errors(report: dict[str, Any]) -> dict[str, Any]:
     """ria_report.json without what training the weights has changed: errors of the linears' outputs, and losses."""
     linears = report_linears(report).items()
-    report = {key: value for key, value in report.items() if key not in (HELD_OUT, VERDICT, "max_loss")}
+    report = {key: value for key, value in report.items() if key not in (HELD_OUT, VERDICT, "budget")}
     return report | {"linears": {name: {k: v for k, v in e.items() if k not in _ERRORS} for name, e in linears}}

@@ -1,7 +1,7 @@
 """How fast a pruned model should be served, against the dense one: an estimate from measured products."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,7 +42,13 @@ class Sizes:
     pruned: float
     head: int
     dense: float
-    int8: int = 0
+    int8: float = 0
+
+    def unpruned(self, in_int8: bool) -> "Sizes":
+        """Those of a model in which all that is pruned stays dense, in int8 or in 16 bits."""
+        if in_int8:
+            return replace(self, pruned=0, int8=self.int8 + self.pruned)
+        return replace(self, pruned=0, dense=self.dense + self.pruned)
 
 
 def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
@@ -55,24 +61,33 @@ def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.de
     return importlib.import_module("ria_vllm.serve.doctor").served_by(scheme, pattern, dtype, place)
 
 
-def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
-    """How many times the tokens a second of the dense model, and of dense W8A8; empty where nothing was measured.
+def steps(sizes: Sizes, instructions: str | None, users: int) -> dict[str, float]:
+    """The dense model, dense W8A8, or a scheme -> milliseconds of a step of decoding for `users`, one of USERS.
 
-    CPUs serve FP8 in 16 bits, as BF16.
+    Empty where nothing was measured. CPUs serve FP8 in 16 bits, as BF16.
     """
+    measured = RATIOS.get(ALIKE.get(str(instructions), str(instructions)))
+    if measured is None:
+        return {}
+    ratios = {"dense": 1.0} | dict(zip(WAYS, measured[USERS.index(users)], strict=True))
+    ratios["FP8"] = ratios["BF16"]
+    rest, found = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * sizes.dense, {}
+    for way, ratio in ratios.items():
+        ours = not way.startswith("dense")
+        int8 = max(INT8_HEAD, ratios["dense W8A8"]) if ours else ratio
+        head = INT8_HEAD if ours and way.endswith("A8") else 1.0
+        found[way] = rest + WEIGHT * (sizes.pruned / ratio + sizes.int8 / int8 + sizes.head / head)
+    return found
+
+
+def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
+    """How many times the tokens a second of the dense model, and of dense W8A8; empty where nothing was measured."""
     found = []
-    for users, ratios in zip(USERS, RATIOS.get(ALIKE.get(str(instructions), str(instructions)), ()), strict=False):
-        of = dict(zip(WAYS, ratios, strict=True)) | {"dense": 1.0}
-        rest = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * (sizes.dense + sizes.head)
-        rounded = {way: sizes.int8 / max(INT8_HEAD, of["dense W8A8"]) for way in of}
-        rounded |= {way: sizes.int8 / of[way] for way in ("dense", "dense W8A8")}
-        times = {way: rest + WEIGHT * (sizes.pruned / ratio + rounded[way]) for way, ratio in of.items()}
-        ours = times["BF16" if scheme == "FP8" else scheme] - (
-            WEIGHT * sizes.head * (1 - 1 / INT8_HEAD) if scheme.endswith("A8") else 0.0
-        )
-        dense, w8a8 = times["dense"], times["dense W8A8"]
-        who = "1 user" if users == 1 else f"{users} users"
-        found.append(f"{who}: {dense / ours:.1f} times dense, {w8a8 / ours:.1f} times dense W8A8")
+    for users in USERS:
+        if of := steps(sizes, instructions, users):
+            dense, w8a8 = of["dense"] / of[scheme], of["dense W8A8"] / of[scheme]
+            who = "1 user" if users == 1 else f"{users} users"
+            found.append(f"{who}: {dense:.1f} times dense, {w8a8:.1f} times dense W8A8")
     return "; ".join(found)
 
 
@@ -89,13 +104,18 @@ def of_eight(inputs: torch.dtype | None, instructions: str | None) -> str:
     )
 
 
-def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
-    """The same where this runs, in a sentence; empty, too, if no kernel can serve the linears."""
-    try:
-        instructions = served_by(scheme, pattern, dtype, place)[1]
-    except RiaError:
-        return ""
+def measured_here(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str | None:
+    """The instruction set that serves linears where this runs; None if none does, or not at a speed that is known."""
     if pattern != TWO_OF_FOUR and not scheme.endswith("A8"):
-        return ""  # slower than 2:4, by how much depends on the model
+        return None  # slower than 2:4, by how much depends on the model
+    try:
+        return served_by(scheme, pattern, dtype, place)[1]
+    except RiaError:
+        return None
+
+
+def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
+    """What is `expected` where this runs, in a sentence."""
+    instructions = measured_here(scheme, pattern, dtype, place)
     found = expected(sizes, scheme, instructions)
     return found and f"tokens/s on CPUs with {instructions}, estimated: {found}"

@@ -1,4 +1,4 @@
-"""What each sublayer loses by itself, for `--max-loss`."""
+"""What each sublayer loses by itself, for a budget."""
 
 from dataclasses import replace
 

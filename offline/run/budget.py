@@ -1,13 +1,16 @@
-"""`--max-loss`: which sublayers stay dense, so that the model loses no more than it may.
+"""A budget: which sublayers stay dense, so that the model loses no more than it may (`--max-loss`), or is as fast as it
+should be and loses as little as that allows (`--min-speed`).
 
 While everything is pruned, the held-out samples also go through the dense model with a single pruned sublayer, for each
-one. So it is known what each loses by itself. The model is then measured with the first of them pruned, in the order of
-loss for each weight, and a bisection finds how many it can bear. These are pruned once more, in a run of their own,
-which makes up for what they lose and for no more.
+one. So it is known what each loses by itself. Sublayers are then taken in the order of loss for each weight, which is
+that of loss for each second: the most whose loss the model can bear, as a bisection measures it, or the fewest that
+make it fast enough by the estimate of `ria-vllm plan`. These are pruned once more, in a run of their own, which makes
+up for what they lose and for no more.
 
 Sublayers are taken as a whole, because permutations fold, scales migrate and weights are trained inside of them.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.architecture import output_head
@@ -23,11 +27,14 @@ from ria_vllm.offline.model.run.sharing import find_sharing
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies, Unit
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.held_out import held_out_loss
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.offline.run.plan import Plan
+from ria_vllm.offline.run.plan import Plan, make_plan
+from ria_vllm.speed import measured_here, steps
 
 TEXT = 8  # tokens with which layers are called, to see what they are passed
+USERS = 1  # at once, of whom `--min-speed` speaks
 
 
 def check_budget(model: StreamedModel, recipe: Recipe) -> None:
@@ -43,8 +50,45 @@ def check_budget(model: StreamedModel, recipe: Recipe) -> None:
         reason = "this model predicts no tokens, so what is lost cannot be measured"
     elif _reads_more(model):
         reason = "layers of this model read what others have left, or the text itself"
+    elif recipe.min_speed and (recipe.pattern != TWO_OF_FOUR or _instructions(model, recipe) is None):
+        reason = f"how fast {recipe.pattern} is in {recipe.scheme} on this device was not measured"
     if reason:
-        raise RiaError(f"--max-loss: {reason}. Leave it out; --ignore keeps linears dense.")
+        raise RiaError(f"{recipe.budget}: {reason}. Leave it out; --ignore keeps linears dense.")
+
+
+def check_reachable(layers: LayerPass, plan: Plan) -> None:
+    """Refuse a speed that the model does not have with everything pruned.
+
+    Raises:
+        RiaError: it is slower.
+    """
+    least = layers.recipe.min_speed
+    if least is not None and (most := speed(layers, plan, None)) < least:
+        raise RiaError(
+            f"--min-speed {least:g}: with everything pruned, a step of decoding is {most:.2f} times as fast as with "
+            f"everything dense in {layers.recipe.scheme}, estimated for {USERS} user. Ask for less."
+        )
+
+
+def speed(layers: LayerPass, plan: Plan, units: frozenset[Unit] | None) -> float:
+    """How many times as fast a step of decoding is with these sublayers pruned (None: all) as with everything dense as
+    the scheme stores what stays dense, estimated.
+
+    Args:
+        plan: of what is pruned if everything is.
+    """
+    model, recipe = layers.model, layers.recipe
+    plan = make_plan(model, layers.topologies, recipe, plan.kept, units)
+    sizes = forecast.sizes_of(model, plan, recipe)[0]
+    instructions = layers.ranks.broadcast(_instructions(model, recipe))  # other ranks may be on other machines
+    dense, pruned = (
+        steps(one, instructions, USERS)[recipe.scheme] for one in (sizes.unpruned(recipe.has_integers), sizes)
+    )
+    return dense / pruned
+
+
+def _instructions(model: StreamedModel, recipe: Recipe) -> str | None:
+    return measured_here(recipe.scheme, recipe.pattern, model.stored_dtype, model.device)
 
 
 def _reads_more(model: StreamedModel) -> bool:
@@ -57,9 +101,7 @@ def _reads_more(model: StreamedModel) -> bool:
     return any(call.varying for call in calls) or any(find_sharing(model.layers, calls, stream).read)
 
 
-def spend(
-    max_loss: float, layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, torch.Tensor]]
-) -> dict[str, Any]:
+def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     """Find out what to leave dense.
 
     Args:
@@ -68,19 +110,19 @@ def spend(
         finished: layer -> the parameters that pruning has changed.
 
     Returns:
-        As JSON: "pruned", the chosen units; "sublayers" and "measured", for the report.
+        As JSON: "pruned", the chosen units; "sublayers" and "measured", for the report, and for `--min-speed` "speed".
 
     Raises:
-        RiaError: every sublayer loses more, or the loss cannot be measured.
+        RiaError: every sublayer loses more than `--max-loss`, or the loss cannot be measured.
     """
-    model, alone = layers.model, layers.alone
+    model, alone, recipe = layers.model, layers.alone, layers.recipe
     assert alone is not None
 
     def measure(stream: Activations) -> dict[str, Any]:
         streams = alone.with_pruned(stream)
         found = held_out_loss(model, streams, layers.embedded.held_out, layers.ranks, layers.monitor)
         if found is None:
-            raise RiaError("--max-loss: the loss of this model cannot be measured. Leave the option out.")
+            raise RiaError(f"{recipe.budget}: the loss of this model cannot be measured. Leave the option out.")
         return found
 
     def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
@@ -88,24 +130,29 @@ def spend(
         layers.mixed(stream, finished, units)
         return measure(stream)
 
-    with layers.monitor.phase("--max-loss"):
+    with layers.monitor.phase(str(recipe.budget)):
         sizes = {unit: _pruned_weights(model, unit, layers.topologies, plan) for unit in alone.found}
         weights = {unit: size for unit, size in sizes.items() if size}
         losses = {unit: measure(alone.found[unit]) for unit in weights}
-        choice = choose(losses, weights, with_pruned, max_loss)
-    if not choice.pruned and not layers.recipe.has_integers:
+        if recipe.max_loss is not None:
+            choice = choose(losses, weights, with_pruned, recipe.max_loss)
+        else:
+            choice = reach(losses, weights, with_pruned, lambda units: speed(layers, plan, units), recipe.min_speed)
+    if not choice.pruned and not recipe.has_integers:
         least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1
         raise RiaError(f"--max-loss: every sublayer loses more; the one that costs least, {least:.1%}. Allow more.")
-    layers.monitor.say(
-        f"--max-loss: {len(choice.pruned)} of {len(losses)} sublayers are pruned; the others would lose too much"
-    )
+    found, why = {}, "the others would lose too much"
+    if recipe.min_speed is not None:
+        found["speed"] = round(speed(layers, plan, choice.pruned), 3)
+        why = f"a step of decoding is {found['speed']} times as fast, estimated for {USERS} user"
+    layers.monitor.say(f"{recipe.budget}: {len(choice.pruned)} of {len(losses)} sublayers are pruned; {why}")
     sublayers = {
         f"{model.layer_prefix(unit[0])}{unit[1]}": {
             "kl": losses[unit]["kl"], "weights": weights[unit], "pruned": unit in choice.pruned,
         }
         for unit in losses
     }  # fmt: skip
-    return {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured}
+    return {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured} | found
 
 
 def _pruned_weights(model: StreamedModel, unit: Unit, topologies: Topologies, plan: Plan) -> int:
@@ -117,7 +164,7 @@ def _pruned_weights(model: StreamedModel, unit: Unit, topologies: Topologies, pl
 
 @dataclass(frozen=True)
 class Choice:
-    """What `--max-loss` has found.
+    """What a budget buys.
 
     pruned: the sublayers that are pruned; all others stay dense.
     measured: how many are pruned -> perplexity and KL of the model.
@@ -140,7 +187,7 @@ def choose(
         weights: how many are pruned: a step of decoding takes as long as it takes to read them.
         measure: the loss of the model with these pruned, as `held_out_loss` returns it.
     """
-    order = sorted(alone, key=lambda unit: (alone[unit]["kl"] / weights[unit], unit))
+    order = _in_order(alone, weights)
     measured: dict[int, Mapping[str, Any]] = {}
     most, too_many = 0, len(order) + 1
     count = len(order)
@@ -152,3 +199,27 @@ def choose(
             too_many = count
         count = (most + too_many) // 2
     return Choice(frozenset(order[:most]), measured)
+
+
+def reach(
+    alone: Mapping[Unit, Mapping[str, Any]],
+    weights: Mapping[Unit, int],
+    measure: Callable[[frozenset[Unit]], Mapping[str, Any]],
+    speed_of: Callable[[frozenset[Unit]], float],
+    min_speed: float,
+) -> Choice:
+    """The fewest sublayers whose pruning makes the model `min_speed` times as fast. All of them do.
+
+    Args:
+        alone, weights, measure: as in `choose`.
+        speed_of: how many times as fast the model is with these pruned.
+    """
+    order = _in_order(alone, weights)
+    counts, most = range(len(order) + 1), len(order)
+    count = bisect_left(counts, min_speed, lo=1, hi=most, key=lambda number: speed_of(frozenset(order[:number])))
+    pruned = frozenset(order[:count])
+    return Choice(pruned, {count: measure(pruned)})
+
+
+def _in_order(alone: Mapping[Unit, Mapping[str, Any]], weights: Mapping[Unit, int]) -> list[Unit]:
+    return sorted(alone, key=lambda unit: (alone[unit]["kl"] / weights[unit], unit))

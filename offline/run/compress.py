@@ -159,10 +159,10 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = _other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
-        if self.recipe.max_loss is not None:
+        if self.recipe.budget is not None:
             budget.check_budget(self.model, self.recipe)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
-            passes = 1 if self.recipe.max_loss is None else 2
+            passes = 1 if self.recipe.budget is None else 2
             taken = forecast.about(passes * forecast.pruning_seconds(self.model, self.recipe))
             self.monitor.say(
                 f"pruning takes about {taken}, estimated from how fast this machine multiplies; the ETA is measured"
@@ -173,9 +173,9 @@ class _Run:
         layers = LayerPass(store, tokens, self.monitor, self._kept_topologies(), self.recipe.held_out)
         self._keep(layers.topologies)
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
-        if self.recipe.max_loss is not None:
+        if self.recipe.budget is not None:
             if not self._has(BUDGET_KEY):
-                self._spend(self.recipe.max_loss, layers, plan, store)
+                self._spend(layers, plan, store)
                 layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
             chosen = frozenset((index, name) for index, name in self.writer.record(BUDGET_KEY)["pruned"])
             plan = make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
@@ -238,11 +238,12 @@ class _Run:
         if self.ranks.first:
             self.writer.write(HELD_OUT_KEY, {}, found or {})
 
-    def _spend(self, max_loss: float, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
+    def _spend(self, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
         """Prune everything, to find out what to leave dense."""
+        budget.check_reachable(layers, plan)
         layers.alone = EachAlone(layers.streams)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
-        record = budget.spend(max_loss, layers, plan, lambda index: self._finished(index, plan))
+        record = budget.spend(layers, plan, lambda index: self._finished(index, plan))
         self.ranks.barrier()  # all have read them
         if self.ranks.first:
             for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
@@ -342,8 +343,9 @@ class _Run:
             )
         if copied := self.model.copied():
             found["copied"] = copied
-        if self.recipe.max_loss is not None:
-            found["max_loss"] = {key: self.writer.record(BUDGET_KEY)[key] for key in ("sublayers", "measured")}
+        if self.recipe.budget is not None:
+            record = self.writer.record(BUDGET_KEY)
+            found["budget"] = {key: record[key] for key in ("sublayers", "measured", "speed") if key in record}
         judged = self._size_and_speed(plan)
         if self._has(HELD_OUT_KEY) and (loss := self.writer.record(HELD_OUT_KEY)):
             found[HELD_OUT] = loss

@@ -92,7 +92,7 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     ratio = found["perplexity"] / found["perplexity_dense"]
     text = (
         f"on {found['tokens']} tokens of the calibration text to which nothing was fitted"
-        f"{'' if recipe.max_loss is None else ', but that chose what is pruned'}: perplexity "
+        f"{'' if recipe.budget is None else ', but that chose what is pruned'}: perplexity "
         f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
     )
     if unrounded := not_rounded(recipe):

@@ -68,7 +68,7 @@ def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
     """The recipe for a model with these linears, and what the user is told about them.
 
     Raises:
-        RiaError: `--max-loss` of a model that has the pattern already.
+        RiaError: a budget for a model that has the pattern already.
     """
     count, left = (sum(map(len, of.values())) for of in (kept.names, kept.left))
     if not count:
@@ -76,8 +76,9 @@ def keeping(recipe: Recipe, kept: Kept, monitor: Monitor) -> Recipe:
             monitor.warn(f"--prune-rest: no linear is {recipe.pattern} already, so all are pruned as usual.")
         return replace(recipe, prune_rest=False)
     found = f"{count} of {count + left} linears"
-    if recipe.max_loss is not None:
-        raise RiaError(f"--max-loss: {found} are {recipe.pattern} already. Leave it out; --ignore keeps linears dense.")
+    if recipe.budget is not None:
+        way = "Leave it out; --ignore keeps linears dense."
+        raise RiaError(f"{recipe.budget}: {found} are {recipe.pattern} already. {way}")
     monitor.say(f"{found} are {recipe.pattern} already: their zeros stay, nothing of them is searched or trained")
     if left and recipe.prune_rest:
         monitor.say(f"{left} are not, and are pruned (--prune-rest)")

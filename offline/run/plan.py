@@ -12,10 +12,10 @@ from ria_vllm.offline.experts.plan import describe_experts, experts_left_dense, 
 from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topologies, Topology, Unit, linears_of, rank_blocks
-from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.recipe import BUDGETS, Recipe
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
-IGNORED, OVER_BUDGET = "--ignore", "--max-loss"
+IGNORED = "--ignore"
 INT8_MULTIPLE = 16  # of in-features: what kernels for dense matrices in int8 take
 
 
@@ -109,7 +109,7 @@ def make_plan(
         linears, topology = _linears(layer), topologies.of(index)
         unlike = kept.reasons(index, recipe)
         reasons = {name: why for name, why in unlike.items() if name in linears}
-        reasons |= _beyond(topology, index, chosen) | _reasons(model, index, topology, recipe)
+        reasons |= _beyond(topology, index, chosen, recipe) | _reasons(model, index, topology, recipe)
         misfits.update(f"{name}: {why}" for name, why in reasons.items() if name in unlike or "in-features" in why)
         fixed = {name for name, why in reasons.items() if not _can_be_rounded(linears[name], why, unlike.get(name))}
         for name, (partner, how) in _partners(topology, linears, reasons).items():
@@ -136,10 +136,10 @@ def make_plan(
     return Plan(pruned, in_int8, outside | dense, tuple(warnings), mixtures, blocks, kept)
 
 
-def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None) -> dict[str, str]:
+def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None, recipe: Recipe) -> dict[str, str]:
     """The linears of the sublayers that are not among those that are pruned, and why they stay dense."""
     left = [one for one in topology.sublayers if chosen is not None and (index, one.name) not in chosen]
-    return {name: OVER_BUDGET for sublayer in left for name in sublayer.linears}
+    return {name: str(recipe.budget) for sublayer in left for name in sublayer.linears}
 
 
 def _reasons(model: StreamedModel, index: int, topology: Topology, recipe: Recipe) -> dict[str, str]:
@@ -158,7 +158,9 @@ def _can_be_rounded(linear: nn.Linear, why: str, unlike: str | None) -> bool:
     Args:
         unlike: the reason if it only lacks the pattern that others have.
     """
-    return (why in (IGNORED, OVER_BUDGET, unlike) or "in-features" in why) and linear.in_features % INT8_MULTIPLE == 0
+    return (
+        why in (IGNORED, *BUDGETS.values(), unlike) or "in-features" in why
+    ) and linear.in_features % INT8_MULTIPLE == 0
 
 
 def _partners(

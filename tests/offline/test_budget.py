@@ -1,5 +1,7 @@
-"""`--max-loss`. The oracle is transformers' own forward pass with the weights of some sublayers exchanged."""
+"""`--max-loss` and `--min-speed`. The oracle of losses is transformers' own forward pass with the weights of some
+sublayers exchanged, that of speeds the table's ratios."""
 
+import json
 import math
 from itertools import combinations
 
@@ -8,15 +10,18 @@ import torch
 from click.testing import CliRunner
 from compressing import interrupted_after_a_layer, run_small
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from ria_vllm import speed
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import PATTERNS
+from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.commands import compress as command
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import budget, compress
-from ria_vllm.offline.run.budget import Choice, choose
+from ria_vllm.offline.run.budget import Choice, choose, reach
 from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.kept import keeping
 from ria_vllm.offline.run.plan import Kept
@@ -74,7 +79,7 @@ def test_a_resumed_run_chooses_and_writes_the_same(tiny, text, tmp_path):
     with interrupted_after_a_layer():
         run_small(tiny("llama"), tmp_path / "out", text, **options)
     resumed, _ = run_small(tiny("llama"), tmp_path / "out", text, Settings(resume=True), **options)
-    assert resumed["max_loss"] == report["max_loss"] and len(report["max_loss"]["sublayers"]) == 3
+    assert resumed["budget"] == report["budget"] and len(report["budget"]["sublayers"]) == 3
     run_small(tiny("llama"), tmp_path / "all", text, **(options | {"max_loss": None}))
     whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out", "all"))
     for other in others:
@@ -98,6 +103,91 @@ def test_the_most_sublayers_within_the_budget(budget):
         and all(losses[a] / weights[a] <= losses[b] / weights[b] for a in units for b in set(losses) - set(units))
     ]
     assert found.pruned == max(bearable, key=len)
+
+
+@pytest.mark.parametrize("least", [1.01, 1.3, 1.75, 2.0])
+def test_the_fewest_sublayers_that_are_fast_enough(least):
+    losses = dict(zip([(i, "mlp") for i in range(5)], (0.5, 0.01, 0.02, 0.3, 0.001)))
+    weights = dict(zip(losses, (10, 1, 10, 4, 1)))
+
+    def speed_of(units):  # twice as fast with all
+        return 1 / (1 - sum(weights[unit] for unit in units) / 52)
+
+    alone = {unit: {"kl": loss} for unit, loss in losses.items()}
+    found = reach(alone, weights, lambda units: {"kl": len(units)}, speed_of, least)
+    fast_enough = [
+        set(units)
+        for count in range(6)
+        for units in combinations(losses, count)
+        if speed_of(units) >= least
+        and all(losses[a] / weights[a] <= losses[b] / weights[b] for a in units for b in set(losses) - set(units))
+    ]
+    assert found.pruned == min(fast_enough, key=len)
+    assert found.measured == {len(found.pruned): {"kl": len(found.pruned)}}
+
+
+# AVX-512 with BF16, one user: how many times as fast as in 16 bits pruned linears are,
+# dense ones as the scheme stores them, and the head.
+SPEEDS = {"W8A8": (4.2, 2.0, 2.0), "BF16": (2.4, 1.0, 1.0)}
+
+
+@pytest.fixture
+def avx512(monkeypatch):
+    """With layers that take no time but for their linears: those of a tiny model are next to nothing."""
+    monkeypatch.setattr(budget, "measured_here", lambda *_: "avx512_bf16")
+    for name in ("LAYER", "LAYER_OF_USER"):
+        monkeypatch.setattr(speed, name, 0.0)
+
+
+@pytest.mark.parametrize("scheme", SPEEDS)
+def test_as_fast_as_asked_and_no_faster(scheme, tiny, text, tmp_path, avx512):
+    report, _ = run_small(tiny("llama"), tmp_path / "out", text, min_speed=1.2, **UNROTATED, **SCHEMES[scheme])
+    sublayers, (pruned, dense, head) = report["budget"]["sublayers"], SPEEDS[scheme]
+    order = sorted(sublayers, key=lambda name: sublayers[name]["kl"] / sublayers[name]["weights"])
+    chosen = [name for name in order if sublayers[name]["pruned"]]
+    config = AutoConfig.from_pretrained(tiny("llama"))
+
+    def time(names):
+        left = sum(sublayers[name]["weights"] for name in set(order) - set(names))
+        fast = sum(sublayers[name]["weights"] for name in names)
+        return fast / pruned + left / dense + config.vocab_size * config.hidden_size / head
+
+    assert len(order) == 4 and chosen == order[: len(chosen)]
+    assert time([]) / time(chosen) >= 1.2 > time([]) / time(chosen[:-1])
+    assert report["budget"]["speed"] == pytest.approx(time([]) / time(chosen), abs=1e-3)
+    assert list(report["budget"]["measured"]) == [str(len(chosen))]
+    weights = sum(math.prod(entry["shape"]) for entry in report["linears"].values())
+    assert weights == sum(sublayers[name]["weights"] for name in chosen)
+    left = [name for name, why in report["dense"].items() if why == "--min-speed"]
+    assert len(left) + len(report["linears"]) == 14 and set(report["linears"]).isdisjoint(left)
+    assert set(report.get("dense_in_int8", ())) == (set(left) if scheme == "W8A8" else set())
+    assert Reader(tmp_path / "out").sparse_names == sorted(report["linears"])
+
+
+def test_what_min_speed_cannot_do_is_refused(tiny, text, tmp_path, monkeypatch, avx512):
+    options = UNROTATED | SCHEMES["W8A8"] | {"min_speed": 50.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "EachAlone", None)  # before anything is pruned
+        with pytest.raises(RiaError, match=r"--min-speed 50: with everything pruned, .* is 1\.[0-9]+ times as fast"):
+            run_small(tiny("llama"), tmp_path / "out", text, **options)
+    monkeypatch.setattr(compress, "calibration_tokens", None)  # and these before any text is read
+    with pytest.raises(RiaError, match="how fast 8:16 is in W8A8 on this device was not measured"):
+        run_small(tiny("llama"), tmp_path / "out", text, pattern=PATTERNS["8:16"], **options)
+    monkeypatch.setattr(budget, "measured_here", lambda *_: None)
+    with pytest.raises(RiaError, match="--min-speed: how fast 2:4 is in W8A8 on this device was not measured"):
+        run_small(tiny("llama"), tmp_path / "out", text, **options)
+    with pytest.raises(RiaError, match="--max-loss and --min-speed: one follows from the other"):
+        Recipe(max_loss=0.1, min_speed=1.3)
+    done = CliRunner().invoke(command, [str(tiny("llama")), "-o", str(tmp_path / "out"), "--min-speed", "1"])
+    assert str(done.exception) == "--min-speed 1.0: Input should be greater than 1."
+
+
+def test_a_saved_budget_gives_way_to_another(tmp_path):
+    path = tmp_path / "ria_report.json"
+    path.write_text(json.dumps({"recipe": Recipe(max_loss=0.1, seed=7).dump("model")}))
+    assert Recipe.saved(path)["max_loss"] == 0.1
+    again = Recipe(**Recipe.saved(path, {"min_speed"}), min_speed=1.3)
+    assert (again.budget, again.max_loss, again.seed) == ("--min-speed", None, 7)
 
 
 def test_all_dense_is_a_folder_too(tiny, text, tmp_path):
