@@ -12,11 +12,12 @@ import click
 from ria_vllm.errors import RiaError
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.serve.benchmark.comparison import Comparison
-from ria_vllm.serve.benchmark.engines import Vllm, engine_of
+from ria_vllm.serve.benchmark.engines import Vllm, engine_of, is_url
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.quality import TOP, TextQuality
 from ria_vllm.serve.benchmark.results import summary
+from ria_vllm.serve.benchmark.server import found_running
 from ria_vllm.serve.benchmark.sides import sides_of
 
 # Such as --api-key, --hf_token and --header.
@@ -78,9 +79,11 @@ def bench(
     """Compare the compressed folders OUT with their dense model and others under the same load.
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
-    llama.cpp serves. All are compared with the first baseline. Each repetition serves them one after the other, and the
-    one that goes first changes. With --eval-text, the table and the plot also have what each way costs in quality.
-    vLLM's servers ask for the key in VLLM_API_KEY, if set.
+    llama.cpp serves. http://HOST:PORT
+    is an OpenAI-compatible server that runs already, and goes on; #MODEL behind it names one of several models. All are
+    compared with the first baseline. Each repetition serves them one after the other, and the one that goes first
+    changes. With --eval-text, the table and the plot also have what each way costs in quality. The key in VLLM_API_KEY,
+    if set, is that of all servers.
     """
     check_environment()
     refuse_secrets(" ".join([serve_args, *(own for _, own in serve_args_of)]))
@@ -90,7 +93,12 @@ def bench(
     sides = sides_of([*baselines, *outs], serve_args_of)
     tokenizers = [one.model for one in [*sides[len(baselines) :], *sides] if isinstance(engine_of(one.model), Vllm)]
     if not tokenizers:
-        raise RiaError("All sides are .gguf files. The prompts need the tokenizer of a folder: add one as a side.")
+        raise RiaError("No side is a folder or a hub id. The prompts need the tokenizer of one: add it as a side.")
+    text = None if eval_text is None else TextQuality(eval_text, load["seq_len"], load["eval_tokens"])
+    concurrency = parse_concurrency(load["concurrency"])
+    for side in sides:
+        if is_url(side.model):
+            found_running(side.model)  # now, and not only after the hours that others take
     arguments = shlex.split(serve_args)
     if not any("prefix-caching" in a for a in arguments):
         # Warm-up requests repeat the first prompt, and a load from --data repeats those of loads before it.
@@ -100,12 +108,12 @@ def bench(
     comparison = Comparison(
         sides=sides,
         workload=Workload(load["input_len"], load["output_len"], load["requests"], load["data"]),
-        concurrency=parse_concurrency(load["concurrency"]),
+        concurrency=concurrency,
         repetitions=load["repetitions"],
         folder=folder,
         tokenizer=tokenizers[0],
         serve_arguments=arguments,
-        text=None if eval_text is None else TextQuality(eval_text, load["seq_len"], load["eval_tokens"]),
+        text=text,
         options=click.get_current_context().params | {"serve_args": " ".join(arguments)},
     )
     measured = comparison.measured

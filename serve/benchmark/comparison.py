@@ -9,11 +9,11 @@ import click
 
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results
-from ria_vllm.serve.benchmark.engines import engine_of
+from ria_vllm.serve.benchmark.engines import engine_of, is_url
 from ria_vllm.serve.benchmark.load import Workload
-from ria_vllm.serve.benchmark.quality import TextQuality
+from ria_vllm.serve.benchmark.quality import TextQuality, Unanswered
 from ria_vllm.serve.benchmark.results import Measured, Run
-from ria_vllm.serve.benchmark.server import running_server
+from ria_vllm.serve.benchmark.server import Server, running_server
 from ria_vllm.serve.benchmark.sides import Side
 
 
@@ -60,22 +60,21 @@ class Comparison:
                     self._serve(side, repetition)
 
     def _serve(self, side: Side, repetition: int) -> None:
-        """Start a side's server, load it with each number of users, and end it."""
+        """Start a side's server unless it runs already, load it with each number of users, and end it."""
         name = f"repetition {repetition + 1}/{self.repetitions}, {side.name}"
         # Some more tokens than asked for, as llama.cpp splits prompts again.
         tokens = max(self.workload.most_tokens() + 64, self.text.seq_len + 2 if self.text else 0)
         shared = engine_of(side.model).arguments(self.serve_arguments, max(self.concurrency), tokens)
         arguments = [*shared, *side.arguments]
         logs = self.folder / "logs" / f"{side.name}-{repetition + 1}"
-        click.echo(f"{name}: starting its server")
+        click.echo(f"{name}: {'its server runs already' if is_url(side.model) else 'starting its server'}")
         with (
             self.monitor.phase(name),
             running_server(side.model, Path(f"{logs}-server.log"), arguments, self.monitor) as server,
         ):
-            click.echo(f"{name}: ready after {server.startup:.0f} s")
-            text = self.text if repetition == 0 else None
-            if text is not None:
-                text.check(side.name, server)
+            if server.process is not None:
+                click.echo(f"{name}: ready after {server.startup:.0f} s")
+            text = self._text_for(side, server) if repetition == 0 else None
             for number, users in enumerate(self.concurrency):
                 # Each load has its own prompts. All sides get the same ones.
                 seed, log = 1000 * repetition + number, Path(f"{logs}-users{users}.log")
@@ -88,3 +87,16 @@ class Comparison:
                 click.echo(f"{side.name}: perplexity {found.perplexity:.4g}, KL {found.kl:.4g}")
                 self.measured.quality[side.name] = found
                 results.write(self.folder, self.measured, self.options)
+
+    def _text_for(self, side: Side, server: Server) -> TextQuality | None:
+        """The text if this side can be measured on it; a server that ran already may give no logprobs, and then only
+        its quality is left out."""
+        try:
+            if self.text is not None:
+                self.text.check(side.name, server)
+        except Unanswered as error:
+            if server.process is not None or side is self.sides[0]:
+                raise
+            click.echo(f"{' '.join(str(error).split())} Its perplexity and KL are left out.")
+            return None
+        return self.text

@@ -1,5 +1,6 @@
 """Which program serves a model, how it is started, and how it is asked."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ class Vllm:
 
     client_arguments: tuple[str, ...] = ()
     counts_tokens = True
+    gives_logprobs = True
 
     def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
         asked = [*arguments, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
@@ -37,5 +39,31 @@ class Vllm:
         return [{int(token): float(entry["logprob"]) for token, entry in one.items()} for one in positions]
 
 
-def engine_of(model: str) -> Vllm | LlamaCpp:
+class OpenAi:
+    """Whatever else runs at a URL. Of its models it tells their names."""
+
+    client_arguments: tuple[str, ...] = ()
+    counts_tokens = True
+    gives_logprobs = False
+
+    def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
+        return []
+
+    def weight_files(self, model: str) -> set[Path]:
+        return set()
+
+
+Engine = Vllm | LlamaCpp | OpenAi
+# What servers say in the lists of their models.
+OWNERS: dict[str, type[Vllm] | type[LlamaCpp]] = {"vllm": Vllm, "llamacpp": LlamaCpp}
+
+
+def engine_of(model: str) -> Engine:
+    """What serves a model; of a URL, as long as it was not asked."""
+    if is_url(model):
+        return OpenAi()
     return LlamaCpp() if model.endswith(".gguf") else Vllm()
+
+
+def is_url(model: str) -> bool:
+    return re.match("https?://", model, re.IGNORECASE) is not None

@@ -24,9 +24,11 @@ Ask = Callable[..., Any]  # (path, content of a POST request) -> the answer
 class LlamaCpp:
     """Serves files. It is asked as `Vllm` is."""
 
-    # Its server closes a connection that is idle for seconds, at times just as the client uses it again.
-    client_arguments = ("--header", "Connection=close")
+    # Its server closes a connection that is idle for seconds, at times just as the client uses it again. One that runs
+    # already may keep prompts.
+    client_arguments = ("--header", "Connection=close", "--extra-body", '{"cache_prompt": false}')
     counts_tokens = False  # the client splits the text again
+    gives_logprobs = True
 
     def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
         """With all cores of this process and no cache of prompts.

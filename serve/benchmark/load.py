@@ -9,9 +9,9 @@ import numpy as np
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.engines import VLLM, engine_of
+from ria_vllm.serve.benchmark.engines import VLLM
 from ria_vllm.serve.benchmark.process import SupervisedProcess
-from ria_vllm.serve.benchmark.server import Server, api_key
+from ria_vllm.serve.benchmark.server import HERE, Server, api_key
 
 # Figures of `vllm bench serve`, by its names -> titles of columns.
 REPORTED = {
@@ -61,7 +61,7 @@ def online(
         log: file for the output of `vllm bench serve`; its result lies beside it.
 
     Returns:
-        The figures of REPORTED, and memory_bytes: the most that the server's process tree held.
+        The figures of REPORTED, and memory_bytes: the most that the server's process tree held, unless it ran already.
 
     Raises:
         RiaError: the server or a request failed.
@@ -77,23 +77,22 @@ def online(
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99"]
     command += ["--save-result", "--save-detailed", "--result-dir", str(result.parent)]
     command += ["--result-filename", result.name]
-    engine = engine_of(server.model_name)
-    command += engine.client_arguments
+    command += server.engine.client_arguments
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    direct = f"{given},127.0.0.1".lstrip(",")  # no proxy for a server on this machine
+    direct = ",".join(filter(None, (given, *HERE)))  # no proxy for a server on this machine
     environment = {"no_proxy": direct, "NO_PROXY": direct, "OPENAI_API_KEY": api_key()}
     shown = f"{requests} requests of {users} user{'s' * (users > 1)}"
     with SupervisedProcess(command, log, environment) as client, monitor.phase(shown):
-        peak = server.process.memory()
+        peak = server.memory()
         while (status := client.wait(POLL)) is None:
-            peak = max(peak, server.process.memory())
-        peak = max(peak, server.process.memory())
-        if not server.process.running:
-            raise RiaError(f"The server ended under load. {server.process.end_of_log()}")
+            peak = max(peak, server.memory())
+        peak = max(peak, server.memory())
+        if server.process is not None and not server.process.running:
+            raise RiaError(f"The server ended under load. {server.end_of_log()}")
         if status != 0:
             raise RiaError(f"vllm bench serve ended with status {status}. {client.end_of_log()}")
-    figures = read_result(result, requests, workload.output_len, recount=not engine.counts_tokens)
-    return {**figures, "memory_bytes": peak}
+    figures = read_result(result, requests, workload.output_len, recount=not server.engine.counts_tokens)
+    return figures if server.process is None else {**figures, "memory_bytes": peak}
 
 
 def read_result(result: Path, requests: int, output_len: int, recount: bool = False) -> dict[str, float]:

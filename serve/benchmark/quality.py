@@ -15,13 +15,16 @@ import numpy as np
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.engines import engine_of
 from ria_vllm.serve.benchmark.server import Server, ask
 
 TOP = 256  # logprobs per position
 TIMEOUT = 3600.0  # seconds
 # Logprobs in float32 sum to one within about this.
 SMALLEST_REST = 1e-6
+
+
+class Unanswered(RiaError):
+    """A server does not give what it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,17 @@ class TextQuality:
         """Split the text into tokens by this side's server.
 
         Raises:
-            RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, a window does
-                not fit the server's context, or the server does not answer.
+            Unanswered: the server does not answer; one that ran already also if it does not give logprobs.
+            RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, or a window does
+                not fit the server's context.
         """
+        if not server.engine.gives_logprobs:
+            raise Unanswered(f"{name}: only vLLM's and llama.cpp's servers give logprobs of a prompt.")
         ask = partial(answer_of, name, server)
-        tokens, context = engine_of(server.model_name).tokenize(ask, server.model_name, self._content)
+        try:
+            tokens, context = server.engine.tokenize(ask, server.model_name, self._content)
+        except (LookupError, TypeError) as error:
+            raise Unanswered(f"{name}: its server does not answer with the text's tokens ({error!r}).") from None
         tokens = tokens[: self._max_tokens]
         if len(tokens) < self.seq_len:
             raise RiaError(
@@ -86,6 +95,8 @@ class TextQuality:
                 f"{name}: a window of {self.seq_len} tokens and one more do not fit the server's context of "
                 f"{context}. Choose a smaller --seq-len, or a larger --max-model-len in --serve-args."
             )
+        if server.process is None:
+            self._positions(name, server, tokens[:2])
         self._tokens = self._tokens or tokens
         if tokens != self._tokens:
             raise RiaError(
@@ -121,10 +132,10 @@ class TextQuality:
         """What the server says of all positions of a window but the first."""
         ask = partial(answer_of, name, server)
         try:
-            positions = engine_of(server.model_name).prompt_logprobs(ask, server.model_name, window, TOP)
+            positions = server.engine.prompt_logprobs(ask, server.model_name, window, TOP)
             return [listed_in(logprobs, token) for logprobs, token in zip(positions, window[1:], strict=True)]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise RiaError(f"{name}: its server does not answer with the prompt's logprobs ({error!r}).") from None
+            raise Unanswered(f"{name}: its server does not answer with the prompt's logprobs ({error!r}).") from None
 
 
 def listed_in(logprobs: dict[int, float], token: int) -> Listed:
@@ -151,11 +162,11 @@ def answer_of(name: str, server: Server, path: str, content: dict[str, Any] | No
     """The server's answer to a request.
 
     Raises:
-        RiaError: it refused the request, or is gone; names the side, and quotes its log.
+        Unanswered: it refused the request, or is gone; names the side, and quotes its log.
     """
     try:
         return json.loads(ask(f"{server.url}{path}", content, TIMEOUT))
     except (OSError, http.client.HTTPException, ValueError) as error:
         said = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else ""
         problem = f"{name}: no answer from {server.url}{path} ({error}). {said}"
-        raise RiaError(f"{problem}\n{server.process.end_of_log()}") from None
+        raise Unanswered(f"{problem}\n{server.end_of_log()}".strip()) from None

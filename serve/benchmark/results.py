@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ria_vllm.checkpoint.writer import write_whole
 from ria_vllm.files.sizes import human_size
+from ria_vllm.serve.benchmark.engines import is_url
 from ria_vllm.serve.benchmark.load import REPORTED
 from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.quality import TOP, Quality
@@ -92,7 +93,7 @@ def table(measured: Measured) -> str:
         if point.figures is not None:
             ratio = "{:.3f} ({:.3f} to {:.3f})".format(*point.ratio) if point.ratio else "-"
             cells = [ratio, *(f"{point.figures[name]:.4g}" for name in REPORTED)]
-            cells.append(size_text(point.figures["memory_bytes"]))
+            cells.append(size_text(point.figures.get("memory_bytes")))
         cells.append(sizes[point.side])
         if measured.quality:
             found = measured.quality.get(point.side)
@@ -115,6 +116,11 @@ def summary(measured: Measured) -> str:
         "(smallest to largest). Memory is the peak of the server's process tree, in which pages that its processes "
         "share count once. Weights are the sizes of the weight files."
     )
+    if running := [side.name for side in measured.sides if is_url(side.model)]:
+        notes += (
+            f" {', '.join(running)} ran already, with other settings perhaps: what a server keeps of prompts shortens "
+            "the time to the first token."
+        )
     if measured.quality:
         unlisted = max(found.unlisted for found in measured.quality.values())
         notes += (

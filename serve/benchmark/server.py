@@ -1,5 +1,6 @@
-"""A server of our own on a free port of this machine."""
+"""A server: of our own on a free port of this machine, or one that runs already."""
 
+import http.client
 import json
 import os
 import socket
@@ -7,16 +8,17 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.benchmark.engines import engine_of
+from ria_vllm.serve.benchmark.engines import OWNERS, Engine, OpenAi, Vllm, engine_of, is_url
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 
-# Ignores the proxies that the environment names: a server on this machine is not behind them.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+# Not behind the proxies that the environment names.
+HERE = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,22 @@ class Server:
 
     Attributes:
         url: without /v1.
+        process: None if it ran already.
         startup: seconds.
     """
 
     url: str
     model_name: str
-    process: SupervisedProcess
+    process: SupervisedProcess | None
     startup: float
+    engine: Engine = field(default_factory=Vllm)
+
+    def memory(self) -> int:
+        """Bytes of its process tree; 0 if it ran already."""
+        return 0 if self.process is None else self.process.memory()
+
+    def end_of_log(self) -> str:
+        return "" if self.process is None else self.process.end_of_log()
 
 
 # Seconds for a start, downloads included.
@@ -56,9 +67,11 @@ def ask(url: str, content: object = None, timeout: float = 10) -> bytes:
     Raises:
         OSError, http.client.HTTPException: no answer, or one with an HTTP error.
     """
-    headers = {"Authorization": f"Bearer {api_key()}", "Content-Type": "application/json"}
     body = None if content is None else json.dumps(content).encode()
-    with _DIRECT.open(urllib.request.Request(url, body, headers), timeout=timeout) as response:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    request.add_unredirected_header("Authorization", f"Bearer {api_key()}")  # for this server only
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in HERE else []
+    with urllib.request.build_opener(*direct).open(request, timeout=timeout) as response:
         return response.read()
 
 
@@ -76,9 +89,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def found_running(url: str) -> Server:
+    """The server at a URL. If it has several models, the URL names one behind #.
+
+    Raises:
+        RiaError: no answer, or it is not clear which model.
+    """
+    address, _, wanted = url.partition("#")
+    try:
+        listed = json.loads(ask(f"{address}/v1/models"))["data"]
+        owners = {str(one["id"]): one.get("owned_by") for one in listed if one["id"] == wanted or not one.get("parent")}
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RiaError(
+            f"{address}/v1/models: no list of models ({error!r}). Start a server that speaks OpenAI's protocol there; "
+            "VLLM_API_KEY is its key."
+        ) from None
+    found = [name for name in owners if name == (wanted or name)]
+    if len(found) != 1:
+        raise RiaError(f"{url}: has the models {', '.join(owners) or '(none)'}. Choose one: {address}#MODEL")
+    return Server(address, found[0], None, 0.0, OWNERS.get(str(owners[found[0]]), OpenAi)())
+
+
 @contextmanager
 def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Monitor) -> Iterator[Server]:
-    """`vllm serve MODEL`, or llama.cpp of a .gguf file: healthy when the block starts, gone when it ends.
+    """`vllm serve MODEL`, or llama.cpp of a .gguf file: healthy when the block starts, gone when it ends. Of a URL the
+    server that runs there, and goes on.
 
     Args:
         log: file for the server's output.
@@ -88,9 +123,12 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
     Raises:
         RiaError: the server ended while starting; quotes the end of its log.
     """
-    port = free_port()
+    if is_url(model):
+        yield found_running(model)
+        return
+    port, engine = free_port(), engine_of(model)
     url = f"http://127.0.0.1:{port}"
-    command = engine_of(model).command(model, port, arguments)
+    command = engine.command(model, port, arguments)
     began = time.monotonic()
     with SupervisedProcess(command, log) as process:
         with monitor.phase("waiting for the server to start"):
@@ -100,4 +138,4 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
                 if not process.running:
                     raise RiaError(f"The server of {model} ended while starting. {process.end_of_log()}")
                 time.sleep(0.5)
-        yield Server(url, model, process, time.monotonic() - began)
+        yield Server(url, model, process, time.monotonic() - began, engine)

@@ -5,9 +5,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.engines import engine_of
+from ria_vllm.serve.benchmark.engines import engine_of, is_url
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Side:
 
 
 def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -> list[Side]:
-    """A side for each folder, hub id or NAME=MODEL. Without a name it is called like its folder.
+    """A side for each folder, hub id, URL or NAME=MODEL. Without a name it is called like its folder or host.
 
     Args:
         arguments: (name of a side, more arguments for its `vllm serve`).
 
     Raises:
-        RiaError: two sides share a name, or arguments are for an unknown side.
+        RiaError: two sides share a name, a URL has a secret, or arguments are for an unknown side or a URL.
     """
     own: dict[str, tuple[str, ...]] = {}
     for name, text in arguments:
@@ -41,15 +42,34 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     for text in models:
         name, named, model = text.partition("=")
         if not named or "/" in name or Path(text).exists():  # a path may contain "="
-            name, model = Path(text).resolve().name, text
+            name, model = urlsplit(text).netloc if is_url(text) else Path(text).resolve().name, text
+        if is_url(model):
+            model = _plain(model)  # before anything quotes it
         if not re.fullmatch(r"[^\W_][^$/]*", name):
             raise RiaError(f"{text}: {name!r} is no name for a side. Name it: NAME={model}")
         if name in sides:
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
+        if is_url(model) and name in own:
+            raise RiaError(f"--serve-args-of {name}: its server runs already, at {model}.")
         sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()))
     if own:
         raise RiaError(f"--serve-args-of {next(iter(own))}: no such side. There are {', '.join(sides)}.")
     return list(sides.values())
+
+
+def _plain(url: str) -> str:
+    """A URL without /v1 at its end; behind # it may name a model.
+
+    Raises:
+        RiaError: it has a secret, or may have one; it is not quoted.
+    """
+    address, mark, model = url.partition("#")
+    if "@" in address or "?" in address:
+        raise RiaError(
+            "A URL with a user, a password or a query would be in the results of bench. Leave these out: VLLM_API_KEY "
+            "is the key of the servers."
+        )
+    return address.rstrip("/").removesuffix("/v1") + mark + model
 
 
 def weight_bytes(folder: str) -> int | None:

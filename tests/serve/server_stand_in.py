@@ -18,7 +18,8 @@ VOCABULARY, CONTEXT = 256, 64
 class StandIn:
     """Attributes:
     logprobs: float32 [previous token, token].
-    requests: (path, content) of all.
+    requests: (path, content) of all that have content.
+    models: what it says of its models.
     answer: a function from an answer's content to what is sent instead, or None to send it as it is.
     """
 
@@ -26,6 +27,7 @@ class StandIn:
         generator = torch.Generator().manual_seed(seed)
         self.logprobs = (torch.randn(VOCABULARY, VOCABULARY, generator=generator) * sharpness).log_softmax(-1)
         self.shift, self.requests, self.answer = shift, [], None
+        self.models = [{"id": "model", "owned_by": "vllm", "parent": None}]
 
     def tokenize(self, content: dict) -> dict:
         tokens = [(byte + self.shift) % VOCABULARY for byte in content["prompt"].encode()]
@@ -48,6 +50,11 @@ class StandIn:
 @contextmanager
 def serving(stand_in: StandIn) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/v1/models" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": stand_in.models}).encode())
+
         def do_POST(self):
             content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             stand_in.requests.append((self.path, content))

@@ -10,7 +10,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.benchmark import comparison, load
 from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.load import REPORTED, Workload
-from ria_vllm.serve.benchmark.quality import Quality
+from ria_vllm.serve.benchmark.quality import Quality, Unanswered
 from ria_vllm.serve.benchmark.server import Server
 from ria_vllm.serve.benchmark.sides import Side
 
@@ -23,15 +23,16 @@ def comparison_of(sides, folder, concurrency, repetitions=3, **settings):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """vLLM replaced: `events` are what happens to which model; the load called `broken` fails."""
-    state = SimpleNamespace(events=[], broken=None, alive=[])
+    """vLLM replaced: `events` are what happens to which model; the load called `broken` fails. The servers are those of
+    `processes`."""
+    state = SimpleNamespace(events=[], broken=None, alive=[], processes={})
 
     @contextmanager
     def running_server(model, log, arguments, monitor):
         state.events.append(f"start {model} {' '.join(arguments)}".strip())
         state.alive.append(model)
         try:
-            yield Server(f"http://{model}", model, None, 1.0)
+            yield Server(f"http://{model}", model, state.processes.get(model), 1.0)
         finally:
             state.alive.remove(model)
             state.events.append(f"end {model}")
@@ -93,3 +94,23 @@ def test_texts_that_cannot_be_compared_stop_everything(pretend, tmp_path):
     with pytest.raises(RiaError):
         comparison_of(WAYS, tmp_path, [1], text=text).measure()
     assert not pretend.alive and not any(event.startswith("B1") for event in pretend.events)
+
+
+@pytest.mark.parametrize(("silent", "process"), [("b", None), ("b", object()), ("a", None)])
+def test_what_a_server_that_ran_already_does_not_tell_is_left_out(silent, process, pretend, tmp_path, capsys):
+    """But not what others are compared with, nor of a server of our own."""
+
+    def check(name, server):
+        if name == silent:
+            raise Unanswered(f"{name}: no answer\n(400)")
+
+    pretend.processes["B"] = process
+    text = SimpleNamespace(seq_len=8, check=check, measure=lambda *_: Quality(10.0, 31, 0.1, 0.2))
+    compared = comparison_of(WAYS, tmp_path, [1], 1, text=text)
+    if silent == "b" and process is None:
+        compared.measure()
+        assert set(compared.measured.quality) == {"a", "c"} and len(compared.measured.runs) == 3
+        assert "b: no answer (400) Its perplexity and KL are left out.\n" in capsys.readouterr().out
+    else:
+        with pytest.raises(Unanswered):
+            compared.measure()

@@ -1,7 +1,10 @@
-"""Ways to serve a tiny model, one written by compressed-tensors, one served by llama.cpp, against transformers."""
+"""Ways to serve a tiny model, one written by compressed-tensors, two served by llama.cpp, of which one runs already,
+against transformers."""
 
 import json
 import math
+import time
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +19,32 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.serve.benchmark.command import bench
+from ria_vllm.serve.benchmark.llama_cpp import LlamaCpp
 from ria_vllm.serve.benchmark.load import read_result
+from ria_vllm.serve.benchmark.process import SupervisedProcess
+from ria_vllm.serve.benchmark.server import free_port, healthy
 
 TEXT = Path(__file__).parents[3] / "demo" / "a-case-of-identity.txt"
 SEQ_LEN, TOKENS = 128, 512
 WAYS = ("dense", "llama.cpp", "W8A8", "2of4")  # in the order of quality
+RUNNING = "running"  # llama.cpp once more
 # Relative tolerances of perplexities and absolute ones of divergences. The servers compute in bfloat16, and W8A8 also
 # rounds activations to int8, which transformers' model does not. Where its sums saturate, that costs 0.03.
 TOLERANCE = {"dense": (0.01, 0), "llama.cpp": (0.01, 0.002), "W8A8": (0.02, 0.01), "2of4": (0.01, 0.02)}
+TOLERANCE[RUNNING] = TOLERANCE["llama.cpp"]
+
+
+@contextmanager
+def running(model: Path):
+    """The URL of a llama.cpp server that bench has not started."""
+    port, engine = free_port(), LlamaCpp()
+    command = engine.command(str(model), port, engine.arguments([], users=2, tokens=256))
+    with SupervisedProcess(command, model.with_suffix(".log")) as process:
+        while not healthy(url := f"http://127.0.0.1:{port}"):
+            assert process.running, process.end_of_log()
+            time.sleep(0.1)
+        yield url
+        assert healthy(url)
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +56,23 @@ def served(pruned_llama, tmp_path_factory):
         "W8A8": quantized_checkpoints.write(pruned_llama.source, folder / "W8A8"),
         "2of4": AutoModelForCausalLM.from_pretrained(pruned_llama.source, dtype=torch.float32),
     }
-    models["llama.cpp"] = models["dense"]
-    write_gguf(folder / "llama.gguf", pruned_llama.source, merges=())
+    models["llama.cpp"] = models[RUNNING] = models["dense"]
+    gguf = write_gguf(folder / "llama.gguf", pruned_llama.source, merges=())
     models["2of4"].load_state_dict({name: tensor.float() for name, tensor in pruned_llama.dense.items()}, strict=False)
     arguments = [
         f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}",
-        "--baseline", folder / "W8A8", "--baseline", f"llama.cpp={folder / 'llama.gguf'}", "-o", folder / "out",
+        "--baseline", folder / "W8A8", "--baseline", f"llama.cpp={gguf}", "-o", folder / "out",
         "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1",
         "--eval-text", TEXT, "--seq-len", SEQ_LEN, "--eval-tokens", TOKENS,
         "--serve-args", "--max-model-len 256 --enforce-eager",
     ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, running(gguf) as url:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no worker process beside the engine's
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TORCHDYNAMO_DISABLE", "1")  # or even an eager vLLM compiles the ranking of logprobs
         patch.setenv("VLLM_API_KEY", "KEY-of-the-servers")
+        arguments += ["--baseline", f"{RUNNING}={url}/v1"]
         found = CliRunner().invoke(bench, [str(a) for a in arguments], catch_exceptions=False)
     assert found.exit_code == 0, found.output
     content = json.loads((folder / "out" / "bench.json").read_text())
@@ -63,7 +85,7 @@ def logprobs_of(model, windows: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", TOLERANCE)
 def test_perplexity_and_divergence_are_those_of_transformers(served, way):
     tokens = AutoTokenizer.from_pretrained(served.source)(TEXT.read_text())["input_ids"][:TOKENS]
     windows = torch.tensor(tokens).view(-1, SEQ_LEN)
@@ -92,7 +114,9 @@ def test_each_way_has_its_speed_memory_and_place_in_the_order_of_quality(served)
     ratios = {way: points[way]["ratio"][0] for way in WAYS if way != "dense"}
     assert ratios == pytest.approx({way: speeds[way] / speeds["dense"] for way in ratios})
     sizes = {side["name"]: side["bytes"] for side in served.content["sides"]}
-    assert set(sizes) == set(WAYS) and sizes["llama.cpp"] > sizes["dense"] > max(sizes["W8A8"], sizes["2of4"])
+    assert set(sizes) == {*WAYS, RUNNING} and sizes["llama.cpp"] > sizes["dense"] > max(sizes["W8A8"], sizes["2of4"])
+    assert sizes[RUNNING] is None and "memory_bytes" not in points[RUNNING]["figures"]
+    assert points[RUNNING]["figures"]["output_throughput"] > 0
     assert {"bench.md", "bench.png"} <= {path.name for path in served.folder.iterdir()}
     commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(served.source) in command or str(served.folder) in command]

@@ -21,6 +21,24 @@ def test_a_path_may_contain_an_equals_sign(tmp_path):
     assert names("x/a=b") == [("a=b", "x/a=b")]
 
 
+def test_urls():
+    assert names("http://h:8000/v1/", "x=https://a.b/c/v1#org/m") == [
+        ("h:8000", "http://h:8000"), ("x", "https://a.b/c#org/m"),
+    ]  # fmt: skip
+    assert sides_of(["http://h:8000"])[0].bytes is None
+    with pytest.raises(RiaError, match="--serve-args-of x: its server runs already, at http://h"):
+        sides_of(["x=http://h"], [("x", "--dtype float32")])
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:SECRET@h/v1", "x=https://SECRET@h", "http://h/v1?key=SECRET", "http://a:S=SECRET@h"]
+)
+def test_a_url_with_a_secret_is_refused_and_not_quoted(url):
+    with pytest.raises(RiaError, match="VLLM_API_KEY") as found:
+        sides_of(["dense", url])
+    assert "SECRET" not in str(found.value)
+
+
 def test_two_of_one_name():
     with pytest.raises(RiaError, match="x/a and y/a .*NAME=y/a"):
         sides_of(["x/a", "y/a", "z"])
