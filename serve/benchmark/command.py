@@ -11,11 +11,13 @@ import click
 
 from ria_vllm.errors import RiaError
 from ria_vllm.installing import IN_A_LINE
+from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.engines import Vllm, engine_of, is_url
 from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.quality import TOP, TextQuality
+from ria_vllm.serve.benchmark.quantize import quantized
 from ria_vllm.serve.benchmark.results import summary
 from ria_vllm.serve.benchmark.server import found_running
 from ria_vllm.serve.benchmark.sides import sides_of
@@ -79,7 +81,7 @@ def bench(
     """Compare the compressed folders OUT with their dense model and others under the same load.
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
-    llama.cpp serves. http://HOST:PORT
+    llama.cpp serves. FOLDER:Q4_0, or with another of its types, is first made into one by its programs. http://HOST:PORT
     is an OpenAI-compatible server that runs already, and goes on; #MODEL behind it names one of several models. All are
     compared with the first baseline. Each repetition serves them one after the other, and the one that goes first
     changes. With --eval-text, the table and the plot also have what each way costs in quality. The key in VLLM_API_KEY,
@@ -95,10 +97,12 @@ def bench(
     if not tokenizers:
         raise RiaError("No side is a folder or a hub id. The prompts need the tokenizer of one: add it as a side.")
     text = None if eval_text is None else TextQuality(eval_text, load["seq_len"], load["eval_tokens"])
-    concurrency = parse_concurrency(load["concurrency"])
+    concurrency, monitor = parse_concurrency(load["concurrency"]), Monitor()
     for side in sides:
         if is_url(side.model):
             found_running(side.model)  # now, and not only after the hours that others take
+    with monitor.live():
+        sides = [quantized(side, folder / "gguf", monitor) for side in sides]
     arguments = shlex.split(serve_args)
     if not any("prefix-caching" in a for a in arguments):
         # Warm-up requests repeat the first prompt, and a load from --data repeats those of loads before it.

@@ -62,8 +62,14 @@ def engine_of(model: str) -> Engine:
     """What serves a model; of a URL, as long as it was not asked."""
     if is_url(model):
         return OpenAi()
-    return LlamaCpp() if model.endswith(".gguf") else Vllm()
+    return LlamaCpp() if model.endswith(".gguf") or quantization_of(model) else Vllm()
 
 
 def is_url(model: str) -> bool:
     return re.match("https?://", model, re.IGNORECASE) is not None
+
+
+def quantization_of(model: str) -> tuple[Path, str] | None:
+    """Folder and type of FOLDER:TYPE; None for other models, and for paths that exist."""
+    found = re.fullmatch(r"(.+):(\w+)", model)
+    return None if found is None or is_url(model) or Path(model).exists() else (Path(found[1]), found[2])
