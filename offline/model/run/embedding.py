@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.model.run.hf import explained
-from ria_vllm.offline.model.run.layer_call import LayerCall, Slot, tensors_mapped
+from ria_vllm.offline.model.run.layer_call import LayerCall, Slot, replaced_forwards, tensors_mapped
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
 # How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
@@ -30,31 +31,43 @@ class Reached(BaseException):
 
 
 class _Forward:
-    """What the shells of one forward pass have in common.
+    """One forward pass in which layers compute nothing, but record how they are called, and pass the stream on.
 
-    calls: how the model calls each layer.
-    streams: into each layer.
-    form: stream -> what the model takes for a layer's output.
-    disturb: changes the stream behind each layer; None: it is passed on.
+    called: the layers; calls: how the model calls them; streams: into them; returned: behind them.
+
+    Args:
+        form: stream -> what the model takes for a layer's output.
+        place: a layer's number -> what an error about it begins with.
+        disturb: changes the stream behind each layer; None: it is passed on.
+        last: the pass stops at so many calls; 0: it does not.
     """
 
-    def __init__(self, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        self.form, self.disturb = form, disturb
+    def __init__(
+        self,
+        form: Callable,
+        place: Callable[[int], str],
+        disturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        last: int = 0,
+    ):
+        self.form, self.place, self.disturb, self.last = form, place, disturb, last
+        self.called: list[nn.Module] = []
         self.calls: list[LayerCall] = []
         self.streams: list[torch.Tensor] = []
         self.returned: list[torch.Tensor] = []
         self._mappings: list[MutableMapping] = []
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: str, finish: bool) -> Any:
+    def __call__(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a layer's own forward."""
         by_name = "hidden_states" in kwargs
         stream = kwargs.pop("hidden_states") if by_name else args[0]
         args = args if by_name else args[1:]
-        self.streams.append(stream)
         given = {**dict(enumerate(args)), **kwargs}
         mappings = {slot: self._number(value) for slot, value in given.items() if isinstance(value, MutableMapping)}
-        call = LayerCall(args, kwargs, by_name, place, mappings=mappings)
+        call = LayerCall(args, kwargs, by_name, self.place(len(self.calls)), mappings=mappings)
+        self.called.append(layer)
+        self.streams.append(stream)
         self.calls.append(call.mapped(lambda tensor: tensor))  # what is in mappings now, whatever comes into them later
-        if finish:
+        if len(self.calls) == self.last:
             raise Reached
         self.returned.append(stream if self.disturb is None else self.disturb(stream))
         return self.form(self.returned[-1])
@@ -65,26 +78,6 @@ class _Forward:
         if not known:
             self._mappings.append(mapping)
         return known[0] if known else len(self._mappings) - 1
-
-
-class _Shell(nn.Module):
-    """Stands in for a decoder layer: records how the model calls it, and passes the stream on."""
-
-    def __init__(self, layer: nn.Module, forward: _Forward, finish: bool, place: str):
-        super().__init__()
-        self.__dict__["layer"] = layer
-        self.pass_on = forward
-        self.finish = finish
-        self.place = place
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pass_on(args, kwargs, self.place, self.finish)
 
 
 class Embedder:
@@ -115,7 +108,7 @@ class Embedder:
             RiaError: the model does not run, does not call its layers one after another, or changes the stream between
                 them.
         """
-        passed = self._run(tokens, _Forward(self._form))
+        passed = self._passed(tokens, self._form)
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
 
@@ -136,33 +129,30 @@ class Embedder:
         Raises:
             RiaError: the model does not run.
         """
-        passed = _Forward(self._form, lambda _: stream)
-        shells = [_Shell(layer, passed, False, self._place(i)) for i, layer in enumerate(self.model.layers)]
-        return self._run_with(shells, tokens, self.model.model).logits
+        passed = _Forward(self._form, self._place, lambda _: stream)
+        return self._run(passed, tokens, self.model.model).logits
 
-    def _run_with(self, shells: Sequence[nn.Module], tokens: torch.Tensor, module: nn.Module | None = None) -> Any:
-        """Run a module (None: the model without its head), with these in the place of its first layers.
+    def _run(self, passed: _Forward, tokens: torch.Tensor, module: nn.Module | None = None) -> Any:
+        """Run a module (None: the model without its head) whose layers only pass the stream on.
 
         Returns:
-            Its output; None if one of the shells says that it was reached.
+            Its output; None if the pass stopped before.
         """
-        layers = self.model.layers
-        own = list(layers)
-        for index, shell in enumerate(shells):
-            layers[index] = shell
+        unusable = self.unusable if module is None else "the model's head does not run by itself"
         try:
-            with explained(self.unusable if module is None else "the model's head does not run by itself"):
+            with replaced_forwards({layer: partial(passed, layer) for layer in self.model.layers}), explained(unusable):
                 return (module or self.base)(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
             return None
-        finally:
-            for index, layer in enumerate(own):
-                layers[index] = layer
 
-    def _run(self, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+    def _passed(
+        self, tokens: torch.Tensor, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> _Forward:
+        """A pass up to the last layer; for the arguments see `_Forward`."""
         own = list(self.model.layers)
-        self._run_with([_Shell(layer, passed, layer is own[-1], self._place(i)) for i, layer in enumerate(own)], tokens)
-        if len(passed.calls) != len(own):
+        passed = _Forward(form, self._place, disturb, len(own))
+        self._run(passed, tokens)
+        if list(map(id, passed.called)) != list(map(id, own)):
             raise self._uncalled()
         for index, (stream, before) in enumerate(zip(passed.streams[1:], passed.returned, strict=True), 1):
             if stream is not before:
@@ -226,7 +216,7 @@ class Embedder:
             return (stream, *tensors_mapped(beside, other))
 
         try:
-            return self._run(tokens, _Forward(form, disturb))
+            return self._passed(tokens, form, disturb)
         except RiaError as error:
             raise RiaError(
                 f"{self.model.folder}: {type(self.model.model).__name__} does not run on what its layers return with "
@@ -275,9 +265,9 @@ class Embedder:
         Raises:
             RiaError: the model does not run, or does not call layer 0.
         """
-        layer, passed = self.model.load_layer(0), _Forward(self._form)
-        self._run_with([_Shell(layer, passed, True, self._place(0))], tokens)
-        if not passed.calls:
+        layer, passed = self.model.load_layer(0), _Forward(self._form, self._place, last=1)
+        self._run(passed, tokens)
+        if passed.called[:1] != [layer]:
             raise self._uncalled()
         call, stream = passed.calls[0], passed.streams[0]
         kwargs = {**call.kwargs, "hidden_states": stream} if call.by_name else call.kwargs

@@ -1,6 +1,7 @@
 """How a model calls a decoder layer: everything that the layer reads and writes besides the residual stream."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,6 +97,21 @@ class LayerCall:
         if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
             return list(dict.fromkeys([*self.slots(), *other.slots()]))
         return [slot for slot in self.slots() if not _equal(self[slot], other[slot])]
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules compute something else."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def random_like(left: Mapping[Entry, Any], draw: torch.Generator, like: torch.Tensor) -> Left:
