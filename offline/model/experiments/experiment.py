@@ -5,13 +5,16 @@ All parameters are random, those of norms and biases, too: nothing then holds ju
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -31,6 +34,8 @@ LOWER = (torch.float32, torch.bfloat16, torch.float16)
 
 # How the model calls a layer, and a residual stream [1, tokens, hidden] for this call.
 Batch = tuple[LayerCall, torch.Tensor]
+# A module's name, and what becomes of a tensor there.
+Change = tuple[str, Callable[[Any], Any]]
 
 
 @dataclass(frozen=True)
@@ -90,26 +95,33 @@ class Experiment:
         other._begin(call, stream, torch.Generator().manual_seed(SEED))
         return other
 
-    def run(self, stream: torch.Tensor, left: Left | None = None) -> torch.Tensor:
+    def run(
+        self,
+        stream: torch.Tensor,
+        left: Left | None = None,
+        parameters: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> torch.Tensor:
         """The stream after the layer.
 
         Args:
             left: what it leaves for later layers, and they read, is added here, even if the layer is interrupted.
+            parameters: name -> what the layer has in the place of its own.
         """
         everything: Left = {}
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
+        layer: Any = partial(_with_parameters, self.layer, parameters) if parameters else self.layer
         with torch.no_grad(), all_in_float64():
             try:
-                return call(self.layer, stream.clone(), everything)
+                return call(layer, stream.clone(), everything)
             finally:
                 if left is not None:
                     left.update({entry: value for entry, value in everything.items() if entry in call.leaves})
 
-    def unchanged(self) -> bool:
-        """Whether the layer still computes the same, and leaves the same for later layers."""
+    def unchanged(self, parameters: Mapping[str, torch.Tensor] = MappingProxyType({})) -> bool:
+        """Whether the layer, with other parameters, still computes the same, and leaves the same for later layers."""
         left: Left = {}
-        return self.same(self.run(self.stream, left), left)
+        return self.same(self.run(self.stream, left, parameters), left)
 
     def same(self, output: torch.Tensor, left: Left) -> bool:
         """Whether an output is the layer's own, and so is what is left for later layers."""
@@ -126,7 +138,24 @@ class Experiment:
         return watch(self.layer, lambda: self.run(self.stream))
 
     @contextmanager
-    def disturbed(self, names: Sequence[str]) -> Iterator[None]:
+    def changed(self, read: Iterable[Change] = (), returned: Iterable[Change] = ()) -> Iterator[None]:
+        """Change what linears read, and what modules return: as if their columns and rows were changed, but without
+        copies of these."""
+        hooks = [
+            self.layer.get_submodule(name).register_forward_pre_hook(lambda _, args, f=change: (f(args[0]), *args[1:]))
+            for name, change in read
+        ]
+        hooks += [
+            self.layer.get_submodule(name).register_forward_hook(lambda _, __, output, f=change: f(output))
+            for name, change in returned
+        ]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def disturbed(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Change what these modules return, at random."""
         draw = torch.Generator().manual_seed(SEED + 1)
 
@@ -135,15 +164,11 @@ class Experiment:
                 return tensor
             return tensor * (1 + torch.rand(tensor.shape, dtype=tensor.dtype, generator=draw))
 
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return tree_map_only(torch.Tensor, disturb, output)
+        return self.changed(returned=[(name, partial(tree_map_only, torch.Tensor, disturb)) for name in names])
 
-        hooks = [self.layer.get_submodule(name).register_forward_hook(hook) for name in names]
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
+
+def _with_parameters(layer: nn.Module, parameters: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
+    return functional_call(layer, dict(parameters), args, kwargs)
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
