@@ -61,11 +61,6 @@ class Arguments:
     leaves: Sequence[Entry] = ()
     left: Mapping[bool, LeftBehind] = field(default_factory=dict)
 
-    @property
-    def is_the_same(self) -> bool:
-        """Whether all chunks of one shape have the same arguments."""
-        return not self.made and not self.reads
-
     def given(self, dense: bool, chunk: int) -> Given:
         """What a chunk has of its own.
 
@@ -82,7 +77,7 @@ class Arguments:
             given: of the same chunk; None: nothing.
         """
         call = self.calls[stream.shape]
-        if given is None or self.is_the_same:
+        if given is None:
             return call
 
         def fitting(tensor: torch.Tensor) -> torch.Tensor:

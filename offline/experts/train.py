@@ -6,9 +6,7 @@ contribute now: those before it as they were pruned, those after it still dense.
 errors of those before it, for what the router chose otherwise, and for the drift of what they all read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,13 +14,12 @@ from torch import nn
 from ria_vllm.format import permutation
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
-from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.activations import Activations, AllChunks
 from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, Training, train_block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.progress import Monitor
@@ -99,8 +96,15 @@ class ExpertsTrainer:
                 forward,
                 params,
                 {kind: linear.mask.to(device) for kind, linear in linears.items()},
-                _Made(places, ranks, device, lambda index: self._input(index, expert)),
-                _Made(places, ranks, device, lambda index: self._target(index, expert, dense)),
+                AllChunks(
+                    places,
+                    ranks,
+                    lambda index: self._input(index, expert),
+                    lambda made: tuple(part.to(device) for part in made),
+                ),
+                AllChunks(
+                    places, ranks, lambda index: self._target(index, expert, dense), lambda made: made.to(device)
+                ),
                 Training(
                     passes=recipe.schedule.passes(len(places)),
                     seed=recipe.seed,
@@ -156,29 +160,3 @@ def _norms(wanted: torch.Tensor) -> torch.Tensor:
     """The norm by which each token's error is divided."""
     squares = wanted.square().sum(1)
     return squares.clamp(min=max(SMALLEST * float(squares.median()), 1e-12)).sqrt()
-
-
-T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
-
-
-@dataclass(frozen=True)
-class _Made(Sequence[T]):
-    """What `make` makes of each chunk, when it is asked for: no more than one is in memory.
-
-    All ranks have to ask for the same one at the same time: the rank that holds the chunk broadcasts it.
-
-    places: (rank, number among its chunks) of each.
-    """
-
-    places: Sequence[tuple[int, int]]
-    ranks: Ranks
-    device: torch.device
-    make: Callable[[int], T]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> T:  # type: ignore[override]
-        owner, index = self.places[number]
-        made: T = self.ranks.broadcast(self.make(index) if owner == self.ranks.rank else None, owner)
-        return made.to(self.device) if isinstance(made, torch.Tensor) else tuple(part.to(self.device) for part in made)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from ria_vllm.format.formats import RoundedFormat
-from ria_vllm.offline.calibration.activations import AllChunks
+from ria_vllm.offline.calibration.activations import AllChunks, places_of
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
@@ -49,7 +49,8 @@ def train_sublayer(
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
-    targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
+    places = places_of(streams.total, ranks)
+    targets = AllChunks(places, ranks, streams.dense.__getitem__, lambda one: one.to(runner.device, torch.float32))
     chunks = recipe.schedule.chunks(streams.total, share)
     goals = Subset(targets, chunks)
     channels = channel_weights(goals, sublayer_pass.gains)

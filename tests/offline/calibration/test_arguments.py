@@ -1,14 +1,18 @@
 """What layers read besides the residual stream: kept for each chunk and each of the two streams, and freed."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, LeftBehind
-from ria_vllm.offline.calibration.sublayer_pass import _InputsAndCalls
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.run.sharing import Sharing
 from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
 
 ENTRY, OTHER = (0, "full"), (0, "sliding")
 
@@ -69,6 +73,11 @@ def test_each_chunk_of_each_stream_has_its_own():
     assert not found.left[False].stored and not found.left[True].stored
 
 
+def inputs_and_calls(streams: Activations, arguments: Arguments, ranks: Ranks) -> list:
+    runner: Any = SimpleNamespace(device=torch.device("cpu"))
+    return list(SublayerPass(runner, arguments, Streams(streams, None, 3), ranks, Monitor(), str).inputs_and_calls())
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monkeypatch):
     """Chunk 0 is rank 0's, chunks 1 and 2 are rank 1's."""
@@ -79,7 +88,7 @@ def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monk
     whole = Activations()
     for chunk in range(3):
         whole.append(torch.full((1, 4, 8), float(chunk)))
-    alone = list(_InputsAndCalls(Streams(whole, None, 3), found.of(1), Ranks(), torch.device("cpu")))
+    alone = inputs_and_calls(whole, found.of(1), Ranks())
     own = Activations()
     for chunk in ((0,), (1, 2))[rank]:
         own.append(whole[chunk])
@@ -90,14 +99,13 @@ def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monk
 
     def broadcast(self, value, src):
         assert (value is not None) == (src == rank)
-        others = [(whole[at], found.of(1).given(False, at)) for at in range(3)]
-        at = sent.setdefault("calls", 0) // 2
+        at = sent.setdefault("calls", 0)
         sent["calls"] += 1
-        return others[at][sent["calls"] % 2 == 0] if value is None else value
+        return (whole[at], found.of(1).given(False, at)) if value is None else value
 
     monkeypatch.setattr(Ranks, "broadcast", broadcast)
-    both = list(_InputsAndCalls(Streams(own, None, 3), mine, Ranks(rank, 2), torch.device("cpu")))
+    both = inputs_and_calls(own, mine, Ranks(rank, 2))
     for (stream, call), (expected, wanted) in zip(both, alone, strict=True):
         assert torch.equal(stream, expected) and torch.equal(call[0], wanted[0])
         assert same(call["kept"]["full"], wanted["kept"]["full"])
-    assert sent["calls"] == 6
+    assert sent["calls"] == 3
