@@ -15,8 +15,8 @@ from ria_vllm.format import permutation
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.activations import Activations, AllChunks
-from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads
+from ria_vllm.offline.experts.store import LayerExperts
 from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, Training, train_block
 from ria_vllm.offline.recipe import Recipe
@@ -38,7 +38,7 @@ class ExpertsTrainer:
         monitor: of the progress while that is computed.
     """
 
-    def __init__(self, experts: RoutedExperts, lacking: Activations, monitor: Monitor):
+    def __init__(self, experts: LayerExperts, lacking: Activations, monitor: Monitor):
         self.experts, self.tokens, self.lacking = experts, experts.tokens, lacking
         pruned, dense = self.tokens.pruned, self.tokens.dense
         for index in range(len(pruned)):
@@ -55,7 +55,7 @@ class ExpertsTrainer:
         """From now on, an expert has these weights [out, in], by kind, in the dtype that they are stored in."""
         dense = self.experts.dense(expert)
         self._add(self.tokens.pruned, expert, dense, 1)
-        pruned = {kind: weight.to(self.experts.device, dense[kind].dtype) for kind, weight in pruned.items()}
+        pruned = {kind: weight.to(self.experts.model.device, dense[kind].dtype) for kind, weight in pruned.items()}
         self._add(self.tokens.pruned, expert, pruned, -1)
 
     @torch.no_grad()
@@ -65,7 +65,7 @@ class ExpertsTrainer:
             own, shares = reads.shares_of(index, expert)
             (rows,) = torch.where(own)
             if len(rows):
-                X = reads.inputs[index].to(self.experts.device, torch.float32)
+                X = reads.inputs[index].to(self.experts.model.device, torch.float32)
                 added = output_of(self.experts.module, expert, X, rows.to(X.device), weights).cpu()
                 self.lacking.add(index, rows, added * (sign * shares[rows, None]))
 
@@ -78,7 +78,7 @@ class ExpertsTrainer:
         Returns:
             The same linears, see `after_training`.
         """
-        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.device
+        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.model.device
         names, dense = self.experts.names(expert), self.experts.dense(expert)
         linears = {kind: found[name] for kind, name in names.items()}
         # Copies, to go back.
@@ -133,7 +133,9 @@ class ExpertsTrainer:
         if in_dense is not None:  # nothing says what is lacking for tokens that the expert only leans on
             X = torch.where(own[:, None], X, in_dense)
         lacking = own[:, None] * self.lacking[index][chosen] / self.norms[index][chosen, None]
-        return output(self.experts.module, expert, X.to(self.experts.device), dense).cpu() * scale[:, None] + lacking
+        return (
+            output(self.experts.module, expert, X.to(self.experts.model.device), dense).cpu() * scale[:, None] + lacking
+        )
 
     def _read(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which tokens of a chunk the expert reads; of those, which go to it, and the factor of its output."""

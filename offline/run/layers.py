@@ -15,9 +15,9 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.layer import ExpertsPass
-from ria_vllm.offline.experts.prune import RoutedExperts
+from ria_vllm.offline.experts.prune import shared_order
 from ria_vllm.offline.experts.routing import Reads
-from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.experts.store import ExpertStore, LayerExperts
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies, Unit
 from ria_vllm.offline.run.alone import EachAlone
@@ -275,15 +275,15 @@ class LayerPass:
             fixed = [group for group in stage.pruned if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
             alone = [group for group in stage.pruned if group.linears and not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
-        mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
+        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
         for group in (group for group in stage.pruned if group.experts):
-            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
-            experts = replace(experts, kept=group.experts in stage.kept)
+            is_kept = group.experts in stage.kept
+            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), is_kept)
             order = None
             if group not in fixed:
-                beside = {name: weights[name] for name in group.linears}
+                beside = {name: (weights[name], statistics[name]) for name in group.linears}
                 with self.monitor.phase("permutations"):
-                    order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})
+                    order = experts.order(partial(shared_order, experts, beside))
                 orders |= dict.fromkeys(group.linears, order)
             mixtures.append((experts, order))
         with self.monitor.phase("masks and weights"):
@@ -297,7 +297,7 @@ class LayerPass:
         del found, statistics, linears
         trim()
         for experts, order in mixtures:
-            self.experts.prune(index, experts, order)
+            self.experts.prune(experts, order)
         return solved
 
     def _place(self, index: int, name: str) -> str:
