@@ -9,7 +9,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.experts.run import set_watcher
-from ria_vllm.offline.model.run.embedding import Reached
+from ria_vllm.offline.model.run.layer_call import Reached
 
 
 class Reads:

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experts.run import set_weights
-from ria_vllm.offline.model.run.embedding import first_tensor
-from ria_vllm.offline.model.run.layer_call import LayerCall, Left, tensors_of
+from ria_vllm.offline.model.run.layer_call import LayerCall, Left, first_tensor, tensors_of
 
 # How far apart two outputs may be that are equal but for rounding, relative to the largest value.
 TOLERANCE = 1e-9

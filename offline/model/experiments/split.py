@@ -12,8 +12,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, equal
 from ria_vllm.offline.model.experiments.norms import is_rms_norm
-from ria_vllm.offline.model.run.embedding import Reached
-from ria_vllm.offline.model.run.layer_call import Left, replaced_forwards
+from ria_vllm.offline.model.run.layer_call import Left, read_at, replaced_forwards
 from ria_vllm.offline.model.topology import Group, StandIn
 
 
@@ -132,19 +131,8 @@ def _may_be_replaced(experiment: Experiment, call: Seen, end: Seen) -> bool:
 def _left_before(experiment: Experiment, end: str) -> Left:
     """What the layer has left for later ones when it comes to the module `end`."""
     left: Left = {}
-    if not experiment.left:
-        return left
-
-    def stop(*_: object) -> None:
-        raise Reached
-
-    hook = experiment.layer.get_submodule(end).register_forward_pre_hook(stop)
-    try:
-        experiment.run(experiment.stream, left)
-    except Reached:
-        pass
-    finally:
-        hook.remove()
+    if experiment.left:
+        read_at(experiment.layer.get_submodule(end), lambda: experiment.run(experiment.stream, left))
     return left
 
 

@@ -3,7 +3,7 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,20 +14,11 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.model.run.hf import explained
-from ria_vllm.offline.model.run.layer_call import LayerCall, Slot, replaced_forwards, tensors_mapped
+from ria_vllm.offline.model.run.layer_call import LayerCall, Reached, Slot, replaced_forwards, tensors_mapped
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
 # How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
 TOLERANCE = 1e-5
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What a module reads: the first tensor among the arguments of a call."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-
-
-class Reached(BaseException):
-    """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
 
 
 class _Forward:
