@@ -1,6 +1,6 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,6 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
         )
     count = len(found) // seq_len
     return found[: count * seq_len].view(count, seq_len)
-
-
-def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str) -> None:
-    """Refuse tokens that a model does not know."""
-    largest = max(int(one.max()) for one in windows)
-    if largest >= vocabulary:
-        raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")
 
 
 def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> None:

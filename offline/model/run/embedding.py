@@ -103,11 +103,6 @@ class Embedder:
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
 
-    @property
-    def vocabulary(self) -> int:
-        """The number of tokens that the model knows."""
-        return self.base.get_input_embeddings().num_embeddings
-
     def logits(self, tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """What the model predicts after these tokens if its last layer returns a given stream.
 

@@ -91,6 +91,11 @@ class StreamedModel:
         return self.model.get_submodule(self.base_path).get_input_embeddings().weight.shape[1]
 
     @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return self.model.get_submodule(self.base_path).get_input_embeddings().num_embeddings
+
+    @property
     def is_wrapper(self) -> bool:
         """Whether the model reads more than text, with other modules than its text decoder."""
         return text_config(self.model.config) is not self.model.config
