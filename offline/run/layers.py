@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
@@ -151,7 +152,7 @@ class LayerPass:
 
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
-        layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
+        layer, arguments = self.model.load_layer(index), Arguments(self.embedded.arguments, index)
         place, topology = partial(self._place, index), self.topologies.of(index)
         gains = [gains_of(layer.get_submodule(name), self.model.dtype).float() for name in topology.norms]
         return [
