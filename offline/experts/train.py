@@ -95,7 +95,7 @@ class ExpertsTrainer:
             losses = train_block(
                 forward,
                 params,
-                {kind: linear.mask.to(device) for kind, linear in linears.items()},
+                lambda kind: linears[kind].mask.to(device),
                 AllChunks(
                     places,
                     ranks,

@@ -2,7 +2,7 @@
 round them, if their format has fewer bits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -81,7 +81,7 @@ def train_sublayer(
             losses: tuple[float, float] | None = train_block(
                 runner.run,
                 weights,
-                _Masks(pruned, runner.device),
+                lambda name: pruned[name].mask.to(runner.device),
                 Subset(sublayer_pass.inputs_and_calls(), chunks),
                 goals,
                 replace(training, measure=measure) if ranks.largest(streams.held_out) else training,
@@ -234,19 +234,3 @@ def _rounded(
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
-
-
-class _Masks(Mapping[str, torch.Tensor]):
-    """The masks of the linears, each unpacked and on the device only while it is used."""
-
-    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
-        self.pruned, self.device = pruned, device
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.pruned[name].mask.to(self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pruned)
-
-    def __len__(self) -> int:
-        return len(self.pruned)

@@ -145,8 +145,9 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
         }
         trained = trainer.train(expert, found)
         assert trained.keys() == found.keys() and all(linear.record["trained"] for linear in trained.values())
-        forward, params, masks, inputs, targets, how, _ = calls.pop()
-        assert params.keys() == masks.keys() == set(mixture.layout.kinds) and not how.relative
+        forward, params, mask_of, inputs, targets, how, _ = calls.pop()
+        assert params.keys() == set(mixture.layout.kinds) and not how.relative
+        assert all(torch.equal(mask_of(kind), weight > 0) for kind, weight in mixture.pruned[expert].items())
         taken = 0
         for index in range(2):
             X, choices, shares = reads.inputs[index], reads.choices[index], reads.shares[index]
