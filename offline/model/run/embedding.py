@@ -163,24 +163,19 @@ class Embedder:
             for slot in varying.intersection([*call.slots(), *other.slots()]):
                 both = [one.slots().count(slot) and one[slot] for one in (call, other)]
                 if not all(isinstance(value, torch.Tensor) for value in both) or both[0].shape != both[1].shape:
-                    raise self._unlike(index, slot)
+                    raise RiaError(
+                        f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} "
+                        "that differs between texts and is no tensor of one shape, so they cannot be pruned one by one."
+                    )
         draw = torch.Generator().manual_seed(0)
 
         def disturb(before: torch.Tensor) -> torch.Tensor:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        integers: list[torch.Tensor] = []
-
-        def noted(value: torch.Tensor) -> torch.Tensor:
-            if _has_integers(value):
-                integers.append(value)
-            return value
-
-        tensors_mapped(self.beside, noted)
-        # Integers are tried as they are, and as zeros: a layer may add them, or they are the numbers of tokens, of
-        # which 0 is one.
-        for zeros in (False, True) if integers else (False,):
+        # Integers beside the stream are tried as they are, and as zeros: a layer may add them, or they are the numbers
+        # of tokens, of which 0 is one.
+        for zeros in (False, True):
             self._check_unread(self._disturbed(others, disturb, zeros), expected)
         self.varying, self.beside = frozenset(varying), ()
 
@@ -193,7 +188,7 @@ class Embedder:
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 return disturb(value)
-            return torch.zeros_like(value) if zeros and _has_integers(value) else value
+            return torch.zeros_like(value) if zeros and value.dtype != torch.bool else value
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:
@@ -233,12 +228,6 @@ class Embedder:
             self.model.free_layer(index)
         return one.shape != two.shape or not bool((one - two).abs().max() <= TOLERANCE * two.abs().max())
 
-    def _unlike(self, index: int, slot: Slot) -> RiaError:
-        return RiaError(
-            f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} that differs "
-            "between texts and is no tensor of one shape, so they cannot be pruned one by one."
-        )
-
     def _uncalled(self) -> RiaError:
         return RiaError(
             f"{self.model.folder}: {type(self.model.model).__name__} does not call its decoder layers one after "
@@ -272,10 +261,6 @@ class Embedder:
     def close(self) -> None:
         """Free the weights outside the layers."""
         self.model.free_base()
-
-
-def _has_integers(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _argument(slot: Slot) -> str:
