@@ -9,7 +9,7 @@ import torch
 from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration import data, hub
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.hf import read_config
@@ -33,7 +33,7 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
     """
     count = recipe.windows - recipe.windows_written
     with monitor.phase("reading the text"):
-        text = data.opened(recipe.text)
+        text = hub.opened(recipe.text)
         windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed)
     with monitor.phase("digests of files"):
         return windows, digests.of_text(text, "text")

@@ -10,7 +10,7 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline import digests
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.experts.store import ExpertStore
 from ria_vllm.offline.model.run.architecture import text_config
@@ -192,7 +192,7 @@ class _Run:
             tokens = self.writer.read(CALIBRATION_KEY)[0]["tokens"]
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
-                text = data.opened(self.recipe.calibration)
+                text = hub.opened(self.recipe.calibration)
                 tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text)
             with self.monitor.phase("digests of files"):
                 found = self._digests(text)
