@@ -99,8 +99,6 @@ def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
     total = StatisticsSum(experts.layout.width, with_gram, experts.model.device)
     follows = with_gram and experts.tokens.dense is not None
-    if follows:
-        _no_drift(total)
     for X, dense in experts.tokens.of(expert):
         X = X.to(experts.model.device)
         total.add(X)
@@ -122,8 +120,6 @@ def _reads_of_down(
     layout, device, with_gram = experts.layout, experts.model.device, experts.recipe.needs_gram
     follows, of_output = with_gram and experts.tokens.dense is not None, layout.width < layout.inner
     total = StatisticsSum(layout.inner, with_gram, device)
-    if follows:
-        _no_drift(total, layout.width if of_output else None)
     for X, in_dense in experts.tokens.of(expert):
         read = inner(experts.module, expert, X.to(device), pruned).float()
         total.add(read)
@@ -136,16 +132,3 @@ def _reads_of_down(
             total.add_input_drift(read, wanted)
     place = experts.place(experts.files.linear(expert, DOWN))
     return total.finish(experts.ranks, place, experts.model.dtype)
-
-
-def _no_drift(total: StatisticsSum, out: int | None = None) -> None:
-    """Begin the sums of the drift: a rank that has none of an expert's tokens takes part in those of the others.
-
-    Args:
-        out: out-features of the linear whose output drifts; None: its input does.
-    """
-    nothing = torch.zeros(1, total.width, device=total.device)
-    if out is None:
-        total.add_input_drift(nothing, nothing)
-    else:
-        total.add_output_drift(nothing, torch.zeros(1, out, device=total.device))
