@@ -1,5 +1,7 @@
 """Windows of two kinds of text: some are drawn from a file or a data set, and the dense model writes the others."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ria_vllm.errors import RiaError
@@ -39,3 +41,14 @@ def spread_among(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     found = windows.new_empty(total, windows.shape[1])
     found[is_other], found[~is_other] = others.to(windows.dtype), windows
     return found
+
+
+def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str) -> None:
+    """Refuse tokens that the model `name` does not know.
+
+    Raises:
+        RiaError: there are some.
+    """
+    largest = max(int(one.max()) for one in windows)
+    if largest >= vocabulary:
+        raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")

@@ -14,9 +14,7 @@ from safetensors import safe_open
 
 from ria_vllm.files.open_files import OpenFiles
 
-OPENERS = (
-    "files.open_files", "checkpoint.weight_files", "offline.model.files.tensors"
-)  # fmt: skip
+OPENERS = ("files.open_files", "checkpoint.weight_files")
 
 
 class Moments:

@@ -54,7 +54,7 @@ def interrupted_after_a_layer() -> Iterator[None]:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("ria_vllm.offline.run.compress._say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.run.compress.say_layer", interrupt)
         yield
 
 

@@ -8,8 +8,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ria_vllm.offline.model.experiments.describe import describe
+from ria_vllm.offline.model.experiments.survey import kinds_of
+from ria_vllm.offline.model.run.architecture import decoder_layers
 from ria_vllm.offline.model.run.layer_call import LayerCall
-from ria_vllm.offline.model.topology import Topologies, decoder_layers, kinds_of
+from ria_vllm.offline.model.topology import Topologies
 
 BASE = {
     "vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -22,6 +22,7 @@ from ria_vllm.checkpoint.shards import tensor_entries, weights_digest
 from ria_vllm.checkpoint.writer import SEED, CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.files.open_files import OpenFiles
 from ria_vllm.folder_commands import verify
 from ria_vllm.format import proofs, sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8, INTEGERS
@@ -259,13 +260,17 @@ def test_a_convolution_is_proved_as_a_matrix(pruned_llama, tmp_path, monkeypatch
     r = torch.tensor(r_of(4, SEED, False), dtype=torch.float64)
     torch.testing.assert_close(reader.proofs()["model.conv1d"][:, 0].double(), weight[:, 0].double() @ r)
     assert list(reader.problems()) == []
-    monkeypatch.setattr(Reader, "tensor", damaged(Reader.tensor, "model.conv1d.weight"))
+    monkeypatch.setattr(OpenFiles, "read", damaged(OpenFiles.read, "model.conv1d.weight"))
     (problem,) = reader.problems()
     assert problem.startswith("model.conv1d: its weights are not those")
 
 
-def damaged(tensor, name):
-    return lambda self, wanted: tensor(self, wanted).roll(1, 0) if wanted == name else tensor(self, wanted)
+def damaged(read, name):
+    def damaged_read(self, path, wanted, index=None):
+        found = read(self, path, wanted, index)
+        return found.roll(1, 0) if wanted == name else found
+
+    return damaged_read
 
 
 def test_a_large_matrix_is_proved_block_by_block(pruned_llama, monkeypatch):

@@ -10,7 +10,8 @@ import torch
 from decoders import layers_of, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ria_vllm.offline.model.topology import decoder_layers, linears_of
+from ria_vllm.offline.model.run.architecture import decoder_layers
+from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.vllm_quirks import FUSED, fused_sets, rearranged, served_dense
 
 MIXTURES = (

@@ -3,8 +3,9 @@
 Calibration samples are grouped into chunks. Each rank holds a consecutive share of them (`Ranks.share`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -85,30 +86,33 @@ class Streams:
             self.dense.append(stream)
 
 
-class AllChunks(Sequence[torch.Tensor]):
-    """The chunks of all ranks, float32 on the device.
+T = TypeVar("T")
 
-    All ranks have to ask for the same chunk at the same time: the one that holds it broadcasts it.
 
-    Args:
-        own: this rank's chunks.
-        total: the number of chunks of all ranks.
+@dataclass(frozen=True)
+class AllChunks(Sequence[T]):
+    """What is made of each chunk of all ranks when it is asked for: no more than one is in memory.
+
+    All ranks have to ask for the same one at the same time: the one that holds the chunk broadcasts what it makes.
+
+    places: (rank, number among its chunks) of each.
+    make: number among this rank's chunks -> tensors, in tuples and mappings.
+    use: what `make` returned, anywhere -> what is asked for, on this rank's device.
     """
 
-    def __init__(self, own: Activations, total: int, ranks: Ranks, device: torch.device):
-        self.own, self.total, self.ranks, self.device = own, total, ranks, device
+    places: Sequence[tuple[int, int]]
+    ranks: Ranks
+    make: Callable[[int], Any]
+    use: Callable[[Any], T]
 
     def __len__(self) -> int:
-        return self.total
+        return len(self.places)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if not 0 <= index < self.total:
-            raise IndexError(index)
-        owner, own = self.place(index)
-        chunk = None if own is None else self.own[own]
-        return self.ranks.broadcast(chunk, owner).to(self.device, torch.float32)
+    def __getitem__(self, number: int) -> T:  # type: ignore[override]
+        owner, own = self.places[number]
+        return self.use(self.ranks.broadcast(self.make(own) if owner == self.ranks.rank else None, owner))
 
-    def place(self, index: int) -> tuple[int, int | None]:
-        """The rank that holds a chunk, and its number among those of this rank if that is the one."""
-        owner = next(rank for rank in range(self.ranks.size) if index in self.ranks.share(self.total, rank))
-        return owner, index - self.ranks.share(self.total).start if owner == self.ranks.rank else None
+
+def places_of(total: int, ranks: Ranks) -> list[tuple[int, int]]:
+    """(rank, number among its chunks) of each of so many chunks."""
+    return [(rank, number) for rank in range(ranks.size) for number in range(len(ranks.share(total, rank)))]

@@ -1,44 +1,43 @@
 """What layers read besides the residual stream, for this rank's chunks: tensors made from the text, and what earlier
 layers have left."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, Slot, tensors_mapped
+from ria_vllm.offline.model.run.layer_call import LayerCall, Left, Slot, tensors_mapped
 from ria_vllm.offline.model.run.sharing import Sharing
 
 # What one call of a layer needs besides what all calls of its shape have in common.
 Given = tuple[dict[Slot, torch.Tensor], Left]
 
 
-class LeftBehind:
-    """What layers leave for later ones, for this rank's chunks of one residual stream.
+class OfChunks:
+    """Tensors, and tuples of them, that each of this rank's chunks has of its own.
 
     Args:
-        stored_dtype: of its floats; None: as they come.
+        stored_dtype: of floats; None: as they come.
     """
 
     def __init__(self, stored_dtype: torch.dtype | None = None):
         self.stored_dtype = stored_dtype
-        self.stored: dict[Entry, dict[int, Any]] = {}
+        self.stored: dict[Hashable, dict[int, Any]] = {}
 
-    def of(self, chunk: int, entries: Sequence[Entry]) -> Left:
-        """These entries, as they were left for a chunk, on the CPU."""
-        return {entry: self.stored[entry][chunk] for entry in entries}
+    def of(self, chunk: int, keys: Collection[Any]) -> dict[Any, Any]:
+        """What was put there under these keys, on the CPU."""
+        return {key: self.stored[key][chunk] for key in keys}
 
-    def put(self, chunk: int, left: Mapping[Entry, Any]) -> None:
-        """Keep what a layer has left for a chunk: tensors, and tuples of them."""
-        for entry, value in left.items():
-            self.stored.setdefault(entry, {})[chunk] = tensors_mapped(value, self._narrow)
+    def put(self, chunk: int, values: Mapping[Any, Any]) -> None:
+        """Keep these values, in the place of earlier ones."""
+        for key, value in values.items():
+            self.stored.setdefault(key, {})[chunk] = tensors_mapped(value, self._narrow)
 
-    def drop(self, entries: set[Entry]) -> None:
-        """Free what no layer reads any more."""
-        for entry in entries & self.stored.keys():
-            del self.stored[entry]
+    def drop(self, keys: Collection[Any]) -> None:
+        """Free what nothing reads any more."""
+        for key in keys:
+            self.stored.pop(key, None)
 
     def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
         # A copy, because it may be a view of something larger.
@@ -46,25 +45,38 @@ class LeftBehind:
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """How one layer is called, for each of this rank's chunks.
+class AllArguments:
+    """The arguments of all layers.
 
-    calls: by the shape of the stream.
-    made: what is made from the text, for each argument.
-    reads, leaves: what the layer reads of earlier layers, and what it leaves that later ones read.
-    left: what earlier layers have left, for the pruned stream and the dense one.
+    calls: of each layer, by the shape of the stream.
+    made: what is made from the text, by layer and argument.
+    sharing: what layers leave for later ones.
+    left: what they have left so far, for the pruned stream (False) and the dense one (True).
     """
 
-    calls: Mapping[torch.Size, LayerCall]
-    made: Mapping[Slot, Activations] = field(default_factory=dict)
-    reads: Sequence[Entry] = ()
-    leaves: Sequence[Entry] = ()
-    left: Mapping[bool, LeftBehind] = field(default_factory=dict)
+    calls: Mapping[torch.Size, Sequence[LayerCall]]
+    made: OfChunks
+    sharing: Sharing
+    left: Mapping[bool, OfChunks]
 
-    @property
-    def is_the_same(self) -> bool:
-        """Whether all chunks of one shape have the same arguments."""
-        return not self.made and not self.reads
+    def made_for(self, index: int) -> list[tuple[int, Slot]]:
+        """What of `made` layer `index` reads."""
+        call = next(iter(self.calls.values()))[index]
+        return [(index, slot) for slot in sorted(call.varying, key=str)]
+
+    def free(self, index: int) -> None:
+        """Free what no layer needs after layer `index`."""
+        self.made.drop(self.made_for(index))
+        for left in self.left.values():
+            left.drop(self.sharing.done(index))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """How layer `index` is called, for each of this rank's chunks."""
+
+    every: AllArguments
+    index: int
 
     def given(self, dense: bool, chunk: int) -> Given:
         """What a chunk has of its own.
@@ -72,8 +84,9 @@ class Arguments:
         Args:
             dense: in the dense model, or in the pruned one.
         """
-        made = {slot: stored[chunk] for slot, stored in self.made.items()}
-        return made, self.left[dense].of(chunk, self.reads) if self.reads else {}
+        made = self.every.made.of(chunk, self.every.made_for(self.index))
+        left = self.every.left[dense].of(chunk, sorted(self.every.sharing.before(self.index), key=str))
+        return {slot: value for (_, slot), value in made.items()}, left
 
     def call(self, stream: torch.Tensor, given: Given | None = None) -> LayerCall:
         """The call for one stream, on its device; what is given has its dtype.
@@ -81,49 +94,17 @@ class Arguments:
         Args:
             given: of the same chunk; None: nothing.
         """
-        call = self.calls[stream.shape]
-        if given is None or self.is_the_same:
+        call = self.every.calls[stream.shape][self.index]
+        if given is None:
             return call
 
         def fitting(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(stream.device, stream.dtype if tensor.is_floating_point() else tensor.dtype)
 
-        made, left = given
-        return call.replaced({slot: fitting(tensor) for slot, tensor in made.items()}).with_left(
-            {entry: tensors_mapped(value, fitting) for entry, value in left.items()}
-        )
+        made, left = (tensors_mapped(values, fitting) for values in given)
+        return call.replaced(made).with_left(left)
 
-    def put(self, dense: bool, chunk: int, left: Mapping[Entry, Any]) -> None:
+    def put(self, dense: bool, chunk: int, left: Left) -> None:
         """Keep what the layer has left for a chunk, as far as later layers read it."""
-        kept = {entry: value for entry, value in left.items() if entry in self.leaves}
-        if kept:
-            self.left[dense].put(chunk, kept)
-
-
-@dataclass(frozen=True)
-class AllArguments:
-    """The arguments of all layers.
-
-    calls: of each layer, by the shape of the stream.
-    made: for each layer, what is made from the text.
-    sharing: what layers leave for later ones.
-    left: what they have left so far, for the pruned stream (False) and the dense one (True).
-    """
-
-    calls: Mapping[torch.Size, Sequence[LayerCall]]
-    made: Sequence[Mapping[Slot, Activations]]
-    sharing: Sharing
-    left: Mapping[bool, LeftBehind]
-
-    def of(self, index: int) -> Arguments:
-        """Those of layer `index`."""
-        calls = {shape: calls[index] for shape, calls in self.calls.items()}
-        reads = sorted(self.sharing.before(index), key=str)
-        return Arguments(calls, self.made[index], reads, self.sharing.kept(index), self.left)
-
-    def free(self, index: int) -> None:
-        """Free what no layer needs after layer `index`."""
-        for stored in self.made[index].values():
-            stored.remove()
-        for left in self.left.values():
-            left.drop(self.sharing.done(index))
+        leaves = self.every.sharing.kept(self.index)
+        self.every.left[dense].put(chunk, {entry: value for entry, value in left.items() if entry in leaves})

@@ -38,15 +38,6 @@ LEAST_BATCH, MOST_BATCH = 8, 256
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-def opened(source: str) -> str | HubText:
-    """A data set of the hub, which then knows its commit; any other source as it is.
-
-    Raises:
-        RiaError: the data set cannot be had.
-    """
-    return hub.opened(source) if source in hub.DATASETS else source
-
-
 def from_text(source: str | HubText, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
     """Samples drawn from a text: windows that do not overlap, chosen and ordered by the seed.
 

@@ -10,7 +10,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations, Streams
-from ria_vllm.offline.calibration.arguments import AllArguments, LeftBehind
+from ria_vllm.offline.calibration.arguments import AllArguments, OfChunks
 from ria_vllm.offline.model.experiments.survey import survey
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.embedding import Embedder
@@ -67,14 +67,10 @@ def embed(
         )
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
-
-    def empty(floats: bool = True) -> Activations:
-        return Activations(model.dtype, stored_dtype) if floats else Activations()
-
     own = [chunks[index] for index in ranks.share(len(chunks))]
     measured = [others[index] for index in ranks.share(len(others))]
-    streams = Streams(empty(), empty() if recipe.follows_dense else None, len(chunks), len(measured))
-    left = {dense: LeftBehind(stored_dtype) for dense in (False, True)}
+    pruned, dense = (Activations(model.dtype, stored_dtype) for _ in range(2))
+    streams = Streams(pruned, dense if recipe.follows_dense else None, len(chunks), len(measured))
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
@@ -83,29 +79,26 @@ def embed(
         ends = [*chunks[:1], *chunks[-1:], *others[:1], *others[-1:]]
         known = {stream.shape: (calls, stream) for stream, calls in map(embedder, ends)}
         first, stream = next(iter(known.values()))
-        made = [
-            {slot: empty(call[slot].is_floating_point()) for slot in sorted(call.varying, key=str)} for call in first
-        ]
         calls = {shape: calls for shape, (calls, _) in known.items()}
         sharing = find_sharing(model.layers, first, stream)
         _check_shared(model, sharing)
-        arguments = AllArguments(calls, made, sharing, left)
+        left = {is_dense: OfChunks(stored_dtype) for is_dense in (False, True)}
+        arguments = AllArguments(calls, OfChunks(stored_dtype), sharing, left)
         del known, stream
         # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
         if topologies is None:
             with monitor.phase("structure of the layers"):
                 changes = bool(recipe.migration_strength or recipe.rotates_heads)
                 topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1], changes) if ranks.first else None)
-        for text in monitor.steps(own + measured, "embedding", len(own + measured)):
+        for number, text in enumerate(monitor.steps(own + measured, "embedding", len(own + measured))):
             stream, found = embedder(text)
-            for call, other, varying in zip(calls[stream.shape], found, made, strict=True):
-                if set(call.differences(other)) - varying.keys():
+            for index, (call, other) in enumerate(zip(calls[stream.shape], found, strict=True)):
+                if set(call.differences(other)) - call.varying:
                     raise RiaError(
                         f"{model.folder}: {type(model.model).__name__} passes its layers inputs besides the residual "
                         "stream that differ between texts, so they cannot be pruned one by one."
                     )
-                for slot, stored in varying.items():
-                    stored.append(other[slot])
+                arguments.made.put(number, {key: other[key[1]] for key in arguments.made_for(index)})
             streams.append(stream)
         embedder.close()
     return Embedded(streams, topologies, arguments, measured)

@@ -26,15 +26,17 @@ class HubText:
     rows: Iterator[Mapping[str, Any]]
 
 
-def opened(name: str) -> HubText:
+def opened(name: str) -> str | HubText:
     """The training part of a data set, from the hub, or from the cache of `datasets` if the hub cannot be reached.
 
     Args:
-        name: a key of DATASETS.
+        name: a key of DATASETS; any other source of text is returned as it is.
 
     Raises:
         RiaError: it is neither on the hub nor in the cache.
     """
+    if name not in DATASETS:
+        return name
     from datasets import load_dataset_builder
 
     repository, configuration, streaming = DATASETS[name]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,8 +9,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.experiments.split import replaced
-from ria_vllm.offline.model.run.embedding import Reached, first_tensor
-from ria_vllm.offline.model.run.layer_call import LayerCall, Left
+from ria_vllm.offline.model.run.layer_call import LayerCall, Left, Reached, read_at
 from ria_vllm.offline.model.topology import Sublayer
 
 # A norm's gain, in units of the median, with which a linear makes up for half of what the stream lacks.
@@ -65,7 +63,10 @@ class SublayerRunner:
             if self.sublayer.ends_before is None:
                 return call(self.layer, stream, left)
             end = self.layer.get_submodule(self.sublayer.ends_before)
-            return _input_of(end, lambda: call(self.layer, stream, left)).view_as(stream)
+            found = read_at(end, lambda: call(self.layer, stream, left))
+        if found is None:
+            raise RiaError(f"a decoder layer ran without its {type(end).__name__}: not supported.")
+        return found.view_as(stream)
 
     def watch(
         self, stream: torch.Tensor, call: LayerCall, linears: Sequence[str], to_the_end: bool = False
@@ -99,25 +100,3 @@ class SublayerRunner:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _input_of(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
-    """The first tensor that `module` gets during `run`, which stops there."""
-    found: list[torch.Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensor = first_tensor(args, kwargs)
-        if tensor is not None:
-            found.append(tensor)
-            raise Reached
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        run()
-    except Reached:
-        if not found:
-            raise  # another hook stopped the pass
-        return found[0]
-    finally:
-        handle.remove()
-    raise RiaError(f"a decoder layer ran without its {type(module).__name__}: not supported.")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.activations import Activations, AllChunks, Streams
-from ria_vllm.offline.calibration.arguments import Arguments
+from ria_vllm.offline.calibration.activations import Activations, AllChunks, Streams, places_of
+from ria_vllm.offline.calibration.arguments import Arguments, Given
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.model.experiments.norms import rms_factors
@@ -107,7 +107,17 @@ class SublayerPass:
 
         All ranks have to ask for the same chunk at the same time.
         """
-        return _InputsAndCalls(self.streams, self.arguments, self.ranks, self.runner.device)
+
+        def use(made: tuple[torch.Tensor, Given]) -> tuple[torch.Tensor, LayerCall]:
+            stream = made[0].to(self.runner.device, torch.float32)
+            return stream, self.arguments.call(stream, made[1])
+
+        return AllChunks(
+            places_of(self.streams.total, self.ranks),
+            self.ranks,
+            lambda index: (self.streams.pruned[index], self.arguments.given(False, index)),
+            use,
+        )
 
     def held_out(self) -> Iterator[tuple[torch.Tensor, LayerCall, torch.Tensor]]:
         """This rank's held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
@@ -171,23 +181,6 @@ class SublayerPass:
                 raise RiaError(
                     f"{place}: not used in this layer, but in others like it. Leave it dense: --ignore {ending}"
                 )
-
-
-class _InputsAndCalls(Sequence[tuple[torch.Tensor, LayerCall]]):
-    def __init__(self, streams: Streams, arguments: Arguments, ranks: Ranks, device: torch.device):
-        self.chunks = AllChunks(streams.pruned, streams.total, ranks, device)
-        self.arguments, self.ranks = arguments, ranks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, LayerCall]:
-        stream = self.chunks[index]
-        if self.arguments.is_the_same:
-            return stream, self.arguments.call(stream)
-        owner, own = self.chunks.place(index)
-        given = None if own is None else self.arguments.given(False, own)
-        return stream, self.arguments.call(stream, self.ranks.broadcast(given, owner))
 
 
 def _tokens(stream: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,6 @@ from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher import Origin, located
 from ria_vllm.offline.distill.text import (
     check_texts,
-    check_vocabulary,
     context_of,
     held_out_texts,
     same_tokens,
@@ -37,7 +36,7 @@ from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.run.work import begun_run, work_folder
 from ria_vllm.offline.runtime.ranks import Ranks
-from ria_vllm.offline.self_written import spread_among
+from ria_vllm.offline.self_written import check_vocabulary, spread_among
 from ria_vllm.progress import Monitor
 
 TEXT_KEY = "text"

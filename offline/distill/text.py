@@ -1,6 +1,6 @@
 """The text that a student is trained and measured on, as windows of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline import digests
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration import data, hub
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.hf import read_config
@@ -33,7 +33,7 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
     """
     count = recipe.windows - recipe.windows_written
     with monitor.phase("reading the text"):
-        text = data.opened(recipe.text)
+        text = hub.opened(recipe.text)
         windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed)
     with monitor.phase("digests of files"):
         return windows, digests.of_text(text, "text")
@@ -76,13 +76,6 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
         )
     count = len(found) // seq_len
     return found[: count * seq_len].view(count, seq_len)
-
-
-def check_vocabulary(windows: Iterable[torch.Tensor], vocabulary: int, name: str) -> None:
-    """Refuse tokens that a model does not know."""
-    largest = max(int(one.max()) for one in windows)
-    if largest >= vocabulary:
-        raise RiaError(f"{name}: its tokenizer produces token {largest}, but the model knows only {vocabulary} tokens.")
 
 
 def same_tokens(one: Any, other: Any, names: tuple[Path | str, Path | str]) -> None:

@@ -1,17 +1,16 @@
 """The routed experts of one layer after another: what they read, their pruning, and running them pruned."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
-from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
-from ria_vllm.offline.experts.prune import RoutedExperts, prune_expert, shared_order
+from ria_vllm.offline.experts.prune import prune_expert
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
-from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.experts.store import ExpertStore, LayerExperts
 from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.run import set_weights
 from ria_vllm.offline.runtime.memory import trim
@@ -45,45 +44,23 @@ class ExpertsPass:
         stream = self.streams.dense
         return {} if stream is None else {path: self._reads(index, sublayer_pass, path, stream) for path in paths}
 
-    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None) -> RoutedExperts:
+    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, kept: bool) -> LayerExperts:
         """The experts at `path`, with what they read now, for the other methods.
 
         Args:
             dense: what they read in the dense model.
+            kept: see `LayerExperts`.
         """
-        files = self.model.experts[index][path]
-        pruned = self._reads(index, sublayer_pass, path, self.streams.pruned)
-        total = RoutedTokens.count(pruned, files.layout.num_experts)
+        experts = self.store.of(index, path)
+        pruned, layout = self._reads(index, sublayer_pass, path, self.streams.pruned), experts.layout
+        total = RoutedTokens.count(pruned, layout.num_experts)
         self.ranks.all_reduce(total)
-        return RoutedExperts(
-            module=sublayer_pass.runner.layer.get_submodule(path),
-            files=files,
-            dense=self.model.from_files(index, path),
-            tokens=RoutedTokens(pruned, dense, max(files.layout.width, files.layout.inner), total),
-            recipe=self.recipe,
-            ranks=self.ranks,
-            device=self.model.device,
-            compute_dtype=self.model.dtype,
-            dtype=self.model.stored_dtype,
-            place=lambda name: f"{self.model.folder}: {name}",
-        )
+        return replace(experts, routed=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total), kept=kept)
 
-    def order(
-        self,
-        index: int,
-        experts: RoutedExperts,
-        weights: Mapping[str, torch.Tensor],
-        statistics: Mapping[str, Statistics],
-    ) -> torch.Tensor | None:
-        """`shared_order`, or what an interrupted run has found."""
-        search = partial(shared_order, experts, weights, statistics)
-        return self.store.order(index, experts.layout.path, search)
-
-    def prune(self, index: int, experts: RoutedExperts, order: torch.Tensor | None) -> None:
-        """Prune all experts that the store does not have, and put them there."""
-        store, path = self.store, experts.layout.path
+    def prune(self, experts: LayerExperts, order: torch.Tensor | None) -> None:
+        """Prune all experts that are not in the work folder, and put them there."""
         numbers = range(experts.layout.num_experts)
-        kept = self.ranks.broadcast([store.has(index, path, expert) for expert in numbers])
+        kept = self.ranks.broadcast([experts.has(expert) for expert in numbers])
         trainer = None
         if self.recipe.trains_experts and not experts.kept and not all(kept):
             lacking = Activations()
@@ -94,25 +71,25 @@ class ExpertsPass:
                 pruned = prune_expert(experts, expert, order)
                 if trainer is not None:
                     pruned = trainer.train(expert, pruned)
-                store.write(index, path, expert, pruned)
+                experts.write(expert, pruned)
                 del pruned
                 trim()
             if trainer is not None and not all(kept[expert + 1 :]):
-                trainer.account(expert, store.weights(index, path, expert))
+                trainer.account(expert, experts.weights(expert))
         self.ranks.barrier()  # before the others read what the first one has written
 
     def use_pruned(self, index: int, path: str) -> None:
-        """Let the experts of a loaded layer be run with the weights in the store."""
-        store = self.store
+        """Let the experts of a loaded layer be run with their pruned weights."""
+        experts = self.store.of(index, path)
 
         def weights(expert: int) -> dict[str, torch.Tensor]:
-            found = store.weights(index, path, expert)
+            found = experts.weights(expert)
             return {kind: weight.to(self.model.device, self.model.dtype) for kind, weight in found.items()}
 
-        set_weights(self.model.layers[index].get_submodule(path), weights)
+        set_weights(experts.module, weights)
 
     def _reads(self, index: int, sublayer_pass: SublayerPass, path: str, stream: Activations) -> Reads:
-        experts, reads = sublayer_pass.runner.layer.get_submodule(path), Reads(stream)
+        experts, reads = self.store.of(index, path), Reads(stream)
         self._kept.append(reads)
-        read_by(experts, sublayer_pass, stream, reads, f"{self.model.folder}: {self.model.experts[index][path].module}")
+        read_by(experts.module, sublayer_pass, stream, reads, experts.place(experts.files.module))
         return reads

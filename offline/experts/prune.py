@@ -1,21 +1,17 @@
 """Prune the routed experts of one layer, one by one: no more than one of them is in memory."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from ria_vllm.format import permutation
-from ria_vllm.hf.experts_layout import DOWN, ExpertsLayout
+from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
-from ria_vllm.offline.experts.routing import RoutedTokens
-from ria_vllm.offline.model.experts.files import ExpertFiles
-from ria_vllm.offline.model.experts.run import Weights, inner
+from ria_vllm.offline.experts.store import LayerExperts
+from ria_vllm.offline.model.experts.run import inner
 from ria_vllm.offline.model.topology import Group
-from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, score, solve
 from ria_vllm.offline.transforms import permute
@@ -25,47 +21,11 @@ from ria_vllm.offline.transforms import permute
 SEARCHED_ROWS = 8192
 
 
-@dataclass(frozen=True)
-class RoutedExperts:
-    """The experts of one layer while they are pruned.
-
-    module: of transformers, whose weights are nowhere as a whole.
-    files: where the model's files have them.
-    dense: the weights of its experts, on the device in the dtype of the computations.
-    tokens: that they read.
-    device: of the computations, whose dtype is `compute_dtype`; `dtype` is the checkpoint's.
-    place: a linear's written name -> what an error about it begins with.
-    kept: they have the pattern already, and keep their masks.
-    """
-
-    module: nn.Module
-    files: ExpertFiles
-    dense: Weights
-    tokens: RoutedTokens
-    recipe: Recipe
-    ranks: Ranks
-    device: torch.device
-    compute_dtype: torch.dtype
-    dtype: torch.dtype
-    place: Callable[[str], str]
-    kept: bool = False
-
-    @property
-    def layout(self) -> ExpertsLayout:
-        return self.files.layout
-
-    def names(self, expert: int) -> dict[str, str]:
-        """Linear ("gate", "up", "down") -> its written name."""
-        return {kind: self.files.linear(expert, kind) for kind in self.layout.kinds}
-
-
-def shared_order(
-    experts: RoutedExperts, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
-) -> torch.Tensor | None:
+def shared_order(experts: LayerExperts, beside: Mapping[str, tuple[torch.Tensor, Statistics]]) -> torch.Tensor | None:
     """The order of the residual stream that the gate and up projections of all experts share.
 
     Args:
-        weights, statistics: of other linears that share it, those of the shared expert; by their names.
+        beside: weights [out, in] and statistics of other linears that share it, those of the shared expert.
 
     Returns:
         int64 [width] on the CPU; None for the model's own order.
@@ -73,9 +33,9 @@ def shared_order(
     recipe, layout = experts.recipe, experts.layout
     if recipe.permute == "none":
         return None
-    rows = len(layout.first) * layout.inner * layout.num_experts + sum(map(len, weights.values()))
+    rows = len(layout.first) * layout.inner * layout.num_experts + sum(len(weight) for weight, _ in beside.values())
     step = -(-rows // SEARCHED_ROWS)
-    parts = [score(weights[name], statistics[name], recipe)[::step] for name in weights]
+    parts = [score(*one, recipe)[::step] for one in beside.values()]
     for expert in range(layout.num_experts):
         found = experts.dense(expert)
         norms = _reads(experts, expert, with_gram=False)
@@ -89,7 +49,7 @@ def shared_order(
     return experts.ranks.broadcast(p)
 
 
-def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
     """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
     Args:
@@ -104,7 +64,7 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
     orders = dict.fromkeys(first, order)
     found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), orders)
     trim()
-    pruned = {kind: found[name].weight.to(experts.device) for kind, name in zip(layout.first, first, strict=True)}
+    pruned = {kind: found[name].weight.to(experts.model.device) for kind, name in zip(layout.first, first, strict=True)}
     found |= _solved(experts, [down], weights, _reads_of_down(experts, expert, dense, pruned))
     trim()
     counts = {"tokens": experts.tokens.counts[expert]} if recipe.reads_text else {}
@@ -114,7 +74,7 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
 
 
 def _solved(
-    experts: RoutedExperts,
+    experts: LayerExperts,
     names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
     read: Statistics,
@@ -132,26 +92,24 @@ def _solved(
     elif orders is None:
         orders = find_orders([Group(tuple(names))], weights, statistics, recipe, ranks)
     linears = {name: ToPrune(weights[name], read, orders[name], experts.kept) for name in names}
-    return solve(linears, recipe, ranks, experts.dtype, experts.place)
+    return solve(linears, recipe, ranks, experts.model.stored_dtype, experts.place)
 
 
-def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
+def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
-    total = StatisticsSum(experts.layout.width, with_gram, experts.device)
+    total = StatisticsSum(experts.layout.width, with_gram, experts.model.device)
     follows = with_gram and experts.tokens.dense is not None
-    if follows:
-        _no_drift(total)
     for X, dense in experts.tokens.of(expert):
-        X = X.to(experts.device)
+        X = X.to(experts.model.device)
         total.add(X)
         if follows:
-            total.add_input_drift(X, dense.to(experts.device))
+            total.add_input_drift(X, dense.to(experts.model.device))
     place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
-    return total.finish(experts.ranks, place, experts.compute_dtype)
+    return total.finish(experts.ranks, place, experts.model.dtype)
 
 
 def _reads_of_down(
-    experts: RoutedExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+    experts: LayerExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
 ) -> Statistics:
     """The statistics of what down reads, and how far that is from what it reads in the dense model.
 
@@ -159,11 +117,9 @@ def _reads_of_down(
         dense: the expert's weights by kind.
         pruned: those of gate and up.
     """
-    layout, device, with_gram = experts.layout, experts.device, experts.recipe.needs_gram
+    layout, device, with_gram = experts.layout, experts.model.device, experts.recipe.needs_gram
     follows, of_output = with_gram and experts.tokens.dense is not None, layout.width < layout.inner
     total = StatisticsSum(layout.inner, with_gram, device)
-    if follows:
-        _no_drift(total, layout.width if of_output else None)
     for X, in_dense in experts.tokens.of(expert):
         read = inner(experts.module, expert, X.to(device), pruned).float()
         total.add(read)
@@ -175,17 +131,4 @@ def _reads_of_down(
         else:
             total.add_input_drift(read, wanted)
     place = experts.place(experts.files.linear(expert, DOWN))
-    return total.finish(experts.ranks, place, experts.compute_dtype)
-
-
-def _no_drift(total: StatisticsSum, out: int | None = None) -> None:
-    """Begin the sums of the drift: a rank that has none of an expert's tokens takes part in those of the others.
-
-    Args:
-        out: out-features of the linear whose output drifts; None: its input does.
-    """
-    nothing = torch.zeros(1, total.width, device=total.device)
-    if out is None:
-        total.add_input_drift(nothing, nothing)
-    else:
-        total.add_output_drift(nothing, torch.zeros(1, out, device=total.device))
+    return total.finish(experts.ranks, place, experts.model.dtype)

@@ -9,7 +9,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.experts.run import set_watcher
-from ria_vllm.offline.model.run.embedding import Reached
+from ria_vllm.offline.model.run.layer_call import Reached
 
 
 class Reads:
@@ -104,8 +104,11 @@ class RoutedTokens:
         return max(0, min(self.enough, self.tokens) - self.counts[expert])
 
     def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
-        yield from (self.chunk(index, expert) for index in self.chunks(expert))
+        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one.
+
+        If there are none here, one without tokens: this rank takes part in the sums of the others.
+        """
+        yield from (self.chunk(index, expert) for index in self.chunks(expert) or [0])
 
     def chunks(self, expert: int) -> list[int]:
         """The numbers of this rank's chunks in which the expert reads something."""

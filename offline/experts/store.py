@@ -1,4 +1,5 @@
-"""Pruned experts in the work folder, each a unit of its own, so that a run can be resumed in the middle of a layer."""
+"""The experts of a layer. Pruned ones are in the work folder, each a unit of its own, so that a run can be resumed in
+the middle of a layer."""
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -8,8 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ria_vllm.checkpoint.writer import CheckpointWriter, disk_errors
+from ria_vllm.hf.experts_layout import ExpertsLayout
+from ria_vllm.offline.experts.routing import RoutedTokens
+from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
@@ -30,67 +35,15 @@ class ExpertStore:
     recipe: Recipe
     ranks: Ranks
 
-    def has(self, index: int, path: str, expert: int) -> bool:
-        return self.writer.has(_key(index, path, expert))
-
-    def order(self, index: int, path: str, search: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """The order that the experts of one place share.
-
-        It is kept, because another search could find another one: on another machine, for example, or with more
-        threads.
-
-        Args:
-            search: finds it, if it is not yet there; all ranks take part.
-
-        Returns:
-            int64 [width] on the CPU; None for the model's own order.
-        """
-        key = _key(index, path, "order")
-        if self.ranks.broadcast(self.writer.has(key)):
-            return self.ranks.broadcast(self.writer.read(key)[0].get("order") if self.ranks.first else None)
-        order = search()
-        if self.ranks.first:
-            self.writer.write(key, {} if order is None else {"order": order})
-        return order
-
-    def write(self, index: int, path: str, expert: int, pruned: Mapping[str, Pruned]) -> None:
-        """Keep one expert. Only the first rank writes what stays.
-
-        Args:
-            pruned: written name -> pruned linear.
-        """
-        key = _key(index, path, expert)
-        self._keep_dense(key, {name: linear.weight for name, linear in pruned.items()})
-        if self.ranks.first:
-            records = {name: linear.record for name, linear in pruned.items()}
-            self.writer.write(key, linear_tensors(pruned, self.recipe), records)
-
-    def weights(self, index: int, path: str, expert: int) -> dict[str, torch.Tensor]:
-        """Linear ("gate", "up", "down") -> weight [out, in] of one expert in the model's own order, on the CPU."""
-        key, files = _key(index, path, expert), self.model.experts[index][path]
-        names = {kind: files.linear(expert, kind) for kind in files.layout.kinds}
-        if not self._dense(key).is_file():
-            stored = self.writer.read(key)[0]
-            self._keep_dense(key, pruned_weights(stored, list(names.values()), self.model.stored_dtype, self.recipe))
-        found = load_file(self._dense(key))
-        return {kind: found[name] for kind, name in names.items()}
+    def of(self, index: int, path: str) -> "LayerExperts":
+        """The experts of the module at `path` in layer `index`."""
+        return LayerExperts(self.model, self.writer, self.recipe, self.ranks, index, path)
 
     def forget_dense(self) -> None:
         """Remove this rank's dense matrices, those of a finished layer or of an interrupted run."""
-        with disk_errors(self._folder):
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _keep_dense(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: weight.contiguous() for name, weight in weights.items()}, self._dense(key))
-
-    @property
-    def _folder(self) -> Path:
-        return self.writer.work / f"experts-{self.ranks.rank}"
-
-    def _dense(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+        folder = _dense_folder(self.writer, self.ranks)
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def keys(self, index: int, paths: Iterable[str]) -> list[str]:
         """The units of the experts of one layer."""
@@ -103,6 +56,112 @@ class ExpertStore:
     def records(self, index: int, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The records of the report for the experts of one layer, by their written names."""
         return {name: record for key in self.keys(index, paths) for name, record in self.writer.record(key).items()}
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one module: those of the model's files, and what has become of them.
+
+    path: of the module in layer `index`.
+    routed: what they read, once they are to be pruned.
+    kept: they have the pattern already, and keep their masks.
+    """
+
+    model: StreamedModel
+    writer: CheckpointWriter
+    recipe: Recipe
+    ranks: Ranks
+    index: int
+    path: str
+    routed: RoutedTokens | None = None
+    kept: bool = False
+
+    @property
+    def files(self) -> ExpertFiles:
+        return self.model.experts[self.index][self.path]
+
+    @property
+    def layout(self) -> ExpertsLayout:
+        return self.files.layout
+
+    @property
+    def module(self) -> nn.Module:
+        """Of transformers; its weights are nowhere as a whole."""
+        return self.model.layers[self.index].get_submodule(self.path)
+
+    @property
+    def tokens(self) -> RoutedTokens:
+        assert self.routed is not None
+        return self.routed
+
+    def names(self, expert: int) -> dict[str, str]:
+        """Linear ("gate", "up", "down") -> its written name."""
+        return {kind: self.files.linear(expert, kind) for kind in self.layout.kinds}
+
+    def place(self, name: str) -> str:
+        """What an error about the linear with this written name begins with."""
+        return f"{self.model.folder}: {name}"
+
+    def dense(self, expert: int) -> Mapping[str, torch.Tensor]:
+        """Linear -> weight [out, in] as in the model's files, on the device in the dtype of the computations."""
+        return self.model.from_files(self.index, self.path)(expert)
+
+    def has(self, expert: int) -> bool:
+        return self.writer.has(_key(self.index, self.path, expert))
+
+    def order(self, search: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """The order that the experts share.
+
+        It is kept, because another search could find another one: on another machine, for example, or with more
+        threads.
+
+        Args:
+            search: finds it, if it is not yet there; all ranks take part.
+
+        Returns:
+            int64 [width] on the CPU; None for the model's own order.
+        """
+        key = _key(self.index, self.path, "order")
+        if self.ranks.broadcast(self.writer.has(key)):
+            return self.ranks.broadcast(self.writer.read(key)[0].get("order") if self.ranks.first else None)
+        order = search()
+        if self.ranks.first:
+            self.writer.write(key, {} if order is None else {"order": order})
+        return order
+
+    def write(self, expert: int, pruned: Mapping[str, Pruned]) -> None:
+        """Keep one expert. Only the first rank writes what stays.
+
+        Args:
+            pruned: written name -> pruned linear.
+        """
+        key = _key(self.index, self.path, expert)
+        self._keep_dense(key, {name: linear.weight for name, linear in pruned.items()})
+        if self.ranks.first:
+            records = {name: linear.record for name, linear in pruned.items()}
+            self.writer.write(key, linear_tensors(pruned, self.recipe), records)
+
+    def weights(self, expert: int) -> dict[str, torch.Tensor]:
+        """Linear ("gate", "up", "down") -> weight [out, in] of one expert in the model's own order, on the CPU."""
+        key, names = _key(self.index, self.path, expert), self.names(expert)
+        if not self._dense(key).is_file():
+            stored = self.writer.read(key)[0]
+            self._keep_dense(key, pruned_weights(stored, list(names.values()), self.model.stored_dtype, self.recipe))
+        found = load_file(self._dense(key))
+        return {kind: found[name] for kind, name in names.items()}
+
+    def _keep_dense(self, key: str, weights: Mapping[str, torch.Tensor]) -> None:
+        path = self._dense(key)
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
+
+    def _dense(self, key: str) -> Path:
+        return _dense_folder(self.writer, self.ranks) / f"{key}.safetensors"
+
+
+def _dense_folder(writer: CheckpointWriter, ranks: Ranks) -> Path:
+    return writer.work / f"experts-{ranks.rank}"
 
 
 def _key(index: int, path: str, what: int | str) -> str:

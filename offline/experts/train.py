@@ -6,9 +6,7 @@ contribute now: those before it as they were pruned, those after it still dense.
 errors of those before it, for what the router chose otherwise, and for the drift of what they all read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -16,13 +14,12 @@ from torch import nn
 from ria_vllm.format import permutation
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
-from ria_vllm.offline.calibration.activations import Activations
-from ria_vllm.offline.experts.prune import RoutedExperts
+from ria_vllm.offline.calibration.activations import Activations, AllChunks
 from ria_vllm.offline.experts.routing import Reads
+from ria_vllm.offline.experts.store import LayerExperts
 from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, Training, train_block
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.progress import Monitor
@@ -41,7 +38,7 @@ class ExpertsTrainer:
         monitor: of the progress while that is computed.
     """
 
-    def __init__(self, experts: RoutedExperts, lacking: Activations, monitor: Monitor):
+    def __init__(self, experts: LayerExperts, lacking: Activations, monitor: Monitor):
         self.experts, self.tokens, self.lacking = experts, experts.tokens, lacking
         pruned, dense = self.tokens.pruned, self.tokens.dense
         for index in range(len(pruned)):
@@ -58,7 +55,7 @@ class ExpertsTrainer:
         """From now on, an expert has these weights [out, in], by kind, in the dtype that they are stored in."""
         dense = self.experts.dense(expert)
         self._add(self.tokens.pruned, expert, dense, 1)
-        pruned = {kind: weight.to(self.experts.device, dense[kind].dtype) for kind, weight in pruned.items()}
+        pruned = {kind: weight.to(self.experts.model.device, dense[kind].dtype) for kind, weight in pruned.items()}
         self._add(self.tokens.pruned, expert, pruned, -1)
 
     @torch.no_grad()
@@ -68,7 +65,7 @@ class ExpertsTrainer:
             own, shares = reads.shares_of(index, expert)
             (rows,) = torch.where(own)
             if len(rows):
-                X = reads.inputs[index].to(self.experts.device, torch.float32)
+                X = reads.inputs[index].to(self.experts.model.device, torch.float32)
                 added = output_of(self.experts.module, expert, X, rows.to(X.device), weights).cpu()
                 self.lacking.add(index, rows, added * (sign * shares[rows, None]))
 
@@ -81,7 +78,7 @@ class ExpertsTrainer:
         Returns:
             The same linears, see `after_training`.
         """
-        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.device
+        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.model.device
         names, dense = self.experts.names(expert), self.experts.dense(expert)
         linears = {kind: found[name] for kind, name in names.items()}
         # Copies, to go back.
@@ -98,9 +95,16 @@ class ExpertsTrainer:
             losses = train_block(
                 forward,
                 params,
-                {kind: linear.mask.to(device) for kind, linear in linears.items()},
-                _Made(places, ranks, device, lambda index: self._input(index, expert)),
-                _Made(places, ranks, device, lambda index: self._target(index, expert, dense)),
+                lambda kind: linears[kind].mask.to(device),
+                AllChunks(
+                    places,
+                    ranks,
+                    lambda index: self._input(index, expert),
+                    lambda made: tuple(part.to(device) for part in made),
+                ),
+                AllChunks(
+                    places, ranks, lambda index: self._target(index, expert, dense), lambda made: made.to(device)
+                ),
                 Training(
                     passes=recipe.schedule.passes(len(places)),
                     seed=recipe.seed,
@@ -129,7 +133,9 @@ class ExpertsTrainer:
         if in_dense is not None:  # nothing says what is lacking for tokens that the expert only leans on
             X = torch.where(own[:, None], X, in_dense)
         lacking = own[:, None] * self.lacking[index][chosen] / self.norms[index][chosen, None]
-        return output(self.experts.module, expert, X.to(self.experts.device), dense).cpu() * scale[:, None] + lacking
+        return (
+            output(self.experts.module, expert, X.to(self.experts.model.device), dense).cpu() * scale[:, None] + lacking
+        )
 
     def _read(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which tokens of a chunk the expert reads; of those, which go to it, and the factor of its output."""
@@ -156,29 +162,3 @@ def _norms(wanted: torch.Tensor) -> torch.Tensor:
     """The norm by which each token's error is divided."""
     squares = wanted.square().sum(1)
     return squares.clamp(min=max(SMALLEST * float(squares.median()), 1e-12)).sqrt()
-
-
-T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, torch.Tensor])
-
-
-@dataclass(frozen=True)
-class _Made(Sequence[T]):
-    """What `make` makes of each chunk, when it is asked for: no more than one is in memory.
-
-    All ranks have to ask for the same one at the same time: the rank that holds the chunk broadcasts it.
-
-    places: (rank, number among its chunks) of each.
-    """
-
-    places: Sequence[tuple[int, int]]
-    ranks: Ranks
-    device: torch.device
-    make: Callable[[int], T]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: int) -> T:  # type: ignore[override]
-        owner, index = self.places[number]
-        made: T = self.ranks.broadcast(self.make(index) if owner == self.ranks.rank else None, owner)
-        return made.to(self.device) if isinstance(made, torch.Tensor) else tuple(part.to(self.device) for part in made)

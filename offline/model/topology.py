@@ -3,16 +3,14 @@
 `ria_vllm.offline.model.experiments.describe` finds it out by experiment.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 from torch import nn
-from transformers import PreTrainedModel
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.vllm_quirks import fused_sets
 
@@ -271,78 +269,6 @@ def _pattern(names: Mapping[int, str]) -> str | None:
         if all(pattern.replace("{i}", str(index)) == name for index, name in names.items()):
             return pattern
     return None
-
-
-# In the names of what tells a layer where it is.
-LAYER_NUMBER = ("layer", "idx", "index")
-
-
-def kinds_of(layers: Sequence[nn.Module], shared: Sequence[Hashable] | None = None) -> tuple[int, ...]:
-    """A number for the kind of each layer.
-
-    Layers are of one kind if they have the same modules, with the same switches, and parameters of the same shapes.
-
-    Args:
-        shared: what must be the same in layers of one kind, too: what each of them leaves for others, and reads.
-    """
-    known: dict[tuple, int] = {}
-    also = shared or [None] * len(layers)
-    signatures = [(_signature(layer), own) for layer, own in zip(layers, also, strict=True)]
-    return tuple(known.setdefault(signature, len(known)) for signature in signatures)
-
-
-def _signature(layer: nn.Module) -> tuple:
-    modules = tuple((name, type(module), _switches(module)) for name, module in layer.named_modules())
-    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-
-
-def _switches(module: nn.Module) -> frozenset[tuple[str, str]]:
-    """What a module does or does not do, such as reading another layer's keys and values, its counts of heads, and
-    limits."""
-    own = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "training"}
-    return frozenset(
-        (name, repr(value))
-        for name, value in own.items()
-        if isinstance(value, (bool, str))
-        or value is None
-        or (isinstance(value, (int, float)) and not any(part in name for part in LAYER_NUMBER))
-    )
-
-
-def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
-    """The path of the list of decoder layers in a model.
-
-    The model may hold towers for images or sound. Those with a kind of configuration of their own are passed over.
-
-    Raises:
-        RiaError: there is no such list with linears in it, or more than one.
-    """
-    config = getattr(model, "config", None)
-    towers = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and type(module.config) is not type(config) and path
-    ]
-    found = []
-    for path, module in model.named_modules():
-        inside_another = any(part.isdigit() for part in path.split("."))
-        if not isinstance(module, nn.ModuleList) or len(module) != num_hidden_layers or inside_another:
-            continue
-        if any(path.startswith(f"{tower}.") for tower in towers) or isinstance(next(iter(module), None), nn.Linear):
-            continue
-        if linears_of(module):
-            found.append(path)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise RiaError(
-            f"{type(model).__name__}: {', '.join(found)} have {num_hidden_layers} layers each, and nothing says which "
-            "of them are the text decoder's. Such a model cannot be compressed."
-        )
-    raise RiaError(
-        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is "
-        "nothing to prune. (GPT-2 and similar models use Conv1D, which this tool cannot prune.)"
-    )
 
 
 def linears_of(module: nn.Module) -> list[str]:

@@ -74,7 +74,7 @@ class Training:
 def train_block(
     forward: Callable[..., torch.Tensor],
     params: Mapping[str, torch.nn.Parameter],
-    masks: Mapping[str, torch.Tensor],
+    mask_of: Callable[[str], torch.Tensor],
     inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
     training: Training,
@@ -96,7 +96,7 @@ def train_block(
             (under autocast, if `dtype` is bfloat16). Everything else in it is float32.
         params: the linears' weights, of any floating dtype; float32 and zero outside their masks on return. The
             tensors that they had are changed, too: who may want to go back has to keep a copy.
-        masks: one bool mask per parameter, of its shape; True = may change.
+        mask_of: parameter -> its bool mask, of its shape; True = may change. Only one is in memory at a time.
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
             `forward`.
@@ -110,7 +110,7 @@ def train_block(
     """
     order = torch.Generator().manual_seed(training.seed)
     step, steps = 0, training.passes * len(inputs)
-    trained = [_Trained(p, masks[name], training, (grids or {}).get(name)) for name, p in params.items()]
+    trained = [_Trained(p, mask_of(name), training, (grids or {}).get(name)) for name, p in params.items()]
     count = min(COMPARED, len(inputs))
     compared = [i * len(inputs) // count for i in range(count)]
 

@@ -105,7 +105,7 @@ def sizes_of(model: StreamedModel, plan: Plan, recipe: Recipe) -> tuple[Sizes, i
     """(What each token multiplies; bytes of all weights, and of those that will be stored, both without the smallest
     tensors)."""
     itemsize, pruned, used, rounded = model.stored_dtype.itemsize, 0.0, 0.0, 0
-    dense = sum(prod(shape) for _, shape in model.tensors.shapes(model.files)) * itemsize
+    dense = sum(prod(model.tensors.shape(name)) for name in model.tensors.files) * itemsize
     for index, layer in enumerate(model.layers):
         own = sum(layer.get_submodule(name).weight.numel() for name in plan.pruned[index])
         rounded += sum(layer.get_submodule(name).weight.numel() for name in plan.in_int8[index])
@@ -116,6 +116,6 @@ def sizes_of(model: StreamedModel, plan: Plan, recipe: Recipe) -> tuple[Sizes, i
     heads, left = 0 if head is None else head.numel(), model.linear_weights - pruned - rounded
     sizes = Sizes(len(model.layers), used, heads, left, rounded)
     saved = pruned * (itemsize - recipe.weight_format.bits_per_weight(model.stored_dtype) / 8)
-    in_int8 = [model.names.files[name] for name in heads_in_int8(model, recipe)]
-    saved += (rounded + sum(prod(shape) for _, shape in model.tensors.shapes(in_int8))) * (itemsize - 1)
+    in_int8 = sum(prod(model.tensors.shape(name)) for name in heads_in_int8(model, recipe))
+    saved += (rounded + in_int8) * (itemsize - 1)
     return sizes, dense, round(dense - saved)

@@ -73,7 +73,7 @@ def held_out_loss(
 def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     """What one sample [tokens] adds to the sums; the streams are [..., 1, tokens, hidden]."""
     found = torch.zeros(4, dtype=torch.float64)
-    device, count = embedder.model.device, max(1, PIECE // embedder.vocabulary)
+    device, count = embedder.model.device, max(1, PIECE // embedder.model.vocabulary)
     for first in range(0, len(tokens) - 1, count):
         piece = slice(first, min(first + count, len(tokens) - 1))
         following = tokens[piece.start + 1 : piece.stop + 1, None].to(device)

@@ -101,10 +101,10 @@ def _share(weights: Iterable[torch.Tensor], pattern: Pattern) -> float | None:
 
 
 def _linear(model: StreamedModel, index: int, name: str) -> Iterator[torch.Tensor]:
-    stored = model.names.files[f"{model.written_linear(index, name)}.weight"]
-    if stored not in model.tensors.quantized:
-        yield model.tensors.read(stored, slice(FIRST_ROWS))
-    yield model.tensors.read(stored)
+    weight = f"{model.written_linear(index, name)}.weight"
+    if weight not in model.tensors.quantized:
+        yield model.tensors.read(weight, slice(FIRST_ROWS))
+    yield model.tensors.read(weight)
 
 
 def _experts(model: StreamedModel, index: int, path: str) -> Iterator[torch.Tensor]:

@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ria_vllm.offline.calibration.activations import Activations
+from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.layer import ExpertsPass
-from ria_vllm.offline.experts.prune import RoutedExperts
+from ria_vllm.offline.experts.prune import shared_order
 from ria_vllm.offline.experts.routing import Reads
-from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.experts.store import ExpertStore, LayerExperts
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies, Unit
 from ria_vllm.offline.run.alone import EachAlone
@@ -29,23 +29,6 @@ from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
 from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A stage of a sublayer: its number, its groups with only what is pruned or rounded, what of them keeps its mask,
-    and what is only rounded."""
-
-    number: int
-    groups: Sequence[Group]
-    kept: Collection[str]
-    dense: Collection[str]
-
-    @property
-    def pruned(self) -> list[Group]:
-        return [replace(group, linears=tuple(n for n in group.linears if n not in self.dense)) for group in self.groups]
 
 
 class LayerPass:
@@ -102,7 +85,8 @@ class LayerPass:
                 sublayer_pass.advance(self.streams.pruned, self.streams.measured if is_last else None)
         self._free(index)
         prefix, direct = self.model.layer_prefix(index), self.model.names.direct
-        return self._written(index, pruned), {direct[prefix + name]: tensor for name, tensor in changed.items()}
+        written = {self.model.written_linear(index, name): linear for name, linear in pruned.items()}
+        return written, {direct[prefix + name]: tensor for name, tensor in changed.items()}
 
     def replay(
         self,
@@ -168,7 +152,7 @@ class LayerPass:
 
     def _load(self, index: int) -> list[SublayerPass]:
         """Load a layer; a pass for each of its sublayers, in order."""
-        layer, arguments = self.model.load_layer(index), self.embedded.arguments.of(index)
+        layer, arguments = self.model.load_layer(index), Arguments(self.embedded.arguments, index)
         place, topology = partial(self._place, index), self.topologies.of(index)
         gains = [gains_of(layer.get_submodule(name), self.model.dtype).float() for name in topology.norms]
         return [
@@ -207,8 +191,7 @@ class LayerPass:
             self._advance_dense(index, sublayer_pass)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
-            stage = _Stage(number, groups, kept, plan.in_int8[index])
-            found = self._solve_stage(index, sublayer_pass, stage, dense, scale)
+            found = self._solve_stage(index, sublayer_pass, number, plan, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
                     self._advance_dense(index, sublayer_pass)
@@ -248,22 +231,27 @@ class LayerPass:
         self,
         index: int,
         sublayer_pass: SublayerPass,
-        stage: _Stage,
+        number: int,
+        plan: Plan,
         dense: Mapping[str, Reads],
         scale: Callable[[Sequence[Group], dict[str, Statistics], dict[str, torch.Tensor]], None] | None,
     ) -> dict[str, Pruned]:
         """Prune the linears and experts of one stage.
 
         Args:
+            number: of the stage.
             dense: path of experts -> what they read in the dense model; empty if it is not followed.
             scale: migrates scales in the statistics and weights of the groups' linears.
 
         Returns:
             Linear -> result. Pruned experts go to the store.
         """
-        plain = [group for group in stage.groups if group.linears]
-        needs_gram = self.recipe.needs_gram and any(group.linears for group in stage.pruned)
-        found = sublayer_pass.statistics(stage.number, plain, needs_gram, rounded=stage.dense) if plain else []
+        groups, rounded = plan.groups(index, sublayer_pass.stages[number]), plan.in_int8[index]
+        kept = plan.kept.names.get(index, frozenset())
+        plain = [group for group in groups if group.linears]
+        pruned = [replace(group, linears=tuple(n for n in group.linears if n not in rounded)) for group in groups]
+        needs_gram = self.recipe.needs_gram and any(group.linears for group in pruned)
+        found = sublayer_pass.statistics(number, plain, needs_gram, rounded=rounded) if plain else []
         trim()
         names = [name for group in plain for name in group.linears]
         statistics = {name: stats for group, stats in zip(plain, found, strict=True) for name in group.linears}
@@ -272,24 +260,24 @@ class LayerPass:
             scale(plain, statistics, weights)
         with self.monitor.phase("permutations"):
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
-            fixed = [group for group in stage.pruned if not {*group.linears, group.experts}.isdisjoint(stage.kept)]
-            alone = [group for group in stage.pruned if group.linears and not group.experts and group not in fixed]
+            fixed = [group for group in pruned if not {*group.linears, group.experts}.isdisjoint(kept)]
+            alone = [group for group in pruned if group.linears and not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
-        mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
-        for group in (group for group in stage.pruned if group.experts):
-            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts))
-            experts = replace(experts, kept=group.experts in stage.kept)
+        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
+        for group in (group for group in pruned if group.experts):
+            is_kept = group.experts in kept
+            experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), is_kept)
             order = None
             if group not in fixed:
-                beside = {name: weights[name] for name in group.linears}
+                beside = {name: (weights[name], statistics[name]) for name in group.linears}
                 with self.monitor.phase("permutations"):
-                    order = self.experts.order(index, experts, beside, {name: statistics[name] for name in beside})
+                    order = experts.order(partial(shared_order, experts, beside))
                 orders |= dict.fromkeys(group.linears, order)
             mixtures.append((experts, order))
         with self.monitor.phase("masks and weights"):
             trim()
             linears = {
-                name: ToPrune(weights[name], statistics[name], orders[name], name in stage.kept, name in stage.dense)
+                name: ToPrune(weights[name], statistics[name], orders[name], name in kept, name in rounded)
                 for name in names
             }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
@@ -297,15 +285,12 @@ class LayerPass:
         del found, statistics, linears
         trim()
         for experts, order in mixtures:
-            self.experts.prune(index, experts, order)
+            self.experts.prune(experts, order)
         return solved
 
     def _place(self, index: int, name: str) -> str:
         """What an error about a linear begins with: the model's folder, and the name in its files."""
         return f"{self.model.folder}: {self.model.written_linear(index, name)}"
-
-    def _written(self, index: int, found: Mapping[str, T]) -> dict[str, T]:
-        return {self.model.written_linear(index, name): value for name, value in found.items()}
 
 
 def _set_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import available
-from ria_vllm.offline.self_written import spread_among
+from ria_vllm.offline.self_written import check_vocabulary, spread_among
 from ria_vllm.progress import Monitor
 
 UNREAD = 8  # tokens of a sample on which nothing depends
@@ -31,9 +31,8 @@ def calibration_tokens(
         RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
     """
     if not recipe.reads_text:  # layers are run all the same, but any tokens will do
-        vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
         count = (recipe.samples, min(recipe.seq_len, UNREAD))
-        return torch.randint(vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
+        return torch.randint(model.vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, recipe.drawn, monitor)
     written = recipe.samples_written
@@ -42,12 +41,7 @@ def calibration_tokens(
     except RiaError as error:
         raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
     tokens = data.from_text(text, tokenizer, recipe.drawn - written, recipe.seq_len, recipe.seed)
-    vocabulary = model.model.get_submodule(model.base_path).get_input_embeddings().num_embeddings
-    if int(tokens.max()) >= vocabulary:
-        raise RiaError(
-            f"{source.name}: its tokenizer produces token {int(tokens.max())}, but the model knows only "
-            f"{vocabulary} tokens."
-        )
+    check_vocabulary([tokens], model.vocabulary, source.name)
     if written:
         fitted, held_out = recipe.written_apart
         texts = tokens.split([recipe.samples - fitted, recipe.held_out - held_out])

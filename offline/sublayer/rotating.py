@@ -13,7 +13,7 @@ from ria_vllm.format.layer_schema import Fold
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.experiments.migrations import producer_rows
-from ria_vllm.offline.model.experiments.rotations import rotate, rotated_parameters
+from ria_vllm.offline.model.experiments.rotations import rotated, rotated_parameters
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Topology
 from ria_vllm.offline.recipe import Recipe
@@ -83,11 +83,9 @@ class Rotator:
         if rotations is None:
             return
         layer = self.model.layers[self.index]
-        for name in rotated_parameters(layer, fold):
-            own = layer.get_parameter(name).data
-            self._dense.setdefault(name, own)
-            set_parameter(layer, name, own.clone())
-        rotate(layer, fold, rotations.to(sublayer_pass.runner.device))
+        for name, tensor in rotated(layer, fold, rotations.to(sublayer_pass.runner.device)).items():
+            self._dense.setdefault(name, layer.get_parameter(name).data)
+            set_parameter(layer, name, tensor)
         for name in _biases(self.model, self.index, fold):  # stored as they are now
             written = self.model.names.direct[self.model.layer_prefix(self.index) + name]
             stored = layer.get_parameter(name).data.to(self.model.read(written).dtype)

@@ -42,7 +42,12 @@ class Smoother:
         changed: MutableMapping[str, torch.Tensor],
     ):
         self.model, self.index, self.strength, self.ranks = model, index, strength, ranks
-        self.migrations = [one for one in topology.migrations if is_possible(model, index, one)]
+        layer = model.layers[index]
+        self.migrations = [
+            one
+            for one in topology.migrations
+            if are_own(model, index, [f"{name}.weight" for name in one.consumers] + _parameters_of(layer, one.absorber))
+        ]
         self.changed = changed
         self.scales: dict[str, torch.Tensor] = {}
         # What `apply` will do: the absorber of each linear, changed parameters, changed linears of earlier stages.
@@ -153,11 +158,6 @@ class Smoother:
         return self.model.read(self.model.names.direct[self.model.layer_prefix(self.index) + parameter])
 
 
-def is_possible(model: StreamedModel, index: int, migration: Migration) -> bool:
-    """Whether all parameters that would change are the layer's own, and are in the files as they are."""
-    return are_own(model, index, _changeable(model.layers[index], migration))
-
-
 def are_own(model: StreamedModel, index: int, parameters: Iterable[str]) -> bool:
     """Whether these parameters, relative to a layer, are the layer's own, and are in the files as they are."""
     tied = model.model.all_tied_weights_keys
@@ -171,10 +171,6 @@ def set_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
     module = layer.get_submodule(owner)
     before = getattr(module, leaf)
     setattr(module, leaf, nn.Parameter(value.to(before.device, before.dtype), requires_grad=False))
-
-
-def _changeable(layer: nn.Module, migration: Migration) -> list[str]:
-    return [f"{name}.weight" for name in migration.consumers] + _parameters_of(layer, migration.absorber)
 
 
 def _parameters_of(layer: nn.Module, name: str) -> list[str]:

@@ -2,7 +2,7 @@
 round them, if their format has fewer bits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import Subset
 
 from ria_vllm.format.formats import RoundedFormat
-from ria_vllm.offline.calibration.activations import AllChunks
+from ria_vllm.offline.calibration.activations import AllChunks, places_of
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
@@ -49,7 +49,8 @@ def train_sublayer(
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
-    targets = AllChunks(streams.dense, streams.total, ranks, runner.device)
+    places = places_of(streams.total, ranks)
+    targets = AllChunks(places, ranks, streams.dense.__getitem__, lambda one: one.to(runner.device, torch.float32))
     chunks = recipe.schedule.chunks(streams.total, share)
     goals = Subset(targets, chunks)
     channels = channel_weights(goals, sublayer_pass.gains)
@@ -80,7 +81,7 @@ def train_sublayer(
             losses: tuple[float, float] | None = train_block(
                 runner.run,
                 weights,
-                _Masks(pruned, runner.device),
+                lambda name: pruned[name].mask.to(runner.device),
                 Subset(sublayer_pass.inputs_and_calls(), chunks),
                 goals,
                 replace(training, measure=measure) if ranks.largest(streams.held_out) else training,
@@ -233,19 +234,3 @@ def _rounded(
     W, scale = stored_weight(W, linear.p, dtype, recipe, scale)
     error = output_error(exact, W.to(device), gram)
     return replace(linear, weight=W, scale=scale, record=linear.record | {"rounding_error": error})
-
-
-class _Masks(Mapping[str, torch.Tensor]):
-    """The masks of the linears, each unpacked and on the device only while it is used."""
-
-    def __init__(self, pruned: Mapping[str, Pruned], device: torch.device):
-        self.pruned, self.device = pruned, device
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.pruned[name].mask.to(self.device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pruned)
-
-    def __len__(self) -> int:
-        return len(self.pruned)

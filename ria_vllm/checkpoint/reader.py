@@ -1,6 +1,6 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -201,56 +201,56 @@ class Reader:
             schema: says which vector they are proved with.
         """
         for name in self.sparse_names:
-            for matrix, weight in self._proved(name, self._exact(self.linear(name))):
-                yield matrix, proofs.proof(weight, schema.proof_vector(weight.shape[1]))
+            yield from self._pruned_proofs(self.linear(name), schema)
         for name in self.int8_names:
-            yield name, self._int8_proof(name, schema)
+            yield from self._int8_proofs(name, schema)
         for name in self.dense_names:
-            module, _, part = name.rpartition(".")
-            shape = self._open.shape(self.files[name], name)
-            if part != "weight" or not proofs.is_matrix(shape):
-                continue
-            if schema.proved_transposed(module):
-                weight = self.tensor(name)
-                yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
-            r, rows = schema.proof_vector(shape[-1]), max(1, BLOCK // max(1, shape[-1]))
-            blocks = (
-                proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)).flatten(1), r)
-                for start in range(0, shape[0], rows)
-            )
-            yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
+            yield from self._plain_proofs(name, schema)
 
-    def _proved(self, name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """The matrix, and where it has a proof as well, the transposed one."""
-        yield name, weight
-        if self.schema.proved_transposed(name):
-            yield name + TRANSPOSED, weight.T
+    def _pruned_proofs(self, linear: SparseLinear, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
+        """That of the matrix and, where there is one as well, that of the transposed one."""
+        weight = (linear if self.schema.weights is None else replace(linear, dtype=torch.float32)).dense()  # exact
+        yield linear.name, proofs.proof(weight, schema.proof_vector(weight.shape[1]))
+        if schema.proved_transposed(linear.name):
+            yield linear.name + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
 
-    def _exact(self, linear: SparseLinear) -> torch.Tensor:
-        """[out, in], which the model's dtype would round if it is of integers."""
-        return (linear if self.schema.weights is None else replace(linear, dtype=torch.float32)).dense()
+    def _int8_proofs(self, name: str, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same of a matrix in int8, of which only a part is widened at a time."""
+        parts = self.int8(name)
+        count, columns = parts[int8_rows.INTEGERS].shape
+        r, rows = schema.proof_vector(columns), max(1, BLOCK // max(1, columns))
+        blocks = ({part: tensor[at : at + rows] for part, tensor in parts.items()} for at in range(0, count, rows))
+        found = [proofs.proof(int8_rows.decode(block, torch.float32), r) for block in blocks]
+        yield name, torch.cat([torch.empty(0, 2, dtype=torch.float32), *found])
+
+    def _plain_proofs(self, name: str, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same of a plain tensor; of one that is no matrix, none."""
+        module, _, part = name.rpartition(".")
+        shape = self._open.shape(self.files[name], name)
+        if part != "weight" or not proofs.is_matrix(shape):
+            return
+        r, rows = schema.proof_vector(shape[-1]), max(1, BLOCK // max(1, shape[-1]))
+        blocks = (
+            proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)).flatten(1), r)
+            for start in range(0, shape[0], rows)
+        )
+        yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
+        if schema.proved_transposed(module):
+            weight = self.tensor(name)
+            yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
 
     def proofs(self) -> dict[str, torch.Tensor]:
         """Matrix -> its proof, float32 [out, 2], as stored."""
         path = self.folder / PROOFS_FILE
         return checked_proofs(path if path.is_file() else None, self.schema, self.folder)
 
-    def _disproved(self, name: str, weight: torch.Tensor, stored: dict[str, torch.Tensor]) -> Iterator[str]:
-        """What is wrong with a matrix [out, in] by its proof, which is taken from `stored`, in a sentence."""
-        if self.schema.proofs is None:
-            return
-        for matrix, values in self._proved(name, weight):
-            found = proofs.proof(values, self.schema.proof_vector(values.shape[1]))
-            yield from _differs(matrix, found, stored)
-
-    def _int8_proof(self, name: str, schema: RiaSchema) -> torch.Tensor:
-        """The proof of a matrix in int8, of which only a part is widened at a time."""
-        parts = self.int8(name)
-        count, columns = parts[int8_rows.INTEGERS].shape
-        r, rows = schema.proof_vector(columns), max(1, BLOCK // max(1, columns))
-        blocks = ({part: tensor[at : at + rows] for part, tensor in parts.items()} for at in range(0, count, rows))
-        found = [proofs.proof(int8_rows.decode(block, torch.float32), r) for block in blocks]
-        return torch.cat([torch.empty(0, 2, dtype=torch.float32), *found])
+    def _disproved(self, proved: Iterable[tuple[str, torch.Tensor]], stored: dict[str, torch.Tensor]) -> Iterator[str]:
+        """What is wrong with matrices by their proofs, which are taken from `stored`, in sentences."""
+        for matrix, found in proved if self.schema.proofs is not None else ():
+            if matrix not in stored:
+                yield f"{matrix}: no proof of it in {PROOFS_FILE}"
+            elif not proofs.agree(found, stored.pop(matrix)):
+                yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"
 
     def dense(self, name: str) -> torch.Tensor:
         """The weight of a pruned linear [out, in], in the model's own order."""
@@ -284,13 +284,12 @@ class Reader:
                 for part, tensor in linear.parts.items()
                 if (reason := not_finite(tensor))
             ]
-            yield from wrong or self._disproved(name, self._exact(linear), stored)
+            yield from wrong or self._disproved(self._pruned_proofs(linear, self.schema), stored)
         yield from problems_of_experts(self.schema, shapes, sparse)
         yield from problems_of_folds(self.schema, permutations, shapes, sparse)
         for name in self.int8_names:
             try:
-                if self.schema.proofs is not None:
-                    yield from _differs(name, self._int8_proof(name, self.schema), stored)
+                yield from self._disproved(self._int8_proofs(name, self.schema), stored)
             except RiaError as error:
                 yield str(error)
         dense = self.dense_names
@@ -298,21 +297,9 @@ class Reader:
             tensor = self.tensor(name)
             if reason := not_finite(tensor):
                 yield f"{self.files[name]}: {name}: {reason}"
-            elif name.endswith(".weight") and proofs.is_matrix(tensor.shape):
-                yield from self._disproved(name.removesuffix(".weight"), tensor.flatten(1), stored)
+            else:
+                yield from self._disproved(self._plain_proofs(name, self.schema), stored)
         here = sparse | {name.removesuffix(".weight") for name in dense} | set(self.int8_names)
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:
                 yield f"{name}: missing, though {PROOFS_FILE} has its proof"
-
-
-def _differs(matrix: str, found: torch.Tensor, stored: dict[str, torch.Tensor]) -> Iterator[str]:
-    """What is wrong with a matrix by its proof, which is taken from `stored`, in a sentence.
-
-    Args:
-        found: float32 [out, 2], of what the folder has.
-    """
-    if matrix not in stored:
-        yield f"{matrix}: no proof of it in {PROOFS_FILE}"
-    elif not proofs.agree(found, stored.pop(matrix)):
-        yield f"{matrix}: its weights are not those that the checkpoint was written with ({PROOFS_FILE})"

@@ -66,7 +66,7 @@ def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
 
     options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
     with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.run.compress._say_layer", interrupt)
+        patch.setattr("ria_vllm.offline.run.compress.say_layer", interrupt)
         result = invoke(*options)
     assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
     result = invoke(*options, "--resume")

@@ -5,21 +5,23 @@ All parameters are random, those of norms and biases, too: nothing then holds ju
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experts.run import set_weights
-from ria_vllm.offline.model.run.embedding import first_tensor
-from ria_vllm.offline.model.run.layer_call import LayerCall, Left, tensors_of
+from ria_vllm.offline.model.run.layer_call import LayerCall, Left, first_tensor, replaced_forwards, tensors_of
 
 # How far apart two outputs may be that are equal but for rounding, relative to the largest value.
 TOLERANCE = 1e-9
@@ -31,6 +33,8 @@ LOWER = (torch.float32, torch.bfloat16, torch.float16)
 
 # How the model calls a layer, and a residual stream [1, tokens, hidden] for this call.
 Batch = tuple[LayerCall, torch.Tensor]
+# A module's name, and what becomes of a tensor there.
+Change = tuple[str, Callable[[Any], Any]]
 
 
 @dataclass(frozen=True)
@@ -90,26 +94,33 @@ class Experiment:
         other._begin(call, stream, torch.Generator().manual_seed(SEED))
         return other
 
-    def run(self, stream: torch.Tensor, left: Left | None = None) -> torch.Tensor:
+    def run(
+        self,
+        stream: torch.Tensor,
+        left: Left | None = None,
+        parameters: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> torch.Tensor:
         """The stream after the layer.
 
         Args:
             left: what it leaves for later layers, and they read, is added here, even if the layer is interrupted.
+            parameters: name -> what the layer has in the place of its own.
         """
         everything: Left = {}
         # Some layers write into what they read, and some calls share tensors.
         call = replace(self.call, kwargs=dict(self.call.kwargs))
+        layer: Any = partial(_with_parameters, self.layer, parameters) if parameters else self.layer
         with torch.no_grad(), all_in_float64():
             try:
-                return call(self.layer, stream.clone(), everything)
+                return call(layer, stream.clone(), everything)
             finally:
                 if left is not None:
                     left.update({entry: value for entry, value in everything.items() if entry in call.leaves})
 
-    def unchanged(self) -> bool:
-        """Whether the layer still computes the same, and leaves the same for later layers."""
+    def unchanged(self, parameters: Mapping[str, torch.Tensor] = MappingProxyType({})) -> bool:
+        """Whether the layer, with other parameters, still computes the same, and leaves the same for later layers."""
         left: Left = {}
-        return self.same(self.run(self.stream, left), left)
+        return self.same(self.run(self.stream, left, parameters), left)
 
     def same(self, output: torch.Tensor, left: Left) -> bool:
         """Whether an output is the layer's own, and so is what is left for later layers."""
@@ -122,11 +133,39 @@ class Experiment:
         return tensors_of(left, self.call.place)
 
     def watch(self) -> list[Seen]:
-        """Every call of a module within the layer, in the order in which they begin."""
-        return watch(self.layer, lambda: self.run(self.stream))
+        """Every call of a module within the layer, in the order in which they begin.
 
-    @contextmanager
-    def disturbed(self, names: Sequence[str]) -> Iterator[None]:
+        The tensors are kept, so no two of them are at the same place in memory by coincidence.
+        """
+        seen: list[Seen | None] = []
+
+        def seeing(name: str, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
+            place, tensor = len(seen), first_tensor(args, kwargs)
+            key = None if tensor is None else key_of(tensor)  # before the module writes into it
+            seen.append(None)
+            output = forward(*args, **kwargs)
+            first = output[0] if isinstance(output, tuple) and output else output
+            if tensor is not None and key is not None:
+                is_tensor, form = isinstance(first, torch.Tensor), len(output) if isinstance(output, tuple) else 0
+                seen[place] = Seen(name, tensor, key, first if is_tensor else None, form if is_tensor else 0)
+            return output
+
+        modules = [(name, module) for name, module in self.layer.named_modules() if name]
+        with replaced_forwards({module: partial(seeing, name, module.forward) for name, module in modules}):
+            self.run(self.stream)
+        return [call for call in seen if call is not None]
+
+    def changed(self, read: Iterable[Change] = (), returned: Iterable[Change] = ()) -> AbstractContextManager[None]:
+        """Change what linears read, and what modules return: as if their columns and rows were changed, but without
+        copies of these."""
+        forwards: dict[nn.Module, Callable] = {}
+        for changes, around in ((read, _reading), (returned, _returning)):
+            for name, change in changes:
+                module = self.layer.get_submodule(name)
+                forwards[module] = partial(around, change, forwards.get(module, module.forward))
+        return replaced_forwards(forwards)
+
+    def disturbed(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Change what these modules return, at random."""
         draw = torch.Generator().manual_seed(SEED + 1)
 
@@ -135,15 +174,19 @@ class Experiment:
                 return tensor
             return tensor * (1 + torch.rand(tensor.shape, dtype=tensor.dtype, generator=draw))
 
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return tree_map_only(torch.Tensor, disturb, output)
+        return self.changed(returned=[(name, partial(tree_map_only, torch.Tensor, disturb)) for name in names])
 
-        hooks = [self.layer.get_submodule(name).register_forward_hook(hook) for name in names]
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
+
+def _reading(change: Callable, forward: Callable, /, X: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return forward(change(X), *args, **kwargs)
+
+
+def _returning(change: Callable, forward: Callable, /, *args: Any, **kwargs: Any) -> Any:
+    return change(forward(*args, **kwargs))
+
+
+def _with_parameters(layer: nn.Module, parameters: Mapping[str, torch.Tensor], /, *args: Any, **kwargs: Any) -> Any:
+    return functional_call(layer, dict(parameters), args, kwargs)
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -153,45 +196,6 @@ def equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not other.is_floating_point():
         return torch.equal(one, other)
     return bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
-
-
-def watch(layer: nn.Module, run: Any) -> list[Seen]:
-    """Every call of a module within `layer` during `run`, in the order in which they begin.
-
-    The tensors are kept, so no two of them are at the same place in memory by coincidence.
-    """
-    seen: list[Seen | None] = []
-    open_calls: dict[str, list[int]] = {}
-
-    def before(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor(args, kwargs)
-            open_calls.setdefault(name, []).append(len(seen))
-            seen.append(None if tensor is None else Seen(name, tensor, key_of(tensor)))
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(_: nn.Module, __: tuple, output: Any) -> None:
-            place = open_calls[name].pop()
-            first = output[0] if isinstance(output, tuple) and output else output
-            call = seen[place]
-            if call is not None and isinstance(first, torch.Tensor):
-                seen[place] = replace(call, returned=first, form=len(output) if isinstance(output, tuple) else 0)
-
-        return hook
-
-    hooks = []
-    for name, module in layer.named_modules():
-        if name:
-            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(after(name)))
-    try:
-        run()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return [call for call in seen if call is not None]
 
 
 def key_of(tensor: torch.Tensor) -> tuple:

@@ -1,7 +1,7 @@
 """Which folds a layer has. A fold holds if and only if random permutations change nothing but rounding."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
@@ -14,8 +14,6 @@ from ria_vllm.offline.model.experiments.experiment import SEED, Experiment
 from ria_vllm.offline.model.experiments.migrations import producer_rows
 
 DRAWS = 3
-# Rows or columns that are reordered at once.
-PIECE = 64
 
 
 def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[set[str]], config: object) -> list[Fold]:
@@ -31,7 +29,7 @@ def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[se
     for number, consumer in enumerate(order):
         linear = experiment.layer.get_submodule(consumer)
         own = next(group for group in groups if consumer in group)
-        if len(own) > 1 or not _matters(experiment, linear):
+        if len(own) > 1 or not _matters(experiment, consumer, linear.in_features):
             continue  # several linears that share an order have a fold in common, or none
         before = reversed(order[:number])
         producers = [(name, experiment.layer.get_submodule(name).out_features) for name in before]
@@ -68,24 +66,22 @@ def confirmed(experiment: Experiment, folds: Sequence[Fold]) -> list[Fold]:
 def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
     """Whether the layer's output stays the same when all of them are permuted at once."""
     layer, draw = experiment.layer, torch.Generator().manual_seed(SEED)
-    layouts = experts_modules(layer)
+    layouts, parameters = experts_modules(layer), {}
     with ExitStack() as changes:
         for fold in folds:
             path, _, of_expert = fold.consumer.partition(".{e}.")
             if of_expert:
-                changes.enter_context(_permuted_experts(experiment, layouts[path], layouts[path].kinds, draw))
+                parameters |= _permuted_experts(layer, layouts[path], layouts[path].kinds, draw)
             else:
-                p = _random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
-                changes.enter_context(_permuted(layer, fold, p))
-        return experiment.unchanged()
+                changes.enter_context(_permuted(experiment, fold, draw))
+        return experiment.unchanged(parameters)
 
 
 def holds(experiment: Experiment, fold: Fold) -> bool:
     """Whether the layer's output stays the same when its consumer's columns and its producers' rows are permuted."""
     draw = torch.Generator().manual_seed(SEED)
-    width = experiment.layer.get_submodule(fold.consumer).in_features
     for _ in range(DRAWS):
-        with _permuted(experiment.layer, fold, _random_order(fold, width, draw)):
+        with _permuted(experiment, fold, draw):
             if not experiment.unchanged():
                 return False
     return True
@@ -101,45 +97,28 @@ def _random_order(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor
     return torch.cat([head * size + inner[head // share] for head in range(num_heads)])
 
 
-@contextmanager
-def _permuted(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[None]:
-    """Permute the consumer's columns by `p`, and the producers' rows and biases as the fold says."""
-    changes = []
-    for linear, index in _row_orders(layer, fold, p):
-        changes += [(part, 0, index) for part in (linear.weight, linear.bias) if part is not None]
-    changes.append((layer.get_submodule(fold.consumer).weight, 1, p))
-    for tensor, dim, index in changes:
-        _reorder(tensor, dim, index)
-    try:
-        yield
-    finally:
-        for tensor, dim, index in changes[::-1]:
-            _reorder(tensor, dim, permutation.invert(index))
-
-
-def _row_orders(layer: nn.Module, fold: Fold, p: torch.Tensor) -> Iterator[tuple[nn.Linear, torch.Tensor]]:
-    """Each producer's linear, and the order int64 [out-features] of its rows."""
+def _permuted(experiment: Experiment, fold: Fold, draw: torch.Generator) -> AbstractContextManager[None]:
+    """Permute the consumer's columns at random, and the producers' rows as the fold says."""
+    layer = experiment.layer
+    p = _random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
+    returned = []
     for producer, order in zip(fold.producers, fold.row_orders(p), strict=True):
         linear = layer.get_submodule(producer.name)
         index, places = torch.arange(linear.out_features), producer_rows(linear, producer)
         index[places] = places[order]
-        yield linear, index
+        returned.append((producer.name, _in_order(index)))
+    return experiment.changed([(fold.consumer, _in_order(permutation.invert(p)))], returned)
 
 
-def _reorder(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> None:
-    """Reorder rows (0) or columns (1) in place, in pieces: a copy of the largest linear would be a fifth of a layer."""
-    for piece in tensor.data.split(PIECE, 1 - dim) if tensor.dim() > 1 else [tensor.data]:
-        piece.copy_(piece.index_select(dim, index))
+def _in_order(index: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.index_select(-1, index)
 
 
-def _matters(experiment: Experiment, consumer: nn.Linear) -> bool:
+def _matters(experiment: Experiment, consumer: str, width: int) -> bool:
     """Whether the output depends on the order of the consumer's columns at all."""
-    p = torch.randperm(consumer.in_features, generator=torch.Generator().manual_seed(SEED))
-    _reorder(consumer.weight, 1, p)
-    try:
+    p = torch.randperm(width, generator=torch.Generator().manual_seed(SEED))
+    with experiment.changed([(consumer, _in_order(p))]):
         return not experiment.unchanged()
-    finally:
-        _reorder(consumer.weight, 1, permutation.invert(p))
 
 
 def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
@@ -171,36 +150,29 @@ def _experts(experiment: Experiment, layout: ExpertsLayout) -> list[Fold]:
     """The fold of each expert's down projection into its own gate and up projections, if it holds."""
     draw = torch.Generator().manual_seed(SEED)
     for kinds, holds_for in [((DOWN,), False), *[(layout.kinds, True)] * DRAWS]:
-        with _permuted_experts(experiment, layout, kinds, draw):
-            if experiment.unchanged() != holds_for:
-                return []
+        if experiment.unchanged(_permuted_experts(experiment.layer, layout, kinds, draw)) != holds_for:
+            return []
     producers = [Producer(name=f"{layout.path}.{{e}}.{kind}_proj") for kind in layout.first]
     return [Fold(consumer=f"{layout.path}.{{e}}.{DOWN}_proj", producers=producers, coupling="elementwise")]
 
 
-@contextmanager
 def _permuted_experts(
-    experiment: Experiment, layout: ExpertsLayout, kinds: Iterable[str], draw: torch.Generator
-) -> Iterator[None]:
-    """Permute the inner channels of these linears of each expert, each expert's in another way."""
-    module = experiment.layer.get_submodule(layout.path)
-    alike = any(module.get_parameter(name).stride(0) == 0 for name in layout.parameters)  # one expert, many times
+    layer: nn.Module, layout: ExpertsLayout, kinds: Iterable[str], draw: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The parameters of experts with the inner channels of these linears permuted, each expert's in another way."""
+    names = [*layout.parameters, *(f"{name}_bias" for name in layout.parameters if layout.has_bias)]
+    own = {name: layer.get_parameter(f"{layout.path}.{name}").data for name in names}
+    alike = any(own[name].stride(0) == 0 for name in layout.parameters)  # one expert, many times
     orders = [torch.randperm(layout.inner, generator=draw) for _ in range(1 if alike else layout.num_experts)]
-
-    def permute(orders: Sequence[torch.Tensor]) -> None:
-        for parameter in layout.parameters:
-            biases = [f"{parameter}_bias"] * layout.has_bias
-            for name, stacked in ((name, module.get_parameter(name).data) for name in (parameter, *biases)):
-                for expert in range(len(stacked) if stacked.stride(0) else 1):
-                    order = orders[expert % len(orders)]
-                    for kind, rows in layout.parted(stacked[expert], parameter).items():
-                        if kind in kinds and kind != DOWN:
-                            rows.copy_(rows[order])
-                        elif kind in kinds and name == parameter:
-                            rows.copy_(rows[:, order])
-
-    permute(orders)
-    try:
-        yield
-    finally:
-        permute([permutation.invert(order) for order in orders])
+    found = {}
+    for name, stacked in own.items():
+        copies = stacked[: None if stacked.stride(0) else 1].clone()
+        for expert, part in enumerate(copies):
+            order = orders[expert % len(orders)]
+            for kind, rows in layout.parted(part, name.removesuffix("_bias")).items():
+                if kind in kinds and kind != DOWN:
+                    rows.copy_(rows[order])
+                elif kind in kinds and name in layout.parameters:
+                    rows.copy_(rows[:, order])
+        found[f"{layout.path}.{name}"] = copies.expand(stacked.shape)
+    return found

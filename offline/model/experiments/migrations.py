@@ -4,15 +4,14 @@ Dividing the channels of an input and multiplying the columns of all linears tha
 is free where a norm's weight or the rows of another linear absorb it (SmoothQuant, Xiao et al., ICML 2023).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ria_vllm.format import permutation
 from ria_vllm.format.layer_schema import Fold, Producer
-from ria_vllm.offline.model.experiments.experiment import SEED, Experiment, Seen, key_of
+from ria_vllm.offline.model.experiments.experiment import SEED, Change, Experiment, Seen, key_of
 from ria_vllm.offline.model.topology import Group, Heads, Migration
 
 # What a norm multiplies by, minus its weight: most multiply by the weight, Gemma's by one more.
@@ -73,45 +72,32 @@ def _candidates(layer: nn.Module, seen: Sequence[Seen], group: Group, folds: Seq
 
 
 def _change_nothing(experiment: Experiment, migrations: Sequence[Migration]) -> bool:
-    """Whether the layer's output stays the same when all of them are made at once."""
-    with ExitStack() as changes:
-        for migration in migrations:
-            changes.enter_context(_migrated(experiment.layer, migration))
-        return experiment.unchanged()
+    """Whether the layer's output stays the same when random scales migrate, of all of them at once.
 
-
-@contextmanager
-def _migrated(layer: nn.Module, migration: Migration) -> Iterator[None]:
-    """Migrate random scales. They are powers of two, so that linears need not be copied to be restored exactly.
-
-    They reach far, so that a limit of what a producer returns comes into effect.
+    They are powers of two, and reach far, so that a limit of what a producer returns comes into effect.
     """
-    width = layer.get_submodule(migration.consumers[0]).in_features
-    draw = torch.Generator().manual_seed(SEED)
-    scales = 2.0 ** torch.randint(-10, 11, (migration.rows_of(width),), generator=draw).double()
-    scales[0] = 2.0**-10
-    columns = migration.columns(scales)
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    multiplied = [(layer.get_submodule(name).weight.data, columns) for name in migration.consumers]
-    if migration.norm is not None:
-        norm = layer.get_submodule(migration.norm)
-        kept = [(norm.weight.data, norm.weight.data.clone())]
-        norm.weight.data.add_(migration.offset).div_(scales).sub_(migration.offset)
-        bias = getattr(norm, "bias", None)
-        multiplied += [(bias.data, 1 / scales)] if isinstance(bias, nn.Parameter) else []
-    else:
-        assert migration.producer is not None
-        linear = layer.get_submodule(migration.producer.name)
-        factors = torch.ones(linear.out_features, dtype=torch.float64)
-        factors[producer_rows(linear, migration.producer)] = 1 / scales
-        multiplied += [(linear.weight.data, factors[:, None])]
-        multiplied += [] if linear.bias is None else [(linear.bias.data, factors)]
-    for tensor, factor in multiplied:
-        tensor.mul_(factor)
-    try:
-        yield
-    finally:
-        for tensor, factor in multiplied:
-            tensor.div_(factor)
-        for tensor, before in kept:
-            tensor.copy_(before)
+    layer, parameters = experiment.layer, {}
+    read: list[Change] = []
+    returned: list[Change] = []
+    for migration in migrations:
+        width = layer.get_submodule(migration.consumers[0]).in_features
+        draw = torch.Generator().manual_seed(SEED)
+        scales = 2.0 ** torch.randint(-10, 11, (migration.rows_of(width),), generator=draw).double()
+        scales[0] = 2.0**-10
+        read += [(name, _times(migration.columns(scales))) for name in migration.consumers]
+        if migration.producer is not None:
+            linear = layer.get_submodule(migration.producer.name)
+            factors = torch.ones(linear.out_features, dtype=torch.float64)
+            factors[producer_rows(linear, migration.producer)] = 1 / scales
+            returned.append((migration.producer.name, _times(factors)))
+            continue
+        for name, offset in (("weight", migration.offset), ("bias", 0)):
+            own = getattr(layer.get_submodule(migration.absorber), name, None)
+            if isinstance(own, nn.Parameter):
+                parameters[f"{migration.norm}.{name}"] = (own + offset) / scales - offset
+    with experiment.changed(read, returned):
+        return experiment.unchanged(parameters)
+
+
+def _times(factors: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor * factors

@@ -3,9 +3,7 @@
 They rotate the rows of the producer of a fold by heads, such as v, and the columns of its consumer, o.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -42,7 +40,9 @@ def _rotates(experiment: Experiment, fold: Fold, draws: int) -> bool:
     """
     if not _stays(experiment, fold, draws):
         return False
-    with _values_changed(experiment.layer, fold, lambda values: values * FAR):
+    producer = fold.producers[0]
+    rows = producer_rows(experiment.layer.get_submodule(producer.name), producer)
+    with experiment.changed(returned=[(producer.name, lambda X: X.index_copy(-1, rows, X[..., rows] * FAR))]):
         try:
             experiment = experiment.with_batch(experiment.call, experiment.stream)  # what this layer computes
         except RiaError:  # no finite numbers
@@ -51,29 +51,32 @@ def _rotates(experiment: Experiment, fold: Fold, draws: int) -> bool:
 
 
 def rotated_parameters(layer: nn.Module, fold: Fold) -> list[str]:
-    """The parameters that `rotate` changes."""
+    """The names of the parameters in `rotated`."""
     producer = fold.producers[0].name
     bias = [] if layer.get_submodule(producer).bias is None else [f"{producer}.bias"]
     return [f"{producer}.weight", *bias, f"{fold.consumer}.weight"]
 
 
-def rotate(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> None:
-    """Multiply the rows of v of each key-value head by that head's matrix, and the columns of o that read this head by
-    its transpose, in place. Together they compute the same as before.
+def rotated(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Parameters of the layer: the rows of v of each key-value head multiplied by that head's matrix, and the columns
+    of o that read this head by its transpose. With all of them, the layer computes the same.
 
     Args:
         fold: by heads, with one producer.
         rotations: [kv heads, d, d], orthogonal, on the layer's device; their dtype is that of the products.
     """
-    producer, consumer = layer.get_submodule(fold.producers[0].name), layer.get_submodule(fold.consumer)
-    rows = producer_rows(producer, fold.producers[0]).to(rotations.device).view(len(rotations), -1)
-    for parameter in (producer.weight, producer.bias):
-        for own, matrix in zip(rows, rotations, strict=True) if parameter is not None else ():
-            parameter.data[own] = (matrix @ parameter.data[own].to(matrix.dtype)).to(parameter.dtype)
-    columns = consumer.weight.data.split(rotations.shape[1], 1)
+    found = {name: layer.get_parameter(name).data.clone() for name in rotated_parameters(layer, fold)}
+    *of_producer, consumer = found.values()
+    linear = layer.get_submodule(fold.producers[0].name)
+    rows = producer_rows(linear, fold.producers[0]).to(rotations.device).view(len(rotations), -1)
+    for tensor in of_producer:
+        for own, matrix in zip(rows, rotations, strict=True):
+            tensor[own] = (matrix @ tensor[own].to(matrix.dtype)).to(tensor.dtype)
+    columns = consumer.split(rotations.shape[1], 1)
     for head, part in enumerate(columns):
         matrix = rotations[head * len(rotations) // len(columns)]
         part.copy_(part.to(matrix.dtype) @ matrix.T)
+    return found
 
 
 def _stays(experiment: Experiment, fold: Fold, draws: int) -> bool:
@@ -81,34 +84,6 @@ def _stays(experiment: Experiment, fold: Fold, draws: int) -> bool:
     size = experiment.layer.get_submodule(fold.consumer).in_features // (fold.num_heads or 1)
     for _ in range(draws):
         random = torch.randn(fold.num_kv_heads or 1, size, size, dtype=torch.float64, generator=draw)
-        with _rotated(experiment.layer, fold, torch.linalg.qr(random).Q):
-            if not experiment.unchanged():
-                return False
+        if not experiment.unchanged(rotated(experiment.layer, fold, torch.linalg.qr(random).Q)):
+            return False
     return True
-
-
-@contextmanager
-def _rotated(layer: nn.Module, fold: Fold, rotations: torch.Tensor) -> Iterator[None]:
-    kept = {name: layer.get_parameter(name).data.clone() for name in rotated_parameters(layer, fold)}
-    rotate(layer, fold, rotations)
-    try:
-        yield
-    finally:
-        for name, tensor in kept.items():
-            layer.get_parameter(name).data.copy_(tensor)
-
-
-@contextmanager
-def _values_changed(layer: nn.Module, fold: Fold, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Change what the producer returns, in its rows only."""
-    producer = layer.get_submodule(fold.producers[0].name)
-    rows = producer_rows(producer, fold.producers[0])
-
-    def returned(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.index_copy(-1, rows, change(output[..., rows]))
-
-    handle = producer.register_forward_hook(returned)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,7 +1,7 @@
 """Where a decoder layer can be cut in two, so that each part is run, pruned and reconstructed by itself."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,8 +12,7 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.experiments.experiment import Experiment, Seen, equal
 from ria_vllm.offline.model.experiments.norms import is_rms_norm
-from ria_vllm.offline.model.run.embedding import Reached
-from ria_vllm.offline.model.run.layer_call import Left
+from ria_vllm.offline.model.run.layer_call import Left, read_at, replaced_forwards
 from ria_vllm.offline.model.topology import Group, StandIn
 
 
@@ -100,17 +99,9 @@ def _has_scalars(layer: nn.Module) -> bool:
     return any(one.numel() == 1 and one.is_floating_point() for one in (*layer.parameters(), *layer.buffers()))
 
 
-@contextmanager
-def replaced(layer: nn.Module, stand_ins: Sequence[StandIn], stream: torch.Tensor) -> Iterator[None]:
+def replaced(layer: nn.Module, stand_ins: Sequence[StandIn], stream: torch.Tensor) -> AbstractContextManager[None]:
     """Let modules of the layer return what their stand-ins say, in the shape of `stream`, which the layer is run on."""
-    modules = [layer.get_submodule(one.module) for one in stand_ins]
-    for module, stand_in in zip(modules, stand_ins, strict=True):
-        module.forward = partial(_returned, stand_in, stream)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+    return replaced_forwards({layer.get_submodule(one.module): partial(_returned, one, stream) for one in stand_ins})
 
 
 def _returned(stand_in: StandIn, stream: torch.Tensor, *_: object, **__: object) -> object:
@@ -140,19 +131,8 @@ def _may_be_replaced(experiment: Experiment, call: Seen, end: Seen) -> bool:
 def _left_before(experiment: Experiment, end: str) -> Left:
     """What the layer has left for later ones when it comes to the module `end`."""
     left: Left = {}
-    if not experiment.left:
-        return left
-
-    def stop(*_: object) -> None:
-        raise Reached
-
-    hook = experiment.layer.get_submodule(end).register_forward_pre_hook(stop)
-    try:
-        experiment.run(experiment.stream, left)
-    except Reached:
-        pass
-    finally:
-        hook.remove()
+    if experiment.left:
+        read_at(experiment.layer.get_submodule(end), lambda: experiment.run(experiment.stream, left))
     return left
 
 

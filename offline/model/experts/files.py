@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import ExpertsLayout, experts_modules
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
-from ria_vllm.offline.model.files.tensors import check_values
 
 if TYPE_CHECKING:
     from ria_vllm.offline.model.run.names import Names
@@ -97,9 +95,8 @@ class ExpertWeights:
         width: int,
         names: "Names",
         tensors: SourceTensors,
-        folder: Path,
     ):
-        self.names, self.tensors, self.folder = names, tensors, folder
+        self.names, self.tensors, self.folder = names, tensors, names.folder
         self.experts: list[dict[str, ExpertFiles]] = []
         self.dense: list[dict[str, str]] = []
         self.parameters: set[str] = set()
@@ -135,10 +132,9 @@ class ExpertWeights:
         return weights
 
     def _read(self, written: str, expert: int | None = None) -> torch.Tensor:
-        stored, key = self.names.files[written], f"{written} {expert}"
-        tensor = self.tensors.read(stored, expert)
+        key, tensor = f"{written} {expert}", self.tensors.read(written, expert)
         if key not in self._checked:
-            check_values(self.tensors.files[stored], written, tensor, floating=True)
+            self.tensors.check_values(written, tensor, floating=True)
             self._checked.add(key)
         return tensor
 
@@ -181,10 +177,10 @@ class ExpertWeights:
         if {operation.dim0, operation.dim1} != {1, 2}:
             return None
         experts, *wanted = layout.stacked_shape(parameter)
-        found = self._shapes([tensor])[tensor]
+        found = self.tensors.shape(tensor)
         if operation.check_dims and found == (experts, *wanted):  # so transformers leaves it as it is
             return layout.transposed
-        self._check_shape(tensor, found, (experts, *reversed(wanted)))
+        self.tensors.check_shape(tensor, found, (experts, *reversed(wanted)))
         return not layout.transposed
 
     def _apart(self, layout: ExpertsLayout, sources: Mapping[str, Sequence[str]]) -> ExpertFiles:
@@ -215,22 +211,10 @@ class ExpertWeights:
                 f"{self.folder}: config.json says that {files.module} has {layout.num_experts} experts, but the files "
                 f"{has} {files.linear(expert, kind)}. Get the model again."
             )
-        shapes = self._shapes(files.sources)
         for expert, kind in sorted(wanted):
             written = f"{files.linear(expert, kind)}.weight"
-            self._check_shape(written, shapes[written], layout.shape(kind))
+            self.tensors.check_shape(written, self.tensors.shape(written), layout.shape(kind))
         return files
-
-    def _shapes(self, written: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        stored = {self.names.files[name]: name for name in written}
-        return {stored[name]: tuple(shape) for name, shape in self.tensors.shapes(stored)}
-
-    def _check_shape(self, written: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-        if tuple(found) != tuple(wanted):
-            raise RiaError(
-                f"{self.folder}: {written} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. "
-                "Get the model again."
-            )
 
 
 def _stacks(converter: WeightConverter, linears: int) -> bool:

@@ -1,7 +1,9 @@
-"""The tensors of a dense model, read from its files one by one. The only place where quantized ones are dequantized."""
+"""The tensors of a dense model, read from its files one by one, and checked. The only place where quantized ones are
+dequantized."""
 
+import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from ria_vllm.files.json_file import read_json
 from ria_vllm.files.open_files import OpenFiles
 from ria_vllm.offline.model.files.compressed_tensors import CompressedTensors, StoredLinear
 from ria_vllm.offline.model.files.dequantize import Dequantized, Fp8, Mxfp4, Scheme, find_quantized, scheme_of
-from ria_vllm.offline.model.files.tensors import MOST_BYTES, Header, each_in_its_file, opened, reading
+from ria_vllm.offline.model.files.tensors import MOST_BYTES, check_values, headers_of, reading
 from ria_vllm.offline.model.files.which_weights import find_tensors
 
 
@@ -37,18 +39,27 @@ class SourceTensors:
         self.scheme: Scheme | None = scheme_of(read_json(folder / "config.json").get("quantization_config"), folder)
         self.quantized: dict[str, Dequantized] = {}
         self._where, self._open = files, OpenFiles(MOST_BYTES)
+        self._headers = {name: header for path in dict.fromkeys(files.values()) for name, header in headers_of(path)}
+        self._stored: Mapping[str, str] = {}  # other names -> those in the files
         self.files = files
         if self.scheme is not None:
-            headers = {
-                name: Header(part.get_dtype(), tuple(part.get_shape()), files[name])
-                for name, file in each_in_its_file(files)
-                for part in [file.get_slice(name)]
-            }
-            self.quantized, unused = find_quantized(self.scheme, headers)
+            self.quantized, unused = find_quantized(self.scheme, self._headers)
             unused = unused.union(*(one.parts for one in self.quantized.values()))
             plain = {name: path for name, path in files.items() if name not in unused}
             self.files = plain | {name: files[one.values] for name, one in self.quantized.items()}
         self.dtype = self._largest() if dtype is None else dtype
+
+    def renamed(self, names: Mapping[str, str]) -> "SourceTensors":
+        """The same tensors under other names.
+
+        Args:
+            names: other name -> the one here.
+        """
+        found = copy.copy(self)
+        found._stored = names
+        found.files = {name: self.files[own] for name, own in names.items()}
+        found.quantized = {name: self.quantized[own] for name, own in names.items() if own in self.quantized}
+        return found
 
     def read(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         """One tensor or, of a stack, its part with this index, on the CPU. It is not mapped from its file.
@@ -60,7 +71,7 @@ class SourceTensors:
         """
         found = self.quantized.get(name)
         if found is None:
-            return self._read(name, index)
+            return self._read(self._stored.get(name, name), index)
         if isinstance(found, StoredLinear):
             assert isinstance(self.scheme, CompressedTensors)
             return self.scheme.dequantized(found, self._read, self.dtype)
@@ -78,23 +89,44 @@ class SourceTensors:
             )
         return self.scheme.dequantized(self._read(found.values, index), scales, self.dtype)
 
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor with its name, file by file. No file is left open, and so mapped."""
+        try:
+            for name in sorted(names, key=self.files.__getitem__):
+                yield name, self.read(name)
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Close all files: what was read of an open one counts as memory of the process."""
         self._open.close()
 
-    def shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each name with the shape of its tensor, from the headers."""
-        names = list(names)
-        yield from ((name, self.quantized[name].shape) for name in names if name in self.quantized)
-        for name, file in each_in_its_file({name: self.files[name] for name in names if name not in self.quantized}):
-            yield name, tuple(file.get_slice(name).get_shape())
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor, from its header."""
+        found = self.quantized.get(name)
+        return self._headers[self._stored.get(name, name)].shape if found is None else found.shape
+
+    def check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        """Refuse a tensor of another shape than the model's.
+
+        Raises:
+            RiaError: it is.
+        """
+        if tuple(found) != tuple(wanted):
+            raise RiaError(
+                f"{self.files[name]}: {name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the "
+                "model again."
+            )
+
+    def check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
+        """See `tensors.check_values`."""
+        check_values(self.files[name], name, tensor, floating)
 
     def _read(self, name: str, index: int | slice | None = None) -> torch.Tensor:
         with reading(self._where[name]):
             return self._open.read(self._where[name], name, index)
 
     def _largest(self) -> torch.dtype:
-        sizes = {name: math.prod(shape) for name, shape in self.shapes(self.files.keys() - self.quantized.keys())}
+        sizes = {name: math.prod(self.shape(name)) for name in self.files.keys() - self.quantized.keys()}
         largest = max(sorted(sizes), key=sizes.__getitem__)
-        with opened(self.files[largest]) as file:
-            return file.get_tensor(largest).dtype
+        return self._read(largest, slice(1) if self.shape(largest) else None).dtype

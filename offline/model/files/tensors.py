@@ -1,14 +1,14 @@
-"""Opens the files of a dense model, and checks what is in their tensors."""
+"""Reads the headers of a dense model's files, and checks what is in their tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from ria_vllm.checkpoint.shards import tensor_entries
 from ria_vllm.errors import RiaError
 from ria_vllm.format.sparse24 import VALUE_DTYPES
 from ria_vllm.format.weight_format import name_of
@@ -54,22 +54,10 @@ def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) ->
         raise RiaError(f"{file}: {name}: NaN or infinite values in the weights. Get the model again, or repair it.")
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, with the errors of `reading`."""
-    with reading(path), safe_open(path, framework="pt") as file:
-        yield file
-
-
-def each_in_its_file(places: Mapping[str, Path]) -> Iterator[tuple[str, Any]]:
-    """Each name with its open file, file by file: opening one reads its whole header."""
-    names: dict[Path, list[str]] = {}
-    for name, path in places.items():
-        names.setdefault(path, []).append(name)
-    for path, here in names.items():
-        with opened(path) as file:
-            for name in here:
-                yield name, file
+def headers_of(path: Path) -> list[tuple[str, Header]]:
+    """Each tensor of a safetensors file and its header, with the errors of `reading`."""
+    with reading(path):
+        return [(name, Header(entry["dtype"], tuple(entry["shape"]), path)) for name, entry, *_ in tensor_entries(path)]
 
 
 @contextmanager

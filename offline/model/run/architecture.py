@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.topology import decoder_layers
+from ria_vllm.offline.model.topology import linears_of
 
 # The kinds of models that write text, by transformers' names; the first one that has a class for a configuration says
 # which it is if config.json does not. Not all versions of transformers have all kinds.
@@ -130,6 +130,42 @@ def find_decoder(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
     path = paths[id(decoder)]
     inside = decoder_layers(decoder, layers)
     return path, f"{path}.{inside}" if path else inside
+
+
+def decoder_layers(model: nn.Module, num_hidden_layers: int) -> str:
+    """The path of the list of decoder layers in a model.
+
+    The model may hold towers for images or sound. Those with a kind of configuration of their own are passed over.
+
+    Raises:
+        RiaError: there is no such list with linears in it, or more than one.
+    """
+    config = getattr(model, "config", None)
+    towers = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) is not type(config) and path
+    ]
+    found = []
+    for path, module in model.named_modules():
+        inside_another = any(part.isdigit() for part in path.split("."))
+        if not isinstance(module, nn.ModuleList) or len(module) != num_hidden_layers or inside_another:
+            continue
+        if any(path.startswith(f"{tower}.") for tower in towers) or isinstance(next(iter(module), None), nn.Linear):
+            continue
+        if linears_of(module):
+            found.append(path)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RiaError(
+            f"{type(model).__name__}: {', '.join(found)} have {num_hidden_layers} layers each, and nothing says which "
+            "of them are the text decoder's. Such a model cannot be compressed."
+        )
+    raise RiaError(
+        f"{type(model).__name__}: no list of {num_hidden_layers} decoder layers with nn.Linear in it, so there is "
+        "nothing to prune. (GPT-2 and similar models use Conv1D, which this tool cannot prune.)"
+    )
 
 
 def find_base(model: PreTrainedModel, decoder: str) -> str:

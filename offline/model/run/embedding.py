@@ -3,8 +3,9 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,48 +14,51 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.model.run.hf import explained
-from ria_vllm.offline.model.run.layer_call import LayerCall, Slot, tensors_mapped
+from ria_vllm.offline.model.run.layer_call import LayerCall, Reached, Slot, replaced_forwards, tensors_mapped
 from ria_vllm.offline.model.run.streaming import StreamedModel
 
 # How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
 TOLERANCE = 1e-5
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What a module reads: the first tensor among the arguments of a call."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-
-
-class Reached(BaseException):
-    """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
-
-
 class _Forward:
-    """What the shells of one forward pass have in common.
+    """One forward pass in which layers compute nothing, but record how they are called, and pass the stream on.
 
-    calls: how the model calls each layer.
-    streams: into each layer.
-    form: stream -> what the model takes for a layer's output.
-    disturb: changes the stream behind each layer; None: it is passed on.
+    called: the layers; calls: how the model calls them; streams: into them; returned: behind them.
+
+    Args:
+        form: stream -> what the model takes for a layer's output.
+        place: a layer's number -> what an error about it begins with.
+        disturb: changes the stream behind each layer; None: it is passed on.
+        last: the pass stops at so many calls; 0: it does not.
     """
 
-    def __init__(self, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        self.form, self.disturb = form, disturb
+    def __init__(
+        self,
+        form: Callable,
+        place: Callable[[int], str],
+        disturb: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        last: int = 0,
+    ):
+        self.form, self.place, self.disturb, self.last = form, place, disturb, last
+        self.called: list[nn.Module] = []
         self.calls: list[LayerCall] = []
         self.streams: list[torch.Tensor] = []
         self.returned: list[torch.Tensor] = []
         self._mappings: list[MutableMapping] = []
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: str, finish: bool) -> Any:
+    def __call__(self, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """In the place of a layer's own forward."""
         by_name = "hidden_states" in kwargs
         stream = kwargs.pop("hidden_states") if by_name else args[0]
         args = args if by_name else args[1:]
-        self.streams.append(stream)
         given = {**dict(enumerate(args)), **kwargs}
         mappings = {slot: self._number(value) for slot, value in given.items() if isinstance(value, MutableMapping)}
-        call = LayerCall(args, kwargs, by_name, place, mappings=mappings)
+        call = LayerCall(args, kwargs, by_name, self.place(len(self.calls)), mappings=mappings)
+        self.called.append(layer)
+        self.streams.append(stream)
         self.calls.append(call.mapped(lambda tensor: tensor))  # what is in mappings now, whatever comes into them later
-        if finish:
+        if len(self.calls) == self.last:
             raise Reached
         self.returned.append(stream if self.disturb is None else self.disturb(stream))
         return self.form(self.returned[-1])
@@ -65,26 +69,6 @@ class _Forward:
         if not known:
             self._mappings.append(mapping)
         return known[0] if known else len(self._mappings) - 1
-
-
-class _Shell(nn.Module):
-    """Stands in for a decoder layer: records how the model calls it, and passes the stream on."""
-
-    def __init__(self, layer: nn.Module, forward: _Forward, finish: bool, place: str):
-        super().__init__()
-        self.__dict__["layer"] = layer
-        self.pass_on = forward
-        self.finish = finish
-        self.place = place
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["layer"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.pass_on(args, kwargs, self.place, self.finish)
 
 
 class Embedder:
@@ -115,14 +99,9 @@ class Embedder:
             RiaError: the model does not run, does not call its layers one after another, or changes the stream between
                 them.
         """
-        passed = self._run(tokens, _Forward(self._form))
+        passed = self._passed(tokens, self._form)
         calls = [replace(call, varying=self.varying.intersection(call.slots())) for call in passed.calls]
         return passed.streams[0], calls
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of tokens that the model knows."""
-        return self.base.get_input_embeddings().num_embeddings
 
     def logits(self, tokens: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
         """What the model predicts after these tokens if its last layer returns a given stream.
@@ -136,33 +115,30 @@ class Embedder:
         Raises:
             RiaError: the model does not run.
         """
-        passed = _Forward(self._form, lambda _: stream)
-        shells = [_Shell(layer, passed, False, self._place(i)) for i, layer in enumerate(self.model.layers)]
-        return self._run_with(shells, tokens, self.model.model).logits
+        passed = _Forward(self._form, self._place, lambda _: stream)
+        return self._run(passed, tokens, self.model.model).logits
 
-    def _run_with(self, shells: Sequence[nn.Module], tokens: torch.Tensor, module: nn.Module | None = None) -> Any:
-        """Run a module (None: the model without its head), with these in the place of its first layers.
+    def _run(self, passed: _Forward, tokens: torch.Tensor, module: nn.Module | None = None) -> Any:
+        """Run a module (None: the model without its head) whose layers only pass the stream on.
 
         Returns:
-            Its output; None if one of the shells says that it was reached.
+            Its output; None if the pass stopped before.
         """
-        layers = self.model.layers
-        own = list(layers)
-        for index, shell in enumerate(shells):
-            layers[index] = shell
+        unusable = self.unusable if module is None else "the model's head does not run by itself"
         try:
-            with explained(self.unusable if module is None else "the model's head does not run by itself"):
+            with replaced_forwards({layer: partial(passed, layer) for layer in self.model.layers}), explained(unusable):
                 return (module or self.base)(input_ids=tokens.to(self.model.device), use_cache=False)
         except Reached:
             return None
-        finally:
-            for index, layer in enumerate(own):
-                layers[index] = layer
 
-    def _run(self, tokens: torch.Tensor, passed: _Forward) -> _Forward:
+    def _passed(
+        self, tokens: torch.Tensor, form: Callable, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> _Forward:
+        """A pass up to the last layer; for the arguments see `_Forward`."""
         own = list(self.model.layers)
-        self._run_with([_Shell(layer, passed, layer is own[-1], self._place(i)) for i, layer in enumerate(own)], tokens)
-        if len(passed.calls) != len(own):
+        passed = _Forward(form, self._place, disturb, len(own))
+        self._run(passed, tokens)
+        if list(map(id, passed.called)) != list(map(id, own)):
             raise self._uncalled()
         for index, (stream, before) in enumerate(zip(passed.streams[1:], passed.returned, strict=True), 1):
             if stream is not before:
@@ -187,24 +163,19 @@ class Embedder:
             for slot in varying.intersection([*call.slots(), *other.slots()]):
                 both = [one.slots().count(slot) and one[slot] for one in (call, other)]
                 if not all(isinstance(value, torch.Tensor) for value in both) or both[0].shape != both[1].shape:
-                    raise self._unlike(index, slot)
+                    raise RiaError(
+                        f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} "
+                        "that differs between texts and is no tensor of one shape, so they cannot be pruned one by one."
+                    )
         draw = torch.Generator().manual_seed(0)
 
         def disturb(before: torch.Tensor) -> torch.Tensor:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        integers: list[torch.Tensor] = []
-
-        def noted(value: torch.Tensor) -> torch.Tensor:
-            if _has_integers(value):
-                integers.append(value)
-            return value
-
-        tensors_mapped(self.beside, noted)
-        # Integers are tried as they are, and as zeros: a layer may add them, or they are the numbers of tokens, of
-        # which 0 is one.
-        for zeros in (False, True) if integers else (False,):
+        # Integers beside the stream are tried as they are, and as zeros: a layer may add them, or they are the numbers
+        # of tokens, of which 0 is one.
+        for zeros in (False, True):
             self._check_unread(self._disturbed(others, disturb, zeros), expected)
         self.varying, self.beside = frozenset(varying), ()
 
@@ -217,7 +188,7 @@ class Embedder:
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 return disturb(value)
-            return torch.zeros_like(value) if zeros and _has_integers(value) else value
+            return torch.zeros_like(value) if zeros and value.dtype != torch.bool else value
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:
@@ -226,7 +197,7 @@ class Embedder:
             return (stream, *tensors_mapped(beside, other))
 
         try:
-            return self._run(tokens, _Forward(form, disturb))
+            return self._passed(tokens, form, disturb)
         except RiaError as error:
             raise RiaError(
                 f"{self.model.folder}: {type(self.model.model).__name__} does not run on what its layers return with "
@@ -257,12 +228,6 @@ class Embedder:
             self.model.free_layer(index)
         return one.shape != two.shape or not bool((one - two).abs().max() <= TOLERANCE * two.abs().max())
 
-    def _unlike(self, index: int, slot: Slot) -> RiaError:
-        return RiaError(
-            f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} that differs "
-            "between texts and is no tensor of one shape, so they cannot be pruned one by one."
-        )
-
     def _uncalled(self) -> RiaError:
         return RiaError(
             f"{self.model.folder}: {type(self.model.model).__name__} does not call its decoder layers one after "
@@ -275,9 +240,9 @@ class Embedder:
         Raises:
             RiaError: the model does not run, or does not call layer 0.
         """
-        layer, passed = self.model.load_layer(0), _Forward(self._form)
-        self._run_with([_Shell(layer, passed, True, self._place(0))], tokens)
-        if not passed.calls:
+        layer, passed = self.model.load_layer(0), _Forward(self._form, self._place, last=1)
+        self._run(passed, tokens)
+        if passed.called[:1] != [layer]:
             raise self._uncalled()
         call, stream = passed.calls[0], passed.streams[0]
         kwargs = {**call.kwargs, "hidden_states": stream} if call.by_name else call.kwargs
@@ -296,10 +261,6 @@ class Embedder:
     def close(self) -> None:
         """Free the weights outside the layers."""
         self.model.free_base()
-
-
-def _has_integers(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() and value.dtype != torch.bool
 
 
 def _argument(slot: Slot) -> str:

@@ -1,6 +1,7 @@
 """How a model calls a decoder layer: everything that the layer reads and writes besides the residual stream."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,6 +97,51 @@ class LayerCall:
         if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
             return list(dict.fromkeys([*self.slots(), *other.slots()]))
         return [slot for slot in self.slots() if not _equal(self[slot], other[slot])]
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a module reads: the first tensor among the arguments of a call."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+
+
+class Reached(BaseException):
+    """Stops a forward pass that has reached the point of interest. Not an Exception, so that no handler catches it."""
+
+
+def read_at(module: nn.Module, run: Callable[[], Any]) -> torch.Tensor | None:
+    """The first tensor that `module` reads during `run`, which stops there; None: it reads none."""
+    found: list[torch.Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = first_tensor(args, kwargs)
+        if tensor is not None:
+            found.append(tensor)
+            raise Reached
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        run()
+    except Reached:
+        if not found:
+            raise  # another hook stopped the pass
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules compute something else."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def random_like(left: Mapping[Entry, Any], draw: torch.Generator, like: torch.Tensor) -> Left:

@@ -43,6 +43,7 @@ class Names:
     """
 
     def __init__(self, model: PreTrainedModel, in_files: Iterable[str], folder: Path):
+        self.folder = folder
         # In the order in which transformers renames: some renamings depend on what they have seen before.
         in_files = sorted(in_files, key=lambda name: _natural_order(name, folder))
         self._known = known = model.state_dict()

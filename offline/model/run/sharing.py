@@ -6,7 +6,7 @@ found out by running all of them, one after the other, on the meta device, which
 
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import experts_modules
-from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, random_like, tensors_of
+from ria_vllm.offline.model.run.layer_call import Entry, LayerCall, Left, random_like, replaced_forwards, tensors_of
 
 META = torch.device("meta")
 
@@ -156,17 +156,7 @@ class _OnMeta:
         return out
 
 
-@contextmanager
-def _experts_skipped(layer: nn.Module) -> Iterator[None]:
+def _experts_skipped(layer: nn.Module) -> AbstractContextManager[None]:
     """Let routed experts return zeros: which of them are run depends on numbers, and there are none."""
-    modules = [layer.get_submodule(path) for path in experts_modules(layer)]
-    before = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = lambda X, *_, **__: torch.zeros_like(X)
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+    modules = map(layer.get_submodule, experts_modules(layer))
+    return replaced_forwards({module: lambda X, *_, **__: torch.zeros_like(X) for module in modules})

@@ -1,6 +1,6 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.model.experts.files import ExpertFiles, ExpertWeights, other_experts, other_weights
 from ria_vllm.offline.model.experts.run import Weights, run_one_by_one, set_weights
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
-from ria_vllm.offline.model.files.tensors import check_values
 from ria_vllm.offline.model.run.architecture import (
     find_base,
     find_decoder,
@@ -27,6 +26,7 @@ from ria_vllm.offline.model.run.architecture import (
 from ria_vllm.offline.model.run.buffers import compute_buffers
 from ria_vllm.offline.model.run.dtypes import choose_dtype, keep_float32
 from ria_vllm.offline.model.run.hf import attention_options, configured_dtype, explained
+from ria_vllm.offline.model.run.loading import Loader, prefix_of
 from ria_vllm.offline.model.run.names import Names
 
 
@@ -39,6 +39,9 @@ class StreamedModel:
     Modules are called by their names in the model, tensors by the names that they are written under (see `Names`).
     stored_dtype is the checkpoint's, and that of what is dequantized; dtype is the one that layers are computed in, but
     for the tensors that transformers keeps in float32.
+
+    experts: for each layer, path of experts that are streamed, relative to it -> where they are in the files.
+    dense_experts: for each layer, path of experts that cannot be streamed -> why.
 
     Args:
         folder: a Hugging Face folder with safetensors, see `SourceTensors`.
@@ -53,9 +56,9 @@ class StreamedModel:
         self.folder = folder
         self.device = device
         self.config = config
-        self.tensors = SourceTensors(folder, configured_dtype(config))
-        self.files = self.tensors.files
-        self.stored_dtype = _writable(self.tensors.dtype, folder)
+        source = SourceTensors(folder, configured_dtype(config))
+        self.files = source.files
+        self.stored_dtype = _writable(source.dtype, folder)
         self.dtype = choose_dtype(self.stored_dtype, device) if dtype is None else dtype
         architecture = model_class(str(folder), config)
         unusable = f"{folder / 'config.json'}: transformers cannot build this model"
@@ -69,21 +72,28 @@ class StreamedModel:
         self.base_path = find_base(self.model, self.decoder_path)
         self.layers: Sequence[nn.Module] = self.model.get_submodule(self.layers_path)
         self.names = Names(self.model, self.files, folder)
-        self._expert_weights = ExpertWeights(
-            self.layers, self.layers_path, self._width, self.names, self.tensors, folder
-        )
-        self._streamed = self._expert_weights.parameters
+        self.tensors = source.renamed(self.names.files)
+        self._expert_weights = ExpertWeights(self.layers, self.layers_path, self._width, self.names, self.tensors)
+        self.experts: Sequence[Mapping[str, ExpertFiles]] = self._expert_weights.experts
+        self.dense_experts: Sequence[Mapping[str, str]] = self._expert_weights.dense
+        streamed = self._expert_weights.parameters
+        self.loader = Loader(self.model, self.names, self.tensors, self.decoder_path, streamed, device, self.dtype)
         for index, layer in enumerate(self.layers):
             run_one_by_one(layer)
             self._reset_experts(index)
-        self._check_all()
-        self._check_tied()
+        self.loader.check_all()
+        self.loader.check_tied()
         self._materialize_buffers()
 
     @property
     def _width(self) -> int:
         """Of the residual stream."""
         return self.model.get_submodule(self.base_path).get_input_embeddings().weight.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return self.model.get_submodule(self.base_path).get_input_embeddings().num_embeddings
 
     @property
     def is_wrapper(self) -> bool:
@@ -119,7 +129,7 @@ class StreamedModel:
         """For messages: how tensors with these written names get into the checkpoint; None: those of `copied`."""
         if names is None:
             names = (written for path in self._beside() for written in self._inside(path))
-        return "dequantized and copied" if any(map(self._is_dequantized, names)) else "copied unchanged"
+        return "dequantized and copied" if self.tensors.quantized.keys() & names else "copied unchanged"
 
     def _beside(self) -> dict[str, nn.Module]:
         return towers(self.model, self.decoder_path) if self.is_wrapper else {}
@@ -127,9 +137,6 @@ class StreamedModel:
     def _inside(self, path: str) -> dict[str, str]:
         """Written name -> name in the model, of the tensors of a module."""
         return {written: name for written, name in self.names.inside.items() if name.startswith(f"{path}.")}
-
-    def _is_dequantized(self, written: str) -> bool:
-        return self.names.files[written] in self.tensors.quantized
 
     def names_in_layer(self, index: int) -> list[str]:
         """The written names of a layer's tensors."""
@@ -148,12 +155,11 @@ class StreamedModel:
     def unknown_linears(self) -> list[str]:
         """The written names of possible linears that the model does not have, without single experts."""
         names = [name for name in self.names.unknown if name.endswith(".weight") and ".experts." not in name]
-        matrices = {written for written, shape in self._shapes(names) if len(shape) == 2}
-        return [written.removesuffix(".weight") for written in names if written in matrices]
+        return [written.removesuffix(".weight") for written in names if len(self.tensors.shape(written)) == 2]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor with this written name, on the CPU: as it is in the file, or dequantized."""
-        return self.tensors.read(self.names.files[name])
+        return self.tensors.read(name)
 
     def from_files(self, index: int, path: str) -> Weights:
         """The weights of the experts at `path` in layer `index`, as in the files, on the device."""
@@ -164,19 +170,9 @@ class StreamedModel:
 
         return weights
 
-    @property
-    def experts(self) -> Sequence[Mapping[str, ExpertFiles]]:
-        """For each layer: path of experts that are streamed, relative to it -> where they are in the files."""
-        return self._expert_weights.experts
-
-    @property
-    def dense_experts(self) -> Sequence[Mapping[str, str]]:
-        """For each layer: path of experts that cannot be streamed -> why."""
-        return self._expert_weights.dense
-
     def load_layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, on the device; without those of experts in `experts`."""
-        self._load(self.layers[index], self.layer_prefix(index))
+        self.loader.load(self.layers[index], self.layer_prefix(index))
         self._reset_experts(index)
         return self.layers[index]
 
@@ -210,10 +206,10 @@ class StreamedModel:
         A module outside the text decoder gets its weights when it is called, which a vision tower never is for text.
         """
         base, path = self.model.get_submodule(self.base_path), self.decoder_path
-        self._load(self.model.get_submodule(path), _prefix(path), without=f"{self.layers_path}.")
-        first = _prefix(self.base_path) + next(name for name, _ in base.named_parameters())
+        self.loader.load(self.model.get_submodule(path), prefix_of(path), without=f"{self.layers_path}.")
+        first = prefix_of(self.base_path) + next(name for name, _ in base.named_parameters())
         if self.model.get_parameter(first).is_meta:
-            self._load_direct({first: first})  # wrappers take its device and dtype for their own
+            self.loader.load_direct({first: first})  # wrappers take its device and dtype for their own
         self._on_call = [
             module.register_forward_pre_hook(partial(self._load_called, name))
             for name, module in outside_decoder(self.model, path)
@@ -223,7 +219,7 @@ class StreamedModel:
 
     def _load_called(self, name: str, module: nn.Module, _: Any) -> None:
         if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
-            self._load(module, _prefix(name))
+            self.loader.load(module, prefix_of(name))
             self._materialize_buffers(inside=name)
 
     def free_base(self) -> None:
@@ -232,141 +228,7 @@ class StreamedModel:
         layers = f"{self.layers_path}."
         for name, parameter in list(self.model.named_parameters()):
             if not name.startswith(layers):
-                self._set(name, parameter.to("meta"))
-
-    def _load(self, module: nn.Module, prefix: str, without: str | None = None) -> None:
-        expected = {prefix + name for name in module.state_dict()} - self._streamed
-        expected = {name for name in expected if without is None or not name.startswith(without)}
-        tied = self.model.all_tied_weights_keys
-        # A block that several layers share is stored only once.
-        shared = {name: tied[name] for name in expected & set(tied) - set(self.names.direct) if without is None}
-        self._load_direct({name: shared.get(name, name) for name in expected})
-        if self.names.converted:
-            self._load_converted(prefix, without)
-        missing = sorted(
-            name
-            for name, tensor in module.state_dict(prefix=prefix).items()
-            if name in expected and tensor.is_meta and name not in tied
-        )
-        if missing:
-            raise self._missing(missing[0])
-
-    def _load_direct(self, stored: Mapping[str, str]) -> None:
-        """Load the tensors of the model that are in the files as they are.
-
-        Args:
-            stored: name in the model -> the name, in the model, of the tensor in the files that it is.
-        """
-        takers: dict[str, list[str]] = {}
-        for name, other in sorted(stored.items()):
-            if other in self.names.direct:
-                takers.setdefault(self.names.direct[other], []).append(name)
-        for written, tensor in self._read(sorted(takers)):
-            for name in takers[written]:
-                owner = self.model.get_submodule(name.rpartition(".")[0])
-                wanted = getattr(owner, name.rpartition(".")[2])
-                self._check_shape(written, tensor.shape, wanted.shape)
-                self._check_values(written, tensor, wanted.is_floating_point())
-                self._set(name, tensor.to(self.device, wanted.dtype, copy=len(takers[written]) > 1))
-
-    def _check_all(self) -> None:
-        """Refuse now what would otherwise only show after hours, or in the finished checkpoint.
-
-        These are missing tensors and wrong shapes, from the headers of the files, and non-finite values in tensors that
-        are copied without being loaded.
-        """
-        wanted: dict[str, torch.Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
-            if name in self.names.direct:
-                wanted[self.names.direct[name]] = tensor
-            elif name not in self.names.made and name not in self.model.all_tied_weights_keys:
-                raise self._missing(name)
-        for written, shape in self._shapes(wanted):
-            self._check_shape(written, shape, wanted[written].shape)
-        for name, written in self.names.direct.items():
-            if not name.startswith(_prefix(self.decoder_path)) and name not in self.model.all_tied_weights_keys:
-                self._check_values(written, self.read(written), wanted[written].is_floating_point())
-        for written in sorted(self.names.converted):
-            if not self.names.inside[written].startswith(_prefix(self.decoder_path)):
-                self._check_values(written, self.read(written), floating=True)
-        for written in self.names.unknown:
-            self._check_values(written, self.read(written), floating=False)
-
-    def _check_tied(self) -> None:
-        """Tensors that config.json ties are one for vLLM, but two for transformers if the files hold two."""
-        for name, other in self.model.all_tied_weights_keys.items():
-            both = [self.names.direct.get(name), self.names.direct.get(other)]
-            if None not in both and not torch.equal(*map(self.read, both)):
-                raise RiaError(
-                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in "
-                    'the files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get '
-                    "the model again."
-                )
-
-    def _missing(self, name: str) -> RiaError:
-        return RiaError(f"{self.folder}: no weights for {name} in any file. Get the model again.")
-
-    def _check_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-        if tuple(found) != tuple(wanted):
-            raise RiaError(
-                f"{self._file_of(name)}: {name} has shape {tuple(found)}, config.json asks for "
-                f"{tuple(wanted)}. Get the model again."
-            )
-
-    def _check_values(self, name: str, tensor: torch.Tensor, floating: bool) -> None:
-        check_values(self._file_of(name), name, tensor, floating)
-
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        owner_path, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(owner_path)
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
-        else:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
-    def _file_of(self, written: str) -> Path:
-        return self.files[self.names.files[written]]
-
-    def _read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor by its written name, file by file. No file is left open, and so mapped."""
-        try:
-            for name in sorted(names, key=self._file_of):
-                yield name, self.read(name)
-        finally:
-            self.tensors.close()
-
-    def _shapes(self, names: Iterable[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        stored = {self.names.files[name]: name for name in names}
-        for name, shape in self.tensors.shapes(stored):
-            yield stored[name], shape
-
-    def _load_converted(self, prefix: str, without: str | None) -> None:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        names = [name for name in sorted(self.names.converted) if self.names.inside[name].startswith(prefix)]
-        names = [name for name in names if self.names.inside[name] not in self._streamed]
-        names = [name for name in names if without is None or not self.names.inside[name].startswith(without)]
-        found = dict(self._read(names))
-        if not found:
-            return
-        for name, tensor in found.items():
-            self._check_values(name, tensor, floating=True)
-        load = LoadStateDictConfig(weight_mapping=self.names.mapping, dtype=self.dtype, device_map={"": self.device})
-        tensors = {self.names.files[name]: tensor for name, tensor in found.items()}
-        info, _ = convert_and_load_state_dict_in_model(self.model, tensors, load)
-        for name, why in sorted(info.conversion_errors.items()):
-            reason = ". ".join(why.strip().splitlines()[-2:])  # `why` ends with a traceback
-            raise RiaError(
-                f"{self.folder}: transformers cannot make {name} from the tensors in the files ({reason}). Get the "
-                "model again."
-            )
-        for name, made, wanted in sorted(info.mismatched_keys):
-            raise RiaError(
-                f"{self.folder}: {name}, made from several tensors in the files, has shape {tuple(made)}, config.json "
-                f"asks for {tuple(wanted)}. Get the model again."
-            )
-        self.model.requires_grad_(False)
+                self.loader.set(name, parameter.to("meta"))
 
     def _materialize_buffers(self, inside: str | None = None) -> None:
         """Let the model compute the buffers that no file holds.
@@ -384,11 +246,6 @@ class StreamedModel:
             if owner not in outside if inside is None else f"{owner}.".startswith(f"{inside}."):
                 names.append(name)
         compute_buffers(self.model, names, self.device, inside is None, self.folder)
-
-
-def _prefix(path: str) -> str:
-    """What the names of a module's tensors begin with, from its own name; that of the model is empty."""
-    return f"{path}." if path else ""
 
 
 def stored_dtype(folder: Path, config: PretrainedConfig) -> torch.dtype:

@@ -1,14 +1,18 @@
 """What layers read besides the residual stream: kept for each chunk and each of the two streams, and freed."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
-from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, LeftBehind
-from ria_vllm.offline.calibration.sublayer_pass import _InputsAndCalls
+from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, OfChunks
+from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.run.sharing import Sharing
 from ria_vllm.offline.runtime.ranks import Ranks
+from ria_vllm.progress import Monitor
 
 ENTRY, OTHER = (0, "full"), (0, "sliding")
 
@@ -22,7 +26,7 @@ def same(one: tuple, other: tuple) -> bool:
 
 
 def test_what_is_left_is_kept_replaced_and_dropped():
-    left = LeftBehind()
+    left = OfChunks()
     for chunk in range(3):
         left.put(chunk, {ENTRY: pair(chunk + 1), OTHER: torch.full((2,), float(chunk))})
     for chunk in range(3):  # a later layer replaces it
@@ -39,19 +43,18 @@ def test_what_is_left_is_kept_replaced_and_dropped():
 def arguments(streams: int = 3) -> tuple[AllArguments, LayerCall]:
     """Layer 0 leaves ENTRY, which layer 1 reads; both have an input that is made from the text."""
     call = LayerCall((torch.zeros(1, 4),), {"kept": {}}, False, "here", frozenset([0]), {"kept": 0})
-    made = [{0: Activations()} for _ in range(2)]
-    for index, own in enumerate(made):
-        for chunk in range(streams):
-            own[0].append(torch.full((1, 4), float(10 * index + chunk)))
+    made = OfChunks()
+    for chunk in range(streams):
+        made.put(chunk, {(index, 0): torch.full((1, 4), float(10 * index + chunk)) for index in range(2)})
     meta = torch.empty(0, device="meta")
     sharing = Sharing(({ENTRY: (meta, meta)}, {}), (frozenset(), frozenset([ENTRY])))
-    left = {dense: LeftBehind() for dense in (False, True)}
+    left = {dense: OfChunks() for dense in (False, True)}
     return AllArguments({torch.Size([1, 4, 8]): [call, call]}, made, sharing, left), call
 
 
 def test_each_chunk_of_each_stream_has_its_own():
     found, call = arguments()
-    first, second = found.of(0), found.of(1)
+    first, second = Arguments(found, 0), Arguments(found, 1)
     for dense in (False, True):
         for chunk in range(3):
             first.put(dense, chunk, {ENTRY: pair(100 * dense + chunk), OTHER: "not read, so not kept"})
@@ -64,9 +67,14 @@ def test_each_chunk_of_each_stream_has_its_own():
             assert first.call(stream, first.given(dense, chunk))["kept"] == {}
     assert call["kept"] == {} and not call[0].any()  # what all chunks have in common is as it was
     found.free(0)
-    assert not len(found.made[0][0]) and len(found.made[1][0]) and set(found.left[False].stored) == {ENTRY}
+    assert set(found.made.stored) == {(1, 0)} and set(found.left[False].stored) == {ENTRY}
     found.free(1)
     assert not found.left[False].stored and not found.left[True].stored
+
+
+def inputs_and_calls(streams: Activations, arguments: Arguments, ranks: Ranks) -> list:
+    runner: Any = SimpleNamespace(device=torch.device("cpu"))
+    return list(SublayerPass(runner, arguments, Streams(streams, None, 3), ranks, Monitor(), str).inputs_and_calls())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -79,25 +87,24 @@ def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monk
     whole = Activations()
     for chunk in range(3):
         whole.append(torch.full((1, 4, 8), float(chunk)))
-    alone = list(_InputsAndCalls(Streams(whole, None, 3), found.of(1), Ranks(), torch.device("cpu")))
+    alone = inputs_and_calls(whole, Arguments(found, 1), Ranks())
     own = Activations()
     for chunk in ((0,), (1, 2))[rank]:
         own.append(whole[chunk])
-    mine = Arguments(found.of(1).calls, {0: Activations()}, [ENTRY], [], {False: LeftBehind()})
+    mine = Arguments(AllArguments(found.calls, OfChunks(), found.sharing, {False: OfChunks()}), 1)
     for number, chunk in enumerate(((0,), (1, 2))[rank]):
-        mine.made[0].append(torch.full((1, 4), 10.0 + chunk))
-        mine.left[False].put(number, {ENTRY: pair(chunk)})
+        mine.every.made.put(number, {(1, 0): torch.full((1, 4), 10.0 + chunk)})
+        mine.every.left[False].put(number, {ENTRY: pair(chunk)})
 
     def broadcast(self, value, src):
         assert (value is not None) == (src == rank)
-        others = [(whole[at], found.of(1).given(False, at)) for at in range(3)]
-        at = sent.setdefault("calls", 0) // 2
+        at = sent.setdefault("calls", 0)
         sent["calls"] += 1
-        return others[at][sent["calls"] % 2 == 0] if value is None else value
+        return (whole[at], Arguments(found, 1).given(False, at)) if value is None else value
 
     monkeypatch.setattr(Ranks, "broadcast", broadcast)
-    both = list(_InputsAndCalls(Streams(own, None, 3), mine, Ranks(rank, 2), torch.device("cpu")))
+    both = inputs_and_calls(own, mine, Ranks(rank, 2))
     for (stream, call), (expected, wanted) in zip(both, alone, strict=True):
         assert torch.equal(stream, expected) and torch.equal(call[0], wanted[0])
         assert same(call["kept"]["full"], wanted["kept"]["full"])
-    assert sent["calls"] == 6
+    assert sent["calls"] == 3

@@ -7,7 +7,8 @@ from hub_texts import NEW, OLD, install
 from transformers import AutoTokenizer
 
 from ria_vllm.offline.calibration import hub
-from ria_vllm.offline.calibration.data import documents, from_text, opened
+from ria_vllm.offline.calibration.data import documents, from_text
+from ria_vllm.offline.calibration.hub import opened
 
 TEXTS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(40)]
 

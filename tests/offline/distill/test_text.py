@@ -5,8 +5,9 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.text import check_vocabulary, held_out_texts, held_out_windows, training_text
+from ria_vllm.offline.distill.text import held_out_texts, held_out_windows, training_text
 from ria_vllm.offline.model.run.hf import load_tokenizer
+from ria_vllm.offline.self_written import check_vocabulary
 from ria_vllm.progress import Monitor
 
 

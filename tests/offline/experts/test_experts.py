@@ -22,11 +22,11 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.hf.experts_layout import ExpertsLayout
-from ria_vllm.offline.experts import layer, prune
+from ria_vllm.offline.experts import prune
 from ria_vllm.offline.experts.plan import describe_experts
-from ria_vllm.offline.experts.store import ExpertStore
+from ria_vllm.offline.experts.store import LayerExperts
 from ria_vllm.offline.model.experts.files import ExpertFiles
-from ria_vllm.offline.run import compress
+from ria_vllm.offline.run import compress, layers
 from ria_vllm.offline.run.compress import Settings
 
 TOKENS = torch.arange(2, 60)[None]
@@ -115,15 +115,15 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block", "weights": "int8"}], ids=str)
 def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tmp_path, monkeypatch):
     run_small(moe("qwen2_moe"), tmp_path / "whole", text, **options)
-    write, done = ExpertStore.write, []
+    write, done = LayerExperts.write, []
 
     def interrupted(*arguments):
         write(*arguments)
-        done.append(arguments[1:4])
+        done.append((arguments[0].index, arguments[0].path, arguments[1]))
         if len(done) in (3, 6):  # in the first layer, then in the second one
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ExpertStore, "write", interrupted)
+    monkeypatch.setattr(LayerExperts, "write", interrupted)
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
             run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=resume), **options)
@@ -134,19 +134,19 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
 
 
 def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_path, monkeypatch):
-    write, done = ExpertStore.write, []
+    write, done = LayerExperts.write, []
 
     def interrupted(*arguments):
         write(*arguments)
-        done.append(arguments[1:4])
+        done.append((arguments[0].index, arguments[0].path, arguments[1]))
         if len(done) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ExpertStore, "write", interrupted)
+    monkeypatch.setattr(LayerExperts, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_small(moe("qwen2_moe"), tmp_path / "out", text)
-    search = layer.shared_order  # finds another one now, as on another machine
-    monkeypatch.setattr(layer, "shared_order", lambda *arguments: search(*arguments).flip(0))
+    search = layers.shared_order  # finds another one now, as on another machine
+    monkeypatch.setattr(layers, "shared_order", lambda *arguments: search(*arguments).flip(0))
     run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=True))
     orders = Reader(tmp_path / "out").permutations
     for block in ("layers.0.mlp", "layers.1.mlp"):

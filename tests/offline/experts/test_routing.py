@@ -55,6 +55,14 @@ def test_an_expert_with_few_tokens_takes_others_evenly_spread():
     assert gaps.max() <= 7
 
 
+def test_an_expert_that_reads_nothing_here_has_a_chunk_without_tokens():
+    """So this rank has sums of the same shapes as the others."""
+    made = reads()
+    made.choices[1] = torch.where(made.choices[1] == 3, 9, made.choices[1])
+    ((X, dense),) = RoutedTokens(made, None, 0, RoutedTokens.count(made, 4)).of(3)
+    assert X.shape == (0, made.inputs[0].shape[1]) and dense is None
+
+
 def test_there_are_never_more_tokens_than_all():
     _, tokens = routed(enough=1000)
     assert tokens.missing(3) == 99

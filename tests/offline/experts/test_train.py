@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,8 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts import train
-from ria_vllm.offline.experts.prune import RoutedExperts
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens
+from ria_vllm.offline.experts.store import LayerExperts
 from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import run_one_by_one
@@ -92,7 +93,8 @@ def mixture(request, tmp_path) -> SimpleNamespace:
         experts.down_proj_bias = torch.nn.Parameter(bias["down"])
         formula = Formula(gpt_oss_gated, bias)
     return SimpleNamespace(
-        experts=experts, layout=layout, files=ExpertFiles(layout, "mlp.experts", {kind: kind for kind in layout.kinds}),
+        layer=layer, experts=experts, layout=layout,
+        files=ExpertFiles(layout, "mlp.experts", {kind: kind for kind in layout.kinds}),
         formula=formula, dense=draw_weights(layout, 1), pruned=draw_weights(layout, 2),
         reads=draw_reads(layout.width, 3), in_dense=draw_reads(layout.width, 4),
     )  # fmt: skip
@@ -103,10 +105,12 @@ def trainer_of(mixture, enough: int = 8, follows_dense: bool = True) -> ExpertsT
         mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
     )
     recipe = Recipe(reconstruct="block", compute_dtype="float32")
-    experts = RoutedExperts(
-        mixture.experts, mixture.files, mixture.dense.__getitem__, tokens, recipe, Ranks(), torch.device("cpu"),
-        torch.float32, torch.float32, str,
+    model = SimpleNamespace(
+        experts=[{"mlp.experts": mixture.files}], layers=[mixture.layer], folder=Path("folder"),
+        from_files=lambda *_: mixture.dense.__getitem__, device=torch.device("cpu"), dtype=torch.float32,
+        stored_dtype=torch.float32,
     )  # fmt: skip
+    experts = LayerExperts(model, None, recipe, Ranks(), 0, "mlp.experts", tokens)
     return ExpertsTrainer(experts, Activations(), Monitor(shown=False))
 
 
@@ -141,8 +145,9 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
         }
         trained = trainer.train(expert, found)
         assert trained.keys() == found.keys() and all(linear.record["trained"] for linear in trained.values())
-        forward, params, masks, inputs, targets, how, _ = calls.pop()
-        assert params.keys() == masks.keys() == set(mixture.layout.kinds) and not how.relative
+        forward, params, mask_of, inputs, targets, how, _ = calls.pop()
+        assert params.keys() == set(mixture.layout.kinds) and not how.relative
+        assert all(torch.equal(mask_of(kind), weight > 0) for kind, weight in mixture.pruned[expert].items())
         taken = 0
         for index in range(2):
             X, choices, shares = reads.inputs[index], reads.choices[index], reads.shares[index]

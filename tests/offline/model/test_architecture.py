@@ -199,7 +199,7 @@ def test_vision_weights_that_transformers_would_convert_are_checked_too(tiny_wra
     del model.names.direct[name]
     model.names.converted.add(written)
     model.names.made.add(name)
-    model._check_all()
+    model.loader.check_all()
     edit_weights(source, lambda tensors: tensors | {written: torch.full_like(tensors[written], float("inf"))})
     with pytest.raises(RiaError, match=f"{written}: NaN or infinite"):
-        model._check_all()
+        model.loader.check_all()

@@ -9,6 +9,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.experts_layout import ExpertsLayout
 from ria_vllm.offline.model.experts.files import ExpertWeights
+from ria_vllm.offline.model.files.source_tensors import SourceTensors
 
 LAYOUT = ExpertsLayout("mlp.experts", num_experts=4, width=64, inner=32)
 TENSORS = {name: f"layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
@@ -19,9 +20,13 @@ TRANSPOSED = {TENSORS["gate_up_proj"]: (4, 64, 64), TENSORS["down_proj"]: (4, 32
 def found(shapes: dict, layout: ExpertsLayout = LAYOUT, check_dims: bool = False):
     converter = WeightConverter("x", "x", operations=[Transpose(1, 2, check_dims=check_dims)])
     made_of = {name: [name] for name in TENSORS.values()}
-    names = SimpleNamespace(direct={}, made_of=made_of, files={n: n for n in shapes}, converter_of=lambda _: converter)
-    tensors = SimpleNamespace(shapes=lambda stored: [(name, shapes[name]) for name in stored])
-    return ExpertWeights([], "layers", 64, names, tensors, Path("folder"))._find("layers.0.mlp.experts.", layout)
+    names = SimpleNamespace(
+        folder="folder", direct={}, made_of=made_of, files={n: n for n in shapes}, converter_of=lambda _: converter
+    )
+    tensors = SourceTensors.__new__(SourceTensors)
+    tensors.files = dict.fromkeys(shapes, Path("file"))
+    tensors.shape = shapes.__getitem__
+    return ExpertWeights([], "layers", 64, names, tensors)._find("layers.0.mlp.experts.", layout)
 
 
 def test_stacks_that_transformers_transposes():

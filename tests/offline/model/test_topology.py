@@ -7,7 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Fold, Producer
-from ria_vllm.offline.model.topology import Group, Sublayer, Topologies, Topology, decoder_layers, kinds_of
+from ria_vllm.offline.model.experiments.survey import kinds_of
+from ria_vllm.offline.model.run.architecture import decoder_layers
+from ria_vllm.offline.model.topology import Group, Sublayer, Topologies, Topology
 
 FOLD = Fold(consumer="mlp.down", producers=[Producer(name="mlp.up")], coupling="elementwise")
 OTHER = Fold(consumer="mlp.down", producers=[Producer(name="mlp.up", rows=(0, 8))], coupling="elementwise")

@@ -55,7 +55,9 @@ def test_lowers_the_loss_and_keeps_the_zeros(problem):
     before, norm = loss(model, inputs, targets), model.norm.weight.clone()
     some = ([inputs[i] for i in (0, 3)], [targets[i] for i in (0, 3)])
     first = loss(model, *some)
-    losses = train_block(model, params, masks, inputs, targets, Training(passes=20, lr=0.02, dtype=torch.float32))
+    losses = train_block(
+        model, params, masks.__getitem__, inputs, targets, Training(passes=20, lr=0.02, dtype=torch.float32)
+    )
     assert losses == pytest.approx((first, loss(model, *some)), rel=1e-4)
     assert losses[1] < 0.65 * losses[0] and loss(model, inputs, targets) < 0.65 * before
     for name, p in params.items():
@@ -69,7 +71,7 @@ def test_is_adam_on_what_the_masks_keep(problem, dtype):
     """What torch's Adam does on dense float32 weights with masked gradients, in units of a weight's size."""
     model, params, masks, inputs, targets = problem
     start = {name: p.clone() for name, p in params.items()}
-    train_block(model, params, masks, inputs, targets, Training(passes=3, lr=0.01, seed=5, dtype=dtype))
+    train_block(model, params, masks.__getitem__, inputs, targets, Training(passes=3, lr=0.01, seed=5, dtype=dtype))
     trained = {name: p.clone() for name, p in params.items()}
 
     for name, p in params.items():
@@ -105,7 +107,7 @@ def test_steps_are_as_large_as_the_weights(problem):
         for name, p in params.items():
             p.data = start[name] * (factor if name == "down.weight" else 1)
         model.down.forward = lambda x, factor=factor: forward(x) / factor
-        train_block(model, params, masks, inputs, targets, Training(passes=2, dtype=torch.float32))
+        train_block(model, params, masks.__getitem__, inputs, targets, Training(passes=2, dtype=torch.float32))
         ends.append({name: p / (factor if name == "down.weight" else 1) for name, p in params.items()})
     for name, weight in ends[0].items():
         moved = (weight - start[name] * masks[name]).norm()
@@ -131,7 +133,9 @@ def test_what_lies_on_a_grid_stays_there_and_gets_better(problem, weight_format,
     del grids["up.weight"]
     before = loss(model, inputs, targets)
     start = {name: p.clone() for name, p in params.items()}
-    train_block(model, params, masks, inputs, targets, Training(passes=20, lr=0.06, dtype=torch.float32), grids)
+    train_block(
+        model, params, masks.__getitem__, inputs, targets, Training(passes=20, lr=0.06, dtype=torch.float32), grids
+    )
     assert loss(model, inputs, targets) < 0.75 * before
     for name, grid in grids.items():
         values = params[name] / grid.scales.float()[:, grid.groups]
@@ -150,7 +154,7 @@ def test_weights_of_any_dtype(problem, dtype):
     for start in (rounded, {name: p.float() for name, p in rounded.items()}):
         for name, p in params.items():
             p.data = start[name].clone()
-        train_block(model, params, masks, inputs, targets, Training(passes=2))
+        train_block(model, params, masks.__getitem__, inputs, targets, Training(passes=2))
         assert all(p.dtype == torch.float32 for p in params.values())
         ends.append(torch.cat([p.detach().flatten() for p in params.values()]))
     assert torch.equal(*ends)
@@ -160,7 +164,7 @@ def test_weights_of_any_dtype(problem, dtype):
 def test_what_lies_outside_a_mask_becomes_zero(problem):
     model, params, masks, inputs, targets = problem
     model.gate.weight.data[~masks["gate.weight"]] = 1.0
-    train_block(model, params, masks, inputs, targets, Training(passes=1))
+    train_block(model, params, masks.__getitem__, inputs, targets, Training(passes=1))
     assert (model.gate.weight[~masks["gate.weight"]] == 0).all()
 
 
@@ -171,11 +175,11 @@ def test_a_huge_token_does_not_dominate(problem):
         h[0, 0], t[0, 0] = 1000 * torch.ones(16), -1000 * torch.ones(16)
     others = [h[:, 1:] for h in inputs], [t[:, 1:] for t in targets]
     before = loss(model, *others)
-    train_block(model, params, masks, inputs, targets, Training(passes=20, lr=0.02))
+    train_block(model, params, masks.__getitem__, inputs, targets, Training(passes=20, lr=0.02))
     assert loss(model, *others) < 0.6 * before
 
 
 def test_a_loss_that_is_not_finite_is_an_error(problem):
     model, params, masks, inputs, targets = problem
     with pytest.raises(RiaError, match="diverged.*Give --reconstruct admm"):
-        train_block(model, params, masks, [h * float("nan") for h in inputs], targets, Training())
+        train_block(model, params, masks.__getitem__, [h * float("nan") for h in inputs], targets, Training())
