@@ -11,7 +11,7 @@ from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.packing import activation_of
 from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
-from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 
@@ -44,7 +44,7 @@ def layer_config(layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes)
 
 def choose(
     layer: RoutedExperts, experts: StoredExperts, scheme: WeightScheme, sizes: ExpertSizes
-) -> tuple[experts_registry.Choice | None, DenseExpertsMethod | None]:
+) -> tuple[registry.ExpertsChoice | None, DenseExpertsMethod | None]:
     """A kernel if there is a fast one or one is forced, else vLLM's method if it can, else a slow kernel.
 
     Args:
@@ -62,7 +62,7 @@ def choose(
     except ValueError as error:
         reason = str(error)
     else:
-        choice = experts_registry.choose(config)
+        choice = registry.choose(config)
         if not choice.kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == choice.kernel.name:
             return choice, None
     dense = DenseExpertsMethod(layer)

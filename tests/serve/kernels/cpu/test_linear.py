@@ -243,13 +243,13 @@ import torch
 from random_experts import random_experts
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT
-from ria_vllm.serve.kernels import experts_registry, registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 
 config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 64, 64)
-for choose, layer in ((registry.choose, config), (experts_registry.choose, random_experts(2, 64, 32).config)):
+for layer in (config, random_experts(2, 64, 32).config):
     try:
-        print(choose(layer))
+        print(registry.choose(layer))
     except RiaError as error:
         print(error)
 """
