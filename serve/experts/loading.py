@@ -15,7 +15,6 @@ from torch.nn import Parameter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
-from ria_vllm.format.weight_format import SHAPE
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.load.loading import check_tensor
@@ -23,9 +22,6 @@ from ria_vllm.serve.load.loading import check_tensor
 GATE_UP, DOWN = "gate_up_", "down_"
 BIAS = "bias"
 """The parameters that experts are loaded into are called gate_up_PART and down_PART, PART being one of the format."""
-
-# What the files may hold besides, see `parameters.IGNORED_TENSORS`.
-IGNORED_PARTS = (SHAPE, "input_permutation")
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class ExpertsLoader:
             RiaError: a tensor that the experts do not have, or of the wrong shape or dtype.
         """
         local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
-        if part in IGNORED_PARTS or local_expert < 0:
+        if local_expert < 0:
             return
         name = f"{self.experts.linear(kind, expert)}.{part}"
         known = [*self.specs, *([BIAS] if self.has_bias else [])]

@@ -26,11 +26,11 @@ from ria_vllm.serve.experts.names import check_plain, plain_experts
 from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
-from ria_vllm.serve.linear.parameters import IGNORED_TENSORS
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.stream import NOT_SERVED
 from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 
 logger = init_logger("vllm.ria")
@@ -191,7 +191,7 @@ class RiaConfig(QuantizationConfig):
             RiaError: a packed linear lacks one.
         """
         names = tensors if self.translation is None else self.translation.names(tensors)
-        return {name for name in names if name.rpartition(".")[2] not in IGNORED_TENSORS}
+        return {name for name in names if name.rpartition(".")[2] not in NOT_SERVED}
 
     def _fold(self, permutations: dict[str, np.ndarray]) -> None:
         for name in permutations:

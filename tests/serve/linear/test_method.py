@@ -149,8 +149,8 @@ def test_keys_that_are_also_the_values(ranks):
     config = stored.config()
     layer = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False)
     for name, shard in (("q", "q"), ("k", "k"), ("k", "v")):
-        for part, tensor in stored.tensors[name].items():
-            getattr(layer, part).weight_loader(getattr(layer, part), tensor, shard)
+        for part in ("compressed", "bitmask"):
+            getattr(layer, part).weight_loader(getattr(layer, part), stored.tensors[name][part], shard)
         layer.bias.weight_loader(layer.bias, stored.bias[name], shard)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(5, HIDDEN)

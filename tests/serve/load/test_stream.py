@@ -61,6 +61,16 @@ def test_a_tensor_of_two_files_is_refused(ranks, stored):
         model.load_weights(twice)
 
 
+def test_what_only_describes_a_pruned_linear_is_dropped(ranks, stored):
+    """The model would not know it. Of a dense layer, it goes to the model."""
+    config = stored.config()
+    model = attached(config, Model(config))
+    for part in ("input_scale", "input_zero_point", "input_permutation"):
+        model.load_weights([(f"{PREFIX}.{linear}.{part}", torch.ones(1)) for linear in ("gate", "down")])
+        with pytest.raises(ValueError, match=part):
+            model.load_weights([(f"model.layers.0.norm.{part}", torch.ones(1))])
+
+
 @pytest.mark.parametrize("name", ["up.k_scale", "attn.v_scale", "attn.k_cache.scale"])
 def test_scales_of_the_cache_are_refused(ranks, stored, name):
     """vLLM drops them with a warning, and attention would go on with scales of 1."""
