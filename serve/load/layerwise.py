@@ -23,10 +23,8 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
-from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.agreement import PROVED, SERVED, WAY_OUT, Agreement
@@ -88,7 +86,7 @@ def _begin(begin: Callable[..., None], model: torch.nn.Module) -> None:
         reloads.begin(begin)
 
 
-def _pack(pack: Callable[..., None], layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+def _pack(pack: Callable[..., None], layer: torch.nn.Module, info: Any) -> None:
     former = layer.__dict__.get("ria_former")
     if former is not None:
         check_arrived(layer.__dict__["ria_path"], layer, info)
@@ -298,10 +296,10 @@ class Reloads:
             if self.lacks_weights:
                 lacking += [path for path, one in self._at_once if one.numel() and bool((one == EMPTY).all())]
             tied = tied_layers(self.model)
-            for layer in self.model.modules():  # attention is packed elsewhere
+            for layer in self.model.modules():
                 renewed = layer.__dict__.get("ria_renewed") or layerwise.get_layerwise_info(layer).load_numel > 0
                 layer.__dict__["ria_renewed"] = renewed
-                if is_deferred_attention_layer(layer):
+                if hasattr(layer, "process_weights_after_loading"):  # attention, which `end` packs
                     _keep(former, layer)
             end()
             for layer in tied:
