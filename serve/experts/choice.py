@@ -6,11 +6,12 @@ import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.packing import activation_of
-from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
@@ -43,7 +44,7 @@ def layer_config(layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes)
 
 
 def choose(
-    layer: RoutedExperts, experts: StoredExperts, scheme: WeightScheme, sizes: ExpertSizes
+    layer: RoutedExperts, experts: LayerExperts, scheme: WeightScheme, sizes: ExpertSizes
 ) -> tuple[registry.ExpertsChoice | None, DenseExpertsMethod | None]:
     """A kernel if there is a fast one or one is forced, else vLLM's method if it can, else a slow kernel.
 

@@ -15,8 +15,8 @@ from torch.nn import Parameter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import TensorSpec
-from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.load.loading import check_tensor
 
 GATE_UP, DOWN = "gate_up_", "down_"
@@ -74,7 +74,7 @@ class ExpertsLoader:
 
     def __init__(
         self,
-        experts: StoredExperts,
+        experts: LayerExperts,
         sizes: ExpertSizes,
         specs: Mapping[str, TensorSpec],
         row_orders: Sequence[np.ndarray | None],

@@ -8,12 +8,13 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
+from ria_vllm.serve.experts.stored import ExpertOrders
 from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.load_report import LoadReport
@@ -22,7 +23,7 @@ from ria_vllm.serve.load.loading import holds_dummies
 logger = init_logger("vllm.ria")
 
 
-def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
+def check_count(layer: RoutedExperts, experts: LayerExperts) -> None:
     """Check that vLLM's layer has as many experts as the checkpoint.
 
     Raises:
@@ -70,7 +71,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def __init__(
         self,
         layer: RoutedExperts,
-        experts: StoredExperts,
+        experts: LayerExperts,
         scheme: WeightScheme,
         orders: ExpertOrders,
         report: LoadReport,

@@ -21,9 +21,10 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_plain, plain_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, stored_experts
+from ria_vllm.serve.experts.stored import ExpertOrders, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import EngineOptions
@@ -100,7 +101,7 @@ class RiaConfig(QuantizationConfig):
         self.report = LoadReport()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
-        self.experts: dict[str, StoredExperts] = {}
+        self.experts: dict[str, LayerExperts] = {}
         self.expert_linears: set[str] = set()
         self.expert_layers: dict[str, str] = {}
         self.served_by: dict[str, type] = {}
@@ -316,7 +317,7 @@ class RiaConfig(QuantizationConfig):
         signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
         return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))
 
-    def dense_experts(self) -> dict[str, StoredExperts]:
+    def dense_experts(self) -> dict[str, LayerExperts]:
         """Those that vLLM's own layers serve, by their names, as far as they are stored one by one."""
         found = plain_experts(self.stored - self.required)
         return {name: experts for name, experts in found.items() if name not in self.experts}

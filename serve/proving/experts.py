@@ -19,12 +19,12 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.format.layer_schema import numbers_in
 from ria_vllm.format.proofs import TRANSPOSED
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of, rows_of_w13
-from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.kernels.reference_experts import activate
 from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
 from ria_vllm.serve.load.layerwise import watch_packing
@@ -42,7 +42,7 @@ SURE = 6.0
 def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["ProvedExperts"]:
     """The routed experts of all layers of a model."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RoutedExperts)}
-    dense: dict[str, list[StoredExperts]] = {}
+    dense: dict[str, list[LayerExperts]] = {}
     for experts in config.dense_experts().values():
         paths = layers_of(model, experts, layers) or []
         if len(paths) == 1:
@@ -69,7 +69,7 @@ class ProvedExperts:
 
     path: str
     layer: RoutedExperts
-    experts: StoredExperts | None
+    experts: LayerExperts | None
     scheme: WeightScheme
 
     @property
@@ -231,7 +231,7 @@ class GivenExperts(ProvedExperts):
     def watched(cls, path: str, layer: RoutedExperts) -> "GivenExperts":
         kinds = ("gate", "up", "down") if layer.moe_config.is_act_and_mul else ("up", "down")
         names = {kind: f"{path}.{{e}}.{kind}" for kind in kinds}
-        found = cls(path, layer, StoredExperts(path, layer.moe_config.num_experts, names, {}), PLAIN)
+        found = cls(path, layer, LayerExperts(path, layer.moe_config.num_experts, names), PLAIN)
         watch_packing(layer, found.see)
         return found
 
