@@ -146,6 +146,7 @@ class ServedModel:
     def _when_packed(self) -> None:
         """vLLM calls this when all layers of the model are packed."""
         self.packed = True
+        self.config.report.finish()
         self._process()
         if self.from_files or self.sent:  # else these are dummies
             self._prove(first=True)

@@ -154,7 +154,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         )
         self.loader.create_parameters(layer, params_dtype)
         self.created = [name for name in layer._parameters if name not in before]
-        self.report.expected += 1
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check what was loaded, pack it for a kernel or for vLLM, and free it."""

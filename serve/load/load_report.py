@@ -30,7 +30,6 @@ class LoadReport:
     """Sums over the pruned layers of one model in one process.
 
     Attributes:
-        expected: layers that will be loaded.
         loaded: layers that have been loaded.
         kernels: kernel, and how it serves its layers -> number of layers.
         dense: kernel -> number of layers that are dense in int8.
@@ -38,11 +37,9 @@ class LoadReport:
         gathered: permutations that linears apply to their inputs themselves.
         dense_bytes: what the weights would take dense, in the dtype that is served.
         packed_bytes: what they take.
-        graph: digest of all that shapes the traced graph.
-        keyed: the `graph` that is in vLLM's compile key.
+        graph: all that shapes the traced graph, until `finish`.
     """
 
-    expected: int = 0
     loaded: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
@@ -50,8 +47,7 @@ class LoadReport:
     gathered: int = 0
     dense_bytes: int = 0
     packed_bytes: int = 0
-    graph: str = ""
-    keyed: str = ""
+    graph: list[str] = field(default_factory=list)
 
     def add(self, kernel: str, folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
         """Count a layer when its weights are packed for the first time; a reload goes to the same places.
@@ -64,12 +60,7 @@ class LoadReport:
         self.gathered += gathered
         self.dense_bytes += dense_bytes
         self.packed_bytes += packed_bytes
-        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
-        self._finish()
-
-    def shape_graph(self, graph: str) -> None:
-        """Note something about a layer that is not pruned and shapes the traced graph, before anything is loaded."""
-        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
+        self.graph.append(graph)
 
     def say_widened(self, name: str, dtype: torch.dtype, why: str) -> None:
         """Say that a matrix in int8 is served in the dtype of the activations."""
@@ -95,29 +86,24 @@ class LoadReport:
                 "Weights in %s that are not 2:4, and that config.json does not call so, are dequantized and served "
                 "dense: the answers are right, but the weights take the memory of a dense model.", stored.name,
             )  # fmt: skip
-        self.expected -= 1
-        self.graph = hashlib.sha256(f"{self.graph} {prefix} dense {kernel}".encode()).hexdigest()
-        self._finish()
+        self.graph.append(f"{prefix} dense {kernel}")
 
-    def _finish(self) -> None:
-        if self.loaded == self.expected:
-            self._key_compile_cache()
-            if get_tensor_model_parallel_rank() == 0:
-                self.log()
-
-    def _key_compile_cache(self) -> None:
-        """Add a digest to vLLM's compile key, which knows neither the kernels nor their layouts.
+    def finish(self) -> None:
+        """All layers of a model are packed: say what was loaded, and add a digest to vLLM's compile key, which knows
+        neither the kernels nor their layouts.
 
         The key is a digest of vLLM's configuration. A draft model may share that with its target, so each model adds a
         digest of its own, whatever the order of loading.
         """
+        if not self.graph:
+            return
         current = get_current_vllm_config_or_none()
         if current is not None and isinstance(current.additional_config, dict):
-            others = list(current.additional_config.get("ria_vllm", []))
-            if self.keyed in others:
-                others.remove(self.keyed)
-            self.keyed = self.graph
-            current.additional_config["ria_vllm"] = sorted([*others, self.graph])
+            digest = hashlib.sha256(repr(self.graph).encode()).hexdigest()
+            current.additional_config["ria_vllm"] = sorted([*current.additional_config.get("ria_vllm", []), digest])
+        self.graph.clear()
+        if get_tensor_model_parallel_rank() == 0:
+            self.log()
 
     def warn_of_all_gather(self) -> None:
         _on_first_rank(

@@ -88,8 +88,6 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         )
     for parameter in method.created:
         delattr(layer, parameter)
-    if isinstance(method, Sparse24MoEMethod):
-        method.report.expected -= 1
     new = config.experts_method(layer, name)
     if isinstance(new, DenseExpertsMethod):
         new.check(layer.layer_name)

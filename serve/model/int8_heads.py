@@ -44,7 +44,7 @@ def match_heads(
         why = reason or _misfit(config, layer)
         if why is None:
             _serve(model, layer, name)
-            config.report.shape_graph(f"{name} int8")
+            config.report.graph.append(f"{name} int8")
             takers |= {f"{name}.{part}": partial(layer.quant_method.take, layer) for part in TENSORS}
             continue
         widened[name] = Int8Rows(dtype)

@@ -92,8 +92,6 @@ def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
     is_dense = isinstance(method, UnquantizedLinearMethod)
     model_loader = creation.model_loader(layer) if is_dense else None
     creation.undo(layer)
-    if isinstance(layer.quant_method, Sparse24LinearMethod):
-        layer.quant_method.report.expected -= 1
     layer.quant_method = method
     method.create_weights(layer, *creation.args, **creation.kwargs)
     if model_loader is not None:

@@ -30,7 +30,6 @@ def test_dense_experts_stay_with_vllm():
     experts = dense_beside_pruned(config)
     assert type(experts.quant_method) is DenseExpertsMethod
     assert {"w13_weight", "w2_weight"} == set(experts._parameters)
-    assert config.report.expected == 0
 
 
 def ours_with_pruned_experts_elsewhere():
@@ -98,4 +97,3 @@ def test_a_draft_with_experts_where_its_target_has_pruned_ones():
     assert type(draft.experts.quant_method) is DenseExpertsMethod
     assert {"w13_weight", "w2_weight"} == set(draft.experts._parameters)
     assert isinstance(target.experts.quant_method, Sparse24MoEMethod)
-    assert config.report.expected == 1

@@ -173,7 +173,7 @@ def test_the_layer_is_found_by_its_path(prefix):
     model = attached(config, Model(config, prefix=prefix))
     model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
     model.experts.quant_method.process_weights_after_loading(model.experts)
-    assert config.report.expected == config.report.loaded == 1
+    assert config.report.loaded == 1
     check(stored, model)
 
 

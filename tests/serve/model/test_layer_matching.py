@@ -48,7 +48,7 @@ def test_layers_are_found_by_their_path(ranks, stored, prefixes):
     want = expected(stored, x)
     assert want.std() > 0.3
     torch.testing.assert_close(model.layers[0](x).double(), want, rtol=0, atol=1e-4)
-    assert config.report.expected == config.report.loaded == 2
+    assert config.report.loaded == 2
 
 
 def test_a_pruned_linear_that_no_layer_serves(ranks, stored):
