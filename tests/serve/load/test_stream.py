@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.layerwise import holders, watch_reloads
+from ria_vllm.serve.load.watching import holders, watch_reloads
 from ria_vllm.serve.model import reload
 
 
