@@ -40,11 +40,6 @@ def check_count(layer: RoutedExperts, experts: LayerExperts) -> None:
             f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_logical_experts}. "
             "config.json belongs to another model; get the files again."
         )
-    if moe.num_experts > count:
-        raise RiaError(
-            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_experts}. Redundant "
-            "experts (--enable-eplb) are not served pruned."
-        )
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
