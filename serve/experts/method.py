@@ -130,20 +130,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
         return None if self.dense is None else self.dense.get_fused_moe_quant_config(layer)
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
+    def create_weights(self, layer: RoutedExperts, *, params_dtype: torch.dtype, **others: Any) -> None:
         before = set(layer._parameters)
-        self.creation = {
-            "num_experts": num_experts, "hidden_size": hidden_size, "params_dtype": params_dtype,
-            "intermediate_size_per_partition": intermediate_size_per_partition, **extra_weight_attrs,
-        }  # fmt: skip
+        self.creation = {"params_dtype": params_dtype, **others}
         self.loader = ExpertsLoader(
             self.experts, self.sizes, self.scheme.tensors(params_dtype), self.orders.rows, self.moe.has_bias
         )

@@ -367,6 +367,8 @@ def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):
         with set_current_vllm_config(VllmConfig()):
             stored = Stored()
             stored.add("fc", 64, HIDDEN)
-            stored.load(replicated(stored.config()), {"fc": None})
+            config = stored.config()
+            stored.load(replicated(config), {"fc": None})
+            config.report.finish()
             keys.append(get_current_vllm_config().compute_hash())
     assert keys[0] == keys[2] != keys[1]

@@ -67,7 +67,7 @@ def test_what_only_describes_a_pruned_linear_is_dropped(ranks, stored):
     model = attached(config, Model(config))
     for part in ("input_scale", "input_zero_point", "input_permutation"):
         model.load_weights([(f"{PREFIX}.{linear}.{part}", torch.ones(1)) for linear in ("gate", "down")])
-        with pytest.raises(ValueError, match=part):
+        with pytest.raises(ValueError, match="no module or parameter named"):
             model.load_weights([(f"model.layers.0.norm.{part}", torch.ones(1))])
 
 
