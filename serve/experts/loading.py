@@ -7,6 +7,7 @@ to the layer that serves it, see `stream.left_to_the_model`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class ExpertsLoader:
         has_bias: the experts have biases.
 
     Attributes:
-        loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
+        loaded: (part, kind, expert) of every tensor loaded since the last `clear`.
         scale_dtypes: those of the `weight_scale`s among them.
         biases: (kind, expert) -> the whole bias [out] of every one loaded since then.
     """
@@ -121,9 +122,13 @@ class ExpertsLoader:
 
         return load_expert
 
+    @property
+    def parts(self) -> list[str]:
+        """How the names of a linear's tensors end."""
+        return [*self.specs, *([BIAS] if self.has_bias else [])]
+
     def parameter_names(self) -> list[str]:
-        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
-        return [prefix + part for prefix in (GATE_UP, DOWN) for part in parts]
+        return [prefix + part for prefix in (GATE_UP, DOWN) for part in self.parts]
 
     def give(self, layer: torch.nn.Module, part: str, tensor: torch.Tensor, kind: str, expert: int) -> None:
         """Load a whole tensor of the checkpoint into `layer`, if this rank has the expert.
@@ -135,11 +140,10 @@ class ExpertsLoader:
         if local_expert < 0:
             return
         name = f"{self.experts.linear(kind, expert)}.{part}"
-        known = [*self.specs, *([BIAS] if self.has_bias else [])]
-        if part not in known:
+        if part not in self.parts:
             raise RiaError(
-                f"{name}: vLLM's layer has no place for it, only for {', '.join(known)}. The checkpoint belongs to "
-                "another version; compress the model again."
+                f"{name}: vLLM's layer has no place for it, only for {', '.join(self.parts)}. The checkpoint belongs "
+                "to another version; compress the model again."
             )
         parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
         if parameter is None:
@@ -169,7 +173,7 @@ class ExpertsLoader:
     ) -> None:
         """Check a tensor of an expert's linear and copy this rank's part of it into `param` [E, ...]."""
         self._check(tensor, part, kind, expert)
-        self.loaded.add((part, kind, local_expert))
+        self.loaded.add((part, kind, expert))
         if part == "weight_scale":
             self.scale_dtypes.add(tensor.dtype)
         if part == BIAS:
@@ -204,18 +208,11 @@ class ExpertsLoader:
                 "file is damaged, or config.json belongs to another model: get both again."
             )
 
-    def missing(self, local_experts: Iterable[tuple[int, int]]) -> str | None:
-        """The name of the first tensor that has not been loaded, or None.
-
-        Args:
-            local_experts: (expert, its number on this rank) of those on this rank.
-        """
-        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
-        for expert, local_expert in local_experts:
-            for kind in self.experts.patterns:
-                for part in parts:
-                    if (part, kind, local_expert) not in self.loaded:
-                        return f"{self.experts.linear(kind, expert)}.{part}"
+    def missing(self, experts: Iterable[int]) -> str | None:
+        """The name of the first tensor of this rank's `experts` that has not been loaded, or None."""
+        for expert, kind, part in product(experts, self.experts.patterns, self.parts):
+            if (part, kind, expert) not in self.loaded:
+                return f"{self.experts.linear(kind, expert)}.{part}"
         return None
 
     def clear(self) -> None:

@@ -150,7 +150,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         scales, biases = frozenset(self.loader.scale_dtypes), dict(self.loader.biases)
         first = not hasattr(layer, "ria_experts")
         try:
-            missing = self.loader.missing(self._local_experts(layer))
+            missing = self.loader.missing(layer.expert_map_manager.get_local_expert_ids())
             dummy = holds_dummies(missing, "the other experts' tensors", bool(self.loader.loaded), first)
         finally:
             self.forget()
@@ -179,14 +179,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.dense.process_weights_after_loading(layer)
         self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
         layer.ria_experts = None
-
-    def _local_experts(self, layer: RoutedExperts) -> list[tuple[int, int]]:
-        """(expert, its number on this rank) of this rank's experts, by the latter."""
-        numbers = [
-            (layer._map_global_expert_id_to_local_expert_id(expert), expert)
-            for expert in range(self.experts.num_experts)
-        ]
-        return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
 
     def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
         """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
