@@ -13,11 +13,11 @@ from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_
 from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
-from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
+from ria_vllm.serve.experts.packing import LoadedExperts, fill_dense, pack_experts
 from ria_vllm.serve.experts.stored import ExpertOrders
 from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.load_report import LoadReport, warn_of_choice, warn_of_inputs
 from ria_vllm.serve.load.loading import holds_dummies
 
 logger = init_logger("vllm.ria")
@@ -52,7 +52,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         orders: in which their channels are stored.
-        report: where the layer is counted.
 
     Attributes:
         choice: the kernel that serves the layer; None if there is none.
@@ -69,13 +68,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: LayerExperts,
         scheme: WeightScheme,
         orders: ExpertOrders,
-        report: LoadReport,
     ):
         super().__init__(layer.moe_config)
         self.experts = experts
         self.scheme = scheme
         self.orders = orders
-        self.report = report
         self.packed = PackedTensors()
         self.biases: dict[tuple[str, int], torch.Tensor] = {}
         moe, name = layer.moe_config, experts.name
@@ -165,8 +162,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             self.packed.check(self.experts.name, layer, packed.parameters)
             layer.ria_experts = packed
         self.biases = biases
-        if first:
-            self._report(layer, layer.ria_experts)
 
     def forget(self) -> None:
         """Start from nothing: what was loaded is packed, or the load has failed."""
@@ -209,8 +204,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         assert weights is not None  # only plain ones may not have the pattern
         return weights
 
-    def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
-        moe, sizes = self.moe, self.sizes
+    def report(self, layer: RoutedExperts, report: LoadReport) -> None:
+        """Say how the layer is served, and count it."""
+        moe, sizes, packed = self.moe, self.sizes, layer.ria_experts
         outputs = 3 if moe.is_act_and_mul else 2
         dense_bytes = sizes.local * outputs * sizes.hidden * sizes.here * moe.in_dtype.itemsize
         if packed is None:
@@ -218,15 +214,15 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
                 "serves them as they are on %s. The answers are right, without the savings.", moe.device,
             )  # fmt: skip
-            self.report.warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
+            warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
-            self.report.warn_of_choice(packed.choice, self.scheme.activations)
+            warn_of_choice(packed.choice, self.scheme.activations)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
-        self.report.add(
+        report.add(
             kernel, self.orders.folded, int(gathered), dense_bytes, bytes_here,
             f"{self.experts.name} {kernel} {shapes}",
         )  # fmt: skip

@@ -30,7 +30,6 @@ from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearM
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.folding import Folding, fold
-from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.load.stream import NOT_SERVED
 from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 
@@ -98,7 +97,6 @@ class RiaConfig(QuantizationConfig):
         self.names: dict[str, str] = {}
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
-        self.report = LoadReport()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
         self.experts: dict[str, LayerExperts] = {}
@@ -248,13 +246,13 @@ class RiaConfig(QuantizationConfig):
         experts = self.experts[name]
         check_count(layer, experts)
         orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
-        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
         folding = self.folding_under(EngineOptions.current())
         stored = tuple(self.stored_linear(linear, folding) for linear in linears)
-        return Sparse24LinearMethod(layer, stored, self.report)
+        return Sparse24LinearMethod(layer, stored)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
         """Whether one of our layers serves these linears, because they are pruned or quantized.

@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from ria_vllm.format.formats import FORMATS
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+from ria_vllm.serve.load.load_report import LoadReport
 
 pytestmark = pytest.mark.usefixtures("ranks")
 # The activation of experts with biases.
@@ -173,7 +174,7 @@ def test_the_layer_is_found_by_its_path(prefix):
     model = attached(config, Model(config, prefix=prefix))
     model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
     model.experts.quant_method.process_weights_after_loading(model.experts)
-    assert config.report.loaded == 1
+    assert LoadReport.of(model).kernels.total() == 1
     check(stored, model)
 
 

@@ -27,6 +27,7 @@ from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.load_report import LoadReport
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -367,8 +368,6 @@ def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):
         with set_current_vllm_config(VllmConfig()):
             stored = Stored()
             stored.add("fc", 64, HIDDEN)
-            config = stored.config()
-            stored.load(replicated(config), {"fc": None})
-            config.report.finish()
+            LoadReport.of(stored.load(replicated(stored.config()), {"fc": None})).finish()
             keys.append(get_current_vllm_config().compute_hash())
     assert keys[0] == keys[2] != keys[1]

@@ -1,6 +1,5 @@
 """Reloads, layer by layer as vLLM does them. Afterwards a layer computes with the new weights, or the reload failed."""
 
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -71,28 +70,6 @@ def test_weights_that_are_no_longer_two_of_four_are_refused(first):
     checkpoint.load(layer, linears, two_of_four=first)
     with pytest.raises(RiaError, match="gate_up: .*Start a server of the new weights"):
         reload(model, lambda: checkpoint.stream(layer, linears, seed=1, two_of_four=not first))
-
-
-def test_the_report_counts_a_layer_once():
-    checkpoint = Checkpoint(dense=True)
-    config = checkpoint.config()
-    layers = [
-        ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix=name, params_dtype=torch.float32)
-        for name in ("fc", "gc")
-    ]
-    model = torch.nn.Sequential(*layers)
-    record_metadata_for_reloading(model)
-    checkpoint.load(layers[0], {"fc": (None, 64)}, two_of_four=False)
-    checkpoint.load(layers[1], {"gc": (None, 64)})
-    first = deepcopy(config.report)
-    assert first.loaded == 1 and len(first.graph) == 2
-
-    def stream():
-        checkpoint.stream(layers[1], {"gc": (None, 64)}, seed=1)
-        checkpoint.stream(layers[0], {"fc": (None, 64)}, seed=1, two_of_four=False)
-
-    reload(model, stream)
-    assert config.report == first
 
 
 FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}

@@ -64,18 +64,18 @@ INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
 )
 def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, applied, expected):
     config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, kept, 64, 64, applied)
-    LoadReport().warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
+    load_report.warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
     assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
 
 
 def test_a_slow_kernel_that_nobody_asked_for_is_said(said, monkeypatch):
     config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 16, 100)
     choice = registry.choose(config)
-    LoadReport().warn_of_choice(choice, None)
+    load_report.warn_of_choice(choice, None)
     assert choice.kernel is ReferenceKernel and len(said) == 1
     assert said[0].startswith("The kernel reference serves a 16 x 100 layer with float weights") and "doctor" in said[0]
     monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
-    LoadReport().warn_of_choice(registry.choose(config), None)
+    load_report.warn_of_choice(registry.choose(config), None)
     assert len(said) == 1
 
 
@@ -85,7 +85,7 @@ def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said, rank):
     ranks(rank, 2)
     checkpoint = Checkpoint(weights=INT, inputs=INT | {"strategy": "token"}, dense=True)
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
-    checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False)
+    LoadReport.of(checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False))
     assert said == [
         "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
         "those of weights in int8 alone."
