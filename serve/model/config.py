@@ -1,7 +1,7 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ class RiaConfig(QuantizationConfig):
         stored: linears and other modules with a weight, pruned or not.
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
-        pruned: those that are stored compressed; None for a checkpoint of compressed-tensors that has none.
+        pruned: those that are stored compressed; if none are, those that compressed-tensors' configuration calls 2:4.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
@@ -92,7 +92,7 @@ class RiaConfig(QuantizationConfig):
         self.where = "this model"
         self.tensors: set[str] = set()
         self.stored: set[str] = set()
-        self.pruned: set[str] | None = None
+        self.pruned: Container[str] = set() if compressed_tensors is None else compressed_tensors.pruned
         self.int8: set[str] = set()
         self.names: dict[str, str] = {}
         self.permutations: dict[str, np.ndarray] = {}
@@ -166,7 +166,8 @@ class RiaConfig(QuantizationConfig):
         pruned = {linear for linear, part in parts if part == "compressed"}
         int8 = {linear for linear, part in parts if part == INTEGERS}
         self.stored = pruned | {linear for linear, part in parts if part in ("weight", INTEGERS)}
-        self.pruned = pruned if pruned or theirs is None else None
+        if pruned or theirs is None:
+            self.pruned = pruned
         if lost := sorted(set(self.schema.int8_linears) - int8):
             raise RiaError(f"{self.where}: {lost[0]}.{INTEGERS} is missing. Get all files of one run.")
         self.int8 = int8 - set(self.schema.int8_linears)
@@ -194,9 +195,9 @@ class RiaConfig(QuantizationConfig):
 
     def _fold(self, permutations: dict[str, np.ndarray]) -> None:
         for name in permutations:
-            if not self.is_pruned(name):
+            if name not in self.pruned:
                 raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
-        self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
+        self.folding = fold(self.schema, permutations, self.pruned.__contains__, self.where)
         self.permutations = permutations
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -260,7 +261,7 @@ class RiaConfig(QuantizationConfig):
         Raises:
             RiaError: that holds for some of them, but not for all.
         """
-        ours = [self.is_pruned(linear) or self.is_quantized(linear) for linear in linears]
+        ours = [linear in self.pruned or self.is_quantized(linear) for linear in linears]
         if any(ours) and not all(ours):
             dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
             raise RiaError(
@@ -283,12 +284,6 @@ class RiaConfig(QuantizationConfig):
             linears[2] = linears[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
         return tuple(self.names.get(name, name) for name in linears)
 
-    def is_pruned(self, name: str) -> bool:
-        """Whether the checkpoint's linear `name` is stored compressed."""
-        if self.pruned is not None:
-            return name in self.pruned
-        return self.compressed_tensors is not None and name in self.compressed_tensors.pruned
-
     def is_quantized(self, name: str) -> bool:
         """Whether integers or fp8 values are stored for this linear, which may be dense."""
         if self.compressed_tensors is not None:
@@ -299,7 +294,7 @@ class RiaConfig(QuantizationConfig):
         """How the linear `name` is stored."""
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
-            return scheme if self.is_pruned(name) else replace(scheme, dense=True)
+            return scheme if name in self.pruned else replace(scheme, dense=True)
         if name in self.schema.int8_linears:
             return WeightScheme.of_dense(self.schema)
         return WeightScheme.of(self.schema)
