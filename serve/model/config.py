@@ -79,8 +79,8 @@ class RiaConfig(QuantizationConfig):
         experts: name of an MoE layer's experts -> these, if they are pruned.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
-        served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
-        model_built: a model was built with this config.
+        served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`. If not empty, a
+            model was built with this config.
         rearranged: vLLM's model changes the order of rows.
         scales_head: vLLM's model scales the rows of the head as it loads them.
     """
@@ -103,7 +103,6 @@ class RiaConfig(QuantizationConfig):
         self.expert_linears: set[str] = set()
         self.expert_layers: dict[str, str] = {}
         self.served_by: dict[str, type] = {}
-        self.model_built = False
         self.rearranged = False
         self.scales_head = False
 

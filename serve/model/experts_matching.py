@@ -47,7 +47,7 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
                 f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
                 + WAY_OUT
             )
-        elif not config.model_built:  # a second model need not use all of them
+        elif not config.served_by:  # a second model need not use all of them
             others = [path for path in layers if path not in by_path]
             raise RiaError(
                 f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "

@@ -21,7 +21,7 @@ def dense_beside_pruned(config, **settings):
     model = Model(config, **settings)
     model.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity(), model.layers[1]])
     config.packed_modules_mapping = {}
-    config.model_built = True
+    config.served_by["a linear of its target"] = torch.nn.Module
     return attached(config, model).layers[2].mlp.experts.routed_experts
 
 
@@ -90,7 +90,7 @@ def test_a_draft_with_experts_where_its_target_has_pruned_ones():
 
     config = StoredMixture().config()
     target = attached(config, Model(config))
-    config.served_by, config.model_built = dict.fromkeys(config.experts, Model), True
+    config.served_by = dict.fromkeys(config.experts, Model)
     draft = Draft(config)
     assert isinstance(draft.experts.quant_method, Sparse24MoEMethod)
     attached(config, draft)

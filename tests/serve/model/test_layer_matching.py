@@ -89,7 +89,6 @@ def test_a_linear_that_two_layers_take(ranks, stored):
     second = Block(config, ("layers.0.down", "layers.0.down"))
     model.layers[0].second = second.down
     config.served_by.clear()
-    config.model_built = False
     with pytest.raises(RiaError, match=r"model\.layers\.0\.down: vLLM's Model has more than one layer for each"):
         match_layers(config, model)
 
