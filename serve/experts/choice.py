@@ -17,32 +17,6 @@ from ria_vllm.serve.kernels.base import ExpertsLayerConfig
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE
 
 
-def layer_config(layer: RoutedExperts, scheme: WeightScheme, sizes: ExpertSizes) -> ExpertsLayerConfig:
-    """The layer as kernels know it.
-
-    Raises:
-        ValueError: why none serves it.
-    """
-    moe, activation = layer.moe_config, activation_of(layer)
-    if activation is None:
-        raise ValueError(f"with the activation {layer.activation.value}")
-    if moe.dp_size > 1 or moe.pcp_size > 1 or moe.is_sequence_parallel:
-        raise ValueError("with data, sequence or context parallel")
-    return ExpertsLayerConfig(
-        device=torch.device(moe.device),
-        act_dtype=moe.in_dtype,
-        weight_format=scheme.format,
-        num_experts=sizes.local,
-        hidden_size=sizes.hidden,
-        intermediate_size=sizes.here,
-        activation=activation,
-        has_bias=moe.has_bias,
-        router_weight_on_input=layer.apply_router_weight_on_input,
-        input_dtype=scheme.input_dtype,
-        pattern=scheme.pattern,
-    )
-
-
 def choose(
     layer: RoutedExperts, experts: LayerExperts, scheme: WeightScheme, sizes: ExpertSizes
 ) -> tuple[registry.ExpertsChoice | None, DenseExpertsMethod | None]:
@@ -57,12 +31,22 @@ def choose(
     Raises:
         RiaError: none can.
     """
-    choice, reason = None, ""
-    try:
-        config = layer_config(layer, scheme, sizes)
-    except ValueError as error:
-        reason = str(error)
-    else:
+    moe, activation, choice = layer.moe_config, activation_of(layer), None
+    alone = moe.dp_size == 1 and moe.pcp_size == 1 and not moe.is_sequence_parallel
+    if activation is not None and alone:
+        config = ExpertsLayerConfig(
+            device=torch.device(moe.device),
+            act_dtype=moe.in_dtype,
+            weight_format=scheme.format,
+            num_experts=sizes.local,
+            hidden_size=sizes.hidden,
+            intermediate_size=sizes.here,
+            activation=activation,
+            has_bias=moe.has_bias,
+            router_weight_on_input=layer.apply_router_weight_on_input,
+            input_dtype=scheme.input_dtype,
+            pattern=scheme.pattern,
+        )
         choice = registry.choose(config)
         if not choice.kernel.is_fallback or os.environ.get(KERNEL_VARIABLE) == choice.kernel.name:
             return choice, None
@@ -70,6 +54,9 @@ def choose(
     if dense.unserved is None:
         return None, dense
     if choice is None:
+        reason = (
+            "with data, sequence or context parallel" if activation else f"with the activation {layer.activation.value}"
+        )
         raise RiaError(
             f"{experts.name}: no kernel serves these experts {reason}, and they cannot be served dense either: "
             f"{dense.unserved}. {WAY_OUT}"
