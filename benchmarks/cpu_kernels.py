@@ -33,7 +33,7 @@ from benchmarks.cpu_dense import Linear
 from ria_vllm.format.formats import FLOAT, INT8, IntFormat
 from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 
 SHAPES = {  # out x in
     "SmolLM2 o": (576, 576),
@@ -238,7 +238,7 @@ def describe(row: dict, bandwidth: float) -> str:
         ours.append(f"{kind} {seconds * 1e3:.3f} ({speedup(row, kind, best):.2f}x best{counterpart})")
     note = ""
     if m == 1:
-        read = packed_bytes(row["out_features"], row["in_features"], FLOAT, torch.bfloat16)
+        read = row["out_features"] * row["in_features"] * FLOAT.bits_per_weight(torch.bfloat16) / 8
         note = f"  bfloat16 at {read / row['sparse_seconds']['bfloat16'] / bandwidth:.0%} of read bandwidth"
     return (
         f"{row['name']:22s} {row['out_features']:5d}x{row['in_features']:<5d} {row['threads']} thr  M={m:<5d}"

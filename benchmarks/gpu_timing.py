@@ -151,7 +151,8 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
             "flop": tokens * out_features * in_features / 2,
         }
         ours = [
-            lambda p=p: torch.ops.ria.sparse24_fp8_linear.cutlass(q, x_scales, *p, None, torch.bfloat16) for p in packed
+            lambda p=p: torch.ops.ria.sparse24_linear.cutlass(q, *p[:2], None, x_scales, p[2], torch.bfloat16)
+            for p in packed
         ]
         yield {**common, "kernel": "cutlass fp8", "us": microseconds(ours)}
         dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]

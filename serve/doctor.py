@@ -23,7 +23,7 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
-from ria_vllm.serve.kernels import experts_registry, registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
@@ -96,8 +96,8 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
     experts = isinstance(config, ExpertsLayerConfig)
     reasons, choice, lines = [], None, []
     try:
-        reasons = experts_registry.explain(config) if experts else registry.explain(config)
-        choice = experts_registry.choose(config) if experts else registry.choose(config)
+        reasons = registry.explain(config)
+        choice = registry.choose(config)
     except RiaError as error:  # none can serve the layer, or another package's kernel cannot be used
         lines.append(f"none: {error}")
     for name, reason in reasons:

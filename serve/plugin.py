@@ -26,7 +26,7 @@ def register() -> None:
         from vllm.v1.worker.worker_base import WorkerBase
 
         from ria_vllm.format.schema import QUANT_METHOD
-        from ria_vllm.serve.load.layerwise import watch_reloads
+        from ria_vllm.serve.load.watching import watch_reloads
         from ria_vllm.serve.model.config import RiaConfig
         from ria_vllm.serve.proving import served
 
@@ -50,7 +50,7 @@ def watch_models() -> None:
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
-    from ria_vllm.serve.load.layerwise import watch_worker
+    from ria_vllm.serve.load.watching import watch_worker
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
 

@@ -13,6 +13,7 @@ from ria_vllm.serve.load.completeness import check_loaded, empty_weights
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import foreign_vector
 from ria_vllm.serve.load.layerwise import Reloads
+from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.load.stream import Taker, Weights
 from ria_vllm.serve.model import layer_matching, reload
 from ria_vllm.serve.model.config import RiaConfig
@@ -146,6 +147,7 @@ class ServedModel:
     def _when_packed(self) -> None:
         """vLLM calls this when all layers of the model are packed."""
         self.packed = True
+        LoadReport.of(self.model).finish()
         self._process()
         if self.from_files or self.sent:  # else these are dummies
             self._prove(first=True)

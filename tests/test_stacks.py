@@ -44,7 +44,7 @@ def test_stacked_as_the_schema_says(interleaved, transposed):
 
 def test_only_layers_with_pruned_experts_are_stacked():
     sparse = names(1) | names(12) | {"model.layers.3.mlp.gate_proj", "model.layers.3.mlp.experts_3.gate_proj"}
-    assert {layer.module for layer in layers_of_experts(schema(), sparse)} == {
+    assert {layer.name for layer in layers_of_experts(schema(), sparse)} == {
         "model.layers.1.mlp.experts",
         "model.layers.12.mlp.experts",
     }

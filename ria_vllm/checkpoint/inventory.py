@@ -96,10 +96,10 @@ def take_inventory(reader: Reader, monitor: Monitor | None = None) -> Inventory:
     folded = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, sparse)}
     permuted = set(reader.permuted_names)
     experts = {
-        layer.linear(expert, kind): layer.module
+        layer.linear(kind, expert): layer.name
         for layer in layers_of_experts(reader.schema, sparse)
         for expert in range(min(layer.num_experts, len(sparse)))  # config.json may claim any number
-        for kind in layer.linears
+        for kind in layer.patterns
     }
     entries, zeros = [], 0
     names = sorted(reader.sparse_names, key=natural_order)

@@ -109,48 +109,58 @@ def stack_linears(
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """The experts of one MoE layer, with its number filled in.
+    """The experts of one MoE layer, with its number filled in. Plain data, because vLLM pickles its configuration.
 
-    linears: linear ("gate", "up", "down") -> the pattern of its name, where `{e}` is the expert's number.
+    name: of their module, with which the names of their linears may begin.
+    patterns: linear ("gate" if there is one, "up", "down") -> the pattern of its name, where `{e}` is the expert's
+        number.
     stacked, biases: tensor of the dense model -> how linears, or their biases, are stacked in it.
     strays: names of pruned linears that match a pattern, but with a number that no expert or layer has, such as 03.
     """
 
-    module: str
+    name: str
     num_experts: int
-    linears: dict[str, str]
-    stacked: dict[str, Stacked]
-    biases: dict[str, Stacked]
+    patterns: dict[str, str]
+    stacked: dict[str, Stacked] = field(default_factory=dict)
+    biases: dict[str, Stacked] = field(default_factory=dict)
     strays: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, experts: Experts, numbers: Mapping[str, str]) -> "LayerExperts":
         """Those of the layer with these numbers."""
-        linears = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
+        patterns = {kind: filled(pattern, numbers) for kind, pattern in experts.linears.items()}
         stacked, biases = {}, {}
         for stack in experts.stacked:
             stacked[filled(stack.tensor, numbers)] = stack
             if stack.bias is not None:
                 biases[filled(stack.bias, numbers)] = stack
-        return cls(filled(experts.module, numbers), experts.num_experts, linears, stacked, biases)
+        return cls(filled(experts.module, numbers), experts.num_experts, patterns, stacked, biases)
 
-    def linear(self, expert: int, kind: str) -> str:
-        return filled(self.linears[kind], {"e": str(expert)})
+    @property
+    def is_gated(self) -> bool:
+        return "gate" in self.patterns
+
+    def linear(self, kind: str, expert: int) -> str:
+        return filled(self.patterns[kind], {"e": str(expert)})
+
+    def linears(self) -> Iterator[tuple[str, str, int]]:
+        """(name, kind, expert) of each linear."""
+        for expert in range(self.num_experts):
+            yield from ((self.linear(kind, expert), kind, expert) for kind in self.patterns)
 
     def placement(self, kinds: Sequence[str], interleaved: bool, transposed: bool) -> Placement:
         """Of a tensor that stacks the linears of these kinds."""
-        experts = tuple(tuple(self.linear(expert, kind) for kind in kinds) for expert in range(self.num_experts))
+        experts = tuple(tuple(self.linear(kind, expert) for kind in kinds) for expert in range(self.num_experts))
         return Placement(experts, True, interleaved, transposed)
 
     def problem(self, pruned: Collection[str]) -> str | None:
         """What is wrong with the experts, where the pruned linears have these names; None: nothing."""
         if self.strays:
-            return f"{min(self.strays)} is none of the {self.num_experts} experts that {self.module} has by config.json"
-        names = (self.linear(expert, kind) for expert in range(self.num_experts) for kind in self.linears)
-        missing = next((name for name in names if name not in pruned), None)
+            return f"{min(self.strays)} is none of the {self.num_experts} experts that {self.name} has by config.json"
+        missing = next((name for name, *_ in self.linears() if name not in pruned), None)
         if missing is None:
             return None
-        return f"{missing} is missing, though {self.module} has {self.num_experts} experts by config.json"
+        return f"{missing} is missing, though {self.name} has {self.num_experts} experts by config.json"
 
 
 def layers_of_experts(schema: RiaSchema, pruned: Collection[str]) -> list[LayerExperts]:
@@ -210,8 +220,8 @@ def problems_of_experts(
         if problem is not None:
             yield problem
             continue
-        for kind in layer.linears:
-            names = [layer.linear(expert, kind) for expert in range(layer.num_experts)]
+        for kind in layer.patterns:
+            names = [layer.linear(kind, expert) for expert in range(layer.num_experts)]
             odd = next((name for name in names if shapes.get(name, shapes.get(names[0])) != shapes.get(names[0])), None)
             if odd is not None:
                 yield f"{odd}: its shape {shapes[odd]} differs from that of {names[0]}"

@@ -285,16 +285,6 @@ def _line(text: Any) -> str:
     return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
 
 
-def _marks(title: str) -> tuple[str, str]:
-    """What the content of a section begins and ends with, so that `note` finds it."""
-    return f"<!-- ria-vllm: {title.lower()} -->", f"<!-- ria-vllm: end of {title.lower()} -->"
-
-
-def _section(title: str, content: str) -> list[str]:
-    begin, end = _marks(title)
-    return [f"## {title}", f"{begin}\n{content}\n{end}"]
-
-
 def check_card(folder: Path) -> None:
     """Refuse a folder without a card before anything is measured."""
     if not (folder / CARD_FILE).is_file():
@@ -314,14 +304,14 @@ def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
     check_card(folder)
     path = folder / CARD_FILE
     card = read_text(path)
-    begin, end = _marks(title)
+    begin, end = f"<!-- ria-vllm: {title.lower()} -->", f"<!-- ria-vllm: end of {title.lower()} -->"
     before, begun, rest = card.partition(begin)
     old, ended, after = rest.partition(end)
     if not begun or not ended:
         above, serving, below = card.partition("\n## Serve\n")
         before, old, after = f"{above.rstrip()}\n\n## {title}\n\n", "", f"\n{serving}{below}"
     with disk_errors(path):
-        write_whole(path, before + _section(title, content(old))[1] + after)
+        write_whole(path, f"{before}{begin}\n{content(old)}\n{end}{after}")
 
 
 def note_perplexity(folder: Path, text: str, counts: tuple[int, int], values: tuple[float, float | None]) -> None:

@@ -27,8 +27,6 @@ from ria_vllm.training.gathering import gathered, ready
 from ria_vllm.training.ranks import is_first, together
 from ria_vllm.training.settings import GENERATION_FILE, changed_settings, write_tokenizer
 
-UNIT_BYTES = 1 << 28
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -104,23 +102,15 @@ def save(
 
 
 class _Units:
-    """Collects tensors to units of a few hundred megabytes."""
+    """What is written to the work folder, a parameter of the model at a time."""
 
     def __init__(self, writer: CheckpointWriter):
         self.writer = writer
         self.keys: list[str] = []
-        self.waiting: dict[str, torch.Tensor] = {}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.waiting |= {name: tensor.clone() for name, tensor in tensors.items()}
-        if sum(tensor.nbytes for tensor in self.waiting.values()) >= UNIT_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.waiting:
-            self.keys.append(f"{len(self.keys):06d}")
-            self.writer.write(self.keys[-1], self.waiting)
-            self.waiting = {}
+        self.keys.append(f"{len(self.keys):06d}")
+        self.writer.write(self.keys[-1], tensors)
 
 
 def _write(
@@ -152,9 +142,8 @@ def _write(
             if kept is None:
                 kept = _write_others(base, others, origin, encoder, units)
                 others = {}
-            for linear, weight in placement.split(tensor):
-                units.add(encoder.linear(linear, weight))
-        units.flush()
+            linears = (encoder.linear(linear, weight) for linear, weight in placement.split(tensor))
+            units.add({name: stored for tensors in linears for name, stored in tensors.items()})
         saved = Saved(
             len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [], changed
         )

@@ -7,6 +7,7 @@ to the layer that serves it, see `stream.left_to_the_model`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,13 @@ from torch.nn import Parameter
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
-from ria_vllm.format.weight_format import SHAPE
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import TensorSpec
-from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.load.loading import check_tensor
 
 GATE_UP, DOWN = "gate_up_", "down_"
 BIAS = "bias"
 """The parameters that experts are loaded into are called gate_up_PART and down_PART, PART being one of the format."""
-
-# What the files may hold besides, see `parameters.IGNORED_TENSORS`.
-IGNORED_PARTS = (SHAPE, "input_permutation")
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,14 @@ class ExpertsLoader:
         has_bias: the experts have biases.
 
     Attributes:
-        loaded: (part, kind, number on this rank) of every tensor loaded since the last `clear`.
+        loaded: (part, kind, expert) of every tensor loaded since the last `clear`.
         scale_dtypes: those of the `weight_scale`s among them.
         biases: (kind, expert) -> the whole bias [out] of every one loaded since then.
     """
 
     def __init__(
         self,
-        experts: StoredExperts,
+        experts: LayerExperts,
         sizes: ExpertSizes,
         specs: Mapping[str, TensorSpec],
         row_orders: Sequence[np.ndarray | None],
@@ -125,9 +122,13 @@ class ExpertsLoader:
 
         return load_expert
 
+    @property
+    def parts(self) -> list[str]:
+        """How the names of a linear's tensors end."""
+        return [*self.specs, *([BIAS] if self.has_bias else [])]
+
     def parameter_names(self) -> list[str]:
-        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
-        return [prefix + part for prefix in (GATE_UP, DOWN) for part in parts]
+        return [prefix + part for prefix in (GATE_UP, DOWN) for part in self.parts]
 
     def give(self, layer: torch.nn.Module, part: str, tensor: torch.Tensor, kind: str, expert: int) -> None:
         """Load a whole tensor of the checkpoint into `layer`, if this rank has the expert.
@@ -136,14 +137,13 @@ class ExpertsLoader:
             RiaError: a tensor that the experts do not have, or of the wrong shape or dtype.
         """
         local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
-        if part in IGNORED_PARTS or local_expert < 0:
+        if local_expert < 0:
             return
         name = f"{self.experts.linear(kind, expert)}.{part}"
-        known = [*self.specs, *([BIAS] if self.has_bias else [])]
-        if part not in known:
+        if part not in self.parts:
             raise RiaError(
-                f"{name}: vLLM's layer has no place for it, only for {', '.join(known)}. The checkpoint belongs to "
-                "another version; compress the model again."
+                f"{name}: vLLM's layer has no place for it, only for {', '.join(self.parts)}. The checkpoint belongs "
+                "to another version; compress the model again."
             )
         parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
         if parameter is None:
@@ -173,7 +173,7 @@ class ExpertsLoader:
     ) -> None:
         """Check a tensor of an expert's linear and copy this rank's part of it into `param` [E, ...]."""
         self._check(tensor, part, kind, expert)
-        self.loaded.add((part, kind, local_expert))
+        self.loaded.add((part, kind, expert))
         if part == "weight_scale":
             self.scale_dtypes.add(tensor.dtype)
         if part == BIAS:
@@ -208,18 +208,11 @@ class ExpertsLoader:
                 "file is damaged, or config.json belongs to another model: get both again."
             )
 
-    def missing(self, local_experts: Iterable[tuple[int, int]]) -> str | None:
-        """The name of the first tensor that has not been loaded, or None.
-
-        Args:
-            local_experts: (expert, its number on this rank) of those on this rank.
-        """
-        parts = [*self.specs, *([BIAS] if self.has_bias else [])]
-        for expert, local_expert in local_experts:
-            for kind in self.experts.patterns:
-                for part in parts:
-                    if (part, kind, local_expert) not in self.loaded:
-                        return f"{self.experts.linear(kind, expert)}.{part}"
+    def missing(self, experts: Iterable[int]) -> str | None:
+        """The name of the first tensor of this rank's `experts` that has not been loaded, or None."""
+        for expert, kind, part in product(experts, self.experts.patterns, self.parts):
+            if (part, kind, expert) not in self.loaded:
+                return f"{self.experts.linear(kind, expert)}.{part}"
         return None
 
     def clear(self) -> None:

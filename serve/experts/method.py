@@ -8,21 +8,22 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
 from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
-from ria_vllm.serve.experts.packing import LoadedExperts, PackedExperts, fill_dense, pack_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts
+from ria_vllm.serve.experts.packing import LoadedExperts, fill_dense, pack_experts
+from ria_vllm.serve.experts.stored import ExpertOrders
 from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.load_report import LoadReport, warn_of_choice, warn_of_inputs
 from ria_vllm.serve.load.loading import holds_dummies
 
 logger = init_logger("vllm.ria")
 
 
-def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
+def check_count(layer: RoutedExperts, experts: LayerExperts) -> None:
     """Check that vLLM's layer has as many experts as the checkpoint.
 
     Raises:
@@ -39,11 +40,6 @@ def check_count(layer: RoutedExperts, experts: StoredExperts) -> None:
             f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_logical_experts}. "
             "config.json belongs to another model; get the files again."
         )
-    if moe.num_experts > count:
-        raise RiaError(
-            f"{experts.name}: the checkpoint has {count} experts, but vLLM's layer has {moe.num_experts}. Redundant "
-            "experts (--enable-eplb) are not served pruned."
-        )
 
 
 class Sparse24MoEMethod(FusedMoEMethodBase):
@@ -56,7 +52,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         orders: in which their channels are stored.
-        report: where the layer is counted.
 
     Attributes:
         choice: the kernel that serves the layer; None if there is none.
@@ -70,16 +65,14 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def __init__(
         self,
         layer: RoutedExperts,
-        experts: StoredExperts,
+        experts: LayerExperts,
         scheme: WeightScheme,
         orders: ExpertOrders,
-        report: LoadReport,
     ):
         super().__init__(layer.moe_config)
         self.experts = experts
         self.scheme = scheme
         self.orders = orders
-        self.report = report
         self.packed = PackedTensors()
         self.biases: dict[tuple[str, int], torch.Tensor] = {}
         moe, name = layer.moe_config, experts.name
@@ -134,26 +127,14 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> Any:
         return None if self.dense is None else self.dense.get_fused_moe_quant_config(layer)
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
+    def create_weights(self, layer: RoutedExperts, *, params_dtype: torch.dtype, **others: Any) -> None:
         before = set(layer._parameters)
-        self.creation = {
-            "num_experts": num_experts, "hidden_size": hidden_size, "params_dtype": params_dtype,
-            "intermediate_size_per_partition": intermediate_size_per_partition, **extra_weight_attrs,
-        }  # fmt: skip
+        self.creation = {"params_dtype": params_dtype, **others}
         self.loader = ExpertsLoader(
             self.experts, self.sizes, self.scheme.tensors(params_dtype), self.orders.rows, self.moe.has_bias
         )
         self.loader.create_parameters(layer, params_dtype)
         self.created = [name for name in layer._parameters if name not in before]
-        self.report.expected += 1
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check what was loaded, pack it for a kernel or for vLLM, and free it."""
@@ -166,7 +147,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         scales, biases = frozenset(self.loader.scale_dtypes), dict(self.loader.biases)
         first = not hasattr(layer, "ria_experts")
         try:
-            missing = self.loader.missing(self._local_experts(layer))
+            missing = self.loader.missing(layer.expert_map_manager.get_local_expert_ids())
             dummy = holds_dummies(missing, "the other experts' tensors", bool(self.loader.loaded), first)
         finally:
             self.forget()
@@ -181,8 +162,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             self.packed.check(self.experts.name, layer, packed.parameters)
             layer.ria_experts = packed
         self.biases = biases
-        if first:
-            self._report(layer, layer.ria_experts)
 
     def forget(self) -> None:
         """Start from nothing: what was loaded is packed, or the load has failed."""
@@ -195,14 +174,6 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.dense.process_weights_after_loading(layer)
         self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
         layer.ria_experts = None
-
-    def _local_experts(self, layer: RoutedExperts) -> list[tuple[int, int]]:
-        """(expert, its number on this rank) of this rank's experts, by the latter."""
-        numbers = [
-            (layer._map_global_expert_id_to_local_expert_id(expert), expert)
-            for expert in range(self.experts.num_experts)
-        ]
-        return [(expert, here) for here, expert in sorted(numbers) if here >= 0]
 
     def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
         """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
@@ -233,8 +204,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         assert weights is not None  # only plain ones may not have the pattern
         return weights
 
-    def _report(self, layer: RoutedExperts, packed: PackedExperts | None) -> None:
-        moe, sizes = self.moe, self.sizes
+    def report(self, layer: RoutedExperts, report: LoadReport) -> None:
+        """Say how the layer is served, and count it."""
+        moe, sizes, packed = self.moe, self.sizes, layer.ria_experts
         outputs = 3 if moe.is_act_and_mul else 2
         dense_bytes = sizes.local * outputs * sizes.hidden * sizes.here * moe.in_dtype.itemsize
         if packed is None:
@@ -242,15 +214,15 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
                 "serves them as they are on %s. The answers are right, without the savings.", moe.device,
             )  # fmt: skip
-            self.report.warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
+            warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes
         else:
-            self.report.warn_of_choice(packed.choice, self.scheme.activations)
+            warn_of_choice(packed.choice, self.scheme.activations)
             kernel = f"{packed.choice} experts"
             bytes_here = sum(getattr(layer, name).nbytes for name in packed.packed)
         gathered = packed is not None and packed.input_permutation is not None
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
-        self.report.add(
+        report.add(
             kernel, self.orders.folded, int(gathered), dense_bytes, bytes_here,
             f"{self.experts.name} {kernel} {shapes}",
         )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.experts.stored import StoredExperts
+from ria_vllm.format.stacks import LayerExperts
 
 EXPERTS = "experts"
 NUMBER = re.compile("0|[1-9][0-9]{0,5}")
@@ -37,7 +37,7 @@ def check_plain(tensors: Iterable[str], where: str) -> None:
             )
 
 
-def plain_experts(modules: Iterable[str]) -> dict[str, StoredExperts]:
+def plain_experts(modules: Iterable[str]) -> dict[str, LayerExperts]:
     """The layers whose experts are stored one by one in plain floating point, by the name of their experts, as far as
     the linears have known names.
 
@@ -55,5 +55,5 @@ def plain_experts(modules: Iterable[str]) -> dict[str, StoredExperts]:
         kinds = next((one for one in KINDS if set(one.values()) == names), None)
         if kinds is not None and linears == {(expert, name) for expert in range(count) for name in names}:
             patterns = {kind: f"{layer}.{{e}}.{linear}" for kind, linear in kinds.items()}
-            found[layer] = StoredExperts(layer, count, patterns, {})
+            found[layer] = LayerExperts(layer, count, patterns)
     return found

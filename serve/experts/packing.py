@@ -13,7 +13,7 @@ from ria_vllm.format import permutation
 from ria_vllm.format.weight_scheme import Weights
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.kernels.base import Activation
-from ria_vllm.serve.kernels.experts_registry import Choice
+from ria_vllm.serve.kernels.registry import ExpertsChoice
 from ria_vllm.serve.linear.parameters import set_parameter
 
 
@@ -68,7 +68,7 @@ class PackedExperts:
         input_permutation: name of the parameter with the order in which the kernel takes the input channels, or None.
     """
 
-    choice: Choice
+    choice: ExpertsChoice
     packed: tuple[str, ...]
     input_permutation: str | None
 
@@ -92,7 +92,7 @@ class PackedExperts:
         )
 
 
-def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -> PackedExperts:
+def pack_experts(layer: RoutedExperts, choice: ExpertsChoice, experts: LoadedExperts) -> PackedExperts:
     """Pack `experts`, which are pruned, and register what the kernel needs."""
     config = choice.config
     gate_up, down = (
@@ -110,7 +110,7 @@ def pack_experts(layer: RoutedExperts, choice: Choice, experts: LoadedExperts) -
     return PackedExperts(choice, names, "experts_input_permutation")
 
 
-def _in_format(weights: Weights, choice: Choice) -> Mapping[str, torch.Tensor]:
+def _in_format(weights: Weights, choice: ExpertsChoice) -> Mapping[str, torch.Tensor]:
     if choice.widened_from is not None:
         weights = weights.widened(choice.config.act_dtype)
     return weights.parts

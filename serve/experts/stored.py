@@ -1,12 +1,11 @@
 """The routed experts of one MoE layer, as a checkpoint stores them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.layer_schema import Stacked, filled
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.stacks import LayerExperts, layers_of_experts
 from ria_vllm.serve.load.folding import Folding
@@ -15,41 +14,7 @@ from ria_vllm.serve.load.folding import Folding
 WAY_OUT = "`ria-vllm export` makes a dense folder."
 
 
-@dataclass(frozen=True)
-class StoredExperts:
-    """The experts of a layer. Plain data, because vLLM pickles its configuration.
-
-    Attributes:
-        name: what the names of their linears begin with.
-        num_experts: E.
-        patterns: "gate" (if there is one), "up" and "down" -> the name of an expert's linear, with {e} for its number.
-        biases: name of a tensor with biases [E, out] -> how it is stacked.
-    """
-
-    name: str
-    num_experts: int
-    patterns: Mapping[str, str]
-    biases: Mapping[str, Stacked]
-
-    @classmethod
-    def of(cls, layer: LayerExperts) -> "StoredExperts":
-        """Those of a layer that config.json describes."""
-        return cls(layer.module, layer.num_experts, layer.linears, layer.biases)
-
-    @property
-    def is_gated(self) -> bool:
-        return "gate" in self.patterns
-
-    def linear(self, kind: str, expert: int) -> str:
-        return filled(self.patterns[kind], {"e": str(expert)})
-
-    def linears(self) -> Iterator[tuple[str, str, int]]:
-        """(name, kind, expert) of each linear."""
-        for kind in self.patterns:
-            yield from ((self.linear(kind, expert), kind, expert) for expert in range(self.num_experts))
-
-
-def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict[str, StoredExperts]:
+def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict[str, LayerExperts]:
     """The layers whose experts are pruned, by the name of their experts.
 
     Args:
@@ -61,8 +26,7 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
     """
     pruned, found = set(pruned), {}
     for layer in layers_of_experts(schema, pruned):
-        stored = StoredExperts.of(layer)
-        found[stored.name] = stored
+        found[layer.name] = layer
         problem = layer.problem(pruned)
         if problem is not None:
             raise RiaError(
@@ -85,7 +49,7 @@ class ExpertOrders:
     input: np.ndarray | None
 
     @classmethod
-    def of(cls, experts: StoredExperts, permutations: Mapping[str, np.ndarray], folding: Folding) -> "ExpertOrders":
+    def of(cls, experts: LayerExperts, permutations: Mapping[str, np.ndarray], folding: Folding) -> "ExpertOrders":
         """Read them off the checkpoint's permutations.
 
         An expert's linears belong to one layer of vLLM, and only an activation lies between. So the rows of gate and up
@@ -121,7 +85,7 @@ class ExpertOrders:
         """Permutations that cost nothing."""
         return sum(order is not None for order in self.rows)
 
-    def check(self, experts: StoredExperts, hidden: int, intermediate: int) -> None:
+    def check(self, experts: LayerExperts, hidden: int, intermediate: int) -> None:
         """Check the lengths of all orders.
 
         Raises:

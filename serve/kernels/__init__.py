@@ -1,1 +1,1 @@
-"""The kernels of pruned linears: an operator, `ria::sparse24_linear`, with an overload for each; another for fp8."""
+"""The kernels of pruned linears: an operator, `ria::sparse24_linear`, with an overload for each."""

@@ -1,21 +1,28 @@
-"""Which kernel serves a layer: the kernels of other packages first, then ours, in order of preference."""
+"""Which kernel serves a linear: those of other packages first, then ours, in order of preference. Which serves the
+experts of a layer: all of these are ours."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import sparse24
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
-from ria_vllm.serve.kernels import choice, int8_inputs
-from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels import int8_inputs
+from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice, Config, Kernel, widened
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, check_forced_instruction_set
+from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
+from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
 if TYPE_CHECKING:  # it needs pydantic, which a machine that measures GPUs need not have
@@ -26,17 +33,18 @@ ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 
 OWN_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
 
-KERNEL_VARIABLE = choice.KERNEL_VARIABLE
+EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKernel)
 
 # Sides of the square weight in `self_test`, which uses the first that the kernel takes.
 _SELF_TEST_SIDES = (64, 128, 256)
 
-Choice = choice.Choice[LinearKernel, LinearLayerConfig]
+LinearChoice = Choice[LinearKernel, LinearLayerConfig]
+ExpertsChoice = Choice[ExpertsKernel, ExpertsLayerConfig]
 
 
 @lru_cache
 def kernels() -> tuple[type[LinearKernel], ...]:
-    """All kernels, in order of preference.
+    """All kernels for linears, in order of preference.
 
     Raises:
         RiaError: another package's kernel that cannot be loaded, is not a kernel, or has the name of another one.
@@ -77,20 +85,27 @@ def _load(entry: EntryPoint) -> type[LinearKernel]:
     return kernel
 
 
-def explain(config: LinearLayerConfig) -> list[tuple[str, str | None]]:
+def explain(config: LinearLayerConfig | ExpertsLayerConfig) -> list[tuple[str, str | None]]:
     """Each kernel's name, in order of preference, with the reason why it cannot serve the layer as it is, or None."""
-    return [(kernel.name, reason_against(kernel, config)) for kernel in kernels()]
+    return [(kernel.name, reason_against(kernel, config)) for kernel in _candidates(config)]
 
 
-def reason_against(kernel: type[LinearKernel], config: LinearLayerConfig) -> str | None:
+def _candidates(config: LinearLayerConfig | ExpertsLayerConfig) -> Sequence[Any]:
+    return EXPERTS_KERNELS if isinstance(config, ExpertsLayerConfig) else kernels()
+
+
+def reason_against(kernel: Any, config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
     """Why the kernel cannot serve the layer, or None."""
-    reason = kernel.is_supported(config.device) or choice.reason_against_pattern(kernel, config)
-    reason = kernel.can_implement(config) if reason is None else reason
-    if reason is None:
-        reason = self_test(
-            kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype, config.pattern
-        )
-    return reason
+    if (reason := kernel.is_supported(config.device)) is not None:
+        return reason
+    # One that was written for 2:4 alone must not be asked: it would read positions that are not there.
+    patterns = getattr(kernel, "patterns", (TWO_OF_FOUR,))
+    if config.pattern not in patterns:
+        return f"no {config.pattern} weights; {', '.join(map(str, patterns))} only"
+    reason = kernel.can_implement(config)
+    if reason is not None or isinstance(config, ExpertsLayerConfig):
+        return reason
+    return self_test(kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype, config.pattern)
 
 
 @lru_cache
@@ -135,8 +150,14 @@ def self_test(
     return None if right else "a small product comes out wrong on this device"
 
 
-def choose(config: LinearLayerConfig) -> Choice:
-    """The kernel for a layer, as `ria_vllm.serve.kernels.choice.choose` chooses it.
+@overload
+def choose(config: LinearLayerConfig) -> LinearChoice: ...
+@overload
+def choose(config: ExpertsLayerConfig) -> ExpertsChoice: ...
+def choose(config: Any) -> Any:
+    """The first kernel that serves a layer as it is; else the first that serves it without rounding its inputs, which
+    is more exact; else the first that serves its weights widened to the activations' dtype; else a fallback, in the
+    same three ways. RIA_VLLM_BACKEND forces a kernel instead; one for linears leaves that of experts free.
 
     Raises:
         RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can. Or the layer is on
@@ -144,12 +165,51 @@ def choose(config: LinearLayerConfig) -> Choice:
     """
     if config.device.type == "cpu":
         check_forced_instruction_set()
-    return choice.choose(config, kernels(), reason_against)
+    candidates, forced = _candidates(config), os.environ.get(KERNEL_VARIABLE)
+    named = {kernel.name: kernel for kernel in candidates}
+    if forced and (forced in named or forced not in [kernel.name for kernel in kernels()]):
+        return _forced(config, forced, named)
+    fast = [kernel for kernel in candidates if not kernel.is_fallback]
+    fallbacks = [kernel for kernel in candidates if kernel.is_fallback]
+    choice = _first(fast, config) or _first(fallbacks, config)
+    if choice is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(config))
+        raise RiaError(f"no kernel can serve {config}: {reasons}")
+    return choice
+
+
+def _first(candidates: Sequence[type[Kernel]], config: Config) -> Choice[Kernel, Config] | None:
+    attempts = [config]
+    if config.input_dtype is not None:
+        attempts.append(replace(config, input_dtype=None))
+    if config.weight_format != FLOAT:
+        attempts.append(widened(config))
+    for attempt in attempts:
+        for kernel in candidates:
+            if reason_against(kernel, attempt) is None:
+                return Choice(
+                    kernel,
+                    attempt,
+                    widened_from=config.weight_format if attempt.weight_format != config.weight_format else None,
+                    unrounded=config.input_dtype if attempt.input_dtype is None else None,
+                )
+    return None
+
+
+def _forced(config: Any, name: str, named: dict[str, Any]) -> Any:
+    if name not in named:
+        raise RiaError(f"{KERNEL_VARIABLE}={name} is not a kernel for {config}; choose from {', '.join(named)}.")
+    choice = _first([named[name]], config)
+    if choice is None:
+        # It cannot serve the widened weights either, and that reason is what matters.
+        reason = reason_against(named[name], widened(config))
+        raise RiaError(f"{KERNEL_VARIABLE}={name} cannot serve {config}: {reason}")
+    return choice
 
 
 def choose_and_pack(
     weights: "Weights", dtype: torch.dtype, input_dtype: torch.dtype | None = None
-) -> tuple[Choice, tuple[torch.Tensor, ...]]:
+) -> tuple[LinearChoice, tuple[torch.Tensor, ...]]:
     """The kernel for these weights under activations of `dtype`, and the weights as it packs them."""
     config = LinearLayerConfig(
         weights.device,

@@ -8,7 +8,6 @@ prompts. It also takes what vLLM's does not.
 import torch
 from vllm.model_executor.kernels.linear import init_int8_linear_kernel
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.format import int8_rows
 from ria_vllm.format.token_rounding import round_tokens
@@ -75,8 +74,12 @@ class _VllmMethod:
         for name in _OF_INPUTS:
             layer.register_parameter(name, None)
         layer.logical_widths = [len(integers)]
-        with set_default_torch_dtype(dtype):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # of the outputs for which oneDNN packs
+        try:
             self.kernel.process_weights_after_loading(layer)
+        finally:
+            torch.set_default_dtype(before)
         # oneDNN has their address, and a reload copies them into the tensor before.
         self.scales = getattr(layer, SCALE)
         if getattr(layer, WEIGHT) is None:  # oneDNN keeps its own

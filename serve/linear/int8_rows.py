@@ -8,7 +8,6 @@ from torch.nn.functional import embedding
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.utils import set_weight_attrs
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import int8_rows
@@ -42,7 +41,7 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
             values = torch.empty(self.rows, width, dtype=dtype)
             ask_for_huge_pages(values)
             parameter = Parameter(values.zero_(), requires_grad=False)
-            set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, "weight_loader": weight.weight_loader})
+            parameter.input_dim, parameter.output_dim, parameter.weight_loader = 1, 0, weight.weight_loader
             layer.register_parameter(part, parameter)
 
     def take(self, layer: VocabParallelEmbedding, part: str, tensor: torch.Tensor) -> None:

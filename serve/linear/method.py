@@ -27,7 +27,7 @@ from ria_vllm.serve.linear.parameters import (
     use_loader_of_model,
 )
 from ria_vllm.serve.load.folding import RowOrder
-from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.load_report import LoadReport, warn_of_all_gather, warn_of_choice, warn_of_inputs
 from ria_vllm.serve.load.loading import LayerLoader, Loader, holds_dummies, unwrapped
 from ria_vllm.serve.load.shards import ShardMap
 
@@ -73,23 +73,20 @@ class Sparse24LinearMethod(LinearMethodBase):
     Args:
         prefix: vLLM's name of the layer, for errors.
         linears: what the layer is made of, in output order.
-        report: where the layer is counted.
 
     Attributes:
         row_loader: loads what a linear has for each of its rows, [out, any].
     """
 
-    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...], report: LoadReport):
+    def __init__(self, prefix: str, linears: tuple[StoredLinear, ...]):
         self.prefix = prefix
         self.linears = linears
         self.names = tuple(linear.name for linear in linears)
-        self.report = report
         self.dense: UnquantizedLinearMethod | DenseInt8 | None = None
         self.packed = PackedTensors()
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
         self.creation = Creation.record(self._create_weights, layer, *args, **kwargs)
-        self.report.expected += 1
 
     def _create_weights(
         self,
@@ -116,7 +113,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{self.prefix}: vLLM fuses {', '.join(self.names)}, whose permutations differ. Compress the "
                 "model again; `ria-vllm export` makes a dense folder of this one."
             )
-        self.output_sizes = tuple(output_partition_sizes)
+        self.output_sizes, self.columns = tuple(output_partition_sizes), input_size_per_partition
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
         orders = [linear.row_orders for linear in self.linears]
@@ -162,8 +159,6 @@ class Sparse24LinearMethod(LinearMethodBase):
                 raise RiaError(f"{self.prefix}: {error}") from error
         self.packed.check(self.prefix, layer, packed.parameters if packed is not None else [])
         layer.ria_packed = packed
-        if first:
-            self._report(layer, weights)
 
     def forget(self) -> None:
         """Start from nothing: what was loaded is packed, or the load has failed."""
@@ -203,25 +198,26 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.dense = UnquantizedLinearMethod()
         self.dense.process_weights_after_loading(layer)
 
-    def _report(self, layer: LinearBase, weights: Weights | None) -> None:
+    def report(self, layer: LinearBase, report: LoadReport) -> None:
+        """Say how the layer is served, and count it."""
         packed = layer.ria_packed
-        if weights is None:
+        if packed is None:
             kernel = getattr(self.dense, "kernel_name", None)  # of int8
-            self.report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format, kernel)
+            report.leave_out(self.prefix, self.linears[0].claims_24, self.scheme.format, kernel)
             if kernel is not None:
                 return
             reason = f"{self.prefix} and others like it are not 2:4 and served dense"
-            self.report.warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
+            warn_of_inputs(self.scheme.activations, reason, self.scheme.format)
             return
-        self.report.warn_of_choice(packed.choice, self.scheme.activations)
+        warn_of_choice(packed.choice, self.scheme.activations)
         kernel = str(packed.choice)
         gathered = sum(linear.input_permutation is not None for linear in self.linears)
         permuted = sum(linear.permutation is not None for linear in self.linears)
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
-        dense_bytes = weights.out_features * (weights.in_features - weights.padding) * self.dtype.itemsize
+        dense_bytes = sum(self.output_sizes) * self.columns * self.dtype.itemsize
         if packed.input_channels is not None:
-            self.report.warn_of_all_gather()
-        self.report.add(
+            warn_of_all_gather()
+        report.add(
             kernel, permuted - gathered, gathered, dense_bytes, packed.packed_bytes(layer),
             f"{self.prefix} {kernel} {shapes}",
         )  # fmt: skip

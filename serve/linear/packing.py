@@ -9,7 +9,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase
 
 from ria_vllm.format.weight_scheme import Weights
-from ria_vllm.serve.kernels.registry import Choice, choose_and_pack
+from ria_vllm.serve.kernels.registry import LinearChoice, choose_and_pack
 from ria_vllm.serve.linear.parameters import set_parameter
 
 
@@ -28,7 +28,7 @@ class PackedLinear:
         padding: channels of zeros to append to the input.
     """
 
-    choice: Choice
+    choice: LinearChoice
     packed: tuple[str, ...]
     input_permutation: str | None
     input_channels: str | None

@@ -17,18 +17,6 @@ from vllm.model_executor.parameter import (
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.loading import LayerLoader, Loader, rows_of_mamba2, unwrapped
-from ria_vllm.serve.load.shards import ShardId
-
-# `shape` repeats what the bitmask says. `input_permutation` was read before, but vLLM streams every safetensors file of
-# a folder without an index. Activations are not rounded, or get a scale for each token, so a scale from the checkpoint
-# is not needed.
-# These parameters stay on the layer, because a reload streams the tensors again, some after the layer is complete.
-IGNORED_TENSORS = {
-    "shape": (2, torch.int64),
-    "input_permutation": (1, torch.int32),
-    "input_scale": (1, torch.float32),
-    "input_zero_point": (1, torch.int8),
-}
 
 
 class WeightPlaceholder:
@@ -85,7 +73,7 @@ class Creation:
 def create_parameters(
     layer: LinearBase, layer_loader: LayerLoader, sizes: Sequence[int], columns: int, vllm_loader: Loader
 ) -> None:
-    """Give `layer` the parameters that its linears are loaded into, and some for tensors that are ignored.
+    """Give `layer` the parameters that its linears are loaded into.
 
     vLLM creates the bias later and gives it the loader that `layer.weight_loader` is then. If the layer reorders rows,
     that loader is wrapped.
@@ -98,11 +86,6 @@ def create_parameters(
     """
     for part, spec in layer_loader.specs.items():
         layer.register_parameter(part, _parameter(spec, sizes, columns, layer_loader.wrap(part, vllm_loader)))
-    for part, (size, dtype) in IGNORED_TENSORS.items():
-        parameter = Parameter(torch.zeros(size, dtype=dtype), requires_grad=False)
-        parameter.weight_loader = ignore_tensor
-        parameter.weight_loader_numel = 0  # a reload does not have to wait for it
-        layer.register_parameter(part, parameter)
     if "weight" not in layer_loader.specs and WeightPlaceholder.is_needed(layer):
         layer.weight = WeightPlaceholder()
     if layer_loader.reorders:
@@ -136,17 +119,6 @@ def use_loader_of_model(
     for part, spec in layer_loader.specs.items():
         loader = vllm_loader if spec.per_tensor else model_loader
         getattr(layer, part).weight_loader = layer_loader.wrap(part, loader)
-    for part in IGNORED_TENSORS:
-        getattr(layer, part).weight_loader = ignore_tensor
-
-
-def ignore_tensor(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId = None) -> None:
-    """A weight loader for tensors that serving does not need."""
-
-
-def is_awaited(layer: LinearBase, part: str) -> bool:
-    """Whether the layer has a parameter for tensors called `part`, which it has until its weights are packed."""
-    return isinstance(getattr(layer, part, None), BasevLLMParameter)
 
 
 def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[str, torch.Tensor]:
@@ -156,7 +128,7 @@ def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[
     """
     taken = {}
     for part in specs:
-        if is_awaited(layer, part):
+        if isinstance(getattr(layer, part, None), BasevLLMParameter):
             taken[part] = getattr(layer, part).data
             delattr(layer, part)
     return taken

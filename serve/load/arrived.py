@@ -7,15 +7,17 @@ import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel_loaded
-from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.completeness import dense_layers
 
 
-def check_arrived(path: str, layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+def check_arrived(path: str, layer: torch.nn.Module, info: Any) -> None:
     """Check, before a layer is packed in a reload, that each of its parameters was loaded as a whole. Linears and
     experts that are pruned know better what belongs to them, and check that themselves.
+
+    Args:
+        info: vLLM's `LayerReloadingInfo`.
 
     Raises:
         RiaError: something is missing.

@@ -14,6 +14,8 @@ from vllm.logger import init_logger
 from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice
+from ria_vllm.serve.load.arrived import stored_method
+from ria_vllm.serve.load.completeness import is_in_int8
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")
@@ -25,56 +27,101 @@ def _on_first_rank(text: str, *values: Any) -> None:
         logger.warning_once(text, *values)
 
 
+def say_widened(name: str, dtype: torch.dtype, why: str) -> None:
+    """Say that a matrix in int8 is served in the dtype of the activations."""
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
+
+
+def warn_of_all_gather() -> None:
+    _on_first_rank(
+        "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
+        "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
+    )
+
+
+def warn_of_choice(choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
+    """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
+
+    Args:
+        activations: to which the checkpoint wants the inputs rounded; None for no rounding.
+    """
+    config = choice.config
+    stored = choice.widened_from or config.weight_format
+    name = choice.kernel.name
+    forced = os.environ.get(KERNEL_VARIABLE) == name
+    if choice.kernel.is_fallback and not forced:
+        _on_first_rank(
+            "The kernel %s serves %s, because no fast one does: the answers are right, but slow. `ria-vllm doctor` "
+            "says why.", name, config,
+        )  # fmt: skip
+    if choice.widened_from is not None:
+        _on_first_rank(
+            "Weights in %s are widened to %s, because no kernel for %s multiplies them as the checkpoint "
+            "wants: the answers are right, but the weights take the memory of %s.",
+            choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
+        )  # fmt: skip
+    rounded = torch.float8_e4m3fn if config.weight_format == FP8 else config.input_dtype
+    if rounded != activations and get_tensor_model_parallel_rank() == 0:
+        warn_of_inputs(activations, f"no fast kernel for {config.device.type} does it with these weights", stored)
+
+
+def warn_of_inputs(activations: torch.dtype | None, reason: str, stored: WeightFormat) -> None:
+    """Say once that inputs are not rounded to `activations`, if that is a dtype, and why.
+
+    To be called on every rank if the reason may hold on one of them alone, as that its weights are not 2:4.
+
+    Args:
+        stored: the format of the weights in the checkpoint.
+    """
+    if activations is not None:
+        logger.warning_once(
+            "Inputs are not rounded to %s, because %s: the answers are those of weights in %s alone.",
+            name_of(activations), reason, stored.name,
+        )  # fmt: skip
+
+
 @dataclass
 class LoadReport:
-    """Sums over the pruned layers of one model in one process.
+    """Sums over the layers of one model in one process, once all are packed for the first time; a reload goes to the
+    same places.
 
     Attributes:
-        expected: layers that will be loaded.
-        loaded: layers that have been loaded.
-        kernels: kernel, and how it serves its layers -> number of layers.
+        kernels: kernel, and how it serves its layers -> number of pruned layers.
         dense: kernel -> number of layers that are dense in int8.
         folded: permutations that other linears absorb.
         gathered: permutations that linears apply to their inputs themselves.
         dense_bytes: what the weights would take dense, in the dtype that is served.
         packed_bytes: what they take.
-        graph: digest of all that shapes the traced graph.
-        keyed: the `graph` that is in vLLM's compile key.
+        graph: all that shapes the traced graph.
     """
 
-    expected: int = 0
-    loaded: int = 0
     kernels: Counter[str] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
     folded: int = 0
     gathered: int = 0
     dense_bytes: int = 0
     packed_bytes: int = 0
-    graph: str = ""
-    keyed: str = ""
+    graph: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "LoadReport":
+        report = cls()
+        for path, layer in model.named_modules():
+            if (method := stored_method(layer)) is not None:
+                method.report(layer, report)
+            elif hasattr(layer, "quant_method") and is_in_int8(layer):
+                report.graph.append(f"{path} int8")
+        return report
 
     def add(self, kernel: str, folded: int, gathered: int, dense_bytes: int, packed_bytes: int, graph: str) -> None:
-        """Count a layer when its weights are packed for the first time; a reload goes to the same places.
-
-        `graph` is everything about the layer that shapes the traced graph.
-        """
-        self.loaded += 1
+        """Count a pruned layer. `graph` is everything about it that shapes the traced graph."""
         self.kernels[kernel] += 1
         self.folded += folded
         self.gathered += gathered
         self.dense_bytes += dense_bytes
         self.packed_bytes += packed_bytes
-        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
-        self._finish()
-
-    def shape_graph(self, graph: str) -> None:
-        """Note something about a layer that is not pruned and shapes the traced graph, before anything is loaded."""
-        self.graph = hashlib.sha256((self.graph + graph).encode()).hexdigest()
-
-    def say_widened(self, name: str, dtype: torch.dtype, why: str) -> None:
-        """Say that a matrix in int8 is served in the dtype of the activations."""
-        if get_tensor_model_parallel_rank() == 0:
-            logger.info("%s is stored in int8 and served in %s, because %s.", name, name_of(dtype), why)
+        self.graph.append(graph)
 
     def leave_out(self, prefix: str, claims_24: bool, stored: WeightFormat, kernel: str | None = None) -> None:
         """Leave out a layer that is not 2:4 on this rank, perhaps on no other.
@@ -95,76 +142,23 @@ class LoadReport:
                 "Weights in %s that are not 2:4, and that config.json does not call so, are dequantized and served "
                 "dense: the answers are right, but the weights take the memory of a dense model.", stored.name,
             )  # fmt: skip
-        self.expected -= 1
-        self.graph = hashlib.sha256(f"{self.graph} {prefix} dense {kernel}".encode()).hexdigest()
-        self._finish()
+        self.graph.append(f"{prefix} dense {kernel}")
 
-    def _finish(self) -> None:
-        if self.loaded == self.expected:
-            self._key_compile_cache()
-            if get_tensor_model_parallel_rank() == 0:
-                self.log()
-
-    def _key_compile_cache(self) -> None:
-        """Add a digest to vLLM's compile key, which knows neither the kernels nor their layouts.
+    def finish(self) -> None:
+        """Say what was loaded, and add a digest to vLLM's compile key, which knows neither the kernels nor their
+        layouts.
 
         The key is a digest of vLLM's configuration. A draft model may share that with its target, so each model adds a
         digest of its own, whatever the order of loading.
         """
+        if not self.graph:
+            return
         current = get_current_vllm_config_or_none()
         if current is not None and isinstance(current.additional_config, dict):
-            others = list(current.additional_config.get("ria_vllm", []))
-            if self.keyed in others:
-                others.remove(self.keyed)
-            self.keyed = self.graph
-            current.additional_config["ria_vllm"] = sorted([*others, self.graph])
-
-    def warn_of_all_gather(self) -> None:
-        _on_first_rank(
-            "A permutation that no fold absorbs crosses tensor-parallel ranks. Its layers all-gather their input, "
-            "which is correct but slow. A smaller --tensor-parallel-size, or compressing with folds, avoids it."
-        )
-
-    def warn_of_choice(self, choice: Choice[Any, Any], activations: torch.dtype | None) -> None:
-        """Say once for each way of serving a layer what it costs, or what it does not do, if that is unexpected.
-
-        Args:
-            activations: to which the checkpoint wants the inputs rounded; None for no rounding.
-        """
-        config = choice.config
-        stored = choice.widened_from or config.weight_format
-        name = choice.kernel.name
-        forced = os.environ.get(KERNEL_VARIABLE) == name
-        if choice.kernel.is_fallback and not forced:
-            _on_first_rank(
-                "The kernel %s serves %s, because no fast one does: the answers are right, but slow. `ria-vllm doctor` "
-                "says why.", name, config,
-            )  # fmt: skip
-        if choice.widened_from is not None:
-            _on_first_rank(
-                "Weights in %s are widened to %s, because no kernel for %s multiplies them as the checkpoint "
-                "wants: the answers are right, but the weights take the memory of %s.",
-                choice.widened_from.name, name_of(config.act_dtype), config.device.type, name_of(config.act_dtype),
-            )  # fmt: skip
-        rounded = torch.float8_e4m3fn if config.weight_format == FP8 else config.input_dtype
-        if rounded != activations and get_tensor_model_parallel_rank() == 0:
-            self.warn_of_inputs(
-                activations, f"no fast kernel for {config.device.type} does it with these weights", stored
-            )
-
-    def warn_of_inputs(self, activations: torch.dtype | None, reason: str, stored: WeightFormat) -> None:
-        """Say once that inputs are not rounded to `activations`, if that is a dtype, and why.
-
-        To be called on every rank if the reason may hold on one of them alone, as that its weights are not 2:4.
-
-        Args:
-            stored: the format of the weights in the checkpoint.
-        """
-        if activations is not None:
-            logger.warning_once(
-                "Inputs are not rounded to %s, because %s: the answers are those of weights in %s alone.",
-                name_of(activations), reason, stored.name,
-            )  # fmt: skip
+            digest = hashlib.sha256(repr(self.graph).encode()).hexdigest()
+            current.additional_config["ria_vllm"] = sorted([*current.additional_config.get("ria_vllm", []), digest])
+        if get_tensor_model_parallel_rank() == 0:
+            self.log()
 
     def log(self) -> None:
         kernels = ", ".join(f"{name} ({count})" for name, count in self.kernels.most_common())
@@ -172,6 +166,6 @@ class LoadReport:
             logger.info("%d dense layers in int8, by %s", count, name)
         logger.info(
             "%d pruned layers, kernels: %s; permutations: %d folded, %d gathered; %.1f MB of weights, %.1f MB saved",
-            self.loaded, kernels, self.folded, self.gathered,
+            self.kernels.total(), kernels, self.folded, self.gathered,
             self.packed_bytes / 1e6, (self.dense_bytes - self.packed_bytes) / 1e6,
         )  # fmt: skip

@@ -21,6 +21,11 @@ CACHE_SCALE = re.compile(r"(.*\.)?([qkv]_(scale|zero_point)|(kv|prob|output)_sca
 # By how the names of a linear's tensors end: those that store its weight, in any form that a layer loads.
 WEIGHT_PARTS = ("weight", "compressed", "bitmask", "weight_scale", "integers")
 
+# Other tensors of a pruned or quantized linear. `shape` repeats what the bitmask says. `input_permutation` was read
+# before, but vLLM streams every safetensors file of a folder without an index. Activations are not rounded, or get a
+# scale for each token, so none from the checkpoint is needed.
+NOT_SERVED = ("shape", "input_permutation", "input_scale", "input_zero_point")
+
 # Where vLLM reads files.
 LOADERS = Path(model_loader.__file__).parent
 
@@ -69,7 +74,7 @@ def without_proofs(weights: Weights, proofs: dict[str, torch.Tensor]) -> Weights
 def left_to_the_model(
     weights: Weights, takers: Mapping[str, Taker | None], forms: Mapping[str, Collection[str]]
 ) -> Weights:
-    """The same weights but those that somebody takes in place of the model.
+    """The same weights but those that somebody takes in place of the model, and what our layers do not need.
 
     Args:
         takers: linears, or whole names of tensors -> who takes their tensors; None if nobody here needs them.
@@ -85,6 +90,8 @@ def left_to_the_model(
                 "dtype, or scales of 1 with --kv-cache-dtype fp8."
             )
         module, _, part = name.rpartition(".")
+        if part in NOT_SERVED and (module in takers or module in forms):
+            continue
         if module in takers or name in takers:
             take = takers[name] if name in takers else takers[module]
             if take is not None:

@@ -1,7 +1,7 @@
 """RiaConfig: what vLLM knows about a checkpoint with quant_method "ria"."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,16 +21,16 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_plain, plain_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, StoredExperts, stored_experts
+from ria_vllm.serve.experts.stored import ExpertOrders, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
-from ria_vllm.serve.linear.parameters import IGNORED_TENSORS
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.folding import Folding, fold
-from ria_vllm.serve.load.load_report import LoadReport
+from ria_vllm.serve.load.stream import NOT_SERVED
 from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 
 logger = init_logger("vllm.ria")
@@ -70,7 +70,7 @@ class RiaConfig(QuantizationConfig):
         stored: linears and other modules with a weight, pruned or not.
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
-        pruned: those that are stored compressed; None for a checkpoint of compressed-tensors that has none.
+        pruned: those that are stored compressed; if none are, those that compressed-tensors' configuration calls 2:4.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
         permutations: linear -> int32 [in], the order in which its input channels are stored.
@@ -79,8 +79,8 @@ class RiaConfig(QuantizationConfig):
         experts: name of an MoE layer's experts -> these, if they are pruned.
         expert_linears: their linears.
         expert_layers: vLLM's name of such experts, as far as its mappers tell -> the checkpoint's.
-        served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`.
-        model_built: a model was built with this config.
+        served_by: linear, or experts -> the class of the model that serves it, see `layer_matching`. If not empty, a
+            model was built with this config.
         rearranged: vLLM's model changes the order of rows.
         scales_head: vLLM's model scales the rows of the head as it loads them.
     """
@@ -92,19 +92,17 @@ class RiaConfig(QuantizationConfig):
         self.where = "this model"
         self.tensors: set[str] = set()
         self.stored: set[str] = set()
-        self.pruned: set[str] | None = None
+        self.pruned: Container[str] = set() if compressed_tensors is None else compressed_tensors.pruned
         self.int8: set[str] = set()
         self.names: dict[str, str] = {}
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
-        self.report = LoadReport()
         self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
-        self.experts: dict[str, StoredExperts] = {}
+        self.experts: dict[str, LayerExperts] = {}
         self.expert_linears: set[str] = set()
         self.expert_layers: dict[str, str] = {}
         self.served_by: dict[str, type] = {}
-        self.model_built = False
         self.rearranged = False
         self.scales_head = False
 
@@ -167,7 +165,8 @@ class RiaConfig(QuantizationConfig):
         pruned = {linear for linear, part in parts if part == "compressed"}
         int8 = {linear for linear, part in parts if part == INTEGERS}
         self.stored = pruned | {linear for linear, part in parts if part in ("weight", INTEGERS)}
-        self.pruned = pruned if pruned or theirs is None else None
+        if pruned or theirs is None:
+            self.pruned = pruned
         if lost := sorted(set(self.schema.int8_linears) - int8):
             raise RiaError(f"{self.where}: {lost[0]}.{INTEGERS} is missing. Get all files of one run.")
         self.int8 = int8 - set(self.schema.int8_linears)
@@ -191,13 +190,13 @@ class RiaConfig(QuantizationConfig):
             RiaError: a packed linear lacks one.
         """
         names = tensors if self.translation is None else self.translation.names(tensors)
-        return {name for name in names if name.rpartition(".")[2] not in IGNORED_TENSORS}
+        return {name for name in names if name.rpartition(".")[2] not in NOT_SERVED}
 
     def _fold(self, permutations: dict[str, np.ndarray]) -> None:
         for name in permutations:
-            if not self.is_pruned(name):
+            if name not in self.pruned:
                 raise RiaError(f"{self.where}: a permutation for {name}, which is not a pruned linear of this model.")
-        self.folding = fold(self.schema, permutations, self.is_pruned, self.where)
+        self.folding = fold(self.schema, permutations, self.pruned.__contains__, self.where)
         self.permutations = permutations
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -247,13 +246,13 @@ class RiaConfig(QuantizationConfig):
         experts = self.experts[name]
         check_count(layer, experts)
         orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
-        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, self.report)
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
         folding = self.folding_under(EngineOptions.current())
         stored = tuple(self.stored_linear(linear, folding) for linear in linears)
-        return Sparse24LinearMethod(layer, stored, self.report)
+        return Sparse24LinearMethod(layer, stored)
 
     def serves_sparse(self, layer: str, linears: tuple[str, ...]) -> bool:
         """Whether one of our layers serves these linears, because they are pruned or quantized.
@@ -261,7 +260,7 @@ class RiaConfig(QuantizationConfig):
         Raises:
             RiaError: that holds for some of them, but not for all.
         """
-        ours = [self.is_pruned(linear) or self.is_quantized(linear) for linear in linears]
+        ours = [linear in self.pruned or self.is_quantized(linear) for linear in linears]
         if any(ours) and not all(ours):
             dense = next(linear for linear, is_ours in zip(linears, ours) if not is_ours)
             raise RiaError(
@@ -284,12 +283,6 @@ class RiaConfig(QuantizationConfig):
             linears[2] = linears[1]  # no v_proj: the values are the keys, as in Gemma 4, and vLLM loads k_proj twice
         return tuple(self.names.get(name, name) for name in linears)
 
-    def is_pruned(self, name: str) -> bool:
-        """Whether the checkpoint's linear `name` is stored compressed."""
-        if self.pruned is not None:
-            return name in self.pruned
-        return self.compressed_tensors is not None and name in self.compressed_tensors.pruned
-
     def is_quantized(self, name: str) -> bool:
         """Whether integers or fp8 values are stored for this linear, which may be dense."""
         if self.compressed_tensors is not None:
@@ -300,7 +293,7 @@ class RiaConfig(QuantizationConfig):
         """How the linear `name` is stored."""
         if self.compressed_tensors is not None:
             scheme = self.compressed_tensors.scheme(name)
-            return scheme if self.is_pruned(name) else replace(scheme, dense=True)
+            return scheme if name in self.pruned else replace(scheme, dense=True)
         if name in self.schema.int8_linears:
             return WeightScheme.of_dense(self.schema)
         return WeightScheme.of(self.schema)
@@ -316,7 +309,7 @@ class RiaConfig(QuantizationConfig):
         signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
         return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))
 
-    def dense_experts(self) -> dict[str, StoredExperts]:
+    def dense_experts(self) -> dict[str, LayerExperts]:
         """Those that vLLM's own layers serve, by their names, as far as they are stored one by one."""
         found = plain_experts(self.stored - self.required)
         return {name: experts for name, experts in found.items() if name not in self.experts}

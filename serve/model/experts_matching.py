@@ -9,9 +9,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
-from ria_vllm.serve.experts.stored import WAY_OUT, StoredExperts
+from ria_vllm.serve.experts.stored import WAY_OUT
 from ria_vllm.serve.load.model_paths import place_of
 from ria_vllm.serve.load.stream import Taker
 from ria_vllm.serve.model.config import RiaConfig
@@ -46,7 +47,7 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
                 f"{config.where}: the experts {by_path[paths[0]]} and {name} both belong to vLLM's layer {paths[0]}. "
                 + WAY_OUT
             )
-        elif not config.model_built:  # a second model need not use all of them
+        elif not config.served_by:  # a second model need not use all of them
             others = [path for path in layers if path not in by_path]
             raise RiaError(
                 f"{config.where}: the pruned experts {name} would not be served: vLLM's {type(model).__name__} has "
@@ -58,7 +59,7 @@ def match_experts(config: RiaConfig, model: torch.nn.Module) -> set[str]:
     return served
 
 
-def layers_of(model: torch.nn.Module, experts: StoredExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
+def layers_of(model: torch.nn.Module, experts: LayerExperts, layers: dict[str, RoutedExperts]) -> list[str] | None:
     """Paths of the MoE layers to which the names of these experts lead; None if they are elsewhere."""
     place = place_of(model, f"{experts.linear('up', 0)}.weight")
     if place is None:
@@ -87,8 +88,6 @@ def _serve(config: RiaConfig, layer: RoutedExperts, name: str | None) -> None:
         )
     for parameter in method.created:
         delattr(layer, parameter)
-    if isinstance(method, Sparse24MoEMethod):
-        method.report.expected -= 1
     new = config.experts_method(layer, name)
     if isinstance(new, DenseExpertsMethod):
         new.check(layer.layer_name)

@@ -14,6 +14,7 @@ from ria_vllm.compressed_tensors.packed_forms import Int8Rows, Translation
 from ria_vllm.format.int8_rows import TENSORS
 from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod, TiedHeadMethod, misfit
 from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.load_report import say_widened, warn_of_inputs
 from ria_vllm.serve.load.model_paths import destinations
 from ria_vllm.serve.load.stream import Taker
 from ria_vllm.serve.model.config import RiaConfig
@@ -44,14 +45,13 @@ def match_heads(
         why = reason or _misfit(config, layer)
         if why is None:
             _serve(model, layer, name)
-            config.report.shape_graph(f"{name} int8")
             takers |= {f"{name}.{part}": partial(layer.quant_method.take, layer) for part in TENSORS}
             continue
         widened[name] = Int8Rows(dtype)
-        config.report.say_widened(name, dtype, why)
+        say_widened(name, dtype, why)
         if name in config.schema.int8_linears:
             scheme, reason = config.scheme(name), f"{name} and others like it are widened"
-            config.report.warn_of_inputs(scheme.activations, reason, scheme.format)
+            warn_of_inputs(scheme.activations, reason, scheme.format)
     return takers, Translation(widened.get, lambda _: None) if widened else None
 
 

@@ -73,7 +73,6 @@ def match_layers(config: RiaConfig, model: torch.nn.Module) -> None:
     _check_all_served(config, model, served, unserved - elsewhere, unquantized)
     config.served_by |= dict.fromkeys(elsewhere | of_experts | set(served), type(model))
     config.int8 |= set(config.schema.int8_linears) - set(config.served_by)
-    config.model_built = True
 
 
 def serve_sparse(config: RiaConfig, path: str, layer: LinearBase, linears: tuple[str, ...]) -> None:
@@ -92,8 +91,6 @@ def replace_method(layer: LinearBase, method: LinearMethodBase) -> None:
     is_dense = isinstance(method, UnquantizedLinearMethod)
     model_loader = creation.model_loader(layer) if is_dense else None
     creation.undo(layer)
-    if isinstance(layer.quant_method, Sparse24LinearMethod):
-        layer.quant_method.report.expected -= 1
     layer.quant_method = method
     method.create_weights(layer, *creation.args, **creation.kwargs)
     if model_loader is not None:
@@ -113,7 +110,7 @@ def _check_all_served(
         raise RiaError(
             f"{config.where}: {_shorten(twice)}: vLLM's {type(model).__name__} has more than one layer for each."
         )
-    if config.model_built:
+    if config.served_by:
         return  # a second model need not use all of them
     lost = sorted(unserved)
     if lost:

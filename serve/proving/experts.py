@@ -17,14 +17,13 @@ from math import log2
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-from ria_vllm.format.layer_schema import numbers_in
 from ria_vllm.format.proofs import TRANSPOSED
+from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of, rows_of_w13
-from ria_vllm.serve.experts.stored import StoredExperts
 from ria_vllm.serve.kernels.reference_experts import activate
 from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
 from ria_vllm.serve.load.layerwise import watch_packing
@@ -42,7 +41,7 @@ SURE = 6.0
 def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["ProvedExperts"]:
     """The routed experts of all layers of a model."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, RoutedExperts)}
-    dense: dict[str, list[StoredExperts]] = {}
+    dense: dict[str, list[LayerExperts]] = {}
     for experts in config.dense_experts().values():
         paths = layers_of(model, experts, layers) or []
         if len(paths) == 1:
@@ -61,15 +60,11 @@ def proved_experts(config: RiaConfig, model: torch.nn.Module) -> Iterator["Prove
 
 @dataclass(frozen=True)
 class ProvedExperts:
-    """Experts of a layer on this rank; see `ria_vllm.serve.proving.proved.Proved`.
-
-    Attributes:
-        experts: as the checkpoint stores them; None if that is not known.
-    """
+    """Experts of a layer on this rank; see `ria_vllm.serve.proving.proved.Proved`."""
 
     path: str
     layer: RoutedExperts
-    experts: StoredExperts | None
+    experts: LayerExperts
     scheme: WeightScheme
 
     @property
@@ -80,8 +75,6 @@ class ProvedExperts:
     @cached_property
     def matrices(self) -> list[str]:
         """Those of this rank's experts."""
-        if self.experts is None:
-            return []
         return [self.experts.linear(kind, expert) for expert in self._here for kind in self.experts.patterns]
 
     @cached_property
@@ -99,14 +92,11 @@ class ProvedExperts:
 
     def can_be_proved(self, stored: Mapping[str, torch.Tensor]) -> bool:
         """Whether the proofs tell what comes out."""
-        if self.experts is None or self._biases is None or activation_of(self.layer) is None:
+        if self._biases is None or activation_of(self.layer) is None:
             return False
-        wanted = [name for name in self.matrices if not self._is_down(name)]
-        wanted += [name + TRANSPOSED for name in self.matrices if self._is_down(name)]
+        ends = {kind: TRANSPOSED if kind == "down" else "" for kind in self.experts.patterns}
+        wanted = (self.experts.linear(kind, e) + end for e in self._here for kind, end in ends.items())
         return all(name in stored for name in wanted) and self._can_be_asked
-
-    def _is_down(self, name: str) -> bool:
-        return numbers_in(self.experts.patterns["down"], name) is not None
 
     @property
     def _biases(self) -> Mapping[tuple[str, int], torch.Tensor] | None:
@@ -231,7 +221,7 @@ class GivenExperts(ProvedExperts):
     def watched(cls, path: str, layer: RoutedExperts) -> "GivenExperts":
         kinds = ("gate", "up", "down") if layer.moe_config.is_act_and_mul else ("up", "down")
         names = {kind: f"{path}.{{e}}.{kind}" for kind in kinds}
-        found = cls(path, layer, StoredExperts(path, layer.moe_config.num_experts, names, {}), PLAIN)
+        found = cls(path, layer, LayerExperts(path, layer.moe_config.num_experts, names), PLAIN)
         watch_packing(layer, found.see)
         return found
 

@@ -148,7 +148,7 @@ def _layers(
     paths = {path for path, layer in dense.items() if isinstance(layer, VocabParallelEmbedding)}
     tables = {
         path: [(name, shard)]
-        for name in sorted((config.stored or set()) - config.expert_linears)
+        for name in sorted(config.stored - config.expert_linears)
         for path, shard in destinations(model, name) or ()
         if path in paths and shard is None
     }

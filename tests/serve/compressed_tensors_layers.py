@@ -55,7 +55,7 @@ class Checkpoint:
         stored = {"compressed": values, "bitmask": bitmask}
         if self.dense:
             stored = {"weight": _spread(values.float(), bitmask).to(values.dtype)}
-        return stored | {"weight_scale": scale, "input_scale": torch.tensor([0.5])}
+        return stored | {"weight_scale": scale}
 
     def stream(self, layer, linears, **which):
         """`linears`: name -> shard id, rows. `which`: arguments of `tensors`."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
 
@@ -11,7 +11,7 @@ from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 def experts_path(request, monkeypatch):
     """Who computes: vLLM's own experts, or a kernel of ours."""
     if request.param == "vllm":
-        monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))  # too slow if vLLM has its own
+        monkeypatch.setattr(registry, "EXPERTS_KERNELS", (ReferenceExpertsKernel,))  # too slow if vLLM has its own
     elif request.param == "reference":
         monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     return request.param

@@ -49,7 +49,6 @@ def let_operators_take_cpu_tensors() -> torch.library.Library:
     """Until the returned object is destroyed."""
     registered = torch.library.Library("ria", "IMPL")
     registered.impl("sparse24_linear.cutlass", cutlass._linear, "CPU")
-    registered.impl("sparse24_fp8_linear.cutlass", cutlass._fp8_linear, "CPU")
     return registered
 
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.layerwise import holders, watch_reloads, watch_worker
+from ria_vllm.serve.load.watching import holders, watch_reloads, watch_worker
 from ria_vllm.serve.model import reload
 
 IDS = torch.arange(11)

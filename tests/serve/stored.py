@@ -59,7 +59,8 @@ class Stored:
         for name, shard in linears.items():
             arguments = () if shard is None else (shard,)
             for part, tensor in self.tensors[name].items():
-                getattr(layer, part).weight_loader(getattr(layer, part), tensor, *arguments)
+                if part != "shape":
+                    getattr(layer, part).weight_loader(getattr(layer, part), tensor, *arguments)
             layer.bias.weight_loader(layer.bias, self.bias[name], *arguments)
         layer.quant_method.process_weights_after_loading(layer)
         return layer

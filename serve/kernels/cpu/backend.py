@@ -53,12 +53,6 @@ if LOADED:
     def _fake_int8_rows(x, integers, scales, bias):
         return x.new_empty(*x.shape[:-1], integers.shape[0])
 
-    @torch.library.register_fake("ria::sparse24_pack.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, int8_activations=False, pattern=4):
-        weight_format, dtype = stored_format(compressed, scales, group_size)
-        rows, columns = bitmask.shape
-        return bitmask.new_empty(packed_bytes(rows, columns * 8, weight_format, dtype, int8_activations))
-
 
 def multiply_int8_rows(
     x: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
@@ -86,37 +80,8 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     _library.ria_cpu_ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-def stored_format(
-    compressed: torch.Tensor, scales: torch.Tensor | None, group_size: int
-) -> tuple[WeightFormat, torch.dtype]:
-    """The format that the operators take these tensors for, and its dtype for `packed_bytes`."""
-    if scales is None:
-        return FLOAT, compressed.dtype
-    return IntFormat(8 if compressed.dtype == torch.int8 else 4, group_size or None), scales.dtype
-
-
 MAX_INT8_COLUMNS = 131_072
 """Of a weight whose inputs are rounded to int8. Sums of more could leave 32 bits."""
-
-
-def packed_bytes(
-    out_features: int, in_features: int, weight_format: WeightFormat, dtype: torch.dtype, int8_activations: bool = False
-) -> int:
-    """Size of the packed form: a header and the format's bits, rows rounded up to 16. With rounded inputs, a row
-    has its sum, too, and int4 4 bits for each row and 32 columns in place of the scales of groups.
-
-    Args:
-        dtype: of float weights, or of the scales of groups.
-    """
-    rows = -(-out_features // 16) * 16
-    weights = rows * in_features
-    if not isinstance(weight_format, IntFormat):
-        return 64 + round(weights * weight_format.bits_per_weight(dtype)) // 8
-    size, group_size = weights * (weight_format.num_bits // 2 + 1) // 8, weight_format.group_size
-    if int8_activations:
-        multipliers = rows // 16 * -(-in_features // 4 // 64) * 64 if weight_format.num_bits == 4 else 0
-        return 64 + size + multipliers + 8 * rows
-    return 64 + size + (weights // group_size * dtype.itemsize if group_size else 4 * rows)
 
 
 def unsupported(config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:

@@ -19,14 +19,6 @@ if backend.LOADED:
     def _fake_experts(x, *_):
         return x.new_empty(x.shape)
 
-    @torch.library.register_fake("ria::sparse24_pack_experts.cpu")
-    def _fake_pack(compressed, bitmask, scales, group_size, gated, int8_activations=False, pattern=4):
-        weight_format, dtype = backend.stored_format(compressed, scales, group_size)
-        experts, rows, columns = bitmask.shape
-        rows = -(-rows // 32) * 32 if gated else rows
-        size = backend.packed_bytes(rows, columns * 8, weight_format, dtype, int8_activations)
-        return bitmask.new_empty(experts, size)
-
 
 class CpuExpertsKernel:
     """See `ExpertsKernel`. int8 and int4 weights take activations of any dtype."""

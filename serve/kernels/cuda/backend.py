@@ -24,10 +24,9 @@ from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, ch
 _ALIGNMENT = 16  # bytes, of every pointer
 
 _library = torch.library.Library("ria", "FRAGMENT")
-_library.define("sparse24_linear.cutlass(Tensor x, Tensor values, Tensor metadata, Tensor? bias) -> Tensor")
 _library.define(
-    "sparse24_fp8_linear.cutlass(Tensor x, Tensor x_scales, Tensor values, Tensor metadata, Tensor scales,"
-    " Tensor? bias, ScalarType dtype) -> Tensor"
+    "sparse24_linear.cutlass(Tensor x, Tensor values, Tensor metadata, Tensor? bias, Tensor? x_scales=None,"
+    " Tensor? scales=None, ScalarType? dtype=None) -> Tensor"
 )
 
 
@@ -36,34 +35,20 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
-def _linear(x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return _product(x, values, metadata, bias, x.dtype, None)
-
-
-def _fp8_linear(
+def _linear(
     x: torch.Tensor,
-    x_scales: torch.Tensor,
     values: torch.Tensor,
     metadata: torch.Tensor,
-    scales: torch.Tensor,
     bias: torch.Tensor | None,
-    dtype: torch.dtype,
+    x_scales: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    """y [..., out] in `dtype`, for fp8 with the scales of tokens and of the weight's rows; else in that of x."""
+    dtype = dtype or x.dtype
     for name, tensor, shape in (("x's", x_scales, x.shape[:-1]), ("the weight's", scales, values.shape[:1])):
-        if tensor.dtype != torch.float32 or tensor.shape != shape:
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
             raise RiaError(f"{name} scales are {tuple(tensor.shape)} {tensor.dtype}, expected {tuple(shape)} float32")
-    return _product(x, values, metadata, bias, dtype, (_aligned(scales), _aligned(x_scales).flatten()))
-
-
-def _product(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """y [..., out] in `dtype`; scales of the weight's rows and of the tokens, for fp8."""
     out_features, in_features = values.shape[0], 2 * values.shape[1]
     tokens = x.numel() // in_features
     library = library_of(x.device.index)
@@ -85,23 +70,17 @@ def _product(
             None if bias is None else _aligned(bias),
             y.view(tokens, out_features),
             workspace(x.device.index),
-            scales,
+            None if x_scales is None or scales is None else (_aligned(scales), _aligned(x_scales).flatten()),
         )
     return y
 
 
 _library.impl("sparse24_linear.cutlass", _linear, "CUDA")
-_library.impl("sparse24_fp8_linear.cutlass", _fp8_linear, "CUDA")
 
 
 @torch.library.register_fake("ria::sparse24_linear.cutlass")
-def _fake_linear(x, values, metadata, bias):
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
-@torch.library.register_fake("ria::sparse24_fp8_linear.cutlass")
-def _fake_fp8_linear(x, x_scales, values, metadata, scales, bias, dtype):
-    return x.new_empty(*x.shape[:-1], values.shape[0], dtype=dtype)
+def _fake_linear(x, values, metadata, bias, x_scales=None, scales=None, dtype=None):
+    return x.new_empty(*x.shape[:-1], values.shape[0], dtype=dtype or x.dtype)
 
 
 @lru_cache
@@ -174,7 +153,7 @@ class CutlassKernel:
         if not scales:
             return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
         quantized, x_scales = fp8.quantize(x)
-        return torch.ops.ria.sparse24_fp8_linear.cutlass(quantized, x_scales, values, metadata, *scales, bias, x.dtype)
+        return torch.ops.ria.sparse24_linear.cutlass(quantized, values, metadata, bias, x_scales, *scales, x.dtype)
 
 
 def _index(device: torch.device) -> int:

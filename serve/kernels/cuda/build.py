@@ -82,7 +82,6 @@ def compile_library(
     folder: Path,
     tiles: Sequence[Tile] | None = None,
     log: Callable[[str], None] = print,
-    jobs: int | None = None,
 ) -> Path:
     """Compiles one architecture's library into `folder` and returns its path. The file appears only when complete.
 
@@ -90,14 +89,13 @@ def compile_library(
         tiles: which tiles; None for the default ones. One for each width of values can compute every product, but
             more slowly.
         log: called with a line for each file compiled.
-        jobs: how many compilers to run at once; None lets cores and memory decide.
 
     Raises:
         CudaBuildError: nvcc or the headers are missing, or a file does not compile.
     """
     tiles = target.default_tiles if tiles is None else tiles
     with tempfile.TemporaryDirectory(prefix="ria-cuda-") as scratch:
-        objects = compile_objects(target, Path(scratch), tiles, log, jobs)
+        objects = compile_objects(target, Path(scratch), tiles, log)
         return link(target, objects, folder)
 
 
@@ -106,7 +104,6 @@ def compile_objects(
     folder: Path,
     tiles: Sequence[Tile],
     log: Callable[[str], None] = print,
-    jobs: int | None = None,
 ) -> list[Path]:
     """Compiles a library's object files into `folder`: one per tile, and one for the C interface.
 
@@ -129,7 +126,7 @@ def compile_objects(
         return output
 
     # The slowest to compile come last in the list, and are started first.
-    with ThreadPoolExecutor(jobs or _parallel_jobs(target.memory)) as pool:
+    with ThreadPoolExecutor(_parallel_jobs(target.memory)) as pool:
         return list(pool.map(compile_unit, reversed(units)))
 
 

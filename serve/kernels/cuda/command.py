@@ -27,16 +27,11 @@ from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE, librar
     help="all: candidates too, for gpu_check to measure. small: one tile for each width of values, for a quick check.",
 )
 @click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    help="How many compilers to run at once. Default: what cores and memory allow.",
-)
-@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help=f"Folder for the libraries; then set {LIBRARY_FOLDER_VARIABLE} to it. Default: inside the package.",
 )
-def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, out: Path | None) -> None:
+def build_kernels(names: tuple[str, ...], tiles: str, out: Path | None) -> None:
     """Compile the CUDA kernels. Needs nvcc and `pip install nvidia-cutlass==4.2.0`, but no GPU."""
     folder, monitor = out or library_folder(), Monitor()
     try:
@@ -47,7 +42,7 @@ def build_kernels(names: tuple[str, ...], tiles: str, jobs: int | None, out: Pat
             start = time.monotonic()
             chosen = {"default": target.default_tiles, "all": target.tiles, "small": target.small_tiles}[tiles]
             with monitor.live(), monitor.phase(f"compiling sm_{target.name}"):
-                path = build.compile_library(target, folder, chosen, click.echo, jobs)
+                path = build.compile_library(target, folder, chosen, click.echo)
             click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s")
     except (CudaBuildError, OSError) as error:
         raise RiaError(str(error)) from error

@@ -14,8 +14,9 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from ria_vllm.format.formats import FORMATS
-from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
+from ria_vllm.serve.load.load_report import LoadReport
 
 pytestmark = pytest.mark.usefixtures("ranks")
 # The activation of experts with biases.
@@ -98,7 +99,7 @@ def test_ranks_with_few_channels(experts_path, monkeypatch):
 
 def test_experts_that_vllm_does_not_have(monkeypatch):
     """Its experts for CPUs need 32 channels of gpt-oss's activation on each rank."""
-    monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))
+    monkeypatch.setattr(registry, "EXPERTS_KERNELS", (ReferenceExpertsKernel,))
     stored = StoredMixture()
     total = over_ranks(monkeypatch, stored, 8, activation="swigluoai")
     close(total, stored.expected(*route(), mixture_layers.swigluoai))
@@ -128,7 +129,7 @@ def test_a_kernel_for_other_weights_and_unrounded_inputs(monkeypatch):
         def can_implement(config):
             return None if config.weight_format.name == "float" and config.input_dtype is None else "floats only"
 
-    monkeypatch.setattr(experts_registry, "KERNELS", (Floats,))
+    monkeypatch.setattr(registry, "EXPERTS_KERNELS", (Floats,))
     stored = StoredMixture(weight_format=FORMATS["int8"], rounded=True)
     model = served(stored)
     choice = str(model.experts.ria_experts.choice)
@@ -173,7 +174,7 @@ def test_the_layer_is_found_by_its_path(prefix):
     model = attached(config, Model(config, prefix=prefix))
     model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
     model.experts.quant_method.process_weights_after_loading(model.experts)
-    assert config.report.expected == config.report.loaded == 1
+    assert LoadReport.of(model).kernels.total() == 1
     check(stored, model)
 
 

@@ -56,7 +56,6 @@ REFUSED = {
     "0.up_proj: a fold reorders its rows": (folded_from_elsewhere, {}, None),
     f"{LAYER}.{EXPERTS}.up_proj is in none": (plain, {"num_experts": 2 * EXPERTS}, None),
     "but vLLM's layer has 2": (plain, {"num_experts": 2}, None),
-    "--enable-eplb": (plain, {"num_redundant_experts": 2, "enable_eplb": True}, None),
     "swiglu_limit": (plain, {"swiglu_limit": 0.7, "activation": "gelu"}, None),
     "router's weights": (plain, {"apply_router_weight_on_input": True}, None),
 }

@@ -37,7 +37,6 @@ def test_a_reload(experts_path):
         model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
         finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
         close(run(model, x, weights, ids), stored.expected(x, weights, ids, act))
-    assert config.report.loaded == 1
     missing = f"{LAYER}.2.up_proj.bitmask"
     model.ria_reloads.begin(initialize_layerwise_reload)
     model.load_weights((name, tensor.clone()) for name, tensor in first.tensors.items() if name != missing)

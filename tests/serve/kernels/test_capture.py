@@ -16,7 +16,7 @@ from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLa
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
-from ria_vllm.serve.kernels.registry import Choice
+from ria_vllm.serve.kernels.registry import LinearChoice
 from ria_vllm.serve.kernels.torch import cusparselt
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 from ria_vllm.serve.linear import packing
@@ -101,7 +101,7 @@ def test_a_layer(monkeypatch, name, input_dtype, gathered):
     set_parameter(layer, "order", on_gpu(COLUMNS + 32, dtype=torch.int32))
     set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
     config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, ROWS, COLUMNS + 32, input_dtype)
-    packed_linear = PackedLinear(Choice(kernel, config), names, "order", "channels" if gathered else None, 32)
+    packed_linear = PackedLinear(LinearChoice(kernel, config), names, "order", "channels" if gathered else None, 32)
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS)
     with GraphCapture(GPU, BODIES) as capture:
         y = packed_linear.apply(layer, x, bias)

@@ -27,6 +27,7 @@ from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load.engine import EngineOptions
+from ria_vllm.serve.load.load_report import LoadReport
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -149,8 +150,8 @@ def test_keys_that_are_also_the_values(ranks):
     config = stored.config()
     layer = QKVParallelLinear(HIDDEN, HEAD, HEADS, KV, quant_config=config, prefix="qkv", return_bias=False)
     for name, shard in (("q", "q"), ("k", "k"), ("k", "v")):
-        for part, tensor in stored.tensors[name].items():
-            getattr(layer, part).weight_loader(getattr(layer, part), tensor, shard)
+        for part in ("compressed", "bitmask"):
+            getattr(layer, part).weight_loader(getattr(layer, part), stored.tensors[name][part], shard)
         layer.bias.weight_loader(layer.bias, stored.bias[name], shard)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(5, HIDDEN)
@@ -367,6 +368,6 @@ def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):
         with set_current_vllm_config(VllmConfig()):
             stored = Stored()
             stored.add("fc", 64, HIDDEN)
-            stored.load(replicated(stored.config()), {"fc": None})
+            LoadReport.of(stored.load(replicated(stored.config()), {"fc": None})).finish()
             keys.append(get_current_vllm_config().compute_hash())
     assert keys[0] == keys[2] != keys[1]

@@ -72,28 +72,6 @@ def test_weights_that_are_no_longer_two_of_four_are_refused(first):
         reload(model, lambda: checkpoint.stream(layer, linears, seed=1, two_of_four=not first))
 
 
-def test_the_report_counts_a_layer_once():
-    checkpoint = Checkpoint(dense=True)
-    config = checkpoint.config()
-    layers = [
-        ReplicatedLinear(128, 64, bias=False, quant_config=config, prefix=name, params_dtype=torch.float32)
-        for name in ("fc", "gc")
-    ]
-    model = torch.nn.Sequential(*layers)
-    record_metadata_for_reloading(model)
-    checkpoint.load(layers[0], {"fc": (None, 64)}, two_of_four=False)
-    checkpoint.load(layers[1], {"gc": (None, 64)})
-    first = (config.report.expected, config.report.loaded, config.report.graph)
-    assert first[:2] == (1, 1)
-
-    def stream():
-        checkpoint.stream(layers[1], {"gc": (None, 64)}, seed=1)
-        checkpoint.stream(layers[0], {"fc": (None, 64)}, seed=1, two_of_four=False)
-
-    reload(model, stream)
-    assert (config.report.expected, config.report.loaded, config.report.graph) == first
-
-
 FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 

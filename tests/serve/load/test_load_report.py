@@ -29,12 +29,11 @@ def said(monkeypatch):
     return words
 
 
-def load(*graphs, report=None):
-    report = report or LoadReport()
-    report.expected += len(graphs)
+def load(*graphs):
+    report = LoadReport()
     for graph in graphs:
         report.add("cpu", 0, 0, 2, 1, graph)
-    return report
+    report.finish()
 
 
 def key(*models):
@@ -52,18 +51,6 @@ def test_every_model_of_a_process_is_in_the_key():
     assert len(set(keys)) == len(keys)
 
 
-def test_layers_that_come_later_replace_the_models_own_key():
-    config, at_once = VllmConfig(), VllmConfig()
-    with set_current_vllm_config(config):
-        report = load("a")
-        load("z")
-        load("b", report=report)
-    with set_current_vllm_config(at_once):
-        load("z")
-        load("a", "b")
-    assert config.compute_hash() == at_once.compute_hash()
-
-
 INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
 
 
@@ -77,18 +64,18 @@ INT4, FP8_INPUTS = FORMATS["int4-g64"], torch.float8_e4m3fn
 )
 def test_what_a_kernel_does_not_do_is_said(said, stored, kept, activations, applied, expected):
     config = LinearLayerConfig(torch.device("cuda"), torch.bfloat16, kept, 64, 64, applied)
-    LoadReport().warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
+    load_report.warn_of_choice(Choice(CutlassKernel, config, None if stored == kept else stored), activations)
     assert len(said) == len(expected) and all(words.startswith(start) for words, start in zip(said, expected))
 
 
 def test_a_slow_kernel_that_nobody_asked_for_is_said(said, monkeypatch):
     config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 16, 100)
     choice = registry.choose(config)
-    LoadReport().warn_of_choice(choice, None)
+    load_report.warn_of_choice(choice, None)
     assert choice.kernel is ReferenceKernel and len(said) == 1
     assert said[0].startswith("The kernel reference serves a 16 x 100 layer with float weights") and "doctor" in said[0]
     monkeypatch.setenv(registry.KERNEL_VARIABLE, "reference")
-    LoadReport().warn_of_choice(registry.choose(config), None)
+    load_report.warn_of_choice(registry.choose(config), None)
     assert len(said) == 1
 
 
@@ -98,7 +85,7 @@ def test_dense_layers_do_not_round_their_inputs_and_say_so(ranks, said, rank):
     ranks(rank, 2)
     checkpoint = Checkpoint(weights=INT, inputs=INT | {"strategy": "token"}, dense=True)
     layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc", return_bias=False)
-    checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False)
+    LoadReport.of(checkpoint.load(layer, {"fc": (None, 64)}, two_of_four=False))
     assert said == [
         "Inputs are not rounded to int8, because fc and others like it are not 2:4 and served dense: the answers are "
         "those of weights in int8 alone."

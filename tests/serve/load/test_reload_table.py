@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader import reload as vllm_reload
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.kernels import experts_registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.load.layerwise import _reason_against_reloads
 
@@ -155,7 +155,7 @@ def server(request, monkeypatch):
     """A server with the weights of training 1. One of dummies gets them as a trainer would send them."""
     weight_format, experts, head, start = request.param
     if experts == "served dense":
-        monkeypatch.setattr(experts_registry, "KERNELS", (ReferenceExpertsKernel,))
+        monkeypatch.setattr(registry, "EXPERTS_KERNELS", (ReferenceExpertsKernel,))
     checkpoint = Checkpoint(FORMATS[weight_format], experts != "dense", head == "tied")
     if start == "weights":
         return Server.started(checkpoint, 1, monkeypatch)

@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.layerwise import holders, watch_reloads
+from ria_vllm.serve.load.watching import holders, watch_reloads
 from ria_vllm.serve.model import reload
 
 
@@ -59,6 +59,16 @@ def test_a_tensor_of_two_files_is_refused(ranks, stored):
     twice = ((n, t) for pair in tensors(stored) for n, t in ([pair] if pair[0] != name else [pair, pair]))
     with pytest.raises(RiaError, match=f"{name} is in two of the weight files"):
         model.load_weights(twice)
+
+
+def test_what_only_describes_a_pruned_linear_is_dropped(ranks, stored):
+    """The model would not know it. Of a dense layer, it goes to the model."""
+    config = stored.config()
+    model = attached(config, Model(config))
+    for part in ("input_scale", "input_zero_point", "input_permutation"):
+        model.load_weights([(f"{PREFIX}.{linear}.{part}", torch.ones(1)) for linear in ("gate", "down")])
+        with pytest.raises(ValueError, match="no module or parameter named"):
+            model.load_weights([(f"model.layers.0.norm.{part}", torch.ones(1))])
 
 
 @pytest.mark.parametrize("name", ["up.k_scale", "attn.v_scale", "attn.k_cache.scale"])

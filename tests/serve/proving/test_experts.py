@@ -47,7 +47,7 @@ class DenseMixture(StoredMixture):
         pruned = [f"model.layers.1.self_attn.o_proj.{part}" for part in ("compressed", "bitmask")]
         config._read_names([*self.tensors, *pruned])
         config.names = {name: name for name in config.stored}
-        config.packed_modules_mapping, config.model_built = {}, True
+        config.packed_modules_mapping, config.served_by = {}, dict.fromkeys(config.required, torch.nn.Module)
         return config
 
 

@@ -12,7 +12,6 @@ from sweep_experts import check_case, sweep
 
 from ria_vllm.format.formats import FLOAT, FP8, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference_experts
-from ria_vllm.serve.kernels.cpu.backend import packing_arguments
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -191,6 +190,3 @@ def test_operators_pass_opcheck(format):
     weights, ids = random_routing(4, 2, 3)
     arguments = (torch.randn(4, 64).bfloat16(), weights, ids, *experts.packed(CpuExpertsKernel), None, None)
     torch.library.opcheck(torch.ops.ria.sparse24_experts.cpu, (*arguments, 0, 1, 1.0, 0.0, 7.0))
-    for parts, gated in ((experts.gate_up, 1), (experts.down, 0)):
-        arguments = packing_arguments(format, parts)
-        torch.library.opcheck(torch.ops.ria.sparse24_pack_experts.cpu, (*arguments, gated))

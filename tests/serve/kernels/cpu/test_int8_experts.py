@@ -11,7 +11,6 @@ from sweep_int8_experts import EXACT, digest, formula, random_x, rounding_expert
 
 from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.format.sparse24 import VALUE_DTYPES
-from ria_vllm.serve.kernels.cpu.backend import packing_arguments
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -113,8 +112,6 @@ def test_operators_pass_opcheck_and_compile():
     packed, permutation = experts.packed(CpuExpertsKernel), torch.randperm(64, dtype=torch.int32)
     arguments = (random_x(experts, 4), *random_routing(4, 2, 4), *packed, permutation, None)
     torch.library.opcheck(torch.ops.ria.sparse24_experts.cpu, (*arguments, 0, 1, 1.0, 0.0, 7.0))
-    packing = packing_arguments(experts.config.weight_format, experts.gate_up)
-    torch.library.opcheck(torch.ops.ria.sparse24_pack_experts.cpu, (*packing, 1, True))
 
     def layer(x, weights, ids):
         return CpuExpertsKernel.apply(experts.config, x, weights, ids, packed, permutation, None)

@@ -15,7 +15,7 @@ from sweep import BOTH, assert_close_to_float64, random_weight, sweep
 from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
 from ria_vllm.serve.kernels import reference
-from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set, packed_bytes, packing_arguments
+from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 
 INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
@@ -155,7 +155,7 @@ def test_packed_size(format, scale_dtype):
     value_bits = 16 if format == FLOAT else format.num_bits
     scales = 576 * 1536 // format.group_size * scale_dtype.itemsize if format.group_size else 576 * 4
     size = 576 * 1536 * (value_bits // 2 + 1) // 8 + (0 if format == FLOAT else scales) + 64
-    assert packed.numel() == packed_bytes(576, 1536, format, scale_dtype) == size
+    assert packed.numel() == size
 
 
 @pytest.mark.parametrize("dtype", [1 << 31])
@@ -177,10 +177,6 @@ def test_operator_passes_opcheck(kernel):
     for x in (torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(2, 3, 128, dtype=torch.bfloat16)[..., ::2]):
         torch.library.opcheck(operator, (x, *weight, permutation, torch.randn(24, dtype=torch.bfloat16)))
         torch.library.opcheck(operator, (x, *weight, None, None))
-    if kernel is CpuKernel:
-        for format in (FLOAT, INT8, INT4, IntFormat(4, 32), IntFormat(8, 64)):
-            parts = random_weight(24, 64, format).parts
-            torch.library.opcheck(torch.ops.ria.sparse24_pack.cpu, packing_arguments(format, parts))
 
 
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
@@ -243,13 +239,13 @@ import torch
 from random_experts import random_experts
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT
-from ria_vllm.serve.kernels import experts_registry, registry
+from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
 
 config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 64, 64)
-for choose, layer in ((registry.choose, config), (experts_registry.choose, random_experts(2, 64, 32).config)):
+for layer in (config, random_experts(2, 64, 32).config):
     try:
-        print(choose(layer))
+        print(registry.choose(layer))
     except RiaError as error:
         print(error)
 """

@@ -21,16 +21,16 @@ def test_it_compiles_the_requested_tiles(monkeypatch, tmp_path, option, tiles):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     monkeypatch.setattr(progress, "POLL", 0.01)
 
-    def compile_library(target, folder, chosen, log, jobs):
-        calls.append((target.name, folder, chosen, jobs))
+    def compile_library(target, folder, chosen, log):
+        calls.append((target.name, folder, chosen))
         time.sleep(0.3)  # so that there is something to say meanwhile
         path = tmp_path / target.library
         path.touch()
         return path
 
     monkeypatch.setattr(build, "compile_library", compile_library)
-    arguments = ["--arch", "9.0", "--tiles", option, "--jobs", "3", "--out", str(tmp_path)]
+    arguments = ["--arch", "9.0", "--tiles", option, "--out", str(tmp_path)]
     result = CliRunner().invoke(build_kernels, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and "_cuda_sm90a.so" in result.output
     assert "... compiling sm_90a (0:00)" in result.stderr and "compiling" not in result.stdout
-    assert calls == [("90a", tmp_path, tiles, 3)]
+    assert calls == [("90a", tmp_path, tiles)]

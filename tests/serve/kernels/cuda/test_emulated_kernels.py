@@ -225,10 +225,7 @@ def test_few_rows_keep_the_sms_busy(library, shape, least, workspace):
     assert blocks >= 10 and total / (12 * most) > least, (blocks, most, total)
 
 
-OPERATORS = {
-    torch.ops.ria.sparse24_linear.cutlass: cutlass._linear,
-    torch.ops.ria.sparse24_fp8_linear.cutlass: cutlass._fp8_linear,
-}
+OPERATORS = {torch.ops.ria.sparse24_linear.cutlass: cutlass._linear}
 
 
 @pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (fp8.DTYPE, False)])
@@ -242,13 +239,13 @@ def test_a_graph_can_capture_the_operators(on_emulated_hopper, dtype, gathered):
     with GraphCapture("cpu", OPERATORS) as capture:
         rows = x if order is None else x.index_select(-1, order)
         if dtype == fp8.DTYPE:
-            operands = (*fp8.quantize(rows), product.values, metadata, product.scales[0], product.bias, output)
-            y = torch.ops.ria.sparse24_fp8_linear.cutlass(*operands)
+            rows, x_scales = fp8.quantize(rows)
+            operands = (rows, product.values, metadata, product.bias, x_scales, product.scales[0], output)
         else:
             operands = (rows, product.values, metadata, product.bias)
-            y = torch.ops.ria.sparse24_linear.cutlass(*operands)
+        y = torch.ops.ria.sparse24_linear.cutlass(*operands)
     assert not capture.kept(y, rows, *(operand for operand in operands if isinstance(operand, torch.Tensor)))
     product.inputs = operands[0].double()
     if dtype == fp8.DTYPE:
-        product.inputs = product.inputs * operands[1].double()[:, None]
+        product.inputs = product.inputs * operands[4].double()[:, None]
     product.check(y, product.bias)

@@ -97,7 +97,7 @@ def test_operands_that_do_not_fit_are_named(hopper, change, message):
     given = {"x": torch.ones(3, 192).to(fp8.DTYPE), "x_scales": torch.ones(3), "values": values, "metadata": metadata}
     given |= {"scales": scales, "bias": None, "dtype": torch.bfloat16}
     with pytest.raises(RiaError, match=message):
-        torch.ops.ria.sparse24_fp8_linear.cutlass(**given | change)
+        torch.ops.ria.sparse24_linear.cutlass(**given | change)
 
 
 def test_the_compiler_traces_rounding_and_product_as_one_graph(hopper):
