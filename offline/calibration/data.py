@@ -1,4 +1,4 @@
-"""Calibration tokens: from a text file, a data set of the Hugging Face hub, or the dense model itself.
+"""Calibration tokens from a text file or a data set of the Hugging Face hub.
 
 Files are read without the loaders of `datasets`: its JSON loader turns dates into timestamps and names no line in its
 errors, and its text loader cuts texts into lines.
@@ -8,7 +8,6 @@ import json
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ import torch
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.hub import HubText
-from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.hf import first_line
-from ria_vllm.progress import Monitor
 
 TEXT_COLUMN = "text"
 MESSAGES_COLUMN = "messages"
@@ -28,14 +25,6 @@ CHUNK_CHARACTERS = 1 << 20
 # Reading stops at this multiple of the tokens asked for, or so many beyond them. The samples are drawn from what has
 # been read.
 OVERSAMPLING, MOST_BEYOND = 8, 1 << 24
-# The model writes documents of this length. In longer ones attention would dominate the cost.
-DOCUMENT_TOKENS = 256
-# Documents are generated in batches whose KV cache has about this size.
-KV_CACHE_BYTES = 1 << 30
-LEAST_BATCH, MOST_BATCH = 8, 256
-# Under which name a forward pass returns what it keeps of the tokens it has read, and takes it: attention and hybrids,
-# Mamba, RWKV.
-CACHES = ("past_key_values", "cache_params", "state")
 
 
 def from_text(source: str | HubText, tokenizer: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
@@ -109,104 +98,6 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
         yield from readers[path.suffix.lower()](path)
     except (OSError, UnicodeDecodeError) as error:
         raise RiaError(f"--calibration {source}: cannot be read ({error}).") from None
-
-
-def from_model(model: Any, bos: int | None, samples: int, seq_len: int, seed: int, monitor: Monitor) -> torch.Tensor:
-    """Samples that the dense model generates itself, at temperature 1 from a random first token.
-
-    A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. Generation does not stop at an
-    end-of-text token: there the model starts another text, as it was trained to.
-
-    Args:
-        model: a complete causal LM of transformers.
-        bos: the token that starts every text, or None if the model has none.
-        samples: number of samples.
-        seq_len: tokens in a sample.
-
-    Returns:
-        int64 [samples, seq_len], on the CPU.
-
-    Raises:
-        RiaError: the model predicts NaN.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    per_sample = -(-seq_len // DOCUMENT_TOKENS)
-    length = min(seq_len, DOCUMENT_TOKENS)
-    count = samples * per_sample
-    batch_size = _batch_size(model, length)
-    batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
-    steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
-    generated = [_generate(model, bos, batch, length, generator, steps) for batch in batches]
-    next(steps, None)
-    return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
-
-
-def _batch_size(model: Any, length: int) -> int:
-    """Documents of `length` tokens whose KV cache takes KV_CACHE_BYTES, within LEAST_BATCH and MOST_BATCH.
-
-    LEAST_BATCH without attention: the states of recurrent layers are large, and have another size in each model.
-    """
-    config = text_config(model.config)
-    # Layers may differ in it (Gemma 4).
-    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
-    bytes_per_token = sum(map(_channels, layers)) * 2 * model.dtype.itemsize
-    if not bytes_per_token:
-        return LEAST_BATCH
-    return max(LEAST_BATCH, min(MOST_BATCH, KV_CACHE_BYTES // (bytes_per_token * length)))
-
-
-def _channels(config: Any) -> int:
-    """Those of the keys of one layer; 0 if it has no attention."""
-    num_attention_heads = getattr(config, "num_attention_heads", None)
-    if not num_attention_heads:
-        return 0
-    heads = getattr(config, "num_key_value_heads", None) or num_attention_heads
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // num_attention_heads)
-
-
-def _generate(
-    model: Any, bos: int | None, batch: int, length: int, generator: torch.Generator, steps: Iterator[int]
-) -> torch.Tensor:
-    """Documents, int64 [batch, length]; takes one of `steps` for each token.
-
-    A model that returns no cache reads each document again for every token.
-    """
-    vocab_size = model.get_input_embeddings().num_embeddings
-    vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
-    first = torch.randint(vocab_size, (batch, 1), generator=generator)
-    tokens = first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
-    tokens = tokens[:, :length]
-    cache: dict[str, Any] = {}
-    cached, use_cache = 0, True
-    with_positions = _takes_positions(model)
-    with torch.no_grad():
-        for _ in range(tokens.shape[1]):
-            next(steps)
-        while tokens.shape[1] < length:
-            place = torch.arange(cached, tokens.shape[1], device=model.device).expand(batch, -1)
-            positions = {"position_ids": place} if with_positions else {}
-            out = model(input_ids=tokens[:, cached:].to(model.device), use_cache=use_cache, **positions, **cache)
-            cache = {name: out[name] for name in CACHES if out.get(name) is not None}
-            cached, use_cache = (tokens.shape[1], True) if cache else (0, False)
-            probabilities = out.logits[:, -1].float().softmax(-1).cpu()
-            if not bool(probabilities.isfinite().all()):
-                raise RiaError("The dense model itself predicts NaN. Check that it works without pruning.")
-            # Inverse transform sampling: torch.multinomial would draw a random number for every entry.
-            cumulative = probabilities.cumsum(-1)
-            point = torch.rand(batch, 1, generator=generator) * cumulative[:, -1:]
-            following = torch.searchsorted(cumulative, point, right=True).clamp(max=probabilities.shape[1] - 1)
-            tokens = torch.cat([tokens, following], dim=1)
-            next(steps)
-    return tokens
-
-
-def _takes_positions(model: Any) -> bool:
-    """Whether a model is to be told the positions of the tokens that it reads, as transformers' `generate` tells it.
-
-    Bamba counts them from the first one that is not in the cache. Models that read images, which count in several
-    directions, find out by themselves.
-    """
-    return text_config(model.config) is model.config and "position_ids" in signature(model.forward).parameters
 
 
 def _prompt_start(tokenizer: Any) -> list[int]:

@@ -4,7 +4,7 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration import data, written
 from ria_vllm.offline.calibration.hub import HubText
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.hf import explained, load_dense, text_tokenizer
@@ -70,7 +70,12 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples:
         whole = load_dense(type(model.model), source.folder, model.dtype, attn_implementation="eager")
         whole = whole.to(model.device).eval()
     bos = getattr(text_config(source.config), "bos_token_id", None)  # GLM-4V's configuration has none
-    return data.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor)
+    try:
+        tokenizer = text_tokenizer(source.folder)
+    except RiaError:  # none is needed
+        tokenizer = None
+    prompts = written.Prompts.of(whole, tokenizer)
+    return written.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor, prompts)
 
 
 def _check_whole_fits(source: Source, model: StreamedModel, option: str, way_out: str) -> None:

@@ -10,7 +10,7 @@ from compressing import run_small
 from safetensors.torch import load_file
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration import written
 from ria_vllm.offline.model.run import dtypes
 from ria_vllm.offline.run import tokens
 
@@ -20,9 +20,9 @@ def test_the_model_writes_its_text_in_the_fast_dtype(make_model, tmp_path, monke
     monkeypatch.setattr(dtypes, "_cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     model = make_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
     seen = []
-    from_model = data.from_model
+    from_model = written.from_model
     monkeypatch.setattr(
-        data, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
+        written, "from_model", lambda model, *rest: (seen.append(model.dtype), from_model(model, *rest))[1]
     )
     run_small(model, tmp_path / "out", "self")
     assert seen == [torch.float32]

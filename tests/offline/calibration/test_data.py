@@ -1,4 +1,4 @@
-"""Calibration tokens from files and the model itself."""
+"""Calibration tokens from files."""
 
 import hashlib
 import json
@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import data
-from ria_vllm.offline.calibration.data import from_model, from_text
-from ria_vllm.progress import Monitor
+from ria_vllm.offline.calibration.data import from_text
 
 # No window of these occurs twice.
 DOCUMENTS = [hashlib.sha256(bytes([i])).hexdigest()[: 40 + i % 20] for i in range(40)]
@@ -111,36 +110,3 @@ def test_nulls_are_skipped_and_half_a_surrogate_pair_is_replaced(tokenizer, tmp_
     path.write_text('{"text": null}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
     assert list(data.documents(str(path))) == ["a?b\n\n", "\N{GRINNING FACE}\n\n"]
     assert from_text(str(path), tokenizer, 1, 5, 0).shape == (1, 5)
-
-
-@pytest.fixture
-def model(tiny):
-    return AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
-
-
-def test_the_model_writes_its_own_samples(model, monkeypatch):
-    monkeypatch.setattr(data, "DOCUMENT_TOKENS", 8)
-    monkeypatch.setattr(data, "KV_CACHE_BYTES", 0)  # several batches
-    tokens = from_model(model, 0, samples=5, seq_len=20, seed=0, monitor=Monitor(shown=False))
-    assert tokens.shape == (5, 20)
-    assert bool((tokens[:, ::8] == 0).all())  # every document begins with the start token
-    again = from_model(model, 0, 5, 20, 0, Monitor(shown=False))
-    assert torch.equal(tokens, again)
-    assert not torch.equal(tokens, from_model(model, 0, 5, 20, 1, Monitor(shown=False)))
-
-
-def test_samples_follow_the_models_own_distribution(model):
-    """If one continuation is far more likely than all others, the model writes it."""
-    with torch.no_grad():
-        model.model.norm.weight.fill_(0.0)
-        model.lm_head.bias = torch.nn.Parameter(torch.full((258,), -50.0).index_fill_(0, torch.tensor(77), 50.0))
-    tokens = from_model(model, None, samples=2, seq_len=12, seed=0, monitor=Monitor(shown=False))
-    assert bool((tokens[:, 1:] == 77).all())
-    assert len(set(tokens[:, 0].tolist())) == 2  # first tokens are drawn from the whole vocabulary
-
-
-def test_nan_predictions_are_an_error(model):
-    with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(RiaError, match="NaN"):
-        from_model(model, 0, 1, 8, 0, Monitor(shown=False))

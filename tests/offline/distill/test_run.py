@@ -12,7 +12,7 @@ from distilling import run
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration import data
+from ria_vllm.offline.calibration.written import from_model
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_text
@@ -189,11 +189,11 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     teacher = load_model(str(dense), CPU)
     bos, seed = teacher.config.bos_token_id, recipe.text_seed
-    written = data.from_model(teacher, bos, recipe.windows, 64, seed, Monitor(shown=False))
+    written = from_model(teacher, bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert written.shape == (16, 64) and len(trained_on) == recipe.steps == 8
     assert all(torch.equal(windows.long(), written) for windows in trained_on)
     # It is the teacher's: one that the student had written would be other text.
-    student = data.from_model(load_model(str(folder), CPU), bos, recipe.windows, 64, seed, Monitor(shown=False))
+    student = from_model(load_model(str(folder), CPU), bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert not torch.equal(student, written)
 
 
