@@ -3,6 +3,7 @@
 import http.client
 import json
 import math
+import os
 import urllib.error
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +75,8 @@ class TextQuality:
         """Split the text into tokens by this side's server.
 
         Raises:
-            Unanswered: the server does not answer; one that ran already also if it does not give logprobs.
+            Unanswered: the server does not answer; one that ran already also if it does not give logprobs, or has too
+                small a context.
             RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, or a window does
                 not fit the server's context.
         """
@@ -83,15 +85,16 @@ class TextQuality:
         ask = partial(answer_of, name, server)
         try:
             tokens, context = server.engine.tokenize(ask, server.model_name, self._content)
-        except (LookupError, TypeError) as error:
+            tokens, context = tokens[: self._max_tokens], int(context)
+        except (LookupError, TypeError, ValueError) as error:
             raise Unanswered(f"{name}: its server does not answer with the text's tokens ({error!r}).") from None
-        tokens = tokens[: self._max_tokens]
         if len(tokens) < self.seq_len:
             raise RiaError(
                 f"--eval-text {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}."
             )
         if context <= self.seq_len:  # the request asks for one more token
-            raise RiaError(
+            failure = RiaError if server.process else Unanswered  # no option reaches one that ran already
+            raise failure(
                 f"{name}: a window of {self.seq_len} tokens and one more do not fit the server's context of "
                 f"{context}. Choose a smaller --seq-len, or a larger --max-model-len in --serve-args."
             )
@@ -167,6 +170,9 @@ def answer_of(name: str, server: Server, path: str, content: dict[str, Any] | No
     try:
         return json.loads(ask(f"{server.url}{path}", content, TIMEOUT))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        said = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else ""
+        said = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
+        if key := os.environ.get("VLLM_API_KEY"):  # some quote what they got
+            said = said.replace(key, "***")
+        said = said[:500]
         problem = f"{name}: no answer from {server.url}{path} ({error}). {said}"
         raise Unanswered(f"{problem}\n{server.end_of_log()}".strip()) from None

@@ -36,16 +36,18 @@ def quantized(side: Side, folder: Path, monitor: Monitor) -> Side:
         [sys.executable, convert, str(source), "--outtype", "f32", "--outfile", str(whole)],  # exact for every dtype
         [quantize, str(whole), str(out), kind, threads],
     ]
-    for name, command in zip((CONVERT, QUANTIZE), commands, strict=True):
-        with (
-            SupervisedProcess(command, folder / f"{side.name}-{name}.log", {"HF_HUB_OFFLINE": "1"}) as process,
-            monitor.phase(f"{side.name}: {name}"),
-        ):
-            while (status := process.wait(60)) is None:
-                pass
-        if status:
-            raise RiaError(f"{side.model}: {name} ended with status {status}. {process.end_of_log()}")
-    whole.unlink()
+    try:
+        for name, command in zip((CONVERT, QUANTIZE), commands, strict=True):
+            with (
+                SupervisedProcess(command, folder / f"{side.name}-{name}.log", {"HF_HUB_OFFLINE": "1"}) as process,
+                monitor.phase(f"{side.name}: {name}"),
+            ):
+                while (status := process.wait(60)) is None:
+                    pass
+            if status:
+                raise RiaError(f"{side.model}: {name} ended with status {status}. {process.end_of_log()}")
+    finally:
+        whole.unlink(missing_ok=True)
     return replace(side, model=str(out), bytes=weight_bytes(str(out)))
 
 

@@ -18,7 +18,7 @@ from ria_vllm.serve.benchmark.engines import OWNERS, Engine, OpenAi, Vllm, engin
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 
 # Not behind the proxies that the environment names.
-HERE = ("127.0.0.1", "localhost")
+HERE = ("127.0.0.1", "localhost", "::1", "0.0.0.0")
 
 
 @dataclass(frozen=True)

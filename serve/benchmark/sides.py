@@ -42,9 +42,10 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     for text in models:
         name, named, model = text.partition("=")
         if not named or "/" in name or Path(text).exists():  # a path may contain "="
-            name, model = urlsplit(text).netloc if is_url(text) else Path(text).resolve().name, text
+            name, model = None if is_url(text) else Path(text).resolve().name, text
         if is_url(model):
-            model = _plain(model)  # before anything quotes it
+            model, host = _plain(model)  # before anything quotes it
+            name = name or host
         if not re.fullmatch(r"[^\W_][^$/]*", name):
             raise RiaError(f"{text}: {name!r} is no name for a side. Name it: NAME={model}")
         if name in sides:
@@ -57,19 +58,25 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     return list(sides.values())
 
 
-def _plain(url: str) -> str:
-    """A URL without /v1 at its end; behind # it may name a model.
+def _plain(url: str) -> tuple[str, str]:
+    """A URL without /v1 at its end, and its host; behind # it may name a model.
 
     Raises:
-        RiaError: it has a secret, or may have one; it is not quoted.
+        RiaError: it is none, or it has a secret, or may have one; it is not quoted.
     """
     address, mark, model = url.partition("#")
-    if "@" in address or "?" in address:
+    try:
+        host = urlsplit(address).netloc
+    except ValueError:
+        host = ""
+    if not host:
+        raise RiaError("A side looks like a URL, but has no valid host: give http://HOST:PORT, or https://.")
+    if "@" in url or "?" in url:
         raise RiaError(
             "A URL with a user, a password or a query would be in the results of bench. Leave these out: VLLM_API_KEY "
             "is the key of the servers."
         )
-    return address.rstrip("/").removesuffix("/v1") + mark + model
+    return address.rstrip("/").removesuffix("/v1") + mark + model, host
 
 
 def weight_bytes(folder: str) -> int | None:

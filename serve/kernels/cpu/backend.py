@@ -34,8 +34,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
     library = ctypes.CDLL(str(_LIBRARY))
     library.ria_cpu_instruction_set.restype = ctypes.c_char_p
-    library.ria_cpu_ask_for_huge_pages.argtypes = ctypes.c_void_p, ctypes.c_int64
-    library.ria_cpu_ask_for_huge_pages.restype = None
+    try:
+        library.ria_cpu_ask_for_huge_pages.argtypes = ctypes.c_void_p, ctypes.c_int64
+        library.ria_cpu_ask_for_huge_pages.restype = None
+    except AttributeError:
+        return None, f"{_LIBRARY.name} was built from other sources; install the package again"
     return library, None
 
 

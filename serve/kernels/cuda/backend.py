@@ -56,6 +56,8 @@ def _linear(
         raise RiaError(f"x is {tuple(x.shape)} {x.dtype}, the weight {out_features} x {in_features} {values.dtype}")
     if metadata.numel() != library.metadata_bytes(out_features, in_features, values.itemsize * 8):
         raise RiaError(f"{metadata.numel()} bytes of metadata do not fit a {out_features} x {in_features} weight")
+    if (x_scales is None) != (scales is None):
+        raise RiaError("fp8 takes scales of x and of the weight, or neither")
     if bias is not None and (bias.dtype != dtype or bias.shape != (out_features,)):
         raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
     y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)

@@ -31,10 +31,19 @@ def test_urls():
 
 
 @pytest.mark.parametrize(
-    "url", ["http://me:SECRET@h/v1", "x=https://SECRET@h", "http://h/v1?key=SECRET", "http://a:S=SECRET@h"]
-)
+    "url",
+    ["http://me:SECRET@h/v1", "x=https://SECRET@h", "http://h/v1?key=SECRET", "http://a:S=SECRET@h",
+     "http://me:SEC#SECRET@h/v1", "http://h#m?key=SECRET"],
+)  # fmt: skip
 def test_a_url_with_a_secret_is_refused_and_not_quoted(url):
     with pytest.raises(RiaError, match="VLLM_API_KEY") as found:
+        sides_of(["dense", url])
+    assert "SECRET" not in str(found.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::SECRET", "x=https:///SECRET"])
+def test_what_only_looks_like_a_url(url):
+    with pytest.raises(RiaError, match="no valid host") as found:
         sides_of(["dense", url])
     assert "SECRET" not in str(found.value)
 
