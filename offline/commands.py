@@ -74,7 +74,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     metavar="TIMES",
     type=float,
     help="Prune only as much as makes a step of decoding for one user this many times as fast as with all linears "
-    "dense (in int8 if the scheme has integers), such as 1.3: an estimate, as those of `plan`. Takes twice as long.",
+    "dense (in int8 if the scheme has integers), such as 1.3: estimated, for CPUs only. Takes twice as long.",
 )
 @click.option("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")
 @shared.device

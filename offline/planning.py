@@ -25,7 +25,7 @@ from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-from ria_vllm.speed import expected, of_eight, served_by
+from ria_vllm.speed import expected, measured, of_eight, served_by
 from ria_vllm.table import print_table
 
 
@@ -70,7 +70,7 @@ def plan(model: str, scheme: str, device: str) -> None:
     fetched = "" if is_here else f", and {human_size(dense)} to fetch the model"
     click.echo(f"result:  {scheme}, {human_size(size)}; twice that on the disk while it is written{fetched}")
     click.echo(f"kernel:  {kernel}")
-    speed = expected(sizes, scheme, instructions)
+    speed = expected(sizes, scheme, measured(instructions, scheme, streamed.stored_dtype))
     click.echo(f"tokens/s {speed or 'unknown: nothing was measured on such a device'}")
     inputs = {"none": streamed.stored_dtype, "int8": torch.int8}.get(recipe.activations)
     if (eight := of_eight(inputs, instructions)) and not recipe.only_keeps:

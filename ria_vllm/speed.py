@@ -64,12 +64,11 @@ def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.de
 def steps(sizes: Sizes, instructions: str | None, users: int) -> dict[str, float]:
     """The dense model, dense W8A8, or a scheme -> milliseconds of a step of decoding for `users`, one of USERS.
 
-    Empty where nothing was measured. CPUs serve FP8 in 16 bits, as BF16.
+    instructions: as `measured` returns them. Empty where nothing was measured. CPUs serve FP8 in 16 bits, as BF16.
     """
-    measured = RATIOS.get(ALIKE.get(str(instructions), str(instructions)))
-    if measured is None:
+    if instructions not in RATIOS:
         return {}
-    ratios = {"dense": 1.0} | dict(zip(WAYS, measured[USERS.index(users)], strict=True))
+    ratios = {"dense": 1.0} | dict(zip(WAYS, RATIOS[instructions][USERS.index(users)], strict=True))
     ratios["FP8"] = ratios["BF16"]
     rest, found = sizes.layers * (LAYER + LAYER_OF_USER * users) + WEIGHT * sizes.dense, {}
     for way, ratio in ratios.items():
@@ -104,12 +103,25 @@ def of_eight(inputs: torch.dtype | None, instructions: str | None) -> str:
     )
 
 
+def measured(instructions: str | None, scheme: str, dtype: torch.dtype) -> str | None:
+    """The instructions of RATIOS that linears with inputs of this dtype run at the speed of; None if not measured.
+
+    Args:
+        instructions: that the kernel of the scheme chooses on a machine.
+    """
+    if instructions in BF16 and dtype != torch.bfloat16 and not scheme.endswith("A8"):
+        return "avx512_vnni"
+    found = ALIKE.get(str(instructions), str(instructions))
+    return found if found in RATIOS else None
+
+
 def measured_here(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str | None:
-    """The instruction set that serves linears where this runs; None if none does, or not at a speed that is known."""
+    """The instruction set, of RATIOS, that serves linears where this runs; None if none does, or not at a speed that
+    is known."""
     if pattern != TWO_OF_FOUR and not scheme.endswith("A8"):
         return None  # slower than 2:4, by how much depends on the model
     try:
-        return served_by(scheme, pattern, dtype, place)[1]
+        return measured(served_by(scheme, pattern, dtype, place)[1], scheme, dtype)
     except RiaError:
         return None
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ria_vllm.speed import EIGHT, Sizes, expected, of_eight
+from ria_vllm import speed
+from ria_vllm.format.pattern import TWO_OF_FOUR
+from ria_vllm.speed import EIGHT, Sizes, expected, of_eight, steps
 
 SMOLLM2 = Sizes(layers=30, pruned=106.2e6, head=28.3e6, dense=0)
 LARGER = Sizes(layers=22, pruned=969e6, head=65.5e6, dense=0)
@@ -50,3 +52,19 @@ def test_what_is_said_of_8_of_16_was_measured():
     assert "0.85 to 0.99" in of_eight(torch.int8, "amx") and "0.78 to 0.98" in of_eight(torch.bfloat16, "amx")
     assert of_eight(torch.float16, "amx") == of_eight(torch.bfloat16, "avx512")
     assert not any((of_eight(torch.int8, "portable"), of_eight(torch.int8, None), of_eight(None, "amx")))
+
+
+@pytest.mark.parametrize("scheme, dtype, instructions, row", [
+    ("W8A8", torch.bfloat16, "avx512_bf16", "avx512_bf16"),
+    ("W8A8", torch.float16, "amx", "amx"),
+    ("BF16", torch.float16, "amx", "avx512_vnni"),
+    ("W4A16", torch.float32, "avx512_bf16", "avx512_vnni"),
+    ("W4A8", torch.bfloat16, "avx_vnni", "avx2"),
+    ("W8A8", torch.bfloat16, "portable", None),
+    ("BF16", torch.float16, None, None),
+])  # fmt: skip
+def test_the_row_of_a_machine(scheme, dtype, instructions, row, monkeypatch):
+    """Inputs that are not bfloat16 are not for its instructions."""
+    monkeypatch.setattr(speed, "served_by", lambda *_: ("cpu", instructions))
+    assert speed.measured_here(scheme, TWO_OF_FOUR, dtype, torch.device("cpu")) == row
+    assert bool(steps(SMOLLM2, row, 1)) == (row is not None)

@@ -31,13 +31,14 @@ from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.held_out import held_out_loss
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Plan, make_plan
+from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.speed import measured_here, steps
 
 TEXT = 8  # tokens with which layers are called, to see what they are passed
 USERS = 1  # at once, of whom `--min-speed` speaks
 
 
-def check_budget(model: StreamedModel, recipe: Recipe) -> None:
+def check_budget(model: StreamedModel, recipe: Recipe, ranks: Ranks) -> None:
     """Refuse a model for which this does not work, before hours of work.
 
     Raises:
@@ -50,8 +51,8 @@ def check_budget(model: StreamedModel, recipe: Recipe) -> None:
         reason = "this model predicts no tokens, so what is lost cannot be measured"
     elif _reads_more(model):
         reason = "layers of this model read what others have left, or the text itself"
-    elif recipe.min_speed and (recipe.pattern != TWO_OF_FOUR or _instructions(model, recipe) is None):
-        reason = f"how fast {recipe.pattern} is in {recipe.scheme} on this device was not measured"
+    elif recipe.min_speed and (recipe.pattern != TWO_OF_FOUR or _instructions(model, recipe, ranks) is None):
+        reason = f"how fast {recipe.pattern} is in {recipe.scheme} on this {model.device.type} was not measured"
     if reason:
         raise RiaError(f"{recipe.budget}: {reason}. Leave it out; --ignore keeps linears dense.")
 
@@ -80,15 +81,16 @@ def speed(layers: LayerPass, plan: Plan, units: frozenset[Unit] | None) -> float
     model, recipe = layers.model, layers.recipe
     plan = make_plan(model, layers.topologies, recipe, plan.kept, units)
     sizes = forecast.sizes_of(model, plan, recipe)[0]
-    instructions = layers.ranks.broadcast(_instructions(model, recipe))  # other ranks may be on other machines
+    instructions = _instructions(model, recipe, layers.ranks)
     dense, pruned = (
         steps(one, instructions, USERS)[recipe.scheme] for one in (sizes.unpruned(recipe.has_integers), sizes)
     )
     return dense / pruned
 
 
-def _instructions(model: StreamedModel, recipe: Recipe) -> str | None:
-    return measured_here(recipe.scheme, recipe.pattern, model.stored_dtype, model.device)
+def _instructions(model: StreamedModel, recipe: Recipe, ranks: Ranks) -> str | None:
+    """Of the first rank: others may be on other machines."""
+    return ranks.broadcast(measured_here(recipe.scheme, recipe.pattern, model.stored_dtype, model.device))
 
 
 def _reads_more(model: StreamedModel) -> bool:

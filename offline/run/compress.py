@@ -143,8 +143,8 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = other_files(self.source, self.model.stored_dtype)
         check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
-        if self.recipe.budget is not None:
-            budget.check_budget(self.model, self.recipe)
+        if self.recipe.budget is not None and self._kept(BUDGET_KEY) is None:
+            budget.check_budget(self.model, self.recipe, self.ranks)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
             passes = 1 if self.recipe.budget is None else 2
             taken = forecast.about(passes * forecast.pruning_seconds(self.model, self.recipe))

@@ -171,10 +171,10 @@ def test_what_min_speed_cannot_do_is_refused(tiny, text, tmp_path, monkeypatch, 
         with pytest.raises(RiaError, match=r"--min-speed 50: with everything pruned, .* is 1\.[0-9]+ times as fast"):
             run_small(tiny("llama"), tmp_path / "out", text, **options)
     monkeypatch.setattr(compress, "calibration_tokens", None)  # and these before any text is read
-    with pytest.raises(RiaError, match="how fast 8:16 is in W8A8 on this device was not measured"):
+    with pytest.raises(RiaError, match="how fast 8:16 is in W8A8 on this cpu was not measured"):
         run_small(tiny("llama"), tmp_path / "out", text, pattern=PATTERNS["8:16"], **options)
     monkeypatch.setattr(budget, "measured_here", lambda *_: None)
-    with pytest.raises(RiaError, match="--min-speed: how fast 2:4 is in W8A8 on this device was not measured"):
+    with pytest.raises(RiaError, match="--min-speed: how fast 2:4 is in W8A8 on this cpu was not measured"):
         run_small(tiny("llama"), tmp_path / "out", text, **options)
     with pytest.raises(RiaError, match="--max-loss and --min-speed: one follows from the other"):
         Recipe(max_loss=0.1, min_speed=1.3)

@@ -57,7 +57,11 @@ def check_values(file: Path, name: str, tensor: torch.Tensor, floating: bool) ->
 def headers_of(path: Path) -> list[tuple[str, Header]]:
     """Each tensor of a safetensors file and its header, with the errors of `reading`."""
     with reading(path):
-        return [(name, Header(entry["dtype"], tuple(entry["shape"]), path)) for name, entry, *_ in tensor_entries(path)]
+        try:
+            entries = tensor_entries(path)
+            return [(name, Header(entry["dtype"], tuple(entry["shape"]), path)) for name, entry, *_ in entries]
+        except (ValueError, KeyError) as error:  # it was one when the file was opened
+            raise SafetensorError(f"no safetensors header: {error!r}") from None
 
 
 @contextmanager
