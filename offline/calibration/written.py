@@ -40,8 +40,8 @@ class Prompts:
     ends: frozenset[int]
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> "Prompts | None":
-        """The 500 of PROMPTS, as the chat template puts them; None for a model without a template, or with one that
+    def of(cls, model: Any, tokenizer: Any, file: Path = PROMPTS) -> "Prompts | None":
+        """The lines of `file`, as the chat template puts them; None for a model without a template, or with one that
         has no place for a plain prompt.
 
         Args:
@@ -50,7 +50,7 @@ class Prompts:
         Raises:
             RiaError: the tokenizer makes tokens that the model does not know.
         """
-        texts = _in_template(tokenizer, PROMPTS.read_text(encoding="utf-8").splitlines())
+        texts = _in_template(tokenizer, file.read_text(encoding="utf-8").splitlines())
         if texts is None:
             return None
         asked = tokenizer(texts, add_special_tokens=False).input_ids
