@@ -24,6 +24,8 @@ LEAST_BATCH, MOST_BATCH = 8, 256
 CACHES = ("past_key_values", "cache_params", "state")
 
 
+# What a document begins with, and tokens after one of which it goes on with another.
+Opening = tuple[Sequence[int], frozenset[int]]
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -88,7 +90,7 @@ def from_model(
 
     A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. A document starts with a random
     token, and generation does not stop at an end-of-text token: there the model starts another text, as it was trained
-    to. Or it consists of prompts and their answers, one after the other.
+    to. With prompts, every second one starts with a prompt, and goes on after the answer as another would start.
 
     Args:
         model: a complete causal LM of transformers.
@@ -110,25 +112,32 @@ def from_model(
     batch_size = _batch_size(model, length)
     batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
-    openings = _first_tokens(model, bos, generator) if prompts is None else _shuffled(prompts, generator)
-    ends = frozenset[int]() if prompts is None else prompts.ends
-    generated = [_generate(model, batch, length, openings, ends, generator, steps) for batch in batches]
+    openings = _first_tokens(model, bos, generator)
+    if prompts is not None:
+        openings = _alternating(_shuffled(prompts, generator), openings)
+    generated = [_generate(model, batch, length, openings, generator, steps) for batch in batches]
     next(steps, None)
     return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
 
 
-def _first_tokens(model: Any, bos: int | None, generator: torch.Generator) -> Iterator[list[int]]:
+def _first_tokens(model: Any, bos: int | None, generator: torch.Generator) -> Iterator[Opening]:
     """A random token again and again, after the one that starts every text."""
     vocab_size = model.get_input_embeddings().num_embeddings
     vocab_size = min(vocab_size, getattr(text_config(model.config), "vocab_size", vocab_size))
     while True:
         first = int(torch.randint(vocab_size, (1,), generator=generator))
-        yield [first] if bos is None else [bos, first]
+        yield [first] if bos is None else [bos, first], frozenset()
 
 
-def _shuffled(prompts: Prompts, generator: torch.Generator) -> Iterator[Sequence[int]]:
+def _shuffled(prompts: Prompts, generator: torch.Generator) -> Iterator[Opening]:
     order = torch.randperm(len(prompts.asked), generator=generator).tolist()
-    return (prompts.asked[index] for index in cycle(order))
+    return ((prompts.asked[index], prompts.ends) for index in cycle(order))
+
+
+def _alternating(some: Iterator[Opening], others: Iterator[Opening]) -> Iterator[Opening]:
+    for one in some:
+        yield one
+        yield next(others)
 
 
 def _batch_size(model: Any, length: int) -> int:
@@ -158,20 +167,16 @@ def _generate(
     model: Any,
     batch: int,
     length: int,
-    openings: Iterator[Sequence[int]],
-    ends: frozenset[int],
+    openings: Iterator[Opening],
     generator: torch.Generator,
     steps: Iterator[int],
 ) -> torch.Tensor:
     """Documents, int64 [batch, length]; takes one of `steps` for each token.
 
     A model that returns no cache reads each document again for every token.
-
-    Args:
-        openings: what a document begins with, and goes on with after one of `ends`.
     """
-    # What each document does not get from the model.
-    given = [deque(next(openings)) for _ in range(batch)]
+    started = [next(openings) for _ in range(batch)]
+    given, ends = [deque(tokens) for tokens, _ in started], [those for _, those in started]
     common = min(length, *map(len, given))
     tokens = torch.tensor([[one.popleft() for _ in range(common)] for one in given])
     cache: dict[str, Any] = {}
@@ -193,11 +198,12 @@ def _generate(
             cumulative = probabilities.cumsum(-1)
             point = torch.rand(batch, 1, generator=generator) * cumulative[:, -1:]
             following = torch.searchsorted(cumulative, point, right=True).clamp(max=probabilities.shape[1] - 1)
-            for document, one in zip(given, following, strict=True):
-                if document:
-                    one.fill_(document.popleft())
-                elif int(one) in ends:
-                    document.extend(next(openings))
+            for row, one in enumerate(following):
+                if given[row]:
+                    one.fill_(given[row].popleft())
+                elif int(one) in ends[row]:
+                    opening, ends[row] = next(openings)
+                    given[row].extend(opening)
             tokens = torch.cat([tokens, following], dim=1)
             next(steps)
     return tokens
