@@ -33,7 +33,9 @@ def answers(model: Any, asked: Sequence[Sequence[int]], sampled: bool, tokens: i
         padded = torch.tensor([[0] * (width - len(one)) + list(one) for one in part])
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in part])
         torch.manual_seed(first)
-        how: dict[str, Any] = {"do_sample": sampled, "top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {}
+        # Whatever the model's generation_config says.
+        how: dict[str, Any] = {"do_sample": sampled, "num_beams": 1, "repetition_penalty": 1.0}
+        how |= {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if sampled else {}
         out = model.generate(padded, attention_mask=mask, max_new_tokens=tokens, pad_token_id=min(ends), **how)
         for row in out[:, width:].tolist():
             stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))

@@ -2,7 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from inspect import signature
 from itertools import cycle
 from pathlib import Path
@@ -26,6 +27,8 @@ CACHES = ("past_key_values", "cache_params", "state")
 
 # What a document begins with, and tokens after one of which it goes on with another.
 Opening = tuple[Sequence[int], frozenset[int]]
+# What templates take for today: the text should not depend on it.
+DAY = date(2026, 1, 1)
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -44,23 +47,20 @@ class Prompts:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, file: Path = PROMPTS) -> "Prompts | None":
         """The lines of `file`, as the chat template puts them; None for a model without a template, or with one that
-        has no place for a plain prompt.
+        has no place for a plain prompt, or makes tokens that the model does not know.
 
         Args:
-            model: of transformers; its generation_config says what ends an answer.
-
-        Raises:
-            RiaError: the tokenizer makes tokens that the model does not know.
+            model: of transformers; its generation_config, or the tokenizer, says what ends an answer.
         """
         texts = _in_template(tokenizer, file.read_text(encoding="utf-8").splitlines())
         if texts is None:
             return None
         asked = tokenizer(texts, add_special_tokens=False).input_ids
-        known, largest = model.get_input_embeddings().num_embeddings, max(map(max, asked))
-        if largest >= known:
-            raise RiaError(f"The tokenizer produces token {largest}, but the model knows only {known} tokens.")
+        if max(map(max, asked)) >= model.get_input_embeddings().num_embeddings:
+            return None
         ends = getattr(model.generation_config, "eos_token_id", None)
-        return cls(asked, frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]))
+        found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+        return cls(asked, frozenset(found - {None}))
 
 
 def _in_template(tokenizer: Any, lines: Sequence[str]) -> list[str] | None:
@@ -69,7 +69,9 @@ def _in_template(tokenizer: Any, lines: Sequence[str]) -> list[str] | None:
     for plain in (True, False):  # those of models that read images may want parts
         chats = [[{"role": "user", "content": line if plain else [{"type": "text", "text": line}]}] for line in lines]
         try:
-            found = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+            found = tokenizer.apply_chat_template(
+                chats, tokenize=False, add_generation_prompt=True, strftime_now=DAY.strftime
+            )
         except Exception:  # a template is untrusted, and may raise anything
             continue
         if all(line in text for line, text in zip(lines, found, strict=True)):
@@ -90,7 +92,8 @@ def from_model(
 
     A sample is a sequence of documents of DOCUMENT_TOKENS tokens, the last one cut. A document starts with a random
     token, and generation does not stop at an end-of-text token: there the model starts another text, as it was trained
-    to. With prompts, every second one starts with a prompt, and goes on after the answer as another would start.
+    to. With prompts, half of them start with one, and go on after the answer as others start. Prompts that fill more
+    than half of a document, because a template puts much before them, are left out.
 
     Args:
         model: a complete causal LM of transformers.
@@ -113,8 +116,10 @@ def from_model(
     batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
     openings = _first_tokens(model, bos, generator)
-    if prompts is not None:
-        openings = _alternating(_shuffled(prompts, generator), openings)
+    short = [] if prompts is None else [one for one in prompts.asked if len(one) <= length // 2]
+    if prompts is not None and short:
+        monitor.say(f"half of what the model writes answers prompts, of which there are {len(short)}")
+        openings = _mixed(_shuffled(replace(prompts, asked=short), generator), openings)
     generated = [_generate(model, batch, length, openings, generator, steps) for batch in batches]
     next(steps, None)
     return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
@@ -134,10 +139,10 @@ def _shuffled(prompts: Prompts, generator: torch.Generator) -> Iterator[Opening]
     return ((prompts.asked[index], prompts.ends) for index in cycle(order))
 
 
-def _alternating(some: Iterator[Opening], others: Iterator[Opening]) -> Iterator[Opening]:
-    for one in some:
-        yield one
-        yield next(others)
+def _mixed(some: Iterator[Opening], others: Iterator[Opening]) -> Iterator[Opening]:
+    """Half of each, whatever the number of documents in a sample."""
+    for source in cycle((some, others, others, some)):
+        yield next(source)
 
 
 def _batch_size(model: Any, length: int) -> int:

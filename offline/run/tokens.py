@@ -75,8 +75,6 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples:
     except RiaError:  # none is needed
         tokenizer = None
     prompts = written.Prompts.of(whole, tokenizer)
-    if prompts is not None:
-        monitor.say(f"half of the text are answers of the model to {len(prompts.asked)} prompts")
     return written.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor, prompts)
 
 

@@ -1,6 +1,7 @@
 """A whole benchmark: every side in every repetition, in turn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,20 +84,26 @@ class Comparison:
                 self.measured.runs.append(Run(side.name, repetition, users, figures))
                 results.write(self.folder, self.measured, self.options)
             if text is not None:  # after the loads, whose peak of memory it must not raise
-                found = text.measure(side.name, server, self.monitor)
-                click.echo(f"{side.name}: perplexity {found.perplexity:.4g}, KL {found.kl:.4g}")
-                self.measured.quality[side.name] = found
-                results.write(self.folder, self.measured, self.options)
+                with self._optional(side, server):
+                    found = text.measure(side.name, server, self.monitor)
+                    click.echo(f"{side.name}: perplexity {found.perplexity:.4g}, KL {found.kl:.4g}")
+                    self.measured.quality[side.name] = found
+                    results.write(self.folder, self.measured, self.options)
 
     def _text_for(self, side: Side, server: Server) -> TextQuality | None:
-        """The text if this side can be measured on it; a server that ran already may give no logprobs, and then only
-        its quality is left out."""
-        try:
-            if self.text is not None:
+        """The text if this side can be measured on it."""
+        if self.text is not None:
+            with self._optional(side, server):
                 self.text.check(side.name, server)
+                return self.text
+        return None
+
+    @contextmanager
+    def _optional(self, side: Side, server: Server) -> Iterator[None]:
+        """A server that ran already may not answer: then only its quality is left out."""
+        try:
+            yield
         except Unanswered as error:
             if server.process is not None or side is self.sides[0]:
                 raise
             click.echo(f"{' '.join(str(error).split())} Its perplexity and KL are left out.")
-            return None
-        return self.text

@@ -3,8 +3,8 @@
 import http.client
 import json
 import math
-import os
 import urllib.error
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.progress import Monitor
+from ria_vllm.serve.benchmark.process import masked
 from ria_vllm.serve.benchmark.server import Server, ask
 
 TOP = 256  # logprobs per position
@@ -76,7 +77,7 @@ class TextQuality:
 
         Raises:
             Unanswered: the server does not answer; one that ran already also if it does not give logprobs, or has too
-                small a context.
+                small a context, or other tokens than the first side.
             RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, or a window does
                 not fit the server's context.
         """
@@ -102,7 +103,8 @@ class TextQuality:
             self._positions(name, server, tokens[:2])
         self._tokens = self._tokens or tokens
         if tokens != self._tokens:
-            raise RiaError(
+            failure = RiaError if server.process else Unanswered
+            raise failure(
                 f"{name}: splits {self._text} into different tokens than the first side, so their perplexities are "
                 "not comparable. Leave out this side, or --eval-text."
             )
@@ -170,9 +172,9 @@ def answer_of(name: str, server: Server, path: str, content: dict[str, Any] | No
     try:
         return json.loads(ask(f"{server.url}{path}", content, TIMEOUT))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        said = error.read().decode(errors="replace") if isinstance(error, urllib.error.HTTPError) else ""
-        if key := os.environ.get("VLLM_API_KEY"):  # some quote what they got
-            said = said.replace(key, "***")
-        said = said[:500]
+        said = ""
+        if isinstance(error, urllib.error.HTTPError):
+            with suppress(OSError, http.client.HTTPException):
+                said = masked(error.read().decode(errors="replace"))[:500]
         problem = f"{name}: no answer from {server.url}{path} ({error}). {said}"
         raise Unanswered(f"{problem}\n{server.end_of_log()}".strip()) from None

@@ -46,6 +46,9 @@ def quantized(side: Side, folder: Path, monitor: Monitor) -> Side:
                     pass
             if status:
                 raise RiaError(f"{side.model}: {name} ended with status {status}. {process.end_of_log()}")
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
     finally:
         whole.unlink(missing_ok=True)
     return replace(side, model=str(out), bytes=weight_bytes(str(out)))

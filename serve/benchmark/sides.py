@@ -41,13 +41,13 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     sides: dict[str, Side] = {}
     for text in models:
         name, named, model = text.partition("=")
-        if not named or "/" in name or Path(text).exists():  # a path may contain "="
+        if not named or ("/" in name and not is_url(model)) or Path(text).exists():  # a path may contain "="
             name, model = None if is_url(text) else Path(text).resolve().name, text
         if is_url(model):
             model, host = _plain(model)  # before anything quotes it
             name = name or host
         if not re.fullmatch(r"[^\W_][^$/]*", name):
-            raise RiaError(f"{text}: {name!r} is no name for a side. Name it: NAME={model}")
+            raise RiaError(f"{model}: {name!r} is no name for a side. Name it: NAME={model}")
         if name in sides:
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
         if is_url(model) and name in own:

@@ -18,6 +18,7 @@ def chat(tiny, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(tiny("llama")), AutoModelForCausalLM.from_pretrained(tiny("llama"))
     tokenizer.chat_template = "{{ messages[0].content }}>"
     model.generation_config.eos_token_id = [7, 9]
+    model.generation_config.update(do_sample=True, repetition_penalty=1.5)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder, model.eval()

@@ -50,3 +50,13 @@ def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypat
     assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(tokens, "available", lambda device: size)
     run_small(model, tmp_path / "out", "self")
+
+
+def test_a_model_with_a_chat_template_answers_prompts(make_model, tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", "llama")
+    asked, from_model = [], written.from_model
+    monkeypatch.setattr(written, "from_model", lambda *args: (asked.append(args[-1]), from_model(*args))[1])
+    run_small(model, tmp_path / "plain", "self")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    run_small(model, tmp_path / "out", "self")
+    assert asked[0] is None and len(asked[1].asked) == 500

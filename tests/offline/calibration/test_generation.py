@@ -120,7 +120,7 @@ def test_answers_follow_prompts_and_prompts_follow_answers(model):
 
     def start():
         """A prompt, or a random token; and whether it is a prompt."""
-        started.append(len(started) % 2 == 0)
+        started.append(len(started) % 4 in (0, 3))
         if started[-1]:
             return list(ASKED[order.pop(0)]), True
         return [0, int(torch.randint(model.config.vocab_size, (1,), generator=draw))], False
@@ -149,7 +149,7 @@ def test_the_prompts_are_the_templates(model, tiny):
     tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
     model.generation_config.eos_token_id = [5, 7]
     found, lines = Prompts.of(model, tokenizer), PROMPTS.read_text().splitlines()
-    assert found.ends == {5, 7} and len(set(lines)) == 500
+    assert found.ends == {5, 7, tokenizer.eos_token_id} and len(set(lines)) == 500
     assert [tokenizer.decode(tokens) for tokens in found.asked] == [f"{line}>" for line in lines]
 
 
@@ -168,6 +168,22 @@ def test_templates_of_other_kinds(template, model, tiny):
 def test_a_template_with_tokens_that_the_model_does_not_know(model, tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
     tokenizer.chat_template = "{{ messages[0].content }}"
+    assert Prompts.of(model, tokenizer) is not None
     model.resize_token_embeddings(100)
-    with pytest.raises(RiaError, match="produces token [0-9]+, but the model knows only 100"):
-        Prompts.of(model, tokenizer)
+    assert Prompts.of(model, tokenizer) is None
+
+
+def test_a_template_that_tells_the_day_tells_the_same_tomorrow(model, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    assert tokenizer.decode(Prompts.of(model, tokenizer).asked[0]).startswith("01 Jan 2026 ")
+
+
+def test_prompts_with_too_much_before_them_are_left_out(model):
+    def write(*asked):
+        monitor = Monitor(shown=False)
+        return from_model(model, 0, 4, 24, SEED, monitor, None if not asked else Prompts(asked, ENDS)).tolist()
+
+    long, short = list(range(13)), list(range(12))
+    assert write(long) == write()
+    assert sum(document[:12] == short for document in write(long, short)) == 2

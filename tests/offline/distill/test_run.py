@@ -197,6 +197,20 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     assert not torch.equal(student, written)
 
 
+def test_a_teacher_with_a_chat_template_answers_prompts(pruned, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    asked = []
+    monkeypatch.setattr(
+        "ria_vllm.offline.distill.run.from_model", lambda *args: (asked.append(args[-1]), from_model(*args))[1]
+    )
+    monkeypatch.setattr(Training, "_step", lambda self, number: 0.0)
+    distill(
+        folder, str(dense), tmp_path / "out", Distillation(tokens=256, seq_len=64), Settings(), Monitor(shown=False)
+    )
+    assert len(asked[0].asked) == 500
+
+
 def test_a_teacher_with_other_tokens_is_refused(pruned, text, tmp_path):
     dense, folder = pruned()
     other = Path(shutil.copytree(dense, tmp_path / "other"))

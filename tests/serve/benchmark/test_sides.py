@@ -33,7 +33,7 @@ def test_urls():
 @pytest.mark.parametrize(
     "url",
     ["http://me:SECRET@h/v1", "x=https://SECRET@h", "http://h/v1?key=SECRET", "http://a:S=SECRET@h",
-     "http://me:SEC#SECRET@h/v1", "http://h#m?key=SECRET"],
+     "http://me:SEC#SECRET@h/v1", "a/b=http://me:SECRET@h", "http://h#m?key=SECRET"],
 )  # fmt: skip
 def test_a_url_with_a_secret_is_refused_and_not_quoted(url):
     with pytest.raises(RiaError, match="VLLM_API_KEY") as found:
