@@ -223,20 +223,25 @@ class Reader:
         found = [proofs.proof(int8_rows.decode(block, torch.float32), r) for block in blocks]
         yield name, torch.cat([torch.empty(0, 2, dtype=torch.float32), *found])
 
-    def _plain_proofs(self, name: str, schema: RiaSchema) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same of a plain tensor; of one that is no matrix, none."""
+    def _plain_proofs(
+        self, name: str, schema: RiaSchema, tensor: torch.Tensor | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same of a plain tensor; of one that is no matrix, none.
+
+        Args:
+            tensor: it, if it is in memory already; else only a part of it is at a time.
+        """
         module, _, part = name.rpartition(".")
         shape = self._open.shape(self.files[name], name)
         if part != "weight" or not proofs.is_matrix(shape):
             return
         r, rows = schema.proof_vector(shape[-1]), max(1, BLOCK // max(1, shape[-1]))
-        blocks = (
-            proofs.proof(self._open.read(self.files[name], name, slice(start, start + rows)).flatten(1), r)
-            for start in range(0, shape[0], rows)
-        )
-        yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *blocks])
+        parts = (slice(start, start + rows) for start in range(0, shape[0], rows))
+        blocks = (self._open.read(self.files[name], name, p) if tensor is None else tensor[p] for p in parts)
+        found = [proofs.proof(block.flatten(1), r) for block in blocks]
+        yield module, torch.cat([torch.empty(0, 2, dtype=torch.float32), *found])
         if schema.proved_transposed(module):
-            weight = self.tensor(name)
+            weight = self.tensor(name) if tensor is None else tensor
             yield module + TRANSPOSED, proofs.proof(weight.T, schema.proof_vector(len(weight)))
 
     def proofs(self) -> dict[str, torch.Tensor]:
@@ -298,7 +303,7 @@ class Reader:
             if reason := not_finite(tensor):
                 yield f"{self.files[name]}: {name}: {reason}"
             else:
-                yield from self._disproved(self._plain_proofs(name, self.schema), stored)
+                yield from self._disproved(self._plain_proofs(name, self.schema, tensor), stored)
         here = sparse | {name.removesuffix(".weight") for name in dense} | set(self.int8_names)
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:
