@@ -94,7 +94,8 @@ def _change_nothing(experiment: Experiment, migrations: Sequence[Migration]) -> 
         for name, offset in (("weight", migration.offset), ("bias", 0)):
             own = getattr(layer.get_submodule(migration.absorber), name, None)
             if isinstance(own, nn.Parameter):
-                parameters[f"{migration.norm}.{name}"] = (own + offset) / scales - offset
+                key = f"{migration.norm}.{name}"  # which several migrations may share
+                parameters[key] = (parameters.get(key, own) + offset) / scales - offset
     with experiment.changed(read, returned):
         return experiment.unchanged(parameters)
 

@@ -175,7 +175,15 @@ class Embedder:
 
         # Integers beside the stream are tried as they are, and as zeros: a layer may add them, or they are the numbers
         # of tokens, of which 0 is one.
-        for zeros in (False, True):
+        integers: list[torch.Tensor] = []
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            if _is_integers(value):
+                integers.append(value)
+            return value
+
+        tensors_mapped(self.beside, noted)
+        for zeros in (False, True) if integers else (False,):
             self._check_unread(self._disturbed(others, disturb, zeros), expected)
         self.varying, self.beside = frozenset(varying), ()
 
@@ -188,7 +196,7 @@ class Embedder:
         def other(value: torch.Tensor) -> torch.Tensor:
             if value.is_floating_point():
                 return disturb(value)
-            return torch.zeros_like(value) if zeros and value.dtype != torch.bool else value
+            return torch.zeros_like(value) if zeros and _is_integers(value) else value
 
         def form(stream: torch.Tensor) -> Any:
             if not self.tupled:
@@ -265,3 +273,7 @@ class Embedder:
 
 def _argument(slot: Slot) -> str:
     return f"its argument {slot}" if isinstance(slot, str) else f"its argument number {slot + 1}"
+
+
+def _is_integers(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and value.dtype != torch.bool
