@@ -10,7 +10,7 @@ from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.prune import prune_expert
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
-from ria_vllm.offline.experts.store import ExpertStore, LayerExperts
+from ria_vllm.offline.experts.store import ExpertStore, RoutedExperts
 from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.run import set_weights
 from ria_vllm.offline.runtime.memory import trim
@@ -44,12 +44,12 @@ class ExpertsPass:
         stream = self.streams.dense
         return {} if stream is None else {path: self._reads(index, sublayer_pass, path, stream) for path in paths}
 
-    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, kept: bool) -> LayerExperts:
+    def of(self, index: int, sublayer_pass: SublayerPass, path: str, dense: Reads | None, kept: bool) -> RoutedExperts:
         """The experts at `path`, with what they read now, for the other methods.
 
         Args:
             dense: what they read in the dense model.
-            kept: see `LayerExperts`.
+            kept: see `RoutedExperts`.
         """
         experts = self.store.of(index, path)
         pruned, layout = self._reads(index, sublayer_pass, path, self.streams.pruned), experts.layout
@@ -57,7 +57,7 @@ class ExpertsPass:
         self.ranks.all_reduce(total)
         return replace(experts, routed=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total), kept=kept)
 
-    def prune(self, experts: LayerExperts, order: torch.Tensor | None) -> None:
+    def prune(self, experts: RoutedExperts, order: torch.Tensor | None) -> None:
         """Prune all experts that are not in the work folder, and put them there."""
         numbers = range(experts.layout.num_experts)
         kept = self.ranks.broadcast([experts.has(expert) for expert in numbers])

@@ -8,7 +8,7 @@ import torch
 from ria_vllm.format import permutation
 from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
-from ria_vllm.offline.experts.store import LayerExperts
+from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.model.experts.run import inner
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.runtime.memory import trim
@@ -21,7 +21,7 @@ from ria_vllm.offline.transforms import permute
 SEARCHED_ROWS = 8192
 
 
-def shared_order(experts: LayerExperts, beside: Mapping[str, tuple[torch.Tensor, Statistics]]) -> torch.Tensor | None:
+def shared_order(experts: RoutedExperts, beside: Mapping[str, tuple[torch.Tensor, Statistics]]) -> torch.Tensor | None:
     """The order of the residual stream that the gate and up projections of all experts share.
 
     Args:
@@ -49,7 +49,7 @@ def shared_order(experts: LayerExperts, beside: Mapping[str, tuple[torch.Tensor,
     return experts.ranks.broadcast(p)
 
 
-def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
     """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
     Args:
@@ -74,7 +74,7 @@ def prune_expert(experts: LayerExperts, expert: int, order: torch.Tensor | None)
 
 
 def _solved(
-    experts: LayerExperts,
+    experts: RoutedExperts,
     names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
     read: Statistics,
@@ -95,7 +95,7 @@ def _solved(
     return solve(linears, recipe, ranks, experts.model.stored_dtype, experts.place)
 
 
-def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
+def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
     total = StatisticsSum(experts.layout.width, with_gram, experts.model.device)
     follows = with_gram and experts.tokens.dense is not None
@@ -109,7 +109,7 @@ def _reads(experts: LayerExperts, expert: int, with_gram: bool) -> Statistics:
 
 
 def _reads_of_down(
-    experts: LayerExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+    experts: RoutedExperts, expert: int, dense: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
 ) -> Statistics:
     """The statistics of what down reads, and how far that is from what it reads in the dense model.
 

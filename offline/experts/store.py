@@ -35,9 +35,9 @@ class ExpertStore:
     recipe: Recipe
     ranks: Ranks
 
-    def of(self, index: int, path: str) -> "LayerExperts":
+    def of(self, index: int, path: str) -> "RoutedExperts":
         """The experts of the module at `path` in layer `index`."""
-        return LayerExperts(self.model, self.writer, self.recipe, self.ranks, index, path)
+        return RoutedExperts(self.model, self.writer, self.recipe, self.ranks, index, path)
 
     def forget_dense(self) -> None:
         """Remove this rank's dense matrices, those of a finished layer or of an interrupted run."""
@@ -59,7 +59,7 @@ class ExpertStore:
 
 
 @dataclass(frozen=True)
-class LayerExperts:
+class RoutedExperts:
     """The experts of one module: those of the model's files, and what has become of them.
 
     path: of the module in layer `index`.

@@ -16,7 +16,7 @@ from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
 from ria_vllm.offline.calibration.activations import Activations, AllChunks
 from ria_vllm.offline.experts.routing import Reads
-from ria_vllm.offline.experts.store import LayerExperts
+from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.model.experts.run import output, output_of
 from ria_vllm.offline.pruning.block import Grid, Training, train_block
 from ria_vllm.offline.recipe import Recipe
@@ -38,7 +38,7 @@ class ExpertsTrainer:
         monitor: of the progress while that is computed.
     """
 
-    def __init__(self, experts: LayerExperts, lacking: Activations, monitor: Monitor):
+    def __init__(self, experts: RoutedExperts, lacking: Activations, monitor: Monitor):
         self.experts, self.tokens, self.lacking = experts, experts.tokens, lacking
         pruned, dense = self.tokens.pruned, self.tokens.dense
         for index in range(len(pruned)):

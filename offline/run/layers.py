@@ -17,7 +17,7 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.layer import ExpertsPass
 from ria_vllm.offline.experts.prune import shared_order
 from ria_vllm.offline.experts.routing import Reads
-from ria_vllm.offline.experts.store import ExpertStore, LayerExperts
+from ria_vllm.offline.experts.store import ExpertStore, RoutedExperts
 from ria_vllm.offline.model.experiments.norms import gains_of
 from ria_vllm.offline.model.topology import Group, Topologies, Unit
 from ria_vllm.offline.run.alone import EachAlone
@@ -263,7 +263,7 @@ class LayerPass:
             fixed = [group for group in pruned if not {*group.linears, group.experts}.isdisjoint(kept)]
             alone = [group for group in pruned if group.linears and not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
-        mixtures: list[tuple[LayerExperts, torch.Tensor | None]] = []
+        mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
         for group in (group for group in pruned if group.experts):
             is_kept = group.experts in kept
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), is_kept)

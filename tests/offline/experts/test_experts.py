@@ -24,7 +24,7 @@ from ria_vllm.export import export_dense
 from ria_vllm.hf.experts_layout import ExpertsLayout
 from ria_vllm.offline.experts import prune
 from ria_vllm.offline.experts.plan import describe_experts
-from ria_vllm.offline.experts.store import LayerExperts
+from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.run import compress, layers
 from ria_vllm.offline.run.compress import Settings
@@ -115,7 +115,7 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
 @pytest.mark.parametrize("options", [{}, {"reconstruct": "block", "weights": "int8"}], ids=str)
 def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tmp_path, monkeypatch):
     run_small(moe("qwen2_moe"), tmp_path / "whole", text, **options)
-    write, done = LayerExperts.write, []
+    write, done = RoutedExperts.write, []
 
     def interrupted(*arguments):
         write(*arguments)
@@ -123,7 +123,7 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
         if len(done) in (3, 6):  # in the first layer, then in the second one
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(LayerExperts, "write", interrupted)
+    monkeypatch.setattr(RoutedExperts, "write", interrupted)
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
             run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=resume), **options)
@@ -134,7 +134,7 @@ def test_stopped_in_the_middle_of_the_experts_and_resumed(options, moe, text, tm
 
 
 def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_path, monkeypatch):
-    write, done = LayerExperts.write, []
+    write, done = RoutedExperts.write, []
 
     def interrupted(*arguments):
         write(*arguments)
@@ -142,7 +142,7 @@ def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_p
         if len(done) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(LayerExperts, "write", interrupted)
+    monkeypatch.setattr(RoutedExperts, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_small(moe("qwen2_moe"), tmp_path / "out", text)
     search = layers.shared_order  # finds another one now, as on another machine

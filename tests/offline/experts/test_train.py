@@ -18,7 +18,7 @@ from ria_vllm.hf.experts_layout import experts_modules
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.experts import train
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens
-from ria_vllm.offline.experts.store import LayerExperts
+from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import run_one_by_one
@@ -110,7 +110,7 @@ def trainer_of(mixture, enough: int = 8, follows_dense: bool = True) -> ExpertsT
         from_files=lambda *_: mixture.dense.__getitem__, device=torch.device("cpu"), dtype=torch.float32,
         stored_dtype=torch.float32,
     )  # fmt: skip
-    experts = LayerExperts(model, None, recipe, Ranks(), 0, "mlp.experts", tokens)
+    experts = RoutedExperts(model, None, recipe, Ranks(), 0, "mlp.experts", tokens)
     return ExpertsTrainer(experts, Activations(), Monitor(shown=False))
 
 
