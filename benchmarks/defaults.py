@@ -31,15 +31,22 @@ WINDOW = 1024
 
 
 @torch.inference_mode()
-def compared(dense: Any, pruned: Any, tokens: torch.Tensor) -> dict[str, float]:
-    """Perplexities of both models, and KL(dense || pruned) of a token in nats, over windows [n, tokens]."""
-    total = torch.zeros(3, dtype=torch.float64)
-    for window in tokens:
-        logits = [model(window[None], use_cache=False).logits[0, :-1] for model in (dense, pruned)]
-        losses = [torch.nn.functional.cross_entropy(one.float(), window[1:]) for one in logits]
-        total += torch.tensor([*losses, divergence(*logits).mean()], dtype=torch.float64)
-    of_dense, of_pruned, kl = (total / len(tokens)).tolist()
-    return {"dense": math.exp(of_dense), "perplexity": math.exp(of_pruned), "kl": kl}
+def compared(dense: Any, pruned: Any, texts: Iterable[tuple[torch.Tensor, int]]) -> dict[str, float]:
+    """Of the tokens of texts: perplexities of both models, KL(dense || pruned) in nats, and how often both hold the
+    same token for the likeliest.
+
+    Args:
+        texts: (tokens int64 [n], how many of the first are only read: at least one).
+    """
+    total, count = torch.zeros(4, dtype=torch.float64), 0
+    for text, read in texts:
+        logits = [model(text[None], use_cache=False).logits[0, read - 1 : -1] for model in (dense, pruned)]
+        losses = [torch.nn.functional.cross_entropy(one.float(), text[read:], reduction="sum") for one in logits]
+        same = (logits[0].argmax(-1) == logits[1].argmax(-1)).sum()
+        total += torch.tensor([*losses, divergence(*logits).sum(), same], dtype=torch.float64)
+        count += len(text) - read
+    of_dense, of_pruned, kl, agreement = (total / count).tolist()
+    return {"dense": math.exp(of_dense), "perplexity": math.exp(of_pruned), "kl": kl, "agreement": agreement}
 
 
 def measure(model: str, recipe: Recipe, texts: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def measure(model: str, recipe: Recipe, texts: dict[str, torch.Tensor]) -> dict[
         seconds = time.process_time() - start
         pruned = load_model(str(Path(folder) / "out"), cpu, "auto")
         dense = load_model(model, cpu, "auto")
-        found = {name: compared(dense, pruned, windows) for name, windows in texts.items()}
+        found = {name: compared(dense, pruned, ((one, 1) for one in windows)) for name, windows in texts.items()}
     trained = [record["trained"] for record in report["linears"].values() if "trained" in record]
     return {"texts": found, "seconds": seconds, "trained": [sum(trained), len(trained)]}
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import answers
-from ria_vllm.offline.calibration.written import PROMPTS
+from ria_vllm.offline.calibration.written import PROMPTS, Prompts
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def chat(tiny, tmp_path):
 def test_answers_end_where_the_model_ends_them(chat):
     model, asked = chat[1], [[11, 12], [13, 14, 15, 16, 17], [21]]
     for sampled in (True, False):
-        found = answers.answers(model, asked, sampled, 60, batch=2)
+        found = answers.answers(model, Prompts(asked, frozenset({7, 9})), sampled, 60, batch=2)
         assert all(1 <= len(one) <= 60 and not {7, 9} & set(one[:-1]) for one in found)
     for prompt, answer in zip(asked, found, strict=True):  # the likeliest, each prompt without padding
         for at, token in enumerate(answer):
@@ -40,7 +40,8 @@ def test_answers_end_where_the_model_ends_them(chat):
 def test_only_answers_are_compared(chat):
     model, asked, answered = chat[1], [[11, 12], [13, 14, 15]], [[4, 5, 6], [8]]
     other = AutoModelForCausalLM.from_config(model.config).eval()
-    found = answers.compared(model, other, asked, answered)
+    pairs = zip(asked, answered, strict=True)
+    found = answers.compared(model, other, [(torch.tensor(prompt + answer), len(prompt)) for prompt, answer in pairs])
     losses, divergences, same = [], [], []
     for prompt, answer in zip(asked, answered, strict=True):
         ids = torch.tensor([prompt + answer])
