@@ -47,9 +47,27 @@ class StandIn:
         return {"choices": [{"text": "?", "prompt_logprobs": positions}]}
 
 
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def listening(handler: type[Quiet]) -> Iterator[str]:
+    """The URL of a server whose requests `handler` answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_port}"
+        finally:
+            httpd.shutdown()
+            thread.join()
+
+
 @contextmanager
 def serving(stand_in: StandIn) -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self):
             self.send_response(200 if self.path == "/v1/models" else 404)
             self.end_headers()
@@ -71,15 +89,5 @@ def serving(stand_in: StandIn) -> Iterator[Server]:
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
 
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            process = SimpleNamespace(end_of_log=lambda: "The end of its log")
-            yield Server(f"http://127.0.0.1:{httpd.server_port}", "model", process, 0.0)
-        finally:
-            httpd.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        yield Server(url, "model", SimpleNamespace(end_of_log=lambda: "The end of its log"), 0.0)

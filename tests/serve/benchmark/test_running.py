@@ -1,12 +1,9 @@
 """Servers that run already: what is found out about them, and whom the key reaches."""
 
 import math
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from server_stand_in import StandIn, serving
+from server_stand_in import Quiet, StandIn, listening, serving
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
@@ -73,25 +70,9 @@ def test_quality_is_measured_where_it_gives_logprobs(text):
             quality.check("theirs", found_running(server.url))
 
 
-@contextmanager
-def listening(answer):
+def answering(answer):
     """The URL of a server that answers a GET request by `answer(handler)`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            answer(self)
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{httpd.server_port}"
-        finally:
-            httpd.shutdown()
-            thread.join()
+    return listening(type("Handler", (Quiet,), {"do_GET": answer}))
 
 
 def test_the_key_is_not_sent_on_to_where_a_server_points(monkeypatch):
@@ -110,7 +91,7 @@ def test_the_key_is_not_sent_on_to_where_a_server_points(monkeypatch):
         handler.send_header("Location", target)
         handler.end_headers()
 
-    with listening(elsewhere) as target, listening(pointing) as url:
+    with answering(elsewhere) as target, answering(pointing) as url:
         assert ask(url) == b"{}"
     assert keys == ["Bearer KEY", None]
 
@@ -128,7 +109,7 @@ def test_proxies_are_for_other_machines(monkeypatch):
         handler.end_headers()
         handler.wfile.write(b"direct")
 
-    with listening(proxy) as url, listening(direct) as here:
+    with answering(proxy) as url, answering(direct) as here:
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("http_proxy", url)
