@@ -23,8 +23,6 @@ LEAST_BATCH, MOST_BATCH = 8, 256
 # Under which name a forward pass returns what it keeps of the tokens it has read, and takes it: attention and hybrids,
 # Mamba, RWKV.
 CACHES = ("past_key_values", "cache_params", "state")
-
-
 # What a document begins with, and tokens after one of which it goes on with another.
 Opening = tuple[Sequence[int], frozenset[int]]
 # What templates take for today: the text should not depend on it.
@@ -116,8 +114,7 @@ def from_model(
     batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
     openings = _first_tokens(model, bos, generator)
-    short = [] if prompts is None else [one for one in prompts.asked if len(one) <= length // 2]
-    if prompts is not None and short:
+    if prompts is not None and (short := [one for one in prompts.asked if len(one) <= length // 2]):
         monitor.say(f"half of what the model writes answers prompts, of which there are {len(short)}")
         openings = _mixed(_shuffled(replace(prompts, asked=short), generator), openings)
     generated = [_generate(model, batch, length, openings, generator, steps) for batch in batches]
