@@ -158,6 +158,22 @@ def test_forms_of_compressed_tensors(kind, stored, text, tmp_path):
     assert config["quantization_config"]["quant_method"] == "ria"
 
 
+@needs_writer
+@pytest.mark.parametrize(
+    ("kind", "scheme", "loss"),
+    [("fp8, a scale, bitmask", "W8A8", 0.1), ("marlin-24", "W4A8", 0.3), ("pack-quantized", "W8A8", 0.1)],
+)
+def test_forms_become_integers(kind, scheme, loss, recovered, stored, text, tmp_path):
+    """The masks stay, and transformers computes nearly what it does with the weights that compressed-tensors reads."""
+    folder, meant = stored[kind]
+    run_small(folder, tmp_path / "out", text, reconstruct="admm", **SCHEMES[scheme])
+    assert len(check_masks(meant, tmp_path / "out").sparse_names) == 14
+    dense = AutoModelForCausalLM.from_pretrained(recovered, dtype=torch.float32)
+    dense.load_state_dict(meant, strict=False)
+    wanted, found = logits(dense), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert 0 < (found - wanted).norm() <= loss * wanted.norm()
+
+
 DAMAGE = {
     "": (lambda t: t.pop("bitmask"), "compressed, weight_scale are in the files; by .*, it should be"),
     "short": (lambda t: t.update(compressed=t["compressed"][:, 4:]), r"compressed is torch.float8_e4m3fn .*, expected"),
