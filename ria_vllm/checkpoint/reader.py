@@ -1,6 +1,6 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.consistency import check_digests, check_prefix, problems_of_folds
+from ria_vllm.checkpoint.consistency import check_digests, check_prefix
+from ria_vllm.checkpoint.folding import fold
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_finite
@@ -291,7 +292,7 @@ class Reader:
             ]
             yield from wrong or self._disproved(self._pruned_proofs(linear, self.schema), stored)
         yield from problems_of_experts(self.schema, shapes, sparse)
-        yield from problems_of_folds(self.schema, permutations, shapes, sparse)
+        yield from self._problems_of_folds(permutations, shapes)
         for name in self.int8_names:
             try:
                 yield from self._disproved(self._int8_proofs(name, self.schema), stored)
@@ -308,3 +309,19 @@ class Reader:
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:
                 yield f"{name}: missing, though {PROOFS_FILE} has its proof"
+
+    def _problems_of_folds(
+        self, permutations: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]
+    ) -> Iterator[str]:
+        """What is wrong with the folds of the pruned linears that could be read, in sentences."""
+        try:
+            folding = fold(self.schema, permutations, set(self.sparse_names).__contains__, self.folder)
+        except RiaError as error:
+            yield str(error)
+            return
+        for producer, orders in folding.row_orders.items():
+            for order in orders if producer in shapes else ():
+                try:
+                    order.places(shapes[producer][0])
+                except ValueError as error:
+                    yield f"{self.folder}: {producer}: folds do not fit its rows: {error}"
