@@ -39,7 +39,6 @@ from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
-from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 
 TOPOLOGY_KEY = "topology"
@@ -142,7 +141,6 @@ class _Run:
         """Run every step, from the calibration tokens to the finished folder; returns the report."""
         # First, so that an error in them shows at once, not after hours.
         others = other_files(self.source, self.model.stored_dtype)
-        check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         if self.recipe.budget is not None and self._kept(BUDGET_KEY) is None:
             budget.check_budget(self.model, self.recipe, self.ranks)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
