@@ -104,7 +104,7 @@ def test_pickled_weights_that_are_not_fetched_are_named(tiny, tmp_path, monkeypa
     for revision in (None, "main"):
         with pytest.raises(RiaError, match=f"^{NAME}: only pytorch_model-00001-of-00002.bin here. Pickled weights"):
             from_hub(NAME, revision)
-    assert asked == [((NAME,), {}), ((NAME,), {"revision": "main"})]
+    assert asked == [((NAME,), {"revision": None}), ((NAME,), {"revision": "main"})]
 
 
 @pytest.mark.parametrize(
