@@ -167,8 +167,10 @@ class _Run:
             plan = make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
         for warning in plan.warnings:
             self.monitor.warn(warning)
-        if copied := self.model.copied():
-            self.monitor.say(f"{self.model.how_copied()}, beside the text decoder: {', '.join(copied)}")
+        if self.model.is_wrapper:
+            inside = f"{self.model.decoder_path}."
+            beside = sum(not name.startswith(inside) for name in self.model.names.inside.values())
+            self.monitor.say(f"{beside} tensors outside the text decoder are copied")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self._measure(layers)
         self.ranks.barrier()

@@ -86,8 +86,6 @@ class Result:
                 f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "
                 "lower the error of their part of a layer on held-out samples. ria_report.json names them."
             )
-        if copied := model.copied():
-            found["copied"] = copied
         if recipe.budget is not None:
             record = writer.record(BUDGET_KEY)
             found["budget"] = {key: record[key] for key in ("sublayers", "measured", "speed") if key in record}
