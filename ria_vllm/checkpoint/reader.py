@@ -16,8 +16,6 @@ from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
-    files_below,
-    mistral_files,
     tensor_names,
     unindexed_files,
     weight_files,
@@ -127,12 +125,13 @@ class Reader:
     def _check_strays(self) -> None:
         """Refuse files of other weights that would be loaded along with ours, or in their place.
 
-        Without an index, vLLM reads all files. transformers prefers the single file to an index.
+        Without an index, vLLM reads all files; with any in Mistral's format, only those. transformers prefers the
+        single file to an index.
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
-        if taken := mistral_files(files_below(self.folder), own, self.folder):
-            raise RiaError(taken)
+        if mistral := next(self.folder.rglob("consolidated*.safetensors"), None):
+            raise RiaError(f"{mistral}: makes vLLM take this model for one in Mistral's own format. Remove it.")
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(
