@@ -1,6 +1,6 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
             method = streamed.tensors.scheme.method
             monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
-        recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
+        recipe = replace(_clipped(recipe, source, monitor), compute_dtype=name_of(dtype))  # type: ignore[arg-type]
         kept = find_kept(streamed, recipe, monitor)
         recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
         run = fingerprint(recipe, source)
