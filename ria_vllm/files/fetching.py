@@ -16,4 +16,4 @@ def hub_errors(repository: str, missing: str) -> Iterator[None]:
             f"{missing}, and the hub did not provide it ({' '.join(str(error).split())}). Check the name, run "
             f"`hf auth login` if access is restricted, or give a folder with the whole repository (`hf download "
             f"{repository}`)."
-        ) from error
+        ) from None
