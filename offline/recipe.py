@@ -301,9 +301,6 @@ class Recipe:
             raise RiaError(f"config.json says that the model reads {longest} tokens at most; calibration needs two.")
         return replace(self, seq_len=int(longest))
 
-    def with_compute_dtype(self, dtype: str) -> "Recipe":
-        return replace(self, compute_dtype=dtype)  # type: ignore[arg-type]
-
     def fitting(self, widths: Mapping[str, int]) -> "Recipe":
         """The recipe with a group size that divides the in-features of the linears that may be pruned.
 

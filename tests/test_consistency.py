@@ -76,11 +76,17 @@ def edit_fold(number, **changes):
     "change, words",
     [
         (edit_fold(0, num_kv_heads=3), "do not fit"),
-        (edit_fold(0, num_kv_heads=4), "reorders 128 rows, but model.layers.0.self_attn.v_proj gives it 64"),
-        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 500]}]), "rows 0 to 500"),
-        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 64]}]), "gives it 64"),
-        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "another fold reorders too"),
-        (edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 5], "blocks": 64}]), "0 to 5 of each of 64 blocks"),
+        (
+            edit_fold(0, num_kv_heads=4),
+            "v_proj: folds do not fit its rows: an order of rows 0 to 128",
+        ),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 500]}]), "takes 500 of"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 64]}]), "takes 64 of"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "two folds reorder the same rows"),
+        (
+            edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 5], "blocks": 64}]),
+            "0 to 5 of each of 64 blocks",
+        ),
     ],
 )
 def test_folds_that_cannot_hold(damage, change, words):

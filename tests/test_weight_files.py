@@ -102,7 +102,7 @@ def test_weights_in_mistrals_format(damage, name):
     assert not problems(damage.folder)
     (damage.folder / name).parent.mkdir(exist_ok=True)
     save_file({"norm.weight": torch.zeros(4)}, damage.folder / name)
-    assert f"{name} makes vLLM take this model for one in Mistral's own format" in problems(damage.folder)[0]
+    assert f"{name}: makes vLLM take this model for one in Mistral's own format" in problems(damage.folder)[0]
 
 
 def test_a_stray_file_beside_the_single_one(damage):

@@ -8,6 +8,7 @@ import torch
 
 from ria_vllm.checkpoint.writer import check_place
 from ria_vllm.errors import RiaError
+from ria_vllm.files.text_file import read_text
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import data, hub
 from ria_vllm.offline.distill.recipe import Distillation
@@ -63,12 +64,8 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
             f"--eval-text {path}: would be read as it is, with what the file format adds to the text. Give the text "
             "alone, in a .txt file."
         )
-    try:
-        # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
-        with open(path, encoding="utf-8") as file:
-            content = file.read(tokens * 16)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RiaError(f"--eval-text {path}: not readable as text ({error}).") from None
+    # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
+    content = read_text(Path(path), "--eval-text")[: tokens * 16]
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
     if len(found) < seq_len:
         raise RiaError(

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.checkpoint.writer import disk_errors
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.run.hf import first_line
+from ria_vllm.files.fetching import hub_errors
 
 
 @contextmanager
@@ -30,13 +30,8 @@ def without_weights(model: str) -> Iterator[Path]:
         raise RiaError(f"{model}: plan reads Hugging Face folders and hub ids. `compress` takes this file as it is.")
     from huggingface_hub import HfApi
 
-    try:
+    with hub_errors(model, f"{model}: no such folder here"):
         config, found = HfApi().hf_hub_download(model, "config.json"), HfApi().get_safetensors_metadata(model)
-    except Exception as error:
-        raise RiaError(
-            f"{model}: no such folder here, and its headers could not be read from the hub either "
-            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
-        ) from None
     with TemporaryDirectory(prefix="ria-plan-") as scratch:
         folder, places = Path(scratch, *model.split("/")), {}
         with disk_errors(folder):

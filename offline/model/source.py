@@ -96,8 +96,6 @@ def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
             raise RiaError(f"{name}: no safetensors here. {GGUF}")
     meant_weights(folder, name)
     raw.pop(NAMED_WEIGHTS, None)
-    if raw.get("auto_map") and raw.get("model_type") not in _known_types():
-        raise RiaError(f"{name}: needs its own Python code (auto_map in config.json), which is not run here.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -106,9 +104,3 @@ def _checked(name: str, folder: Path, inputs: Inputs) -> Source:
     without_quantization(config)
     model_class(name, config)
     return Source(name, folder, config, raw, digest, inputs)
-
-
-def _known_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return set(CONFIG_MAPPING_NAMES)

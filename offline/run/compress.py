@@ -1,6 +1,6 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
-from ria_vllm.offline.written_once import check_written_once, planned
 from ria_vllm.progress import Monitor
 
 TOPOLOGY_KEY = "topology"
@@ -83,7 +82,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
             method = streamed.tensors.scheme.method
             monitor.say(f"{count} tensors are quantized ({method}), and dequantized as they are read")
-        recipe = _clipped(recipe, source, monitor).with_compute_dtype(name_of(dtype))
+        recipe = replace(_clipped(recipe, source, monitor), compute_dtype=name_of(dtype))  # type: ignore[arg-type]
         kept = find_kept(streamed, recipe, monitor)
         recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
         run = fingerprint(recipe, source)
@@ -142,7 +141,6 @@ class _Run:
         """Run every step, from the calibration tokens to the finished folder; returns the report."""
         # First, so that an error in them shows at once, not after hours.
         others = other_files(self.source, self.model.stored_dtype)
-        check_written_once(self.model, set(), planned(self.model), self.recipe.weight_format)
         if self.recipe.budget is not None and self._kept(BUDGET_KEY) is None:
             budget.check_budget(self.model, self.recipe, self.ranks)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
@@ -169,8 +167,10 @@ class _Run:
             plan = make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
         for warning in plan.warnings:
             self.monitor.warn(warning)
-        if copied := self.model.copied():
-            self.monitor.say(f"{self.model.how_copied()}, beside the text decoder: {', '.join(copied)}")
+        if self.model.is_wrapper:
+            inside = f"{self.model.decoder_path}."
+            beside = sum(not name.startswith(inside) for name in self.model.names.inside.values())
+            self.monitor.say(f"{beside} tensors outside the text decoder are copied")
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         self._measure(layers)
         self.ranks.barrier()

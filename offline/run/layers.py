@@ -108,7 +108,7 @@ class LayerPass:
         own = {name: layer.get_parameter(name).data for name in parameters if self.alone is not None}
         if self.streams.dense is not None:
             for sublayer_pass in sublayer_passes:
-                self._advance_dense(index, sublayer_pass, chunks)
+                self._advance_dense(sublayer_pass, chunks)
                 if self.alone is not None and parameters:
                     _set_parameters(layer, parameters)
                     self.alone.pass_pruned((index, sublayer_pass.runner.sublayer.name), sublayer_pass)
@@ -139,7 +139,7 @@ class LayerPass:
                     stream[chunk] = sublayer_pass.run(stream, chunk)
             self._free(index)
 
-    def _advance_dense(self, index: int, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
+    def _advance_dense(self, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
         assert self.streams.dense is not None
         if self.alone is not None:
             self.alone.pass_dense(sublayer_pass)
@@ -188,13 +188,13 @@ class LayerPass:
             paths = [group.experts for groups in stages for group in groups if group.experts]
             dense = self.experts.dense_reads(index, sublayer_pass, paths)
         if not stages and self.streams.dense is not None:
-            self._advance_dense(index, sublayer_pass)
+            self._advance_dense(sublayer_pass)
         for number, groups in enumerate(stages):
             scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
             found = self._solve_stage(index, sublayer_pass, number, plan, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
-                    self._advance_dense(index, sublayer_pass)
+                    self._advance_dense(sublayer_pass)
             if rotator is not None:
                 rotator.forget()
             for name, linear in found.items():

@@ -244,4 +244,4 @@ def _unknown_tensors(model: StreamedModel) -> list[str]:
         return []
     which = unknown[0] if len(unknown) == 1 else f"{unknown[0]} and {len(unknown) - 1} more tensors"
     kind = type(model.model).__name__
-    return [f"{model.how_copied(unknown)}: {which}, not part of {kind} as transformers builds it."]
+    return [f"copied: {which}, not part of {kind} as transformers builds it."]

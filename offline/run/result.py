@@ -1,14 +1,17 @@
 """What a compression says and writes: the lines about its layers, its report, and the finished folder."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ria_vllm.errors import RiaError
 from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.sizes import human_size
+from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.format.schema import (
     FP8_TOKENS,
@@ -32,7 +35,6 @@ from ria_vllm.offline.run.held_out import verdict
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.stored_layers import layer_key
 from ria_vllm.offline.sublayer.pruned_linear import DENSE
-from ria_vllm.offline.written_once import check_written_once
 from ria_vllm.progress import Monitor
 from ria_vllm.report import HELD_OUT, VERDICT, VERDICT_KEYS
 from ria_vllm.speed import expected_here
@@ -84,8 +86,6 @@ class Result:
                 f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "
                 "lower the error of their part of a layer on held-out samples. ria_report.json names them."
             )
-        if copied := model.copied():
-            found["copied"] = copied
         if recipe.budget is not None:
             record = writer.record(BUDGET_KEY)
             found["budget"] = {key: record[key] for key in ("sublayers", "measured", "speed") if key in record}
@@ -142,8 +142,7 @@ class Result:
             writer.write(keys[-1], head_tensors(name, model.read(name)) if is_head else {name: model.read(name)})
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.keys(index, plan.experts[index])]
-        written = [name for key in keys for name in writer.names(key)]
-        check_written_once(model, set(report["linears"]), written, recipe.weight_format)
+        self._check_written_once(set(report["linears"]), [name for key in keys for name in writer.names(key)])
         json_files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         zeros = round(0.5 * pruned / model.linear_weights, 6)
@@ -167,6 +166,28 @@ class Result:
         copies, copied_from = kept_copies(writer, copies, source.folder)
         source.inputs.check()
         writer.finish(keys, json_files, copies, max_shard_size, permuted, cards, copied_from)
+
+    def _check_written_once(self, pruned: set[str], written: list[str]) -> None:
+        """Check that each tensor of the source is written once, in one form; a stack of experts by all its linears.
+
+        Nothing that reads the folder would miss a norm.
+        """
+        model, counts = self.store.model, Counter(written)
+        first = self.store.recipe.weight_format.parts[0].name
+        stacks = {
+            tensor: linears for layer in model.experts for f in layer.values() for tensor, linears in f.in_stack.items()
+        }
+        for name, in_file in model.names.files.items():
+            linear = name.removesuffix(".weight")
+            there = counts[name] + counts[f"{linear}.{INTEGERS}"] + (linear in pruned) * counts[f"{linear}.{first}"]
+            if pruned & set(stacks.get(name, ())):
+                times = [counts[f"{one}.{first}"] for one in stacks[name]]
+                there += max(times) if min(times) else 0
+            if there != 1:
+                raise RiaError(
+                    f"{model.files[in_file]}: {name} would be in the output {there} times. Please report this bug in "
+                    "ria-vllm."
+                )
 
 
 def say_layer(records: dict[str, dict[str, Any]], pattern: Pattern, monitor: Monitor) -> None:

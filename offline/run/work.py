@@ -76,9 +76,7 @@ def work_folder(
             if not begun:
                 writer.restart()
             with disk_errors(work):
-                temporary = work / f"{FINGERPRINT_FILE}.tmp"
-                temporary.write_text(json.dumps(run))
-                os.replace(temporary, work / FINGERPRINT_FILE)
+                write_whole(work / FINGERPRINT_FILE, json.dumps(run))
             ranks.barrier()
         try:
             if ranks.size > 1:
@@ -118,15 +116,10 @@ def _check_shared(work: Path, ranks: Ranks) -> None:
     ranks.barrier()
     found = path.is_file() and path.read_text(encoding="utf-8") == word
     if blind := ranks.largest(0 if found else ranks.rank):
-        raise not_shared(path, blind)
-
-
-def not_shared(path: Path, rank: int) -> RiaError:
-    """What to raise where a process does not see what the first one has written."""
-    return RiaError(
-        f"{path}: not found by process {rank}, though the first one has written it. All processes must see the same "
-        "folder: give an -o on a file system that they share."
-    )
+        raise RiaError(
+            f"{path}: not found by process {blind}, though the first one has written it. All processes must see the "
+            "same folder: give an -o on a file system that they share."
+        )
 
 
 def _work(out: Path) -> Path:

@@ -4,9 +4,8 @@ Some lie in subfolders: more chat templates, and the modules that sentence-trans
 of which a few have weights of their own.
 """
 
-import json
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ria_vllm.checkpoint.weight_files import INDEX_FILE
 from ria_vllm.errors import RiaError, printable
@@ -59,37 +58,20 @@ def check_place_of(path: Path, folder: Path) -> Path:
 
 
 def nested_companions(folder: Path) -> list[Path]:
-    """The files in subfolders that go with the model: more chat templates, and the modules that modules.json names.
+    """The files in subfolders that go with the model: more chat templates, and what sentence-transformers runs after
+    it, in folders such as 1_Pooling and 2_Dense.
 
     Raises:
-        RiaError: modules.json is damaged or names a place outside the folder, or a module has only pickled weights.
+        RiaError: one of those has only pickled weights.
     """
-    templates = folder / TEMPLATES_FOLDER
-    found = sorted(templates.glob("*.jinja")) if templates.is_dir() else []
-    for module, kind in _modules(folder):
-        there = sorted(module.iterdir()) if module.is_dir() else []  # one without settings has no folder
+    found = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
+    for module in sorted(folder.glob("[0-9]*_*")) if (folder / MODULES_FILE).is_file() else ():
+        there = sorted(module.glob("*"))
         weights = [path for path in there if path.suffix == ".safetensors"]
-        if not weights and (kind == "Dense" or any(path.suffix == ".bin" for path in there)):
+        if not weights and any(path.suffix == ".bin" for path in there):
             raise RiaError(
-                f"{printable(str(module))}: no safetensors here, though {MODULES_FILE} names it. Pickled weights are "
-                "not copied, because they can run code; save the model with a newer sentence-transformers first."
+                f"{printable(str(module))}: no safetensors here. Pickled weights are not copied, because they can run "
+                "code; save the model with a newer sentence-transformers first."
             )
         found += [path for path in there if is_companion(path)] + weights
     return found
-
-
-def _modules(folder: Path) -> list[tuple[Path, str]]:
-    """The subfolders that modules.json names, and the class of each module without its package."""
-    path = folder / MODULES_FILE
-    if not path.is_file():
-        return []
-    check_place_of(path, folder)
-    try:
-        modules = [(entry["path"], entry["type"].rpartition(".")[2]) for entry in json.loads(path.read_text("utf-8"))]
-        places = [PurePosixPath(place) for place, _ in modules]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise RiaError(f"{path}: not a list of modules with a path and a type. Get the file again.") from None
-    for place in places:
-        if place.is_absolute() or ".." in place.parts:
-            raise RiaError(f"{path}: {printable(str(place))} is not a subfolder of the model. Get the file again.")
-    return [(folder / place, kind) for place, (_, kind) in zip(places, modules, strict=True) if place.parts]

@@ -1,15 +1,12 @@
 """Whether the parts of a checkpoint belong together: config.json, permutations and weight files."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import torch
 
 from ria_vllm.checkpoint.weight_files import file_metadata
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation
 from ria_vllm.format.int8_rows import INTEGERS, TENSORS
-from ria_vllm.format.layer_schema import Producer
 from ria_vllm.format.schema import DIGESTS, PERMUTATIONS_FILE, RiaSchema
 
 
@@ -83,52 +80,3 @@ def check_file_digest(schema: RiaSchema, metadata: Mapping[str, str], where: str
         raise RiaError(
             f"{where}: it is from another run than config.json. Get all files of one run, or compress the model again."
         )
-
-
-def problems_of_folds(
-    schema: RiaSchema,
-    permutations: Mapping[str, torch.Tensor],
-    shapes: Mapping[str, tuple[int, int]],
-    sparse: set[str],
-) -> Iterator[str]:
-    """What is wrong with the folds that hold, in sentences.
-
-    Args:
-        permutations: linear's name -> order of its columns, integers [in].
-        shapes: name -> [out, in] of the pruned linears that could be read.
-        sparse: the names of all pruned linears.
-    """
-    claimed: dict[str, torch.Tensor] = {}  # producer -> which rows folds reorder, bool
-    for name, fold, producers in schema.active_folds(permutations, sparse):
-        try:
-            orders = fold.row_orders(permutations[name])
-        except ValueError as error:
-            yield f"{name}: its permutation cannot be folded into attention heads: {error}"
-            continue
-        for producer, order in zip(producers, orders, strict=True):
-            if producer.name not in shapes:
-                continue
-            total = shapes[producer.name][0]
-            wrong = _row_problem(name, producer, total, len(order))
-            if wrong:
-                yield wrong
-                continue
-            mine = torch.zeros(total, dtype=torch.bool)
-            mine[permutation.places(total, *(producer.rows or (0, total)), producer.blocks)] = True
-            taken = claimed.setdefault(producer.name, torch.zeros_like(mine))
-            if bool((taken & mine).any()):
-                yield f"{name}: its fold reorders rows of {producer.name} that another fold reorders too"
-            taken |= mine
-
-
-def _row_problem(consumer: str, producer: Producer, rows: int, size: int) -> str | None:
-    """What is wrong with the rows of a producer that a fold reorders, `size` of `rows`."""
-    start, end = producer.rows or (0, rows)
-    try:
-        places = permutation.places(rows, start, end, producer.blocks)
-    except ValueError:
-        of_each = f" of each of {producer.blocks} blocks" if producer.blocks > 1 else ""
-        return f"{consumer}: its fold names rows {start} to {end}{of_each} of {producer.name}, which has {rows}"
-    if len(places) != size:
-        return f"{consumer}: its fold reorders {size} rows, but {producer.name} gives it {len(places)}"
-    return None

@@ -93,7 +93,7 @@ def _stamps(place: Path) -> Stamps:
     files = [path for path in place.iterdir() if is_companion(path) or _is_weights(path)]
     try:
         files += nested_companions(place)
-    except RiaError:  # whoever reads modules.json says what is wrong
+    except RiaError:  # whoever copies them says what is wrong
         pass
     files += [place / PROOFS_FILE] if (place / PROOFS_FILE).is_file() else []
     return {path.relative_to(place).as_posix(): _stamp(path) for path in sorted(files)}

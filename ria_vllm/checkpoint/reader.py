@@ -1,6 +1,6 @@
 """Reading a compressed checkpoint, one tensor at a time. Nothing in it is trusted."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.consistency import check_digests, check_prefix, problems_of_folds
+from ria_vllm.checkpoint.consistency import check_digests, check_prefix
+from ria_vllm.checkpoint.folding import fold
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import SparseLinear, checked_linear, not_finite
 from ria_vllm.checkpoint.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
-    files_below,
-    mistral_files,
     tensor_names,
     unindexed_files,
     weight_files,
@@ -126,12 +125,13 @@ class Reader:
     def _check_strays(self) -> None:
         """Refuse files of other weights that would be loaded along with ours, or in their place.
 
-        Without an index, vLLM reads all files. transformers prefers the single file to an index.
+        Without an index, vLLM reads all files; with any in Mistral's format, only those. transformers prefers the
+        single file to an index.
         """
         indexed = (self.folder / INDEX_FILE).is_file()
         own = {path.name for path in self.files.values()}
-        if taken := mistral_files(files_below(self.folder), own, self.folder):
-            raise RiaError(taken)
+        if mistral := next(self.folder.rglob("consolidated*.safetensors"), None):
+            raise RiaError(f"{mistral}: makes vLLM take this model for one in Mistral's own format. Remove it.")
         for name in unindexed_files(self.folder):
             if name not in own and (name == SINGLE_FILE or not indexed):
                 raise RiaError(
@@ -291,7 +291,7 @@ class Reader:
             ]
             yield from wrong or self._disproved(self._pruned_proofs(linear, self.schema), stored)
         yield from problems_of_experts(self.schema, shapes, sparse)
-        yield from problems_of_folds(self.schema, permutations, shapes, sparse)
+        yield from self._problems_of_folds(permutations, shapes)
         for name in self.int8_names:
             try:
                 yield from self._disproved(self._int8_proofs(name, self.schema), stored)
@@ -308,3 +308,19 @@ class Reader:
         for name in sorted(stored):
             if name.removesuffix(TRANSPOSED) not in here:
                 yield f"{name}: missing, though {PROOFS_FILE} has its proof"
+
+    def _problems_of_folds(
+        self, permutations: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]
+    ) -> Iterator[str]:
+        """What is wrong with the folds of the pruned linears that could be read, in sentences."""
+        try:
+            folding = fold(self.schema, permutations, set(self.sparse_names).__contains__, self.folder)
+        except RiaError as error:
+            yield str(error)
+            return
+        for producer, orders in folding.row_orders.items():
+            for order in orders if producer in shapes else ():
+                try:
+                    order.places(shapes[producer][0])
+                except ValueError as error:
+                    yield f"{self.folder}: {producer}: folds do not fit its rows: {error}"

@@ -1,7 +1,5 @@
 """The weight files of a Hugging Face folder: which they are, and which tensors they hold. No weight is read."""
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,7 +10,6 @@ from ria_vllm.format.schema import PERMUTATIONS_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MISTRAL_FILES = "consolidated*.safetensors"
 LONGEST_NAME = 1000
 
 
@@ -47,31 +44,6 @@ def unindexed_files(folder: Path) -> list[str]:
     """Names of the files that vLLM takes for a folder's weights where there is no index, sorted."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors")
     return [name for name in names if not name.startswith(".") and name != PERMUTATIONS_FILE]
-
-
-def files_below(folder: Path) -> list[str]:
-    """Paths of all files of a folder, relative to it."""
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-
-
-def mistral_files(files: Iterable[str], own: Iterable[str], where: str | Path) -> str | None:
-    """Why vLLM would not read the weight files of a folder or repository; None if it would.
-
-    With `--load-format auto`, it takes it for one in Mistral's own format if any file has the name of such weights. It
-    then reads only those, whatever the index says.
-
-    Args:
-        files: paths of all files, relative to the folder or repository.
-        own: names of the weight files. If all of them have such names, vLLM reads them.
-    """
-    found = sorted(name for name in files if fnmatchcase(name.rpartition("/")[2], MISTRAL_FILES))
-    if not found or set(found) == set(own):
-        return None
-    name = next((name for name in found if name not in set(own)), found[0])
-    return (
-        f"{where}: {name} makes vLLM take this model for one in Mistral's own format: it would read only files of such "
-        'names. Remove it, or download the model without it (`hf download --exclude "*consolidated*"`).'
-    )
 
 
 def read_index(path: Path, where: str | Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import checked_linear
 from ria_vllm.checkpoint.weight_files import tensor_names
 from ria_vllm.errors import RiaError
+from ria_vllm.files.fetching import hub_errors
 from ria_vllm.format import int8_rows, proofs
 from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, QUANT_METHOD, RiaSchema
 from ria_vllm.hf.dtypes import kept_dtypes
@@ -333,18 +334,11 @@ def _side_file(folder: Path, name: str, ask: bool) -> Path | None:
         return None
     commit, *subfolders = folder.relative_to(cached[0]).parts
     repository = cached[0].parent.name.removeprefix("models--").replace("--", "/")
-    try:
+    with hub_errors(repository, f"{repository}: {name} is not in {folder}"):  # the caller's `token=` is not known here
         found = cached_file(
             repository, name, revision=commit, cache_dir=str(cached[0].parents[1]),
             subfolder="/".join(subfolders), _raise_exceptions_for_missing_entries=False,
         )  # fmt: skip
-    except OSError as error:  # the caller's `token=` is not known here
-        reason = " ".join(str(error).split())
-        raise RiaError(
-            f"{repository}: {name} is not in {folder}, and the hub did not provide it ({reason}). Run "
-            f"`hf auth login`, or download the whole repository first (`hf download {repository}`) and load "
-            "that folder."
-        ) from None
     return None if found is None else Path(found)
 
 

@@ -53,8 +53,6 @@ def _check_dense(model: Any, names: Collection[str]) -> None:
         kind = type(getattr(model, "config", None)).__name__
         raise RiaError(
             f"{found} is stored compressed, but the {kind} that this {type(model).__name__} is loaded with has no "
-            "quantization_config of ria-vllm, so its weights would be random. (transformers leaves it out where a text "
-            "decoder's class reads the folder of a model that also reads images or sound.) Load the whole model by its "
-            "Auto class, and take the text decoder from it; or load the dense folder that `ria-vllm export` writes, "
-            "which other quantizers read, too."
+            "quantization_config of ria-vllm, so its weights would be random. Load the whole model by its Auto class, "
+            "and take the text decoder from it; or load the dense folder that `ria-vllm export` writes."
         )

@@ -38,9 +38,9 @@ from ria_vllm.training.ranks import is_first, together
 
 ATTRIBUTE = "_ria_kept"
 _LOST = (
-    "The first step that trains this weight would lose what it holds there. A merged adapter leaves values there (by "
-    "rounding even after `unmerge_adapter`), and so does PiSSA. Train the weight before anything else changes it, or "
-    "train only the adapter (`requires_grad_(False)`)."
+    "The next step would lose what it holds there. A merged adapter leaves values there (by rounding even after "
+    "`unmerge_adapter`), and so do PiSSA and checkpoints of the dense model or with other masks. Train the weight "
+    "before anything else changes it, or train only the adapter (`requires_grad_(False)`)."
 )
 
 
@@ -51,9 +51,9 @@ def keep_sparse(model: nn.Module, like: str | Path | None = None) -> None:
     must call this; what one of them finds, all raise.
 
     `save_pretrained` then writes the model's own names and shapes. `load_state_dict` raises RiaError for a checkpoint
-    with those of the dense model's files, or with weights that are not zero outside the masks. A forward pass and a
-    step raise it if a pruned linear was replaced by another module, an optimizer's first step with a weight if that is
-    not zero outside its mask by then, and a step that trains such a weight if the model has adapters of PEFT.
+    with those of the dense model's files. A forward pass and a step raise it if a pruned linear was replaced by another
+    module, an optimizer's first step with a weight, and the first after `load_state_dict`, if that is not zero outside
+    its mask by then, and a step that trains such a weight if the model has adapters of PEFT.
 
     Args:
         model: what `from_pretrained` made of a compressed folder, wrapped or sharded or not.
@@ -124,7 +124,7 @@ class KeptWeights:
 
     Attributes:
         checked: for each optimizer the names of the weights that were found to be zero outside their masks before its
-            first step that trained them.
+            first step that trained them, since the last `load_state_dict`.
     """
 
     def __init__(self, weights: list[KeptWeight], base: nn.Module, origin: Origin):
@@ -154,26 +154,13 @@ class KeptWeights:
         self.mask_gradients()
 
     def after_load_state_dict(self, base: nn.Module, keys: Any) -> None:
-        """Whatever was loaded: perhaps the checkpoint of another model.
+        """Whatever was loaded, perhaps the checkpoint of another model: the next step is again the first one.
 
         Raises:
-            RiaError: it lacks tensors under the model's names, and has them under those of files; or a weight in it is
-                not zero outside the mask, which the next step would lose.
+            RiaError: the checkpoint lacks tensors under the model's names, and has them under those of files.
         """
         self._check_names(base, keys)
-        missing = [f".{clean_name(key)}" for key in keys.missing_keys]
-        weights = self.by_parameter()
-        for name, parameter in base.named_parameters():
-            weight, ending = weights.get(id(parameter)), f".{clean_name(name)}"
-            # What was not loaded may hold a merged adapter, which is taken out again before the next step.
-            if weight is None or any(key.endswith(ending) for key in missing) or weight.is_zero_outside():
-                continue
-            raise RiaError(
-                f"{weight.name}: not zero everywhere outside the mask in {self.origin.folder} after load_state_dict. "
-                "So this checkpoint is of the dense model, or of one with other masks, and the next step would lose "
-                "what it holds there. Load it by `from_pretrained`, and call keep_sparse(model, like=OUT), with the "
-                "compressed folder that it was trained from."
-            )
+        self.checked.clear()
 
     def _check_names(self, base: nn.Module, keys: Any) -> None:
         """Refuse a checkpoint with the names of files, which `load_state_dict` does not know."""
@@ -187,9 +174,8 @@ class KeptWeights:
             if any(self._converts(key.removeprefix(prefix)) for prefix in prefixes if key.startswith(prefix)):
                 raise RiaError(
                     f"{missing[0]}: not in the checkpoint, which has {key} instead, so training would go on from other "
-                    "weights than it holds. Checkpoints have the model's names if keep_sparse was called before they "
-                    "were written. Load this one by `from_pretrained`, and call keep_sparse(model, like=OUT), with the "
-                    "compressed folder."
+                    "weights than it holds. Load it by `from_pretrained`, and call keep_sparse(model, like=OUT), with "
+                    "the compressed folder."
                 )
 
     def _converts(self, name: str) -> bool:
@@ -223,7 +209,8 @@ class KeptWeights:
             RiaError: one has another shape by now.
         """
         changed = _changed_by(optimizer)
-        return [(weight, weight.parameter()) for number, weight in self.by_parameter().items() if number in changed]
+        each = {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+        return [(weight, weight.parameter()) for number, weight in each.items() if number in changed]
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Mask gradients, which may have come from elsewhere than a backward pass with hooks, or been changed after it.
@@ -243,26 +230,14 @@ class KeptWeights:
                 "would be lost. Train only the adapter (freeze the model by `requires_grad_(False)`), or only kept "
                 "weights."
             )
-        self.check_first_step(optimizer, trained)
-        for weight, parameter in found:
-            weight.mask_gradient(parameter)
-            weight.hook(parameter)
-
-    def check_first_step(self, optimizer: torch.optim.Optimizer, weights: list[KeptWeight]) -> None:
-        """Check that an optimizer's first step with these weights does not lose what they hold outside the masks.
-
-        Raises:
-            RiaError: it would.
-        """
         checked = self.checked.setdefault(optimizer, set())
-        for weight in weights:
+        for weight in trained:
             if weight.name not in checked:
                 weight.check_zeros(self.origin.folder, _LOST)
                 checked.add(weight.name)
-
-    def by_parameter(self) -> dict[int, KeptWeight]:
-        """The weights by the `id` of their parameters."""
-        return {id(weight.module._parameters.get(weight.leaf)): weight for weight in self.weights}
+        for weight, parameter in found:
+            weight.mask_gradient(parameter)
+            weight.hook(parameter)
 
 
 def _changed_by(optimizer: torch.optim.Optimizer) -> set[int]:

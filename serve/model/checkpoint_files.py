@@ -11,6 +11,7 @@ from ria_vllm.checkpoint.consistency import check_digests
 from ria_vllm.checkpoint.side_files import load_permutations
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, read_index, tensor_names, unindexed_files, weight_files
 from ria_vllm.errors import RiaError
+from ria_vllm.files.fetching import hub_errors
 from ria_vllm.format.schema import PERMUTATIONS_FILE, RiaSchema
 
 # Of a repository on the hub. Some hold the same weights a second time, in Mistral's or Meta's own format.
@@ -29,15 +30,9 @@ def folder_of(model: str, revision: str | None) -> Path:
     if envs.VLLM_USE_MODELSCOPE:
         raise RiaError(f"{model}: download it from ModelScope first, and give the local folder.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    with hub_errors(model, f"{model}: no such folder here"):
         return Path(snapshot_download(model, revision=revision, allow_patterns=FILES, ignore_patterns=OTHERS))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise RiaError(
-            f"{model}: cannot be got from the hub ({' '.join(str(error).split())}). Where the hub cannot be reached, "
-            "download the whole repository first, or give a local folder."
-        ) from error
 
 
 def files_of(folder: Path) -> dict[str, Path]:

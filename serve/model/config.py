@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from ria_vllm import vllm_quirks
+from ria_vllm.checkpoint.folding import Folding, fold
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.compressed_tensors.packed_forms import Translation
@@ -29,7 +30,6 @@ from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
-from ria_vllm.serve.load.folding import Folding, fold
 from ria_vllm.serve.load.stream import NOT_SERVED
 from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 

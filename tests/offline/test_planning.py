@@ -81,7 +81,7 @@ def test_of_a_hub_id_it_reads_headers_only(hub, recovered):
 
 def test_names_that_lead_nowhere(hub, tmp_path):
     hub.branches["main"] = {"config.json": b"{}"}
-    with pytest.raises(RiaError, match="user/model: .*headers could not be read"):
+    with pytest.raises(RiaError, match="user/model: .*the hub did not provide it"):
         planned("user/model")
     (tmp_path / "a.gguf").write_text("")
     with pytest.raises(RiaError, match="plan reads Hugging Face folders and hub ids"):

@@ -6,13 +6,13 @@ from vllm.model_executor.layers.fused_moe import config as moe_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import permutation
 from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.sparse24 import compress, mask_from_bitmask
-from ria_vllm.serve.load.folding import fold
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.served_model import ServedModel
 

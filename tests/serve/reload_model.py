@@ -15,11 +15,11 @@ from vllm.model_executor.model_loader.weight_utils import composed_weight_loader
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.model_executor.utils import set_weight_attrs
 
+from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import proofs, sparse24
 from ria_vllm.format.formats import FLOAT, INTEGERS
 from ria_vllm.format.layer_schema import Experts, Fold, Producer
 from ria_vllm.format.schema import INT8_TOKENS, Proofs, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve.load.folding import fold
 from ria_vllm.serve.model.config import RiaConfig
 
 WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2

@@ -2,11 +2,11 @@
 
 import torch
 
+from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
-from ria_vllm.serve.load.folding import fold
 from ria_vllm.serve.model.config import RiaConfig
 
 

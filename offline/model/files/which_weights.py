@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE, tensor_names, unindexed_files, weight_files
 from ria_vllm.errors import RiaError
@@ -27,42 +26,33 @@ def meant_weights(folder: Path, model: str) -> dict[str, Path]:
         model: what the user called it, the folder or a hub id, for errors.
 
     Raises:
-        RiaError: see `find_tensors`; or all weights are pickled, an adapter lies beside them, or config.json names
-            others.
+        RiaError: see `find_tensors`; or all weights are pickled, or transformers would read others than vLLM, for an
+            adapter beside them or because config.json names them.
     """
-    _refuse_named(model, read_json(folder / "config.json").get(NAMED_WEIGHTS))
+    unknown = "which vLLM does not, so it is unknown which model is meant. Load the right one with transformers, and"
+    file = read_json(folder / "config.json").get(NAMED_WEIGHTS)
+    if file not in (None, SINGLE_FILE, INDEX_FILE):
+        raise RiaError(
+            f"{model}: transformers would read {str(file)[:80]!r}, which config.json names as {NAMED_WEIGHTS}, "
+            f"{unknown} save it with save_pretrained."
+        )
     if not (folder / INDEX_FILE).is_file() and not unindexed_files(folder):
         refuse_pickled(model, (path.name for path in folder.iterdir()))
     files = find_tensors(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         raise RiaError(
-            f"{model}/{ADAPTER_CONFIG}: an adapter lies beside the weights. transformers adds it to them where PEFT is "
-            "installed, and vLLM does not, so it is unknown which model is meant. Merge it into the weights (PEFT's "
-            "merge_and_unload); or, if they hold it already or should be used without it, move it out of the folder. "
-            'From the hub, download the model without it (`hf download --exclude "adapter_*"`).'
+            f"{model}/{ADAPTER_CONFIG}: transformers adds this adapter to the weights, {unknown} merge it "
+            "(merge_and_unload); or move the adapter out of the folder."
         )
     return files
 
 
-def _refuse_named(model: str, file: Any) -> None:
-    """Refuse a model whose config.json tells transformers to read weights that no other program would look for."""
-    if file not in (None, SINGLE_FILE, INDEX_FILE):
-        raise RiaError(
-            f"{model}: {NAMED_WEIGHTS} in config.json names {str(file)[:80]!r}. transformers would read that file, and "
-            f"vLLM {SINGLE_FILE} or the shards of {INDEX_FILE}, so it is unknown which model is meant. Load the right "
-            "one with transformers, and save it with save_pretrained."
-        )
-
-
 def refuse_pickled(model: str, files: Iterable[str]) -> None:
-    """Refuse a model without safetensors that has pickled weights.
+    """Refuse a model without safetensors of which one of these files holds pickled weights.
 
     Args:
         model: the folder or hub id, for errors.
         files: paths of its files.
-
-    Raises:
-        RiaError: one of them holds pickled weights.
     """
     pickled = sorted(file for file in files if fnmatchcase(file, PICKLED))
     if pickled:
@@ -82,9 +72,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     single = folder / SINGLE_FILE
     if single.is_file() and single not in files.values():
         raise RiaError(
-            f"{single}: it lies beside the shards that {INDEX_FILE} names. transformers would read this file and vLLM "
-            "the shards, so it is unknown which model is meant. Remove this file, or the index and its shards. Of a "
-            f"model on the hub, download one of the two (`hf download --exclude {SINGLE_FILE}`)."
+            f"{single}: transformers would read this file, and vLLM the shards that {INDEX_FILE} names, so it is "
+            "unknown which model is meant. Remove this file, or the index and its shards."
         )
     for path in sorted(set(files.values())):
         for name in tensor_names(path):

@@ -200,17 +200,6 @@ def output_heads(model: PreTrainedModel, decoder: str) -> list[nn.Module]:
     return [head for head in found if head is not None]
 
 
-def towers(model: PreTrainedModel, decoder: str) -> dict[str, nn.Module]:
-    """The outermost modules outside the decoder, by their names, without the head that predicts tokens."""
-    found: dict[str, nn.Module] = {}
-    heads = output_heads(model, decoder)
-    for name, module in outside_decoder(model, decoder):
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and module not in heads and next(module.parameters(), None) is not None:
-            found[name] = module
-    return found
-
-
 def _around(decoder: str) -> list[str]:
     """The paths of the modules around the decoder, the outermost first."""
     return ["", *(decoder[:end] for end, letter in enumerate(decoder) if letter == ".")]

@@ -14,6 +14,7 @@ from ria_vllm.checkpoint.companions import LEGAL_PATTERNS, SUFFIXES
 from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.checkpoint.weight_files import unindexed_files
 from ria_vllm.errors import RiaError
+from ria_vllm.files.fetching import hub_errors
 from ria_vllm.files.json_file import read_json
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline.model.files.dequantize import method_of
@@ -90,26 +91,22 @@ def from_hub(model: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    which = {} if revision is None else {"revision": revision}
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES, **which))
-    except Exception as error:
-        shown = model if revision is None else f"{model}@{revision}"
-        raise RiaError(
-            f"{shown}: no such folder or file here, and it could not be fetched from the hub either "
-            f"({first_line(error)}). Check the name; gated models need `hf auth login`."
-        ) from None
+    shown = f"{model}@{revision}" if revision else model
+    with hub_errors(model, f"{shown}: no such folder or file here"):
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_COPIES)
+        )
     if not unindexed_files(folder):
-        refuse_pickled(model, _files_on_hub(model, which))
+        refuse_pickled(model, _files_on_hub(model, revision))
     return folder
 
 
-def _files_on_hub(model: str, which: Mapping[str, str]) -> list[str]:
+def _files_on_hub(model: str, revision: str | None) -> list[str]:
     """Paths of all files of a repository; none if the hub does not answer."""
     from huggingface_hub import list_repo_files
 
     try:
-        return list_repo_files(model, **which)
+        return list_repo_files(model, revision=revision)
     except Exception:  # only what an error says depends on it
         return []
 

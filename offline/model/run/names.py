@@ -87,11 +87,6 @@ class Names:
                 self.direct[inside] = written
         self.files = dict(sorted(self.files.items()))
         self.unknown.sort()
-        self._written = {name: written for written, name in self.files.items()}
-
-    def written(self, name: str) -> str | None:
-        """The written name of a tensor, from its name in the file; None if it is not written."""
-        return self._written.get(name)
 
     def linear(self, name: str) -> str:
         """The written name of a linear, from its name in the model."""

@@ -1,6 +1,6 @@
 """A causal LM whose weights stay in their files; parts of it are loaded, used and freed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from ria_vllm.offline.model.run.architecture import (
     model_class,
     outside_decoder,
     text_config,
-    towers,
 )
 from ria_vllm.offline.model.run.buffers import compute_buffers
 from ria_vllm.offline.model.run.dtypes import choose_dtype, keep_float32
@@ -113,30 +112,6 @@ class StreamedModel:
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.layers_path}.{index}."
-
-    def copied(self) -> dict[str, int]:
-        """The parts of a wrapper beside its text decoder, by their names in the files -> how many weights they have."""
-        found = {}
-        for path, module in self._beside().items():
-            inside = {w: n.removeprefix(path) for w, n in self._inside(path).items()}
-            named = {written.removesuffix(rest) for written, rest in inside.items() if written.endswith(rest)}
-            found[named.pop() if len(named) == 1 else path] = sum(
-                parameter.numel() for parameter in module.parameters()
-            )
-        return found
-
-    def how_copied(self, names: Iterable[str] | None = None) -> str:
-        """For messages: how tensors with these written names get into the checkpoint; None: those of `copied`."""
-        if names is None:
-            names = (written for path in self._beside() for written in self._inside(path))
-        return "dequantized and copied" if self.tensors.quantized.keys() & names else "copied unchanged"
-
-    def _beside(self) -> dict[str, nn.Module]:
-        return towers(self.model, self.decoder_path) if self.is_wrapper else {}
-
-    def _inside(self, path: str) -> dict[str, str]:
-        """Written name -> name in the model, of the tensors of a module."""
-        return {written: name for written, name in self.names.inside.items() if name.startswith(f"{path}.")}
 
     def names_in_layer(self, index: int) -> list[str]:
         """The written names of a layer's tensors."""

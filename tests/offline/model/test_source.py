@@ -121,7 +121,7 @@ def test_the_model_itself_is_never_overwritten(kind, model, text, tmp_path, monk
 def test_a_hub_id_is_fetched_without_pickles_and_code(monkeypatch, tiny, text, tmp_path):
     asked, ignored = {}, []
 
-    def snapshot_download(name, allow_patterns, ignore_patterns):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
         asked[name] = allow_patterns
         ignored.extend(ignore_patterns)
         return str(tiny("llama"))

@@ -8,9 +8,9 @@ from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, 
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
+from ria_vllm.checkpoint.folding import RowOrder
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import INTEGERS
-from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.model.layer_matching import match_layers
 
 pytestmark = pytest.mark.usefixtures("ranks")

@@ -6,11 +6,11 @@ import tiny
 import torch
 from tiny import logits
 
+from ria_vllm.checkpoint.folding import RowOrder, fold
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
-from ria_vllm.serve.load.folding import RowOrder, fold
 
 
 def folded(folder, model: torch.nn.Module) -> torch.nn.Module:

@@ -111,5 +111,5 @@ def test_a_repository_that_cannot_be_got(monkeypatch):
         raise LocalEntryNotFoundError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(RiaError, match="who/what: .*no route to host.* download the whole repository"):
+    with pytest.raises(RiaError, match="who/what: .*no route to host.*`hf download who/what`"):
         folder_of("who/what", None)

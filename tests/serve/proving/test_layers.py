@@ -8,11 +8,11 @@ import torch
 from reload_model import FORMATS, Checkpoint
 from reload_server import Server, watch
 
+from ria_vllm.checkpoint.folding import RowOrder
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load import layerwise
-from ria_vllm.serve.load.folding import RowOrder
 from ria_vllm.serve.load.loading import LayerLoader
 
 ALL = 3 + 3 * 4 + 6  # gate, up, down; twelve of experts; q, k, o, embedding, head, a convolution

@@ -6,8 +6,9 @@ compute their rows in that order. Then the permutation costs nothing. `permutati
 allows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,17 +33,25 @@ class RowOrder:
     for_all: bool = True
     blocks: int = 1
 
+    def places(self, rows: int) -> torch.Tensor:
+        """Where these rows are among the `rows` of a producer: int64, ascending.
+
+        Raises:
+            ValueError: it does not have them.
+        """
+        end = self.start + len(self.order) // self.blocks
+        if self.for_all and end != rows:
+            raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
+        return permutation.places(rows, self.start, end, self.blocks)
+
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` [out, ...] with its rows reordered.
 
         Raises:
             ValueError: the tensor does not have these rows.
         """
-        rows, end = tensor.shape[0], self.start + len(self.order) // self.blocks
-        places = permutation.places(rows, self.start, end, self.blocks)
-        if self.for_all and end != rows:
-            raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
-        order = torch.from_numpy(self.order)
+        rows, order = tensor.shape[0], torch.from_numpy(self.order)
+        places = self.places(rows)
         if self.for_all:
             return tensor.index_select(0, order.to(tensor.device))
         index = torch.arange(rows)
@@ -66,12 +75,12 @@ class Folding:
 
 
 def fold(
-    schema: RiaSchema, permutations: Mapping[str, np.ndarray], is_pruned: Callable[[str], bool], where: str
+    schema: RiaSchema, permutations: permutation.Orders, is_pruned: Callable[[str], bool], where: str | Path
 ) -> Folding:
     """Compute the row orders of all producers.
 
     Args:
-        permutations: consumer's name -> int32 [in], checked to be permutations.
+        permutations: consumer's name -> integers [in], checked to be permutations.
         is_pruned: whether a linear is stored compressed. A consumer with a dense producer permutes its input itself.
         where: the folder or repository, for errors.
 
@@ -83,7 +92,7 @@ def fold(
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
         try:
-            orders = rule.row_orders(torch.from_numpy(permutations[consumer]))
+            orders = rule.row_orders(torch.as_tensor(permutations[consumer]))
         except ValueError as error:
             raise RiaError(
                 f"{where}: {consumer}: its permutation cannot be folded into attention heads: {error}."
