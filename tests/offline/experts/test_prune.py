@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.offline.run import compress
 
-# Enough that each expert of layer 0 gets more tokens than it has channels.
-TOKENS = torch.randint(2, 258, (16, 128), generator=torch.Generator().manual_seed(1))
+# Enough that each expert of layer 0 gets more tokens than it has channels, without four samples that are held out.
+TOKENS = torch.randint(2, 258, (20, 128), generator=torch.Generator().manual_seed(1))
 ATTENTION = (r"self_attn",)  # left dense, so that the experts of layer 0 read what they read in the dense model
 
 
