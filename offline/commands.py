@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from click.core import ParameterSource
 from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.grouped_help import GroupedCommand, expert, quality
 from ria_vllm.offline.runtime import options as shared
 
 # What `--effort` stands for.
@@ -22,19 +22,6 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 
 
-expert = partial(click.option, show_default=True, hidden=True)
-
-
-def show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """`--help-all`."""
-    if wanted:
-        for parameter in context.command.params:
-            if isinstance(parameter, click.Option):
-                parameter.hidden = False
-        click.echo(context.get_help())
-        context.exit()
-
-
 def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
     """5% is 0.05."""
     try:
@@ -43,7 +30,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
         raise click.BadParameter(f"{text!r} is not a percentage, such as 5%.", param=parameter) from None
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model")
 @shared.out
 @shared.scheme
@@ -52,8 +39,9 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     type=click.Choice(list(EFFORTS)),
     default="default",
     show_default=True,
-    help="fast: minutes for a model of a billion weights; default: and then a short training of each layer; best: a "
-    "longer training on 16 times the text, and the `distill` command that should follow it.",
+    help="fast: 5 minutes of a core for SmolLM2's 135M weights, for a billion, computed, an hour and a half; default: "
+    "and then a short training of each layer; best: a longer training on 16 times the text, and the `distill` command "
+    "that should follow it. `plan` estimates times here.",
 )
 @click.option(
     "--calibration",
@@ -62,39 +50,32 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     help="A .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from the hub, "
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
-@click.option(
+@quality(
     "--max-loss",
     metavar="PERCENT",
     callback=parse_percent,
     help="Prune only as much as raises the perplexity by about this, such as 5%; the rest stays dense, in int8 if the "
     "scheme has integers. Takes twice as long or more.",
 )
-@click.option(
+@quality(
     "--min-speed",
     metavar="TIMES",
     type=float,
     help="Prune only as much as makes a step of decoding for one user this many times as fast as with all linears "
     "dense (in int8 if the scheme has integers), such as 1.3: estimated, for CPUs only. Takes twice as long.",
 )
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")
-@shared.device
-@shared.overwrite
-@shared.resume
-@click.option(
-    "--help-all",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=show_all,
-    help="Show options for experts, too.",
-)
-@expert(
+@quality(
     "--pattern",
     type=click.Choice(list(PATTERNS)),
     default=str(TWO_OF_FOUR),
+    show_default=True,
     help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size, on "
     "CPUs; GPUs multiply 2:4 only.",
 )
+@quality("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")
+@shared.device
+@shared.overwrite
+@shared.resume
 @expert(
     "--recipe",
     "saved",
@@ -159,7 +140,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     help="The dtype to compute in. auto: the model's own, unless the device "
     "computes slowly in it; then float32. Weights are always written in the model's own.",
 )
-@expert("--max-shard-size", default="5GB", help="Of weight files.")
+@shared.max_shard_size
 def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_size: str, **options: Any) -> None:
     """Prune MODEL (a Hugging Face folder or a hub id) and write a compressed checkpoint.
 

@@ -108,8 +108,11 @@ class Recipe:
             RiaError: not a report of `compress`.
         """
         found = read_json(path).get("recipe")
-        if not isinstance(found, dict) or found.get("pattern") not in PATTERNS:
+        if not isinstance(found, dict) or not (
+            str(found.get("pattern")) in PATTERNS and str(found.get("scheme")) in SCHEMES
+        ):
             raise RiaError(f"--recipe {path}: not a ria_report.json of `ria-vllm compress`.")
+        found |= SCHEMES[found["scheme"]]
         derived = {"only_keeps"}
         if found.get("only_keeps"):  # what follows from a model that has the pattern already
             derived |= {"method", "permute", "rotate", "reconstruct", "calibration", "self_written"}
@@ -204,7 +207,7 @@ class Recipe:
     @property
     def held_out(self) -> int:
         """How many samples are run besides, which say how much is lost; 0 if the dense model is not followed."""
-        return held_out_of(self.samples) if self.reads_text and self.follows_dense else 0
+        return held_out_of(self.samples, self.seq_len) if self.reads_text and self.follows_dense else 0
 
     @property
     def drawn(self) -> int:
@@ -336,7 +339,8 @@ class Recipe:
         plain["calibration"] = Path(self.calibration).name if self.reads_text else "none"
         if self.only_keeps:
             plain["method"] = ANOTHER_PROGRAM
-        return asdict(self) | chosen | plain | {"source": published(source), "versions": versions}
+        options = {"scheme": self.scheme} | {k: v for k, v in asdict(self).items() if k not in self._words}
+        return options | chosen | plain | {"source": published(source), "versions": versions}
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,18 @@ import torch
 
 from ria_vllm.errors import RiaError
 
+HELD_OUT = 1024  # tokens, at least
+
 
 def written_of(windows: int, fraction: float) -> int:
     """How many of the windows the dense model writes; never all of them."""
     return max(0, min(round(windows * fraction), windows - 1))
 
 
-def held_out_of(samples: int) -> int:
-    """How many samples are drawn besides, to which nothing is fitted: they say how much is lost."""
-    return -(-samples // 8)
+def held_out_of(samples: int, seq_len: int) -> int:
+    """How many samples are drawn besides, to which nothing is fitted: they decide, and say how much is lost. An eighth,
+    but at least HELD_OUT tokens, or as many as there are to fit to."""
+    return max(-(-samples // 8), min(samples, -(-HELD_OUT // seq_len)))
 
 
 def check_fraction(fraction: float, windows: int, text: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 HELD_OUT = "held_out"  # see `ria_vllm.offline.run.held_out`
 VERDICT = "verdict"  # key -> a line that is said at the end, and with which the card begins
+MEASURED = "measured"  # see `ria_vllm.hub.facts`
 VERDICT_KEYS = ("quality", "size", "speed", "advice")
 # Of linears' outputs: training changes them.
 _ERRORS = ("error_before", "error_after", "rounding_error")
@@ -28,7 +29,10 @@ def report_linears(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def without_errors(report: dict[str, Any]) -> dict[str, Any]:
-    """ria_report.json without what training the weights has changed: errors of the linears' outputs, and losses."""
-    linears = report_linears(report).items()
-    report = {key: value for key, value in report.items() if key not in (HELD_OUT, VERDICT, "budget")}
-    return report | {"linears": {name: {k: v for k, v in e.items() if k not in _ERRORS} for name, e in linears}}
+    """ria_report.json without what training the weights has changed: errors of the linears' outputs, losses, and what
+    was measured. Of the verdict, size and expected speed stay true."""
+    linears, said = report_linears(report).items(), report.get(VERDICT)
+    verdict = {key: said[key] for key in ("size", "speed") if key in said} if isinstance(said, dict) else {}
+    report = {key: value for key, value in report.items() if key not in (HELD_OUT, VERDICT, MEASURED, "budget")}
+    kept = {name: {key: value for key, value in entry.items() if key not in _ERRORS} for name, entry in linears}
+    return ({VERDICT: verdict} if verdict else {}) | report | {"linears": kept}

@@ -26,6 +26,7 @@ EIGHT = {
 }
 BF16 = ("amx", "avx512_bf16")  # other inputs of 16 or 32 bits are not for these instructions
 ALIKE = {"avx512": "avx512_vnni", "avx_vnni": "avx2"}
+EIGHT_BRINGS = "--pattern 8:16, which no GPU multiplies, is as large and loses less: of SmolLM2 in W8A8 28% less in KL"
 USERS = (1, 8)
 # Milliseconds to read a dense weight in 16 bits, and those of a layer besides its products, and with each user more:
 # SmolLM2 on two cores of a Zen 5, docs/lab/rivals.md.
@@ -97,10 +98,7 @@ def of_eight(inputs: torch.dtype | None, instructions: str | None) -> str:
     if measured is None or inputs is None:
         return ""
     least, most = measured[inputs != torch.int8]
-    return (
-        "--pattern 8:16, which no GPU multiplies, is as large and loses less: of SmolLM2 in W8A8 28% less in KL. Its "
-        f"linears run at {least} to {most} times the speed of 2:4 with 1 to 8 users"
-    )
+    return f"{EIGHT_BRINGS}. Its linears run at {least} to {most} times the speed of 2:4 with 1 to 8 users"
 
 
 def measured(instructions: str | None, scheme: str, dtype: torch.dtype) -> str | None:

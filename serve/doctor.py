@@ -35,6 +35,9 @@ EXPERTS = (32, 2048, 768)
 SIDE = 4096
 """Of the linear for which kernels are shown: its in-features, and its out-features."""
 
+FEW_CORES = 4
+"""Up to as many, a core that computes nothing is a quarter or more of the speed."""
+
 STORED = {
     "BF16": (FLOAT, None),
     "W8A16": (INTEGERS[8, None], None),
@@ -89,6 +92,25 @@ def device_line(device: torch.device) -> tuple[str, str]:
     except RiaError as error:
         runs = f"no cpu kernel: {error}"
     return "processor", f"{name}, {usable} threads; {runs}"
+
+
+def physical_cores() -> int:
+    """Those that this process may run on."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    siblings = (Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in usable)
+    return len({path.read_text() if path.is_file() else path for path in siblings})
+
+
+def reserved_line(cores: int) -> str:
+    """What vLLM does not compute on, by default, of few physical cores; empty of many, where it hardly counts."""
+    if not 1 < cores <= FEW_CORES or "VLLM_CPU_NUM_OF_RESERVED_CPU" in os.environ:
+        return ""
+    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
+        return ""
+    return (
+        f"vLLM would compute on {cores - 1} of {cores} cores and keep one for itself; VLLM_CPU_NUM_OF_RESERVED_CPU=0 "
+        "lets it compute on all, VLLM_CPU_OMP_THREADS_BIND on those that you name"
+    )
 
 
 def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
@@ -190,6 +212,8 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
         ("vllm", vllm_line()),
         device_line(place),
     ]
+    if kind == "cpu" and (reserved := reserved_line(physical_cores())):
+        rows.append(("threads", reserved))
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]

@@ -1,9 +1,13 @@
 """The command line: commands load lazily, errors are one line, and exit statuses are reliable."""
 
+import re
 import subprocess
 import sys
 
+import click
 import pytest
+from click.shell_completion import BashComplete
+from click.testing import CliRunner
 
 from ria_vllm.cli import COMMANDS, group, main
 
@@ -32,6 +36,37 @@ def test_main_exits_with_2(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "ria-vllm: /nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "other", "title", "experts"),
+    [
+        ("compress", "--scheme", "--pattern", "Quality", "--seed"),
+        ("distill", "--teacher", "--eval-text", "Quality", "--lr"),
+        ("bench", "--baseline", "--requests", "The load", "--serve-args"),
+        ("eval", "--baseline", "--tasks", "Scores in tasks", None),
+    ],
+)
+def test_help_is_in_groups(name, most, other, title, experts):
+    command = group.get_command(None, name)
+    brief = CliRunner().invoke(command, ["--help"]).output
+    whole = brief if experts is None else CliRunner().invoke(command, ["--help-all"]).output
+    first, rest = brief.split(f"\n{title}:\n")
+    assert re.search(rf"What most people need:\n(?:.*\n)* +(-., )?{most} ", first) and f"  {other} " in rest
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert len(re.findall(rf"^  (?:-., )?{parameter.opts[-1]}\b(?!-)", whole, re.M)) == 1, parameter.name
+    assert experts is None or (f"  {experts} " in whole.split("For experts:")[1] and experts not in brief)
+
+
+def test_options_and_choices_complete():
+    def completed(words: list[str], typed: str) -> list[str]:
+        return [item.value for item in BashComplete(group, {}, "ria-vllm", "_").get_completions(words, typed)]
+
+    schemes = completed(["compress", "model", "--scheme"], "w4")
+    assert [scheme.upper() for scheme in schemes] == ["W4A16", "W4A8"]  # click may give them as they are typed
+    assert completed(["compress", "model", "--reconstruct"], "") == ["none", "admm", "short", "block"]
+    assert completed(["compress", "model"], "--pa") == ["--pattern"] and completed([], "dist") == ["distill"]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -84,10 +84,12 @@ def test_what_is_gone_may_come_back(folder, tmp_path):
 
 
 def test_what_no_run_reads_may_change(folder, tmp_path):
-    """`eval --update-card` changes the card, and a log or an output folder may lie in the model's folder."""
-    (folder / "README.md").write_text("card")
+    """`eval --update-card` changes card and report, and a log or an output folder may lie in the model's folder."""
+    for name in ("README.md", "ria_report.json"):
+        (folder / name).write_text("{}")
     inputs = Inputs(folder)
-    (folder / "README.md").write_text("other card")
+    for name in ("README.md", "ria_report.json"):
+        (folder / name).write_text("{ }")
     (folder / "run.log").write_text("words")
     (folder / "out").mkdir()
     (folder / "out" / "config.json").write_text("{}")

@@ -7,17 +7,12 @@ import yaml
 from click.testing import CliRunner
 
 from ria_vllm.folder_commands import export
-from ria_vllm.hub.model_card import (
-    base_repository,
-    note_perplexity,
-    note_speed,
-    pruned_card,
-    read_front_matter,
-)
+from ria_vllm.hub.facts import PERPLEXITY, TASKS, add, add_speed
+from ria_vllm.hub.model_card import base_repository, pruned_card, read_front_matter
 
 RECIPE = {
-    "method": "ria", "permute": "lsa", "pattern": "2:4", "calibration": "/home/me/private/text.txt", "samples": 128,
-    "seq_len": 512, "ignore": ["a|b"],
+    "method": "ria", "permute": "lsa", "pattern": "2:4", "scheme": "W8A8", "calibration": "/home/me/private/text.txt",
+    "samples": 128, "seq_len": 512, "ignore": ["a|b"],
     "source": "/home/me/models/Base-1B", "versions": {"ria-vllm": "0.1.0", "torch": "2.13"},
 }  # fmt: skip
 REPORT = {
@@ -90,6 +85,15 @@ def test_what_it_says(tmp_path):
     assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
     assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, True), ({"pattern": "8:16"}, False), ({"scheme": "FP8"}, False), ({"only_keeps": True}, False)],
+)
+def test_without_a_gpu_it_says_what_8_of_16_would_bring(changes, said, tmp_path):
+    text = card(tmp_path, REPORT | {"recipe": RECIPE | changes})
+    assert ("Without a GPU: --pattern 8:16, which no GPU multiplies" in text) == said
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
@@ -179,30 +183,53 @@ def test_an_exported_folder_has_a_card_of_its_own(damage, tmp_path):
     assert "| retained score, mean | 0.6250 |" in text and "worst | 0.5000, `model.layers.0.mlp.up_proj` |" in text
 
 
-def test_perplexities_are_noted_one_row_a_text(tmp_path):
-    (tmp_path / "README.md").write_text(card(tmp_path) + "\n## Of my own\n\nKept.\n")
-    before = (tmp_path / "README.md").read_text()
-    note_perplexity(tmp_path, "brown.txt", (1000, 64), (70.0, 40.0))
-    note_perplexity(tmp_path, "wiki.txt", (500, 64), (30.5, None))
-    note_perplexity(tmp_path, "brown.txt", (1000, 64), (69.5, 40.0))
-    after = (tmp_path / "README.md").read_text()
-    rows = [line for line in after.splitlines() if ".txt | " in line and "`" not in line]
-    assert rows == ["| wiki.txt | 500 | 64 | 30.50 |  |", "| brown.txt | 1000 | 64 | 69.50 | 40.00 |"]
-    assert after.count("## Perplexity") == 1
-    above, _, below = before.partition("\n## Serve")
-    assert after.startswith(above.rstrip()) and after.endswith(below)
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+def row(text: str, tokens: str, perplexity: str) -> dict[str, str]:
+    return {"text": text, "tokens": tokens, "perplexity": perplexity}
 
 
-def test_the_table_of_a_benchmark_is_noted_above_how_to_serve(tmp_path):
-    (tmp_path / "README.md").write_text(before := card(tmp_path))
-    note_speed(tmp_path)
+def test_what_is_measured_is_added_to_report_and_card(tmp_path):
+    """A row for each text, in whatever order it is measured; what somebody wrote around stays."""
+    before = card(tmp_path).replace("## Serve", "Of my own.\n\n## Serve")
+    (tmp_path / "README.md").write_text(before)
+    (tmp_path / "ria_report.json").write_text(json.dumps({"verdict": REPORT["verdict"], "linears": {"a": {}}}))
+    add_speed(tmp_path)  # nothing is there
     assert (tmp_path / "README.md").read_text() == before
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench.md").write_text("# One\n\n| users | side |\n|---|---|\n| 1 | a`<b |\n\nMedians.\n")
-    note_speed(tmp_path)
-    note_speed(tmp_path)
-    after = (tmp_path / "README.md").read_text()
-    assert after.count("## Speed") == 1 and "| users | side |\n| --- | --- |\n| 1 | a  b |" in after
-    assert after.index("25.50") < after.index("## Speed") < after.index("## Serve")
-    assert after.split("## Serve")[1] == before.split("## Serve")[1]
+    add_speed(tmp_path)
+    for each in (row("brown.txt", "1000", "70.00"), row("wiki.txt", "500", "30.50"), row("brown.txt", "1000", "69.50")):
+        add(tmp_path, PERPLEXITY, [each], key=("text", "tokens"))
+    add(tmp_path, TASKS, [{"task": "earlier"}])
+    add(tmp_path, TASKS, [{"task": "piqa", "recovery": "90%"}], "Of the harness.")
+    add_speed(tmp_path)
+    after, report = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "ria_report.json").read_text())
+    assert list(report) == ["verdict", "measured", "linears"] and report["verdict"] == REPORT["verdict"]
+    assert report["measured"]["Speed"] == {"rows": [{"users": "1", "side": "a`<b"}]}
+    assert report["measured"]["Benchmark tasks"]["rows"] == [{"task": "piqa", "recovery": "90%"}]
+    assert [one["text"] for one in report["measured"]["Perplexity"]["rows"]] == ["wiki.txt", "brown.txt"]
+    tables = ["| task | recovery |\n| --- | --- |\n| piqa | 90% |\n\nOf the harness."]
+    tables += [
+        "| text | tokens | perplexity |\n| --- | --- | --- |\n| wiki.txt | 500 | 30.50 |\n| brown.txt | 1000 | 69.50 |"
+    ]
+    parts = ["- perplexity 25.50", *tables, "| users | side |\n| --- | --- |\n| 1 | a  b |", "Of my own.", "## Serve"]
+    assert [after.count(part) for part in parts] == [1] * 6 and sorted(parts, key=after.index) == parts
+    assert "earlier" not in after and "70.00" not in after
+    assert after.split("Of my own")[1] == before.split("Of my own")[1]
+    assert after.split("- perplexity")[0] == before.split("- perplexity")[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "ria_report.json", "bench"}
+
+
+def test_a_card_without_facts_gets_them_above_how_to_serve(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n\n## Serve\n\nSo.\n")
+    add(tmp_path, TASKS, [{"task": "piqa"}])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Mine\n\n<!--") and text.endswith("\n\n## Serve\n\nSo.\n") and "| piqa |" in text
+
+
+@pytest.mark.parametrize(
+    "report",
+    [{"verdict": 5, "measured": []}, {"measured": {"Speed": {"rows": [{}, 5, [], {"a|": "<b>"}, {"c": "d"}]}}}],
+)
+def test_a_strangers_report_breaks_no_card(report, tmp_path):
+    text = card(tmp_path, REPORT | report)
+    assert "<b>" not in text and ("| a  |" in text) == ("verdict" not in report)

@@ -60,6 +60,11 @@ class Prompts:
         found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         return cls(asked, frozenset(found - {None}))
 
+    def within(self, length: int) -> "Prompts | None":
+        """Those that leave half of a document of `length` tokens to the answer; None if none does."""
+        short = [one for one in self.asked if len(one) <= length // 2]
+        return replace(self, asked=short) if short else None
+
 
 def _in_template(tokenizer: Any, lines: Sequence[str]) -> list[str] | None:
     if getattr(tokenizer, "chat_template", None) is None:
@@ -114,12 +119,18 @@ def from_model(
     batches = [min(batch_size, count - first) for first in range(0, count, batch_size)]
     steps = iter(monitor.steps(range(len(batches) * length), "sampling the model", len(batches) * length))
     openings = _first_tokens(model, bos, generator)
-    if prompts is not None and (short := [one for one in prompts.asked if len(one) <= length // 2]):
-        monitor.say(f"half of what the model writes answers prompts, of which there are {len(short)}")
-        openings = _mixed(_shuffled(replace(prompts, asked=short), generator), openings)
+    if prompts is not None and (short := prompts.within(length)):
+        monitor.say(f"half of what the model writes answers prompts, of which there are {len(short.asked)}")
+        openings = _mixed(_shuffled(short, generator), openings)
     generated = [_generate(model, batch, length, openings, generator, steps) for batch in batches]
     next(steps, None)
     return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
+
+
+def told(prompts: Prompts | None, seq_len: int) -> dict[str, Any]:
+    """What recipes say of text that `from_model` writes: the temperature, and how many prompts are among it."""
+    short = prompts and prompts.within(min(seq_len, DOCUMENT_TOKENS))
+    return {"written": {"temperature": 1.0, "prompts": len(short.asked) if short else 0}}
 
 
 def _first_tokens(model: Any, bos: int | None, generator: torch.Generator) -> Iterator[Opening]:

@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.grouped_help import GroupedCommand, expert, quality
 from ria_vllm.offline.runtime import options
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--teacher",
@@ -26,43 +27,39 @@ from ria_vllm.offline.runtime import options
     help="The text: a .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from "
     "the hub, or self: text that the teacher writes itself.",
 )
-@click.option(
+@quality(
     "--self-written",
     default=0.0,
     show_default=True,
     help="Fraction of the tokens that the teacher writes itself; the others are of --calibration.",
 )
-@click.option("--seq-len", default=512, show_default=True, help="Tokens in a sequence.")
-@click.option("--batch", default=2, show_default=True, help="Sequences in a step.")
-@click.option("--lr", default=3e-4, show_default=True, help="Learning rate; it falls to 0 along half a cosine.")
-@click.option(
+@expert("--seq-len", default=512, help="Tokens in a sequence.")
+@expert("--batch", default=2, help="Sequences in a step.")
+@expert("--lr", default=3e-4, help="Learning rate; it falls to 0 along half a cosine.")
+@quality(
     "--eval-text",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
     help="A text file to measure on while training. The step that is best on the first one is kept; without one, the "
     "last step. Repeatable.",
 )
-@click.option("--eval-tokens", default=8192, show_default=True, help="Tokens of each --eval-text.")
-@click.option("--evals", default=10, show_default=True, help="How many times to measure --eval-text.")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="For the order of the text."
-)
+@expert("--eval-tokens", default=8192, help="Tokens of each --eval-text.")
+@expert("--evals", default=10, help="How many times to measure --eval-text.")
+@expert("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="For the order of the text.")
 @options.device
-@click.option(
+@expert(
     "--compute-dtype",
     type=click.Choice(["auto", "bfloat16", "float32"]),
     default="auto",
-    show_default=True,
     help="The dtype that the models compute in. auto: the folder's own (for float16 "
     "bfloat16), unless the device computes slowly in it; then float32. Weights are updated in float32 in any case.",
 )
-@click.option(
+@expert(
     "--save-memory/--no-save-memory",
     default=True,
-    show_default=True,
     help="Compute each layer again in the backward pass instead of keeping what it computed.",
 )
-@click.option("--save-every", default=600.0, show_default=True, help="Seconds between two states for --resume.")
+@expert("--save-every", default=600.0, help="Seconds between two states for --resume.")
 @options.max_shard_size
 @options.overwrite
 @options.resume
@@ -79,6 +76,7 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
     from ria_vllm.offline.distill.run import distill as run
     from ria_vllm.offline.runtime.device import choose_device
     from ria_vllm.progress import Monitor
+    from ria_vllm.report import VERDICT
 
     how = {name: recipe.pop(name) for name in ("save_memory", "save_every", "overwrite", "resume")}
     settings = Settings(choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
@@ -89,3 +87,5 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
         raise RiaError(f"interrupted. What is finished is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]
     monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")
+    for line in report[VERDICT].values():
+        monitor.say(line)

@@ -6,7 +6,8 @@ from typing import Any
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.hub.model_card import option_table, pruned_card
 from ria_vllm.offline.publish import published
-from ria_vllm.report import without_errors
+from ria_vllm.offline.run.held_out import advice
+from ria_vllm.report import VERDICT, without_errors
 
 
 def with_training(reader: Reader, this: dict[str, Any], curve: list[dict[str, Any]]) -> dict[str, Any]:
@@ -16,10 +17,33 @@ def with_training(reader: Reader, this: dict[str, Any], curve: list[dict[str, An
         this: what the recipe says of it.
         curve: points, see `Course.point`.
     """
-    found: dict[str, Any] = {"linears": {}} | without_errors(reader.report())
+    found: dict[str, Any] = {VERDICT: {}, "linears": {}} | without_errors(reader.report())
+    found[VERDICT] = verdict(this, curve, found[VERDICT])
     recipe = reader.schema.recipe
     runs = recipe | {"distill": [*recipe.get("distill", []), this]}
     return found | {"recipe": runs, "distill": [*found.get("distill", []), {"curve": curve}]}
+
+
+def verdict(this: dict[str, Any], curve: list[dict[str, Any]], still: dict[str, str]) -> dict[str, str]:
+    """How near the weights that are kept have come to the dense model: on the first held-out text; without one, on the
+    last of the tokens that were trained on, before they were.
+
+    Args:
+        this, curve: as in `with_training`.
+        still: what was said of the folder before, and is still true.
+    """
+    if this.get("eval_text"):
+        name = this["eval_text"][0]
+        points = {point["step"]: point["held_out"][name] for point in curve}
+        before, found = points[0], points[this["kept_step"]]
+        quality = (
+            f"on {name}, which only chose the step that is kept: perplexity {found['perplexity']:.2f}, dense "
+            f"{found['perplexity_dense']:.2f}, before this training {before['perplexity']:.2f}; KL {found['kl']:.3f}, "
+            f"before {before['kl']:.3f}"
+        )
+        return {"quality": quality} | still | {"advice": advice(found, "`ria-vllm distill` on more --tokens")}
+    tokens = curve[-1]["tokens"] - curve[-2]["tokens"]
+    return {"quality": f"on the last {tokens} tokens, before they were trained on: KL {curve[-1]['kl']:.3f}"} | still
 
 
 def card_of(reader: Reader, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:
@@ -30,8 +54,9 @@ def card_of(reader: Reader, teacher: str, report: dict[str, Any], warn: Callable
         report: as `with_training` gives it.
     """
     recipe = {key: value for key, value in report["recipe"].items() if key != "distill"}
-    recipe = {"source": published(teacher), "pattern": str(reader.schema.pattern)} | recipe
-    zeros = reader.schema.sparsity_config.global_sparsity
+    schema = reader.schema
+    recipe = {"source": published(teacher), "pattern": str(schema.pattern), "scheme": schema.scheme} | recipe
+    zeros = schema.sparsity_config.global_sparsity
     card = pruned_card(reader.folder, report | {"recipe": recipe}, zeros, warn)
     return card + "\n" + recovery_section(report["recipe"]["distill"])
 

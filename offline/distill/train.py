@@ -105,25 +105,30 @@ class Training:
 
     @torch.no_grad()
     def _scores(self) -> Scores:
-        """Of the student as it is: its perplexity, and KL(teacher, student) in nats a token, by the texts' names.
+        """Of the student as it is: both perplexities, and KL(teacher, student) in nats a token, by the texts' names.
 
         Raises:
             RiaError: logits that are not finite.
         """
         found = {}
         for name, windows in self.held_out.items():
-            kl = loss = 0.0
+            kl = loss = dense = 0.0
             for window in self.monitor.steps(windows, "measuring", len(windows)):
                 tokens = window.to(self.student.model.device)
                 logits = self.student.logits(tokens[None])
-                kl += float(divergence(asked(self.teacher, tokens[None]), logits).mean()) / len(windows)
-                loss += float(functional.cross_entropy(logits[:-1].float(), tokens[1:])) / len(windows)
+                wanted = asked(self.teacher, tokens[None])
+                kl += float(divergence(wanted, logits).mean()) / len(windows)
+                loss, dense = (
+                    total + float(functional.cross_entropy(one[:-1].float(), tokens[1:])) / len(windows)
+                    for total, one in ((loss, logits), (dense, wanted))
+                )
             if not math.isfinite(loss) or not math.isfinite(kl):
                 raise RiaError(
                     f"{name}: the student's predictions are not finite. Give a smaller --lr, or check that the model "
                     "works if this was before the first step."
                 )
-            found[name] = {"perplexity": math.exp(min(loss, 700.0)), "kl": kl}
+            perplexities = {"perplexity": loss, "perplexity_dense": dense}
+            found[name] = {key: math.exp(min(value, 700.0)) for key, value in perplexities.items()} | {"kl": kl}
         return found
 
     def _measure(self, course: Course, rate: float = 0.0) -> None:

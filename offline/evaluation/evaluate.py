@@ -16,8 +16,9 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.hub.model_card import check_card, note_perplexity, note_speed
-from ria_vllm.offline.evaluation.recovery import TITLES, average, cells, compare, comparison, note_tasks
+from ria_vllm.grouped_help import GroupedCommand, grouped
+from ria_vllm.hub.facts import PERPLEXITY, TASKS, add, add_speed, check_card
+from ria_vllm.offline.evaluation.recovery import EXPLAINED, TITLES, average, cells, compare, comparison
 from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import CHOICES, choose_dtype
@@ -111,16 +112,25 @@ class Options:
         return [self.model] if self.baseline is None else [self.model, self.baseline]
 
 
-@click.command()
+PERPLEXITIES, SCORES = "Perplexity on a text", "Scores in tasks"  # groups of options
+
+
+@click.command(cls=GroupedCommand)
 @click.argument("model")
-@click.option("--eval-text", type=click.Path(path_type=Path), help="A text file: measure perplexity on it.")
-@click.option(
+@grouped(
+    "--eval-text", group=PERPLEXITIES, type=click.Path(path_type=Path), help="A text file: measure perplexity on it."
+)
+@grouped(
     "--seq-len",
+    group=PERPLEXITIES,
     type=click.IntRange(min=2),
     help="Tokens per window; by default 1024, or the model's context if that is shorter.",
 )
-@click.option(
-    "--eval-tokens", type=click.IntRange(min=2), help="Use at most this many tokens, from the start of the text."
+@grouped(
+    "--eval-tokens",
+    group=PERPLEXITIES,
+    type=click.IntRange(min=2),
+    help="Use at most this many tokens, from the start of the text.",
 )
 @click.option(
     "--baseline",
@@ -130,24 +140,27 @@ class Options:
 @click.option(
     "--update-card",
     is_flag=True,
-    help="Add what was measured to MODEL's README.md, and the table of `bench -o MODEL/bench`. MODEL must be a folder.",
+    help="Add what was measured to MODEL's README.md and ria_report.json, and the table of `bench -o MODEL/bench`. "
+    "MODEL must be a folder.",
 )
-@click.option("--tasks", help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
-@click.option(
+@grouped("--tasks", group=SCORES, help="Comma-separated tasks for lm-evaluation-harness (needs lm_eval).")
+@grouped(
     "--include-path",
+    group=SCORES,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder with more tasks for --tasks, as YAML files.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Use at most this many examples of each task.")
+@grouped("--limit", group=SCORES, type=click.IntRange(min=1), help="Use at most this many examples of each task.")
 @options.device
-@click.option(
+@grouped(
     "--compute-dtype",
+    group=options.RUN,
     type=click.Choice(CHOICES),
     default="auto",
     show_default=True,
     help="auto: the model's own, unless the device computes slowly in it; then float32.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@grouped("--json", "as_json", group=options.RUN, is_flag=True, help="Print one JSON object.")
 def evaluate(**options: Any) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
     asked = Options(**options)
@@ -160,7 +173,7 @@ def evaluate(**options: Any) -> None:
     else:
         evaluate_tasks(asked, str(asked.tasks).split(","))
     if asked.update_card:
-        note_speed(Path(asked.model))
+        add_speed(Path(asked.model))
 
 
 def evaluate_text(asked: Options, text: Path) -> None:
@@ -204,8 +217,10 @@ def evaluate_text(asked: Options, text: Path) -> None:
         if dense is not None:
             click.echo(f"{asked.baseline}: perplexity {dense.perplexity:.4f}")
     if asked.update_card:
-        values = own.perplexity, None if dense is None else dense.perplexity
-        note_perplexity(Path(asked.model), text.name, (own.tokens, own.seq_len), values)
+        row = {"text": text.name, "tokens": str(own.tokens), "window": str(own.seq_len)}
+        perplexities = {"perplexity": own, "base model": dense}
+        shown = {name: "" if one is None else f"{one.perplexity:.2f}" for name, one in perplexities.items()}
+        add(Path(asked.model), PERPLEXITY, [row | shown], key=tuple(row))
 
 
 def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
@@ -238,7 +253,8 @@ def evaluate_tasks(asked: Options, tasks: list[str]) -> None:
         _say_dequantized(configs)
         print_table(TITLES, shown)
     if asked.update_card:
-        note_tasks(Path(model), shown, program)
+        rows_by_title = [dict(zip(TITLES, row, strict=True)) for row in shown]
+        add(Path(model), TASKS, rows_by_title, f"Scores of {program}, {EXPLAINED}")
 
 
 def folders_of(models: Sequence[str], inputs: Inputs) -> dict[str, str]:

@@ -8,13 +8,15 @@ four choices shows 50% for a model that guesses if the dense model has 0.50.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ria_vllm.hub.model_card import card_table, note, plain
 from ria_vllm.offline.evaluation.tasks import TaskScores
 
 TITLES = ("task", "metric", "examples", "score", "base model", "recovery")
+EXPLAINED = (
+    "± their standard errors. Recovery is the score in percent of the base model's, without subtracting the level of "
+    "chance. A mean is over one metric of each task, acc_norm where there is one, and is then compared."
+)
 
 
 @dataclass(frozen=True)
@@ -112,25 +114,6 @@ def _shown(score: float | None, error: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}%"
-
-
-def note_tasks(folder: Path, rows: Sequence[tuple[str, ...]], harness: str) -> None:
-    """Put the scores of one run into the model card, in the place of those of an earlier run.
-
-    Args:
-        rows: cells under TITLES.
-        harness: its name and version.
-
-    Raises:
-        RiaError: as `ria_vllm.hub.model_card.note`.
-    """
-    table = card_table(TITLES, [tuple(map(plain, row)) for row in rows])
-    explained = (
-        f"Scores of {plain(harness)}, ± their standard errors. Recovery is the score in percent of the base model's, "
-        "without subtracting the level of chance. A mean is over one metric of each task, acc_norm where there is one, "
-        "and is then compared."
-    )
-    note(folder, "Benchmark tasks", lambda _: f"{table}\n\n{explained}")
 
 
 def comparison(rows: Sequence[Score], mean: Score | None, dense: Mapping[str, TaskScores], name: str) -> dict[str, Any]:

@@ -193,9 +193,10 @@ class _Run:
         elif self.ranks.first:
             with self.monitor.phase("calibration text"):
                 text = hub.opened(self.recipe.calibration)
-                tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text)
+                found: dict[str, Any] = {}
+                tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text, found)
             with self.monitor.phase("digests of files"):
-                found = self._digests(text)
+                found |= self._digests(text)
             self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
         return self.ranks.broadcast(tokens)
 

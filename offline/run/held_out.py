@@ -89,7 +89,6 @@ def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pr
 
 def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """What `compress` says of it at the end: what was measured, and what to think of that."""
-    ratio = found["perplexity"] / found["perplexity_dense"]
     text = (
         f"on {found['tokens']} tokens of the calibration text to which nothing was fitted"
         f"{'' if recipe.budget is None else ', but that chose what is pruned'}: perplexity "
@@ -98,12 +97,21 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     if unrounded := not_rounded(recipe):
         text += f", {unrounded}"
     longer = recipe.reconstruct != "block" and not recipe.only_keeps
-    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''} would bring it closer."
+    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''}"
+    return {"quality": text, "advice": advice(found, way)}
+
+
+def advice(found: dict[str, Any], way: str) -> str:
+    """What to think of these perplexities, `perplexity` and `perplexity_dense`.
+
+    Args:
+        way: what would make the first one better.
+    """
+    ratio = found["perplexity"] / found["perplexity_dense"]
     if ratio <= NEAR:
-        way = "That is near the dense model."
-    elif ratio > FAR:
-        way = f"Much is lost: {way} Dense W8A8 loses next to nothing."
-    return {"quality": text, "advice": way[0].upper() + way[1:]}
+        return "That is near the dense model."
+    closer = f"{way} would bring it closer."
+    return closer if ratio <= FAR else f"Much is lost: {closer} Dense W8A8 loses next to nothing."
 
 
 def not_rounded(recipe: Recipe) -> str:

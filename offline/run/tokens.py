@@ -1,5 +1,7 @@
 """The calibration tokens of a run."""
 
+from typing import Any
+
 import torch
 
 from ria_vllm.errors import RiaError
@@ -19,13 +21,14 @@ UNREAD = 8  # tokens of a sample on which nothing depends
 
 
 def calibration_tokens(
-    source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText
+    source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText, origin: dict[str, Any]
 ) -> torch.Tensor:
     """The tokens that the recipe asks for: int64 [drawn, seq_len], on the CPU, the held-out samples last. Those that
     the dense model writes beside a text are spread evenly among the others, in both parts.
 
     Args:
         text: the recipe's, opened.
+        origin: gets what the folder should say of text that the model wrote.
 
     Raises:
         RiaError: too little text, no tokenizer, or, if the dense model writes the text, too little memory for it.
@@ -34,7 +37,7 @@ def calibration_tokens(
         count = (recipe.samples, min(recipe.seq_len, UNREAD))
         return torch.randint(model.vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
     if recipe.calibration == "self":
-        return _sample_model(source, model, recipe, recipe.drawn, monitor)
+        return _sample_model(source, model, recipe, recipe.drawn, monitor, origin)
     written = recipe.samples_written
     try:
         tokenizer = text_tokenizer(source.folder)
@@ -45,12 +48,14 @@ def calibration_tokens(
     if written:
         fitted, held_out = recipe.written_apart
         texts = tokens.split([recipe.samples - fitted, recipe.held_out - held_out])
-        own = _sample_model(source, model, recipe, written, monitor).split([fitted, held_out])
+        own = _sample_model(source, model, recipe, written, monitor, origin).split([fitted, held_out])
         tokens = torch.cat([spread_among(*both) for both in zip(texts, own, strict=True)])
     return tokens.long()
 
 
-def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples: int, monitor: Monitor) -> torch.Tensor:
+def _sample_model(
+    source: Source, model: StreamedModel, recipe: Recipe, samples: int, monitor: Monitor, origin: dict[str, Any]
+) -> torch.Tensor:
     """So many samples that the dense model writes: int64 [samples, seq_len]."""
     option, way_out = "--calibration self", "Give a text file to --calibration"
     if recipe.samples_written:
@@ -75,6 +80,7 @@ def _sample_model(source: Source, model: StreamedModel, recipe: Recipe, samples:
     except RiaError:  # none is needed
         tokenizer = None
     prompts = written.Prompts.of(whole, tokenizer)
+    origin |= written.told(prompts, recipe.seq_len)
     return written.from_model(whole, bos, samples, recipe.seq_len, recipe.seed, monitor, prompts)
 
 

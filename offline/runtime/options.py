@@ -5,6 +5,9 @@ from pathlib import Path
 import click
 
 from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.grouped_help import expert, grouped
+
+RUN = "This run"
 
 out = click.option(
     "-o",
@@ -13,10 +16,12 @@ out = click.option(
     type=click.Path(path_type=Path),
     help="Folder to write; must not exist, unless --overwrite is given.",
 )
-device = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-max_shard_size = click.option("--max-shard-size", default="5GB", show_default=True)
-overwrite = click.option("--overwrite", is_flag=True, help="Replace OUT, if it exists, once the new one is complete.")
-resume = click.option("--resume", is_flag=True, help="Continue an interrupted run of the same command.")
+device = grouped("--device", group=RUN, type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+max_shard_size = expert("--max-shard-size", default="5GB", help="Of weight files.")
+overwrite = grouped(
+    "--overwrite", group=RUN, is_flag=True, help="Replace OUT, if it exists, once the new one is complete."
+)
+resume = grouped("--resume", group=RUN, is_flag=True, help="Continue an interrupted run of the same command.")
 scheme = click.option(
     "--scheme",
     type=click.Choice(list(SCHEMES), case_sensitive=False),

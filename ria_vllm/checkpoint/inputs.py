@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ria_vllm.checkpoint.companions import is_companion, nested_companions
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schema import PROOFS_FILE
+from ria_vllm.format.schema import PROOFS_FILE, REPORT_FILE
 
 Stamps = dict[str, list[str | int]]
 """The place of a file in its folder, "" for a file alone -> what tells its content from an earlier one: as in JSON."""
@@ -26,8 +26,8 @@ class ChangedInput(RiaError):
 class Inputs:
     """Files and models' folders, with their stamps from before the run has read anything of them.
 
-    Of a folder, these are the weights and the files that go with them, but for the model card, which `eval
-    --update-card` may change meanwhile, and which is read once.
+    Of a folder, these are the weights and the files that go with them, but for the model card and the report, which
+    `eval --update-card` may change meanwhile, and which are read once.
     """
 
     def __init__(self, *places: Path):
@@ -90,7 +90,7 @@ class Inputs:
 def _stamps(place: Path) -> Stamps:
     if not place.is_dir():
         return {"": _stamp(place)} if place.is_file() else {}  # a pipe is read once
-    files = [path for path in place.iterdir() if is_companion(path) or _is_weights(path)]
+    files = [p for p in place.iterdir() if (is_companion(p) and p.name != REPORT_FILE) or _is_weights(p)]
     try:
         files += nested_companions(place)
     except RiaError:  # whoever copies them says what is wrong

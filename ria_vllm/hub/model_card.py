@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.writer import disk_errors, write_whole
-from ria_vllm.errors import RiaError, printable
-from ria_vllm.files.text_file import read_text
+from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
+from ria_vllm.hub.facts import CARD_FILE, LENGTH, card_table, facts, one_line, plain
 from ria_vllm.installing import FOR_CPUS, FOR_GPUS
-from ria_vllm.report import VERDICT, report_linears, report_number
-
-CARD_FILE = "README.md"
+from ria_vllm.report import report_linears, report_number, without_errors
+from ria_vllm.speed import EIGHT_BRINGS
 
 Warn = Callable[[str], None]
 FrontMatter = dict[str, str | list[str]]
 
 _LISTS = ("license", "language", "tags", "base_model")  # or a single string
 _TEXTS = ("license_name", "license_link", "pipeline_tag", "library_name")
-_ENTRIES, _LENGTH = 100, 300  # the longest list, the longest string
+_ENTRIES = 100  # the longest list
 # Tags that name a file format of the base model's weights, or a program that runs it.
 _FORMAT_TAGS = set(
     "awq compressed-tensors coreml exl2 flax fp8 ggml gguf gptq jax keras llama-cpp mlx mxfp4 onnx openvino pytorch "
@@ -39,7 +37,6 @@ _METHODS = {
     "magnitude": "magnitude pruning",
 }
 ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
-_PERPLEXITY = ("text", "tokens", "window", "perplexity", "base model")
 
 
 def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) -> str:
@@ -55,9 +52,7 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
     if identity is not None:
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}
-    lines = [f"- {plain(line)}" for line in report.get(VERDICT, {}).values()]
-    verdict = ["\n".join(lines)] if lines else []
-    body = [_origin(recipe, identity), *verdict, *_use(recipe), *_what_was_pruned(report, zeros)]
+    body = [_origin(recipe, identity), facts(report), *_use(recipe), *_what_was_pruned(report, zeros)]
     return _card(base, recipe, "", body)
 
 
@@ -84,7 +79,7 @@ def exported_card(reader: Reader, warn: Warn, compressed: bool = False) -> str:
 
 
 def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) -> str:
-    """The card of a compressed folder whose kept weights were trained. Perplexities from before are left out.
+    """The card of a compressed folder whose kept weights were trained. What was measured before is left out.
 
     Args:
         reader: of the folder from before.
@@ -96,6 +91,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
     body = [
         _origin(report["recipe"], identity),
         "Its kept weights were trained after that, with the masks fixed" + (f": {plain(note)}" if note else "") + ".",
+        facts(without_errors(report)),
         *_use(report["recipe"]),
         *_what_was_pruned(report, reader.schema.sparsity_config.global_sparsity),
     ]
@@ -105,9 +101,10 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 def _use(recipe: dict[str, Any]) -> list[str]:
     """How to serve a folder that this recipe made."""
     where, pattern = f"which `{FOR_GPUS}` installs, or on a CPU:", recipe["pattern"]
+    may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not recipe.get("only_keeps")
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
-    elif recipe.get("activations") == "fp8":
+    elif recipe["scheme"] == "FP8":
         where = (
             f"which `{FOR_GPUS}` installs. GPUs of compute capability 9.0 multiply FP8 (preview: not measured); other "
             "GPUs and CPUs serve the weights in 16 bits, and round no inputs:"
@@ -119,6 +116,7 @@ def _use(recipe: dict[str, Any]) -> list[str]:
         "Then, in this folder:",
         "```sh\nvllm serve .\n```",
         "transformers loads it as well, after `import ria_vllm`.",
+        *([f"Without a GPU: {EIGHT_BRINGS}."] if may_be_eight else []),
     ]
 
 
@@ -146,7 +144,7 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
             raise ValueError("it does not end")
     except Exception as error:  # an untrusted file may make a parser raise anything, and the weights are finished
         reason = " ".join((str(error) or type(error).__name__).split())
-        warn(f"{path}: its front matter cannot be read ({reason[:_LENGTH]}); the new card has no license and no tags.")
+        warn(f"{path}: its front matter cannot be read ({reason[:LENGTH]}); the new card has no license and no tags.")
         return {}
     found: FrontMatter = {key: texts[0] for key in _TEXTS if (texts := _strings([content.get(key)]))}
     for key in _LISTS:
@@ -163,7 +161,7 @@ def read_front_matter(folder: Path, warn: Warn) -> FrontMatter:
 
 def _strings(values: list[Any]) -> list[str]:
     texts = [value.strip() for value in values[:_ENTRIES] if isinstance(value, str)]
-    return [text for text in texts if text and len(text) <= _LENGTH and text.isprintable()]
+    return [text for text in texts if text and len(text) <= LENGTH and text.isprintable()]
 
 
 def _card(
@@ -199,7 +197,7 @@ def _of_folder(reader: Reader, warn: Warn) -> tuple[FrontMatter, dict[str, Any],
         report = {}
     reported = report_linears(report)
     source = {"source": reader.config.get("model_type", "a model"), "pattern": str(reader.schema.pattern)}
-    recipe = source | reader.schema.recipe
+    recipe = source | {"scheme": reader.schema.scheme} | reader.schema.recipe
     known = base.get("base_model")
     identity = known if isinstance(known, str) and _name(known) == _name(recipe["source"]) else None
     return base, report | {"recipe": recipe, "linears": {n: reported.get(n, {}) for n in reader.sparse_names}}, identity
@@ -258,91 +256,11 @@ def _shown(value: Any) -> str:
     return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
 
 
-def card_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
-
-
 def _name(source: Any) -> str:
     """The last part of a hub id or a path. Where a folder lies on somebody's disk must not be published."""
     return plain(Path(str(source)).name)
 
 
-def plain(text: Any) -> str:
-    """Text on one line, without the characters that Markdown and HTML interpret."""
-    return re.sub(r"[`|<>\[\]\\]", " ", _line(text))
-
-
 def _code(text: Any) -> str:
     """Text as code, safe in a table's cell."""
-    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _line(text: Any) -> str:
-    """One line of at most _LENGTH characters.
-
-    Lone surrogates, which JSON allows, are replaced, and control characters are escaped.
-    """
-    return printable(" ".join(str(text).encode("utf-8", "replace").decode().split()))[:_LENGTH]
-
-
-def check_card(folder: Path) -> None:
-    """Refuse a folder without a card before anything is measured."""
-    if not (folder / CARD_FILE).is_file():
-        raise RiaError(f"{folder / CARD_FILE}: no model card to note it in. `ria-vllm compress` writes one.")
-
-
-def note(folder: Path, title: str, content: Callable[[str], str]) -> None:
-    """Replace the content of a section of the card, or add the section before the one on serving, or at the end. The
-    rest of the card stays.
-
-    Args:
-        content: takes what was there before, and returns what is to be there.
-
-    Raises:
-        RiaError: there is no card, or it cannot be read or replaced.
-    """
-    check_card(folder)
-    path = folder / CARD_FILE
-    card = read_text(path)
-    begin, end = f"<!-- ria-vllm: {title.lower()} -->", f"<!-- ria-vllm: end of {title.lower()} -->"
-    before, begun, rest = card.partition(begin)
-    old, ended, after = rest.partition(end)
-    if not begun or not ended:
-        above, serving, below = card.partition("\n## Serve\n")
-        before, old, after = f"{above.rstrip()}\n\n## {title}\n\n", "", f"\n{serving}{below}"
-    with disk_errors(path):
-        write_whole(path, f"{before}{begin}\n{content(old)}\n{end}{after}")
-
-
-def note_perplexity(folder: Path, text: str, counts: tuple[int, int], values: tuple[float, float | None]) -> None:
-    """Add a row to the card's table of perplexities, or replace the one on the same text.
-
-    Args:
-        text: the name of its file.
-        counts: how many tokens were predicted, in windows of how many.
-        values: the model's perplexity, and the base model's.
-
-    Raises:
-        RiaError: as `note`.
-    """
-    same = (plain(text), *map(str, counts))
-    row = (*same, *("" if value is None else f"{value:.2f}" for value in values))
-
-    def table(old: str) -> str:
-        rows = [tuple(cell.strip() for cell in line[1:-1].split("|")) for line in old.splitlines()[3:]]
-        return card_table(_PERPLEXITY, [*(each for each in rows if len(each) == 5 and each[:3] != same), row])
-
-    note(folder, "Perplexity", table)
-
-
-def note_speed(folder: Path) -> None:
-    """Put the table of a `bench.md` in the folder, or in a folder in it, into the card; of several, the last by name.
-
-    Raises:
-        RiaError: as `note`.
-    """
-    found = sorted([*folder.glob("bench.md"), *folder.glob("*/bench.md")])
-    if found:
-        rows = [line.strip("| ").split("|") for line in read_text(found[-1]).splitlines() if line.startswith("|")]
-        table = "\n".join(f"| {' | '.join(map(plain, row))} |" for row in rows)
-        note(folder, "Speed", lambda _: table)
+    return "`" + one_line(text).replace("`", "'").replace("|", "\\|") + "`"

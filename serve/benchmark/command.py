@@ -4,12 +4,15 @@ import importlib.util
 import re
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ria_vllm.errors import RiaError
+from ria_vllm.grouped_help import GroupedCommand, expert, grouped, quality
+from ria_vllm.hub.facts import CARD_FILE, add_speed
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.comparison import Comparison
@@ -27,6 +30,7 @@ SECRET = re.compile(r"--?[\w.-]*\b(key?|token|secret|password|headers?)", re.IGN
 HARMLESS = ("--allowed-headers", "--enable-request-id-headers")
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+load_option = partial(grouped, group="The load", show_default=True)
 
 
 def parse_concurrency(text: str) -> list[int]:
@@ -52,23 +56,26 @@ def check_environment() -> None:
             raise RiaError(f"bench needs {module}: {way}.")
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("outs", metavar="OUT...", nargs=-1, required=True)
 @click.option("--baseline", "baselines", required=True, multiple=True, help="The dense model; again for its rivals.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for results. [default: bench-DATE]")
-@click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
-@click.option("--input-len", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens per prompt.")
-@click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per answer.")
-@click.option("--data", type=FILE, help="ShareGPT-style JSON instead of random prompts.")
-@click.option("--requests", type=click.IntRange(min=1), default=4, show_default=True, help="Requests per user.")
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each side.")
-@click.option("--eval-text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
-@click.option("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
 @click.option(
-    "--eval-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for results; in one of OUT, its model card and report get the table. [default: bench-DATE]",
 )
-@click.option("--serve-args", default="", help="More arguments for each `vllm serve`, in one string.")
-@click.option("--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGS", help="More for one of them.")
+@click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
+@load_option("--input-len", type=click.IntRange(min=1), default=256, help="Tokens per prompt.")
+@load_option("--output-len", type=click.IntRange(min=2), default=128, help="Tokens per answer.")
+@load_option("--data", type=FILE, help="ShareGPT-style JSON instead of random prompts.")
+@load_option("--requests", type=click.IntRange(min=1), default=4, help="Requests per user.")
+@load_option("--repetitions", type=click.IntRange(min=1), default=3, help="Runs of each side.")
+@quality("--eval-text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
+@quality("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
+@quality("--eval-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start.")
+@expert("--serve-args", default="", help="More arguments for each `vllm serve`, in one string.")
+@expert("--serve-args-of", type=(str, str), multiple=True, metavar="NAME ARGS", help="More for one of them.")
 def bench(
     outs: tuple[str, ...],
     baselines: tuple[str, ...],
@@ -127,3 +134,6 @@ def bench(
         if measured.runs:
             plot(folder / "bench.png", measured)
             click.echo(f"\n{summary(measured)}\n\n{folder}: bench.json, bench.md, bench.png, logs/")
+    of = folder.resolve().parent
+    if (of / CARD_FILE).is_file() and of in [Path(side.model).resolve() for side in sides]:
+        add_speed(of)

@@ -108,7 +108,7 @@ def table(measured: Measured) -> str:
     """A row for each number of users and side, in Markdown, aligned, so that a terminal can show it, too."""
     titles = ["users", "side", "runs", f"/ {measured.sides[0].name}", *REPORTED.values(), "memory", "weights"]
     drawn = Table(*titles, *(["perplexity", "KL"] if measured.quality else []), box=box.MARKDOWN)
-    sizes = {side.name: size_text(side.bytes) for side in measured.sides}
+    sizes = {side.name: ", ".join(filter(None, (size_text(side.bytes), side.pruned))) for side in measured.sides}
     for point in measured.points():
         cells = ["-"] * (len(REPORTED) + 2)
         if point.figures is not None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ria_vllm.checkpoint.reader import is_compressed
 from ria_vllm.errors import RiaError
+from ria_vllm.files.json_file import read_json
+from ria_vllm.format.schema import RiaSchema
 from ria_vllm.serve.benchmark.engines import engine_of, is_url
 
 
@@ -18,12 +21,14 @@ class Side:
     Attributes:
         bytes: size of its weight files, None if unknown.
         arguments: for its `vllm serve` alone.
+        pruned: the pattern and the scheme of a folder of ours, such as 2:4 W8A8; empty for others.
     """
 
     name: str
     model: str
     bytes: int | None
     arguments: tuple[str, ...] = ()
+    pruned: str = ""
 
 
 def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -> list[Side]:
@@ -52,7 +57,7 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
         if is_url(model) and name in own:
             raise RiaError(f"--serve-args-of {name}: its server runs already, at {model}.")
-        sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()))
+        sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()), pruned(model))
     if own:
         raise RiaError(f"--serve-args-of {next(iter(own))}: no such side. There are {', '.join(sides)}.")
     return list(sides.values())
@@ -77,6 +82,19 @@ def _plain(url: str) -> tuple[str, str]:
             "is the key of the servers."
         )
     return address.rstrip("/").removesuffix("/v1") + mark + model, host
+
+
+def pruned(folder: str) -> str:
+    """The pattern and the scheme of a folder that ria-vllm wrote; empty for whatever else.
+
+    Raises:
+        RiaError: its config.json is damaged.
+    """
+    path = Path(folder)
+    if not is_compressed(path):
+        return ""
+    schema = RiaSchema.parse(read_json(path / "config.json")["quantization_config"], str(path / "config.json"))
+    return f"{schema.pattern} {schema.scheme}"
 
 
 def weight_bytes(folder: str) -> int | None:

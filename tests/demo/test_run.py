@@ -1,6 +1,7 @@
 """`make demo` with a tiny model instead of SmolLM2."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,13 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
     assert found["time per further token, 8 users"] == ["3.1 ms", "2.5 ms", "0.80"]
     assert found["weight files"][2] == "0.75" and found["memory of the server"][2] == "0.50"
     assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
+
+
+def test_what_more_effort_brings_is_what_was_measured(demo):
+    pages = "".join((PROGRAM.parents[1] / "docs" / name).read_text() for name in ("quality.md", "lab/quality.md"))
+    found = re.findall(r"\d+\.\d", demo.LESS_IS_LOST)
+    assert len(found) == 8 and all(figure in pages for figure in found)
+    assert max(map(len, demo.LESS_IS_LOST.splitlines())) <= 81
 
 
 def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypatch, capfd):

@@ -88,7 +88,11 @@ def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     )
     assert result.exit_code == 0, result.output
     schema = Reader(tmp_path / "out").schema
-    assert schema.scheme == "W8A8" and schema.recipe["reconstruct"] == "admm" and schema.recipe["samples"] == 32
+    assert (
+        schema.scheme == schema.recipe["scheme"] == "W8A8"
+        and schema.recipe["reconstruct"] == "admm"
+        and schema.recipe["samples"] == 32
+    )
 
 
 def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
@@ -109,9 +113,9 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
         for name, recipe in found.items()
     }
     assert changed["same"] == {} and changed["fewer"] == {"samples": 2}
-    rounded = {"weights": "int8", "activations": "int8", "group_size": None, "smooth": 0.5}  # as without a recipe
+    rounded = {"scheme": "W8A8", "group_size": None, "smooth": 0.5}  # as without a recipe
     assert changed["rounded"] == rounded
-    assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 4}
+    assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 8}
 
 
 def test_the_longest_training_names_the_command_that_should_follow(tiny, text, tmp_path):

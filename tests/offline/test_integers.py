@@ -137,7 +137,7 @@ def test_what_config_json_says(pruned, way):
     assert ("input_activations" in config) == ("activations" in options)
     if "activations" in options:
         assert config["input_activations"] == INT8_TOKENS.model_dump()
-        assert config["recipe"]["activations"] == "int8"
+        assert config["recipe"]["scheme"] == f"W{bits}A8"
     if size:
         assert config["recipe"]["group_size"] == size
 
@@ -209,8 +209,8 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
     [
         ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"with another group-size \(64\)"),
         ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"with another group-size \(64\)"),
-        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"with another activations \(int8\)"),
-        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, "with another activations"),
+        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"with another scheme \(W8A8\)"),
+        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, r"with another scheme \(W8A16\)"),
     ],
     ids=["size", "groups or rows", "inputs or none", "none or inputs"],
 )

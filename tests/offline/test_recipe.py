@@ -67,6 +67,14 @@ def test_scales_migrate_by_default_where_inputs_are_rounded():
 
 
 @pytest.mark.parametrize(
+    ("samples", "seq_len", "held_out"),
+    [(128, 2048, 16), (32, 512, 4), (9, 512, 2), (8, 512, 2), (1, 2048, 1), (4, 32, 4)],
+)
+def test_an_eighth_is_held_out_but_at_least_1024_tokens_or_as_many_as_are_fitted_to(samples, seq_len, held_out):
+    assert Recipe(samples=samples, seq_len=seq_len).held_out == held_out
+
+
+@pytest.mark.parametrize(
     ("reconstruct", "seq_len", "chunks", "passes"),
     [
         ("short", 2048, 1, 8), ("short", 2048, 8, 6), ("short", 2048, 24, 2), ("short", 512, 8, 6),

@@ -56,7 +56,10 @@ def test_a_model_with_a_chat_template_answers_prompts(make_model, tmp_path, monk
     model = make_model(tmp_path / "model", "llama")
     asked, from_model = [], written.from_model
     monkeypatch.setattr(written, "from_model", lambda *args: (asked.append(args[-1]), from_model(*args))[1])
-    run_small(model, tmp_path / "plain", "self")
+    plain, _ = run_small(model, tmp_path / "plain", "self")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    run_small(model, tmp_path / "out", "self")
+    report, _ = run_small(model, tmp_path / "out", "self", seq_len=64)
     assert asked[0] is None and len(asked[1].asked) == 500
+    assert plain["recipe"]["written"] == {"temperature": 1.0, "prompts": 0}
+    short = sum(len(one) <= 32 for one in asked[1].asked)  # half of a document
+    assert report["recipe"]["written"] == {"temperature": 1.0, "prompts": short} and 0 < short <= 500

@@ -1,11 +1,12 @@
 """`ria-vllm doctor` on this machine."""
 
+import os
 import re
 
 import torch
 from click.testing import CliRunner
 
-from ria_vllm.serve.doctor import doctor, missing_for_compile
+from ria_vllm.serve.doctor import doctor, missing_for_compile, physical_cores
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 
@@ -47,6 +48,21 @@ def test_forced_kernel():
         r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})
     )
     assert "none: RIA_VLLM_BACKEND=nonsense" in run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "nonsense"})
+
+
+def test_on_few_cores_it_names_the_one_that_vllm_keeps(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_NUM_OF_RESERVED_CPU", raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
+    for cores, said in ((1, False), (2, True), (4, True), (5, False)):
+        monkeypatch.setattr("ria_vllm.serve.doctor.physical_cores", lambda cores=cores: cores)
+        line = re.search(
+            r"^threads +vLLM would compute on (\d) of (\d) cores.*RESERVED_CPU=0", run_doctor("--device", "cpu"), re.M
+        )
+        assert (line and line.groups()) == ((str(cores - 1), str(cores)) if said else None)
+    monkeypatch.setattr("ria_vllm.serve.doctor.physical_cores", lambda: 2)
+    for chosen in ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}, {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}):
+        assert "\nthreads" not in run_doctor("--device", "cpu", env=chosen)
 
 
 def test_what_vllm_compiles_a_model_with(monkeypatch, tmp_path):

@@ -80,7 +80,12 @@ def test_the_recipe_and_the_card_say_what_happened(pruned_llama, tmp_path):
     folder = tmp_path / "like"
     shutil.copytree(pruned_llama.folder, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\nperplexity 12.34\n")
-    (folder / "ria_report.json").write_text(json.dumps({"linears": {UP: {"retained_after": 0.9, "error_after": 2}}}))
+    report = {
+        "verdict": {"quality": "Near.", "size": "9 MB of weights"},
+        "measured": {"Speed": {"rows": [{"users": "1"}]}},
+    }
+    report |= {"linears": {UP: {"retained_after": 0.9, "error_after": 2}}}
+    (folder / "ria_report.json").write_text(json.dumps(report))
     save(trained(folder), tmp_path / "once", like=folder, note="SFT | on 3 chats")
     save(load(tmp_path / "once"), tmp_path / "twice", like=tmp_path / "once")
     story = Reader(tmp_path / "twice").schema.recipe["training"]
@@ -91,6 +96,8 @@ def test_the_recipe_and_the_card_say_what_happened(pruned_llama, tmp_path):
     assert "| retained score, mean | 0.9000 |" in card and f"worst | 0.9000, `{UP}` |" in card
     assert "license: mit" in card and "12.34" not in card and "trained after that, with the masks fixed: SFT" in card
     report = json.loads((tmp_path / "once" / "ria_report.json").read_text())
+    assert "\n- 9 MB of weights\n" in card and "Near." not in card and "users" not in card
+    assert report["verdict"] == {"size": "9 MB of weights"} and "measured" not in report
     assert report["linears"] == {UP: {"retained_after": 0.9}} and report["recipe"]["training"][0]["changed"] == 14
     names = {path.name for path in folder.iterdir() if "safetensors" not in path.name}
     assert names == {path.name for path in (tmp_path / "once").iterdir() if "safetensors" not in path.name}

@@ -134,8 +134,17 @@ def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     dense, folder = pruned()
     report = run(dense, folder, tmp_path / "out", text, eval_text=(str(text),), eval_tokens=512)
     point = next(p for p in report["distill"][0]["curve"] if p["step"] == report["recipe"]["distill"][0]["kept_step"])
-    found = perplexity(load_model(str(tmp_path / "out"), CPU), read_tokens(str(folder), text, 512), 128)
-    assert point["held_out"][text.name]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    tokens = read_tokens(str(folder), text, 512)
+    own, teachers = (perplexity(load_model(str(one), CPU), tokens, 128).perplexity for one in (tmp_path / "out", dense))
+    assert point["held_out"][text.name]["perplexity"] == pytest.approx(own, rel=1e-5)
+    assert point["held_out"][text.name]["perplexity_dense"] == pytest.approx(teachers, rel=1e-5)
+    # Card and report begin with that; size and speed are those of before.
+    before, said = json.loads((folder / "ria_report.json").read_text())["verdict"], report["verdict"]
+    assert next(iter(report)) == "verdict" and list(said) == list(before)
+    assert f"perplexity {own:.2f}, dense {teachers:.2f}, before" in said["quality"]
+    assert said["size"] == before["size"] and said["quality"] != before["quality"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"- {said[key]}" in card for key in ("quality", "size")) and before["quality"] not in card
 
 
 def test_the_curve_holds_the_mean_divergence_of_what_is_trained_on(pruned, text, tmp_path):
@@ -148,12 +157,15 @@ def test_the_curve_holds_the_mean_divergence_of_what_is_trained_on(pruned, text,
         p, q = (load_model(str(path), CPU)(input_ids=windows).logits.log_softmax(-1) for path in (dense, folder))
     wanted = float((p.exp() * (p - q)).sum(-1).mean())
     assert report["distill"][0]["curve"][-1]["kl"] == pytest.approx(wanted, rel=1e-4)
+    assert report["verdict"]["quality"] == f"on the last 1024 tokens, before they were trained on: KL {wanted:.3f}"
 
 
 def test_it_keeps_the_best_step(pruned, text, tmp_path, monkeypatch):
     dense, folder = pruned()
     scores = iter([3.0, 3.5, 2.0, 2.5, 1.5, 1.6, 1.7, 1.8, 1.9])
-    monkeypatch.setattr(Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "kl": next(scores)}})
+    monkeypatch.setattr(
+        Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "perplexity_dense": 4.0, "kl": next(scores)}}
+    )
     more = {"eval_text": (str(text),), "eval_tokens": 128, "evals": 8, "lr": 1e-3}
     report = run(dense, folder, tmp_path / "out", text, **more)
     story = report["recipe"]["distill"][0]
@@ -168,7 +180,9 @@ def test_training_that_never_gets_better_than_the_start_is_said_and_not_kept(pru
     """The loss rises in the first step, and falls after that."""
     dense, folder = pruned()
     scores = iter([1.0, 3.0, 2.5, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0])
-    monkeypatch.setattr(Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "kl": next(scores)}})
+    monkeypatch.setattr(
+        Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "perplexity_dense": 4.0, "kl": next(scores)}}
+    )
     monitor, more = WarningRecorder(), {"eval_text": (str(text),), "eval_tokens": 128}
     report = run(dense, folder, tmp_path / "out", text, monitor=monitor, **more, evals=8)
     story = report["recipe"]["distill"][0]

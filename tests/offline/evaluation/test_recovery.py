@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from ria_vllm.hub.model_card import note_perplexity
-from ria_vllm.offline.evaluation.recovery import average, cells, compare, note_tasks, recovery
+from ria_vllm.offline.evaluation.recovery import average, cells, compare, recovery
 from ria_vllm.offline.evaluation.tasks import TaskScores
 
 PRUNED = {
@@ -56,23 +55,12 @@ def test_a_group_counts_once():
     assert average(side, side).task == "mean of 2 tasks" and average(side, side).score == pytest.approx(0.6)
 
 
-def test_the_card_has_the_scores_of_the_last_run(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n")
-    note_perplexity(tmp_path, "brown.txt", (1000, 64), (70.0, 40.0))
-    note_tasks(tmp_path, cells(compare({"earlier": PRUNED["endings"]}, None)), "harness 0.1")
-    odd = "a|b\n<script>"
-    rows = compare({odd: PRUNED["words"]} | PRUNED, {odd: DENSE["words"]} | DENSE)
-    note_tasks(tmp_path, cells([*rows, average(PRUNED, DENSE)]), "harness 0.2")
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Mine\n") and text.count("## Benchmark tasks") == 1 and "earlier" not in text
-    assert "harness 0.2" in text and "| brown.txt | 1000 | 64 | 70.00 | 40.00 |" in text and "<script" not in text
-    assert [line for line in text.splitlines() if line.startswith("| ")][-8:] == [
-        "| a b  script  | perplexity | 50, 0-shot | 30.0000 ± 2.0000 | 10.0000 ± 1.0000 |  |",
-        "| a b  script  | acc | 50, 0-shot | 0.3000 ± 0.0200 | 0.4000 ± 0.0300 | 75.0% |",
-        "| words | perplexity | 50, 0-shot | 30.0000 ± 2.0000 | 10.0000 ± 1.0000 |  |",
-        "| words | acc | 50, 0-shot | 0.3000 ± 0.0200 | 0.4000 ± 0.0300 | 75.0% |",
-        "| endings | acc | 80, 0-shot | 0.4000 | 0.4000 | 100.0% |",
-        "| endings | acc_norm | 80, 0-shot | 0.4500 | 0.5000 | 90.0% |",
-        "| sums | exact_match,strict | 20, 5-shot | 0.1000 ± 0.0100 | 0.2000 ± 0.0100 | 50.0% |",
-        "| mean of 3 tasks | acc, acc_norm, exact_match,strict |  | 0.2833 | 0.3667 | 77.3% |",
+def test_the_rows_of_a_table():
+    assert cells([*compare(PRUNED, DENSE), average(PRUNED, DENSE)]) == [
+        ("words", "perplexity", "50, 0-shot", "30.0000 ± 2.0000", "10.0000 ± 1.0000", ""),
+        ("words", "acc", "50, 0-shot", "0.3000 ± 0.0200", "0.4000 ± 0.0300", "75.0%"),
+        ("endings", "acc", "80, 0-shot", "0.4000", "0.4000", "100.0%"),
+        ("endings", "acc_norm", "80, 0-shot", "0.4500", "0.5000", "90.0%"),
+        ("sums", "exact_match,strict", "20, 5-shot", "0.1000 ± 0.0100", "0.2000 ± 0.0100", "50.0%"),
+        ("mean of 3 tasks", "acc, acc_norm, exact_match,strict", "", "0.2833", "0.3667", "77.3%"),
     ]

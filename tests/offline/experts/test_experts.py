@@ -187,7 +187,7 @@ def test_two_processes_write_what_one_writes(moe, text, tmp_path):
 def test_llama_4s_experts_have_the_statistics_of_weighted_tokens(text, tmp_path, monkeypatch):
     """In the first layer, where nothing is pruned before them; the oracle is transformers' own block in float64."""
     source = save_moe(tmp_path / "in", "llama4_text", num_hidden_layers=1, intermediate_size=64)
-    tokens = torch.randint(2, 258, (33, 64), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(2, 258, (36, 64), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(compress, "calibration_tokens", lambda *_: tokens)
     norms, reads = {}, prune._reads
 
@@ -203,7 +203,7 @@ def test_llama_4s_experts_have_the_statistics_of_weighted_tokens(text, tmp_path,
     block = model.model.layers[0].feed_forward
     block.experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        model(tokens[:32])  # nothing is fitted to the last one
+        model(tokens[:32])  # nothing is fitted to the last four
     for expert, read in enumerate(seen[0].chunk(4)):  # zeros where a token does not go to an expert
         record = report["linears"][f"model.layers.0.feed_forward.experts.{expert}.up_proj"]
         assert record["tokens"] == int((read != 0).any(1).sum()) > 64 and "borrowed" not in record

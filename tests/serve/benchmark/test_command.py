@@ -91,10 +91,17 @@ def test_a_bench_of_stand_ins(tmp_path, monkeypatch):
     for module in (engines, load):
         monkeypatch.setattr(module, "VLLM", STAND_IN)
     monkeypatch.setenv("VLLM_API_KEY", "KEY-of-the-servers")
-    out, harmless = tmp_path / "b", "--tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F"
+    sparse = tmp_path / "sparse"
+    sparse.mkdir()
+    (sparse / "README.md").write_text("# Mine\n")
+    out, harmless = sparse / "bench", "--tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F"
     arguments = ["--concurrency", "1,2", "--repetitions", "2", "--requests", "1", "--serve-args", harmless]
-    found = run("x/sparse", "--baseline", "x/dense", "-o", out, *arguments)
+    found = run(sparse, "--baseline", "x/dense", "-o", out, *arguments)
     assert found.exit_code == 0, found.output
+    speed = json.loads((sparse / "ria_report.json").read_text())["measured"]["Speed"]["rows"]
+    assert [(row["users"], row["side"]) for row in speed] == [(n, side) for n in "12" for side in ("dense", "sparse")]
+    card = (sparse / "README.md").read_text()
+    assert card.startswith("# Mine\n") and all(f"| {row['users']} | {row['side']} |" in card for row in speed)
     content = json.loads((out / "bench.json").read_text())
     order = [(one["side"], one["users"]) for one in content["runs"]]
     assert order == [(side, users) for side in ("dense", "sparse", "sparse", "dense") for users in (1, 2)]

@@ -9,7 +9,11 @@ from ria_vllm.serve.benchmark.quality import Quality
 from ria_vllm.serve.benchmark.results import Measured, Run, summary, table, write
 from ria_vllm.serve.benchmark.sides import Side
 
-SIDES = [Side("dense", "a/dense", 2_000_000_000), Side("w8a8", "a/w8a8", None), Side("sparse", "a/b", 1_200_000_000)]
+SIDES = [
+    Side("dense", "a/dense", 2_000_000_000),
+    Side("w8a8", "a/w8a8", None),
+    Side("sparse", "a/b", 1_200_000_000, pruned="8:16 W8A8"),
+]
 
 
 def run(side: str, repetition: int, users: int, rate: float, memory: float = 4e9) -> Run:
@@ -52,6 +56,7 @@ def test_the_table():
     assert [row[-2:] for row in rows[:3]] == [["40", "0"], ["-", "-"], ["60", "0.5"]]
     assert all(len(row) == len(titles) for row in rows) and len(rows) == 6
     assert rows[0][-4:-2] == ["5 GB", "2 GB"] and rows[1][-4:-2] == ["-", "-"]
+    assert rows[2][-3] == "1.2 GB, 8:16 W8A8"
 
 
 def test_files(tmp_path):

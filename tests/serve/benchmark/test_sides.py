@@ -14,6 +14,11 @@ def test_sides_are_called_like_their_folders_or_have_a_name():
     assert names("org/dense", "x/w8a8/", "2of4=out") == [("dense", "org/dense"), ("w8a8", "x/w8a8/"), ("2of4", "out")]
 
 
+def test_a_pruned_folder_says_its_pattern_and_scheme(pruned_llama):
+    found = sides_of([str(pruned_llama.source), str(pruned_llama.folder), "org/model"])
+    assert [side.pruned for side in found] == ["", "2:4 BF16", ""]
+
+
 def test_a_path_may_contain_an_equals_sign(tmp_path):
     folder = tmp_path / "a=b"
     folder.mkdir()
