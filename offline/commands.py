@@ -39,8 +39,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     type=click.Choice(list(EFFORTS)),
     default="default",
     show_default=True,
-    help="fast: 5 minutes of a core for SmolLM2's 135M weights, for a billion, computed, an hour and a half; default: "
-    "and then a short training of each layer; best: a longer training on 16 times the text, and the `distill` command "
+    help="fast: about 5 minutes of a core for 135M weights, by estimate 1.5 hours for a billion; default: also a short "
+    "training of each layer; best: a longer training on 16 times the text, and the `distill` command "
     "that should follow it. `plan` estimates times here.",
 )
 @click.option(

@@ -107,6 +107,8 @@ def reserved_line(cores: int) -> str:
         return ""
     if os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "auto":
         return ""
+    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) > 1:  # vLLM counts those of one node
+        return ""
     return (
         f"vLLM would compute on {cores - 1} of {cores} cores and keep one for itself; VLLM_CPU_NUM_OF_RESERVED_CPU=0 "
         "lets it compute on all, VLLM_CPU_OMP_THREADS_BIND on those that you name"

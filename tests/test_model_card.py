@@ -93,7 +93,7 @@ def test_what_it_says(tmp_path):
 )
 def test_without_a_gpu_it_says_what_8_of_16_would_bring(changes, said, tmp_path):
     text = card(tmp_path, REPORT | {"recipe": RECIPE | changes})
-    assert ("Without a GPU: --pattern 8:16, which no GPU multiplies" in text) == said
+    assert ("Without a GPU: `ria-vllm compress --pattern 8:16`" in text) == said
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
@@ -192,16 +192,14 @@ def test_what_is_measured_is_added_to_report_and_card(tmp_path):
     before = card(tmp_path).replace("## Serve", "Of my own.\n\n## Serve")
     (tmp_path / "README.md").write_text(before)
     (tmp_path / "ria_report.json").write_text(json.dumps({"verdict": REPORT["verdict"], "linears": {"a": {}}}))
-    add_speed(tmp_path)  # nothing is there
-    assert (tmp_path / "README.md").read_text() == before
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "bench.md").write_text("# One\n\n| users | side |\n|---|---|\n| 1 | a`<b |\n\nMedians.\n")
-    add_speed(tmp_path)
+    add_speed(tmp_path, tmp_path / "bench" / "bench.md")
     for each in (row("brown.txt", "1000", "70.00"), row("wiki.txt", "500", "30.50"), row("brown.txt", "1000", "69.50")):
         add(tmp_path, PERPLEXITY, [each], key=("text", "tokens"))
     add(tmp_path, TASKS, [{"task": "earlier"}])
     add(tmp_path, TASKS, [{"task": "piqa", "recovery": "90%"}], "Of the harness.")
-    add_speed(tmp_path)
+    add_speed(tmp_path, tmp_path / "bench" / "bench.md")
     after, report = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "ria_report.json").read_text())
     assert list(report) == ["verdict", "measured", "linears"] and report["verdict"] == REPORT["verdict"]
     assert report["measured"]["Speed"] == {"rows": [{"users": "1", "side": "a`<b"}]}

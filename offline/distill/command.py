@@ -72,6 +72,7 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
         raise RiaError("distill runs in one process: start it without torchrun.")
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.recipe import Distillation
+    from ria_vllm.hub.facts import one_line
     from ria_vllm.offline.distill.run import Settings
     from ria_vllm.offline.distill.run import distill as run
     from ria_vllm.offline.runtime.device import choose_device
@@ -87,5 +88,5 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
         raise RiaError(f"interrupted. What is finished is kept in {out}.partial; add --resume to continue.") from None
     done = report["recipe"]["distill"][-1]
     monitor.say(f"{out}: trained for {done['steps']} steps; step {done.get('kept_step', done['steps'])} is kept")
-    for line in report[VERDICT].values():
-        monitor.say(line)
+    for line in report[VERDICT].values():  # some of it is the folder's own
+        monitor.say(one_line(line))

@@ -36,12 +36,14 @@ def verdict(this: dict[str, Any], curve: list[dict[str, Any]], still: dict[str, 
         name = this["eval_text"][0]
         points = {point["step"]: point["held_out"][name] for point in curve}
         before, found = points[0], points[this["kept_step"]]
+        trained_on = this["eval_text_sha256"][0] == this.get("text_sha256")
+        read = "which was trained on, too" if trained_on else "which only chose the step that is kept"
+        lower = " with a lower --lr, or" if this["kept_step"] == 0 else ""
         quality = (
-            f"on {name}, which only chose the step that is kept: perplexity {found['perplexity']:.2f}, dense "
-            f"{found['perplexity_dense']:.2f}, before this training {before['perplexity']:.2f}; KL {found['kl']:.3f}, "
-            f"before {before['kl']:.3f}"
+            f"on {name}, {read}: perplexity {found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}, before "
+            f"this training {before['perplexity']:.2f}; KL {found['kl']:.3f}, before {before['kl']:.3f}"
         )
-        return {"quality": quality} | still | {"advice": advice(found, "`ria-vllm distill` on more --tokens")}
+        return {"quality": quality} | still | {"advice": advice(found, f"`ria-vllm distill`{lower} on more --tokens")}
     tokens = curve[-1]["tokens"] - curve[-2]["tokens"]
     return {"quality": f"on the last {tokens} tokens, before they were trained on: KL {curve[-1]['kl']:.3f}"} | still
 

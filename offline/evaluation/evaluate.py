@@ -173,7 +173,10 @@ def evaluate(**options: Any) -> None:
     else:
         evaluate_tasks(asked, str(asked.tasks).split(","))
     if asked.update_card:
-        add_speed(Path(asked.model))
+        folder = Path(asked.model)
+        found = [*folder.glob("bench.md"), *folder.glob("*/bench.md")]
+        if found:
+            add_speed(folder, max(found, key=lambda path: path.stat().st_mtime))
 
 
 def evaluate_text(asked: Options, text: Path) -> None:

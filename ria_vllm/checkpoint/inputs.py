@@ -27,7 +27,7 @@ class Inputs:
     """Files and models' folders, with their stamps from before the run has read anything of them.
 
     Of a folder, these are the weights and the files that go with them, but for the model card and the report, which
-    `eval --update-card` may change meanwhile, and which are read once.
+    `eval --update-card` may change meanwhile.
     """
 
     def __init__(self, *places: Path):

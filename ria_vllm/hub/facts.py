@@ -79,17 +79,15 @@ def add(folder: Path, title: str, rows: Sequence[Row], note: str = "", key: Sequ
         write_whole(path, f"{above}{facts(report)}{below}")
 
 
-def add_speed(folder: Path) -> None:
-    """Add the table of a `bench.md` in the folder, or in a folder in it; of several, the last by name.
+def add_speed(folder: Path, results: Path) -> None:
+    """Add the table of a `bench.md` to a folder's facts.
 
     Raises:
         RiaError: as `add`.
     """
-    found = sorted([*folder.glob("bench.md"), *folder.glob("*/bench.md")])
-    if found:
-        lines = [line.strip("| ").split("|") for line in read_text(found[-1]).splitlines() if line.startswith("|")]
-        titles, _, *rows = [[cell.strip() for cell in line] for line in lines]
-        add(folder, SPEED, [dict(zip(titles, row, strict=False)) for row in rows])
+    lines = [line.strip("| ").split("|") for line in read_text(results).splitlines() if line.startswith("|")]
+    titles, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    add(folder, SPEED, [dict(zip(titles, row, strict=False)) for row in rows])
 
 
 def card_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -101,7 +101,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 def _use(recipe: dict[str, Any]) -> list[str]:
     """How to serve a folder that this recipe made."""
     where, pattern = f"which `{FOR_GPUS}` installs, or on a CPU:", recipe["pattern"]
-    may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not recipe.get("only_keeps")
+    may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not (recipe.get("only_keeps") or recipe.get("prune_rest"))
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
     elif recipe["scheme"] == "FP8":

@@ -63,7 +63,7 @@ def check_environment() -> None:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for results; in one of OUT, its model card and report get the table. [default: bench-DATE]",
+    help="Folder for results; inside an OUT, the table also goes into its card and report. [default: bench-DATE]",
 )
 @click.option("--concurrency", default="1,4,16", show_default=True, help="Numbers of users at once.")
 @load_option("--input-len", type=click.IntRange(min=1), default=256, help="Tokens per prompt.")
@@ -135,5 +135,6 @@ def bench(
             plot(folder / "bench.png", measured)
             click.echo(f"\n{summary(measured)}\n\n{folder}: bench.json, bench.md, bench.png, logs/")
     of = folder.resolve().parent
-    if (of / CARD_FILE).is_file() and of in [Path(side.model).resolve() for side in sides]:
-        add_speed(of)
+    ours = of in [Path(side.model).resolve() for side in sides[len(baselines) :]]
+    if ours and (of / CARD_FILE).is_file() and not any(is_url(side.model) for side in sides):  # cards are published
+        add_speed(of, folder / "bench.md")
