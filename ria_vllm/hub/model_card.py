@@ -104,7 +104,7 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 
 def _use(recipe: dict[str, Any]) -> list[str]:
     """How to serve a folder that this recipe made."""
-    where, pattern = f"which `{FOR_GPUS}` installs, or on a CPU:", recipe["pattern"]
+    where, pattern = f"which `{FOR_GPUS}` installs (preview: not measured), or on a CPU:", recipe["pattern"]
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
     elif recipe.get("activations") == "fp8":
