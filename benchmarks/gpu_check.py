@@ -26,7 +26,7 @@ from benchmarks import gpu_products, gpu_tiles, gpu_timing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm.format import fp8
-from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import architectures
@@ -38,6 +38,7 @@ from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 # The kernels for GPUs, ours and torch's; a new one belongs here.
 FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)
 KERNELS = (*FAST, ReferenceKernel)
+NARROW = {fp8.DTYPE: "fp8", torch.int8: "int8"}
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
 TILE_SHAPES = ((136, 192), (1000, 1024))
@@ -91,10 +92,12 @@ def parts_of(options: Options) -> list[Part]:
         for kernel in KERNELS:
             rows = partial(_on_checkpoint, kernel, options.checkpoint)
             checks.append(Part(f"real weights {kernel.name}", "checks", rows))
-    fp8_checks = [part for dtype in dtypes for part in _checks(options, shapes, dtype, fp8.DTYPE)]
+    fp8_checks, int8_checks = (
+        [part for dtype in dtypes for part in _checks(options, shapes, dtype, weights)] for weights in NARROW
+    )
     if options.quick:
-        return checks + fp8_checks
-    return checks + _timings() + fp8_checks + _our_timings() + _limits()
+        return checks + fp8_checks + int8_checks
+    return checks + _timings() + fp8_checks + _our_timings() + int8_checks + _limits()
 
 
 def _checks(
@@ -102,13 +105,13 @@ def _checks(
 ) -> list[Part]:
     fast, tokens = ((CutlassKernel,) if options.only_ours else FAST), options.tokens
     kernels = fast if options.only_ours else KERNELS
-    kind = f"{dtype} with fp8 weights" if weights else str(dtype)
+    kind = f"{dtype} with {NARROW[weights]} weights" if weights else str(dtype)
 
     def part(name: str, check: Callable[[gpu_products.Layer], Iterator[Row]], sizes: Sequence[tuple[int, int]]) -> Part:
         return Part(f"{name} {kind}", "checks", partial(_on_layers, check, sizes, dtype, weights))
 
     parts = [part(kernel.name, partial(gpu_products.check_kernel, kernel, tokens=tokens), shapes) for kernel in kernels]
-    if reason_against_ours(dtype, FP8 if weights else FLOAT, *TILE_SHAPES[0]) is None:
+    if reason_against_ours(dtype, gpu_timing.FORMATS.get(weights, FLOAT), *TILE_SHAPES[0]) is None:
         parts.append(part("packing", gpu_products.check_packing, TILE_SHAPES))
         for name in library_of(DEVICE.index).tile_names:
             parts.append(part(f"tile {name}", partial(gpu_products.check_tile, name, tokens=tokens), TILE_SHAPES))
@@ -134,12 +137,13 @@ def _timings() -> list[Part]:
 
 
 def _our_timings() -> list[Part]:
-    formats = {torch.bfloat16: FLOAT, fp8.DTYPE: FP8}
+    formats = gpu_timing.FORMATS
     served = [d for d, one in formats.items() if reason_against_ours(torch.bfloat16, one, 4096, 4096) is None]
     parts = []
-    if fp8.DTYPE in served:
-        for shape in gpu_timing.SHAPES:
-            parts.append(Part(f"times fp8 {shape}", "times", partial(gpu_timing.time_fp8, shape)))
+    for dtype, shape in product(NARROW, gpu_timing.SHAPES):
+        if dtype in served:
+            rows = partial(gpu_timing.time_narrow, shape, dtype)
+            parts.append(Part(f"times {NARROW[dtype]} {shape}", "times", rows))
     if torch.bfloat16 in served:
         parts.append(Part("packing times", "packing", gpu_timing.time_packing))
         parts.append(Part("gather times", "gather", gpu_timing.time_gather, silence=90))
@@ -243,7 +247,8 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
 
 def reason_against_ours(dtype: torch.dtype, weight_format: WeightFormat, *sizes: int) -> str | None:
     """Why our own kernel cannot serve a layer on this GPU, or None."""
-    config = LinearLayerConfig(DEVICE, dtype, weight_format, *sizes)
+    rounded = gpu_timing.config_of(*sizes, weight_format).input_dtype
+    config = LinearLayerConfig(DEVICE, dtype, weight_format, *sizes, rounded)
     return CutlassKernel.is_supported(DEVICE) or CutlassKernel.can_implement(config)
 
 

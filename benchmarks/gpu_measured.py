@@ -5,13 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from benchmarks import gpu_tiles
 from benchmarks.gpu_record import Record
 from benchmarks.gpu_timing import Row
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 
 Table = Mapping[tuple[int, ...], tuple[tuple[int, str, int], ...]]
@@ -50,14 +47,10 @@ def _unfinished(
     """The tiles that were not timed to the end, out of those for the shape's values. A tile whose part has passed was,
     even if it cannot run at every number of tokens."""
     *_, value_bits, out_features, in_features = shape
-    dtype = fp8.DTYPE if value_bits == 8 else torch.bfloat16
     reached = {row["tile"] for row in rows if row["tokens"] == max(gpu_tiles.TUNED_TOKENS)}
-    names = (name for name in tiles if name.startswith("fp8_") == (value_bits == 8))
-    return sorted(
-        name
-        for name in names
-        if name not in reached and gpu_tiles.part_name((out_features, in_features), dtype, name) not in passed
-    )
+    names = (name for name in tiles if 8 * gpu_tiles.dtype_of(name).itemsize == value_bits)
+    parts = {name: gpu_tiles.part_name((out_features, in_features), gpu_tiles.dtype_of(name), name) for name in names}
+    return sorted(name for name, part in parts.items() if name not in reached and part not in passed)
 
 
 def table_of(tiles: Sequence[Row]) -> Table:

@@ -10,7 +10,8 @@ import torch
 from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
 from ria_vllm.format import fp8, sparse24
-from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.formats import FLOAT, FP8, INT8
+from ria_vllm.format.token_rounding import quantize_tokens
 from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
@@ -39,10 +40,11 @@ class Layer:
         self.parts = {part: tensor.to(DEVICE) for part, tensor in parts.items()}
         self.weights, self.fp8 = self.parts["compressed"].dtype, weight_format == FP8
         self.stored = sparse24.decompress(self.parts["compressed"].double(), self.parts["bitmask"])
-        if self.fp8:
+        if weight_format != FLOAT:
             self.stored *= self.parts["weight_scale"].double()
         self.out_features, self.in_features = self.stored.shape
-        self.config = LinearLayerConfig(DEVICE, dtype, weight_format, self.out_features, self.in_features)
+        input_dtype = torch.int8 if weight_format == INT8 else None
+        self.config = LinearLayerConfig(DEVICE, dtype, weight_format, self.out_features, self.in_features, input_dtype)
         self.bias = torch.randn(self.out_features, device=DEVICE, generator=generator).to(self.dtype)
         self.order = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
 
@@ -57,9 +59,9 @@ class Layer:
 
         Args:
             rounded: the kernel rounds x to fp8; its tensor cores are reported to keep about 14 bits of each sum of 128
-                products.
+                products. All kernels round the x of int8 weights.
         """
-        x = dequantized(x) if rounded else x.double()
+        x = dequantized(x, self.weights) if rounded or self.config.input_dtype else x.double()
         exact = x @ self.stored.t()
         if bias is not None:
             exact += bias.double()
@@ -68,22 +70,23 @@ class Layer:
         return float(error.max()) if bool(torch.isfinite(y).all()) else sys.float_info.max
 
 
-def dequantized(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, in] after rounding to fp8, in float64."""
+def dequantized(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [tokens, in] after rounding to int8 or fp8, in float64."""
+    if dtype == torch.int8:
+        integers, scales = quantize_tokens(x)
+        return integers.double() * scales.double()
     values, scales = fp8.quantize(x)
     return values.double() * scales.double()[:, None]
 
 
 def random_layer(out_features: int, in_features: int, dtype: torch.dtype, weights: torch.dtype | None = None) -> Layer:
-    """Random weights in `dtype`, or in fp8 if `weights` is float8_e4m3fn; activations in `dtype`."""
+    """Random weights in `dtype`, or in fp8 or int8 if `weights` says so; activations in `dtype`."""
     generator = torch.Generator(DEVICE).manual_seed(out_features + in_features)
     dense = torch.randn(out_features, in_features, device=DEVICE, generator=generator).to(dtype) * in_features**-0.5
-    compressed, bitmask = sparse24.compress(dense)
-    name, parts = f"random {out_features}x{in_features}", {"compressed": compressed, "bitmask": bitmask}
-    if weights != fp8.DTYPE:
-        return Layer(name, parts, FLOAT, dtype)
-    values, scales = fp8.quantize(compressed)
-    return Layer(f"{name} fp8", parts | {"compressed": values, "weight_scale": scales[:, None]}, FP8, dtype)
+    weight_format = gpu_timing.FORMATS.get(weights, FLOAT)
+    name = f"random {out_features}x{in_features}" + ("" if weight_format == FLOAT else f" {weight_format.name}")
+    parts = gpu_timing.stored_in(*sparse24.compress(dense), weight_format)
+    return Layer(name, parts, weight_format, dtype)
 
 
 def real_layers(folder: Path) -> Iterator[Layer]:
@@ -220,7 +223,7 @@ def check_tile(name: str, layer: Layer, tokens: Sequence[int] | None = None) -> 
     library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile = library.tile_names.index(name)
     values, metadata, *scales = CutlassKernel.pack(layer.config, layer.parts)
-    sizes = (layer.out_features, layer.in_features)
+    sizes = (layer.out_features, 2 * values.shape[1])
     for split_k in gpu_tiles.SPLITS_K if tokens else gpu_tiles.timed_splits(name):
         for count in tokens or TOKENS:
             if not can_run(library, tile, layer.weights, sizes, count, split_k, num_sms):
@@ -229,7 +232,7 @@ def check_tile(name: str, layer: Layer, tokens: Sequence[int] | None = None) -> 
             x, elements = layer.activations(count), count * layer.out_features
             buffer = torch.full((elements + 2 * GUARD,), 7.0, dtype=layer.dtype, device=DEVICE)
             y = buffer[GUARD : GUARD + elements].view(count, layer.out_features)
-            operand, *x_scales = fp8.quantize(x) if layer.fp8 else (x,)
+            operand, *x_scales = backend.round_tokens(x, values) if scales else (x,)
             both = (*scales, *x_scales) or None
             library.linear(
                 tile, split_k, operand, values, metadata, layer.bias, y, backend.workspace(DEVICE.index), both

@@ -5,9 +5,8 @@ from itertools import product
 
 import torch
 
-from benchmarks.gpu_timing import DEVICE, Row, config_of, microseconds, random_weights, sizes_of
+from benchmarks.gpu_timing import DEVICE, FORMATS, Row, config_of, microseconds, random_weights, sizes_of
 from ria_vllm.format import fp8
-from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
@@ -28,13 +27,17 @@ def part_name(sizes: tuple[int, int], dtype: torch.dtype, tile: str) -> str:
 
 def names_for(dtype: torch.dtype) -> list[str]:
     """The library's tiles for values of `dtype`."""
-    return [name for name in library_of(DEVICE.index).tile_names if name.startswith("fp8_") == (dtype == fp8.DTYPE)]
+    return [name for name in library_of(DEVICE.index).tile_names if dtype_of(name) == dtype]
+
+
+def dtype_of(tile: str) -> torch.dtype:
+    """The dtype of the values that a tile of this name multiplies; bfloat16 stands for all 16-bit ones."""
+    return {"fp8": fp8.DTYPE, "int8": torch.int8}.get(tile.split("_")[0], torch.bfloat16)
 
 
 def timed_splits(name: str) -> list[int]:
     """All splits of K with which a tile is timed: SPLITS_K, and what the rules choose for the tile."""
-    dtype = fp8.DTYPE if name.startswith("fp8_") else torch.bfloat16
-    chosen = (_rule(dtype, sizes, tokens).get(name) for sizes, tokens in product(TUNED_SHAPES, TUNED_TOKENS))
+    chosen = (_rule(dtype_of(name), sizes, tokens).get(name) for sizes, tokens in product(TUNED_SHAPES, TUNED_TOKENS))
     return sorted({*SPLITS_K, *(split for split in chosen if split is not None)})
 
 
@@ -46,7 +49,7 @@ def _rule(dtype: torch.dtype, sizes: tuple[int, int], tokens: int) -> dict[str, 
 def time_tile(name: str, sizes: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
     """Times of a tile with every split of K. The rows of a number of tokens come once all of them are timed, because
     the fastest is not known before."""
-    config = config_of(*sizes, FP8 if dtype == fp8.DTYPE else FLOAT)
+    config = config_of(*sizes, FORMATS[dtype])
     yield {"at": "packing"}
     packed = [CutlassKernel.pack(config, parts) for parts in random_weights(*sizes, dtype)]
     for tokens in TUNED_TOKENS:
@@ -65,7 +68,7 @@ def _time_tile(
     library, num_sms = library_of(DEVICE.index), num_sms_of(DEVICE.index)
     tile, rule = library.tile_names.index(name), _rule(dtype, sizes, tokens)
     x = torch.randn(tokens, sizes[1], dtype=torch.bfloat16, device=DEVICE)
-    operand, *x_scales = fp8.quantize(x) if dtype == fp8.DTYPE else (x,)
+    operand, *x_scales = (x,) if dtype == torch.bfloat16 else backend.round_tokens(x, packed[0][0])
     y = torch.empty(tokens, sizes[0], dtype=torch.bfloat16, device=DEVICE)
     for split_k in sorted({*SPLITS_K, rule.get(name, DATA_PARALLEL)}):
         if split_k != DATA_PARALLEL and (tokens > 1024 or (library.family == 90 and "streamk" not in name)):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from ria_vllm.format import fp8, sparse24
-from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.formats import FLOAT, FP8, INT8
 from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 DEVICE = torch.device("cuda", 0)
@@ -23,6 +24,9 @@ LAYERS = {
     4096: ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
     8192: ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
 }
+
+# The dtype in which our kernel multiplies: how weights are stored for it. Inputs of int8 are rounded to int8.
+FORMATS: dict[torch.dtype, WeightFormat] = {torch.bfloat16: FLOAT, fp8.DTYPE: FP8, torch.int8: INT8}
 
 # Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
 # memory, as it does in a model.
@@ -89,18 +93,22 @@ def with_limits(row: Row, limits: Row) -> Row:
 
 def config_of(out_features: int, in_features: int, weight_format: WeightFormat = FLOAT) -> LinearLayerConfig:
     """A layer with bfloat16 activations."""
-    return LinearLayerConfig(DEVICE, torch.bfloat16, weight_format, out_features, in_features)
+    rounded = torch.int8 if weight_format == INT8 else None
+    return LinearLayerConfig(DEVICE, torch.bfloat16, weight_format, out_features, in_features, rounded)
+
+
+def stored_in(compressed: torch.Tensor, bitmask: torch.Tensor, weight_format: WeightFormat) -> Parts:
+    """The parts of a weight in this format, from its kept values and its bitmask."""
+    values, scales = weight_format.quantize(compressed, compressed.dtype)
+    return weight_format.encode_kept(values, bitmask, scales)
 
 
 def random_weights(out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> list[Parts]:
-    """Copies of one random weight as `pack` takes it, in bfloat16, or in float8_e4m3fn with scales."""
+    """Copies of one random weight as `pack` takes it, stored as FORMATS says of `dtype`."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16, device=DEVICE, generator=generator)
-    parts = FLOAT.encode(dense, None, None)
-    if dtype == fp8.DTYPE:
-        values, scales = fp8.quantize(parts["compressed"])
-        parts |= {"compressed": values, "weight_scale": scales[:, None]}
-    bits = (FP8 if dtype == fp8.DTYPE else FLOAT).bits_per_weight(torch.bfloat16)
+    parts = stored_in(*sparse24.compress(dense), FORMATS[dtype])
+    bits = FORMATS[dtype].bits_per_weight(torch.bfloat16)
     copies = max(2, math.ceil(_BYTES_IN_TURN / (out_features * in_features * bits / 8)))
     return [{name: tensor.clone() for name, tensor in parts.items()} for _ in range(copies)]
 
@@ -131,20 +139,20 @@ def sizes_of(shape: tuple[int, int], tokens: int) -> Row:
     return {"out_features": shape[0], "in_features": shape[1], "tokens": tokens}
 
 
-def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
-    """The same rows for products of fp8 operands, without the rounding of x: ours, and torch's dense one if it has one.
-    Their `dense_us` is that of the bfloat16 product."""
+def time_narrow(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
+    """The same rows for products of fp8 or int8 operands, without the rounding of x: ours, and torch's dense one if it
+    has one. Their `dense_us` is that of the bfloat16 product."""
     out_features, in_features = shape
-    parts = random_weights(*shape, fp8.DTYPE)
-    packed = [CutlassKernel.pack(config_of(*shape, FP8), one) for one in parts]
+    weight_format, parts = FORMATS[dtype], random_weights(*shape, dtype)
+    packed = [CutlassKernel.pack(config_of(*shape, weight_format), one) for one in parts]
     plain = sparse24.decompress(parts[0]["compressed"].bfloat16(), parts[0]["bitmask"])
     bfloat16 = [plain.clone() for _ in range(max(2, math.ceil(_BYTES_IN_TURN / plain.nbytes)))]
-    float8 = [weight.to(fp8.DTYPE) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
+    narrow = [weight.to(dtype) for weight in bfloat16 + bfloat16]  # half the bytes, twice the copies
     scales = parts[0]["weight_scale"].flatten()
     for tokens in TOKENS:
         yield {"at": f"{tokens} tokens"}
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
-        q, x_scales = fp8.quantize(x)
+        q, x_scales = backend.round_tokens(x, packed[0][0])
         common = sizes_of(shape, tokens) | {
             "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in bfloat16]),
             "bytes": out_features * in_features * 5 / 8 + tokens * (in_features + 2 * out_features),
@@ -154,16 +162,19 @@ def time_fp8(shape: tuple[int, int]) -> Iterator[Row]:
             lambda p=p: torch.ops.ria.sparse24_linear.cutlass(q, *p[:2], None, x_scales, p[2], torch.bfloat16)
             for p in packed
         ]
-        yield {**common, "kernel": "cutlass fp8", "us": microseconds(ours)}
-        dense = [lambda w=w: _dense_fp8(q, x_scales, w, scales) for w in float8]
+        yield {**common, "kernel": f"cutlass {weight_format.name}", "us": microseconds(ours)}
+        dense = [lambda w=w: _dense_narrow(q, x_scales, w, scales) for w in narrow]
         try:
             dense[0]()
         except (RuntimeError, ValueError):
-            continue  # this torch or this GPU does not support scales by row
-        yield {**common, "kernel": "dense fp8", "us": microseconds(dense)}
+            continue  # this torch or this GPU does not support scales by row; int8 needs more than 16 tokens
+        yield {**common, "kernel": f"dense {weight_format.name}", "us": microseconds(dense)}
 
 
-def _dense_fp8(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def _dense_narrow(x: torch.Tensor, x_scales: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """torch's own product; of int8 the sums alone."""
+    if x.dtype == torch.int8:
+        return torch._int_mm(x, weight.t())
     by_row = x_scales[:, None], scales[None]
     return torch._scaled_mm(x, weight.t(), *by_row, out_dtype=torch.bfloat16, use_fast_accum=True)
 

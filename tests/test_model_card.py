@@ -81,7 +81,7 @@ def test_what_it_says(tmp_path):
     assert "| retained score, worst | 0.6000, `layers.0.o_proj` |" in text and "| left dense | `lm_head` |" in text
     assert "| dense in int8 | `layers.1.up` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
-    assert '`pip install "ria-vllm[cuda]"`' in text and "\nvllm serve .\n" in text
+    assert '`pip install "ria-vllm[cuda]"` installs' in text and "\nvllm serve .\n" in text
     assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
     assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
@@ -94,6 +94,11 @@ def test_what_it_says(tmp_path):
 def test_without_a_gpu_it_says_what_8_of_16_would_bring(changes, said, tmp_path):
     text = card(tmp_path, REPORT | {"recipe": RECIPE | changes})
     assert ("Without a GPU: `ria-vllm compress --pattern 8:16`" in text) == said
+
+
+@pytest.mark.parametrize("scheme", ["BF16", "W8A8", "FP8"])
+def test_every_scheme_is_a_preview_on_gpus(tmp_path, scheme):
+    assert card(tmp_path, REPORT | {"recipe": RECIPE | {"scheme": scheme}}).count("preview: not measured") == 1
 
 
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):

@@ -100,8 +100,9 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 
 def _use(recipe: dict[str, Any]) -> list[str]:
     """How to serve a folder that this recipe made."""
-    where, pattern = f"which `{FOR_GPUS}` installs, or on a CPU:", recipe["pattern"]
-    may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not (recipe.get("only_keeps") or recipe.get("prune_rest"))
+    where, pattern = f"which `{FOR_GPUS}` installs (preview: not measured), or on a CPU:", recipe["pattern"]
+    is_kept = recipe.get("only_keeps") or recipe.get("prune_rest")
+    may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not is_kept
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
     elif recipe["scheme"] == "FP8":

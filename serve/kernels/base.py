@@ -70,6 +70,12 @@ def cannot_decode(config: "LinearLayerConfig | ExpertsLayerConfig") -> str | Non
     return None
 
 
+def no_such_product(config: LinearLayerConfig) -> str:
+    """What a kernel says that does not multiply weights in such a format with such inputs."""
+    inputs = "unrounded" if config.input_dtype is None else name_of(config.input_dtype)
+    return f"no {config.weight_format.name} weights with {inputs} inputs"
+
+
 def _weights(config: "LinearLayerConfig | ExpertsLayerConfig") -> str:
     pattern = "" if config.pattern == TWO_OF_FOUR else f" {config.pattern}"
     return f"{config.weight_format.name}{pattern} weights"

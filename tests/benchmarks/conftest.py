@@ -8,7 +8,7 @@ from families import text, tiny  # noqa: F401
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
+from pretend_hopper import ampere_layers, cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
 from sanitizer_stand_in import sanitizer  # noqa: F401
 from small_gpu import mocked, small  # noqa: F401
 

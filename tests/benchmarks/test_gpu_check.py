@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretend_hopper import TILES, PretendLibrary
-from small_gpu import MockStream
+from small_gpu import MockStream, make_small, use_library
 
 from benchmarks import gpu_check, gpu_products, gpu_tiles
 from ria_vllm.errors import RiaError
@@ -21,10 +21,10 @@ from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 ROOT = Path(__file__).parents[2]
 
 
-def rows(weights, dtype=torch.bfloat16):
+def rows(weights, dtype=torch.bfloat16, tiles=TILES):
     layer = gpu_products.random_layer(136, 192, dtype, weights)
     found = [*gpu_products.check_kernel(CutlassKernel, layer), *gpu_products.check_packing(layer)]
-    found += [row for name in TILES for row in gpu_products.check_tile(name, layer)]
+    found += [row for name in tiles for row in gpu_products.check_tile(name, layer)]
     return [row for row in found if "at" not in row]
 
 
@@ -36,6 +36,33 @@ def test_right_products_pass_at_every_number_of_tokens(mocked, weights, dtype):
     assert {row["tokens"] for row in found if "tokens" in row} == set(gpu_products.TOKENS)
     tiles = {row["check"].split()[1] for row in found if row["check"].startswith("tile ")}
     assert tiles == {name for name in TILES if name.startswith("fp8_") == (weights is not None)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_right_products_of_integers_pass_and_wrong_ones_fail(ampere_layers, monkeypatch, dtype):
+    use_library(monkeypatch, ampere_layers)
+    names, right = ampere_layers.tile_names, PretendLibrary.linear
+    found = rows(torch.int8, dtype, names)
+    tiles = {row["check"].split()[1] for row in found if row["check"].startswith("tile ")}
+    assert all(row["ok"] for row in found) and tiles == {name for name in names if name.startswith("int8_")}
+
+    def wrong(self, tile, split_k, x, values, metadata, bias, y, workspace, scales):
+        right(self, tile, split_k, x.roll(1), values, metadata, bias, y, workspace, scales)
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    assert not any(row["ok"] for row in rows(torch.int8, dtype, names) if "excess" in row)
+
+
+def test_an_ampere_has_its_integers_checked_and_timed(ampere_layers, monkeypatch, tmp_path):
+    use_library(monkeypatch, ampere_layers)
+    make_small(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.chdir(tmp_path)
+    parts = gpu_check.parts_of(gpu_check.Options())
+    found = [row for _, row in gpu_check.run_parts(parts, float("inf"))]
+    assert not [row for row in found if row.get("ok") is False]
+    assert {row["kernel"] for row in found if "us" in row and "kernel" in row} >= {"cutlass int8", "dense int8"}
+    assert {row["tile"] for row in found if "tile" in row} == set(ampere_layers.tile_names)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mixture_paths import experts_path  # noqa: F401
-from pretend_hopper import cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
+from pretend_hopper import ampere_layers, cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A fake Hopper GPU: `cutlass` with a library that computes fp8 products on the CPU, in float64."""
+"""A fake GPU, a Hopper or an Ampere: `cutlass` with a library that computes products on the CPU, in float64."""
 
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ class PretendLibrary(SimpleNamespace):
         return id(self)
 
     def can_implement(self, tile, dtype, *_):
-        return self.tile_names[tile].startswith("fp8_") == (dtype == fp8.DTYPE)
+        narrow = {"fp8": fp8.DTYPE, "int8": torch.int8}.get(self.tile_names[tile].split("_")[0])
+        return dtype == narrow if narrow else dtype.itemsize == 2
 
     def workspace_bytes(self, *_):
         return 0
@@ -34,7 +35,8 @@ class PretendLibrary(SimpleNamespace):
 
     def pack_metadata(self, bitmask, value_bits=16):
         self.packed_bits = value_bits
-        return bitmask.clone()
+        columns = 16 if self.family == 80 and value_bits == 8 else 1  # bytes to whose multiples it is padded
+        return torch.nn.functional.pad(bitmask, (0, -bitmask.shape[1] % columns), value=0x33)
 
     def linear(self, tile, split_k, x, values, metadata, bias, y, workspace, scales=None):
         self.used = self.tile_names[tile]
@@ -80,6 +82,15 @@ def hopper(cutlass_on_cpu):
     """A stand-in for the compiled library of a Hopper, which takes tensors on the CPU."""
     library = PretendLibrary()
     cutlass_on_cpu(library)
+    return library
+
+
+@pytest.fixture
+def ampere_layers(cutlass_on_cpu, monkeypatch):
+    """A stand-in for the compiled library of an Ampere; layers on the CPU are treated as layers on the GPU."""
+    library = PretendLibrary(family=80, tile_names=[tile.name for tile in ARCHITECTURES["80"].tiles])
+    cutlass_on_cpu(library)
+    treat_cpu_as_gpu(monkeypatch)
     return library
 
 

@@ -43,6 +43,11 @@ def test_quantized_weights_and_rounded_inputs():
         assert re.search("cpu +chosen with fp8 widened to bfloat16: the first that can serve this layer", lines)
 
 
+def test_an_ampere_takes_w8a8(ampere_layers):
+    linears = run_doctor("--device", "cpu", "--scheme", "W8A8").split("kernels for ")[1]
+    assert re.search("^  cutlass +chosen with inputs rounded to int8: the first that can serve ", linears, re.M)
+
+
 def test_forced_kernel():
     assert re.search(
         r"reference\s+chosen: RIA_VLLM_BACKEND", run_doctor("--device", "cpu", env={"RIA_VLLM_BACKEND": "reference"})

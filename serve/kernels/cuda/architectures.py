@@ -21,7 +21,7 @@ class Tile:
         name: what the compiled library calls it.
         source: its file in csrc.
         macros: the macros that the file expects, without their prefix RIA_.
-        value_bits: bits of a value of x and W: 16 (bf16 and fp16) or 8 (fp8).
+        value_bits: bits of a value of x and W: 16 (bf16 and fp16) or 8 (fp8 on 9.0, int8 on 8.x and 12.x).
         candidate: no rule chooses it, only a measurement (tiles.MEASURED); not compiled by default.
     """
 
@@ -89,9 +89,9 @@ def _tile_3x(
     return Tile(name, "sparse_gemm_3x.cu", macros, 8 if fp8 else 16, candidate)
 
 
-def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int) -> Tile:
-    macros = {"TILE_M": m, "TILE_N": n, "WARP_M": warp_m, "WARP_N": warp_n, "STAGES": stages}
-    return Tile(f"{m}x{n}", "sparse_gemm_2x.cu", macros)
+def _tile_2x(m: int, n: int, warp_m: int, warp_n: int, stages: int, int8: bool = False) -> Tile:
+    macros = {"TILE_M": m, "TILE_N": n, "WARP_M": warp_m, "WARP_N": warp_n, "STAGES": stages, "INT8": int(int8)}
+    return Tile(("int8_" if int8 else "") + f"{m}x{n}", "sparse_gemm_2x.cu", macros, 8 if int8 else 16)
 
 
 # m counts out-features, n tokens. The first tile of each list is in `small_tiles`, which the tests compile.
@@ -119,14 +119,18 @@ _MMA_SYNC = (
     _tile_2x(128, 64, 64, 32, 4),
     _tile_2x(128, 128, 64, 64, 3),
 )
+_MMA_SYNC_INT8 = (
+    _tile_2x(128, 32, 32, 32, 6, int8=True),
+    _tile_2x(128, 128, 64, 64, 3, int8=True),
+)
 
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture("80", 80, "-gencode=arch=compute_80,code=sm_80", 1 * _GIBIBYTE, _MMA_SYNC),
+        Architecture("80", 80, "-gencode=arch=compute_80,code=sm_80", 1 * _GIBIBYTE, _MMA_SYNC + _MMA_SYNC_INT8),
         Architecture("90a", 90, "-gencode=arch=compute_90a,code=sm_90a", 6 * _GIBIBYTE, _HOPPER + _HOPPER_FP8),
         Architecture("100a", 100, "-gencode=arch=compute_100a,code=sm_100a", 6 * _GIBIBYTE, _BLACKWELL),
-        Architecture("120", 80, "-gencode=arch=compute_120,code=sm_120", 1 * _GIBIBYTE, _MMA_SYNC),
+        Architecture("120", 80, "-gencode=arch=compute_120,code=sm_120", 1 * _GIBIBYTE, _MMA_SYNC + _MMA_SYNC_INT8),
     )
 }
 _SAME_BINARY = {"86": "80", "87": "80", "89": "80", "90": "90a", "100": "100a", "120a": "120", "121": "120"}

@@ -2,7 +2,7 @@
 
 `values` is the checkpoint's `compressed` as it is; `metadata` is its bitmask in the order the tensor cores read. The
 activation gather stays outside the operators, so that torch.compile can fuse it into the norm before it; so does the
-quantization of activations that fp8 weights ask for.
+rounding of activations to fp8 or int8.
 
 All streams of a device share one workspace: two products must not run at the same time on two streams of one device.
 """
@@ -15,13 +15,15 @@ import torch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8
-from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.formats import FLOAT, FP8, INT8
+from ria_vllm.format.token_rounding import quantize_tokens
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.serve.kernels.base import LinearLayerConfig
+from ria_vllm.serve.kernels.base import LinearLayerConfig, no_such_product
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, choose_tile
 
 _ALIGNMENT = 16  # bytes, of every pointer
+_INT8_COLUMNS = 128  # int8 tiles take K in such steps
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -44,7 +46,7 @@ def _linear(
     scales: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y [..., out] in `dtype`, for fp8 with the scales of tokens and of the weight's rows; else in that of x."""
+    """y [..., out] in x's dtype; of 8-bit x and values in `dtype`, by the scales of tokens and of the weight's rows."""
     dtype = dtype or x.dtype
     for name, tensor, shape in (("x's", x_scales, x.shape[:-1]), ("the weight's", scales, values.shape[:1])):
         if tensor is not None and (tensor.dtype != torch.float32 or tensor.shape != shape):
@@ -57,7 +59,7 @@ def _linear(
     if metadata.numel() != library.metadata_bytes(out_features, in_features, values.itemsize * 8):
         raise RiaError(f"{metadata.numel()} bytes of metadata do not fit a {out_features} x {in_features} weight")
     if (x_scales is None) != (scales is None):
-        raise RiaError("fp8 takes scales of x and of the weight, or neither")
+        raise RiaError("scales of both x and the weight, or of neither")
     if bias is not None and (bias.dtype != dtype or bias.shape != (out_features,)):
         raise RiaError(f"bias is {tuple(bias.shape)} {bias.dtype}, expected ({out_features},) {dtype}")
     y = x.new_empty(*x.shape[:-1], out_features, dtype=dtype)
@@ -91,6 +93,19 @@ def workspace(device_index: int) -> torch.Tensor:
     return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device_index))
 
 
+def round_tokens(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] as it is multiplied by 8-bit `values` [N, K/2], in their dtype, and the scale of each token, float32
+    [...].
+
+    int8 values may have more columns: x gets zeros there.
+    """
+    if values.dtype == fp8.DTYPE:
+        return fp8.quantize(x)
+    integers, scales = quantize_tokens(x)
+    padding = 2 * values.shape[1] - x.shape[-1]
+    return torch.nn.functional.pad(integers.to(torch.int8), (0, padding)), scales.squeeze(-1)
+
+
 class CutlassKernel:
     """See `LinearKernel`. With fp8 weights, each token of x is rounded to fp8 too, with a scale of its own."""
 
@@ -111,34 +126,40 @@ class CutlassKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
-        if config.input_dtype is not None:
-            return f"no {name_of(config.input_dtype)} inputs"
-        if config.weight_format not in (FLOAT, FP8):
-            return f"no {config.weight_format.name} weights; {FLOAT.name} and {FP8.name} only"
+        operands = {(FLOAT, None): config.act_dtype, (FP8, None): fp8.DTYPE, (INT8, torch.int8): torch.int8}
+        dtype = operands.get((config.weight_format, config.input_dtype))
+        if dtype is None:
+            return no_such_product(config)
         if config.act_dtype not in (torch.bfloat16, torch.float16):
             return f"dtype {name_of(config.act_dtype)}; bfloat16 and float16 only"
         if config.out_features % 8:
             return f"out-features {config.out_features} are not a multiple of 8 (rows of 16 bytes)"
         if config.in_features % 64:
             return f"in-features {config.in_features} are not a multiple of 64"
-        index, dtype = _index(config.device), config.act_dtype if config.weight_format == FLOAT else fp8.DTYPE
+        index, in_features = _index(config.device), config.in_features
+        if dtype == torch.int8:
+            in_features += -in_features % _INT8_COLUMNS
         try:
-            sizes = config.out_features, config.in_features
-            choose_tile(library_of(index), dtype, *sizes, 1, num_sms_of(index))
+            choose_tile(library_of(index), dtype, config.out_features, in_features, 1, num_sms_of(index))
         except RiaError as error:
             return str(error)
         return None
 
     @staticmethod
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """(values [out, in/2], metadata uint8[, scales float32 [out]]), on the GPU; one pass over the bitmask."""
+        """(values [out, in/2], metadata uint8[, scales float32 [out]]), on the GPU; one pass over the bitmask.
+
+        int8 values are padded with zeros to a multiple of 64 columns.
+        """
         values, bitmask = parts["compressed"], parts["bitmask"]
         library = library_of(values.device.index)
         # Here, so that no capture of a CUDA graph has to allocate it; and cleared again, because vLLM's sleep mode may
         # have lost its contents.
         workspace(values.device.index)[:COUNTER_BYTES].zero_()
         metadata = library.pack_metadata(bitmask, values.itemsize * 8)
-        scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format == FP8 else ()
+        if config.weight_format == INT8:
+            values = torch.nn.functional.pad(values, (0, -values.shape[1] % (_INT8_COLUMNS // 2)))
+        scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format != FLOAT else ()
         return values.clone(memory_format=torch.contiguous_format), metadata, *scales
 
     @staticmethod
@@ -154,7 +175,7 @@ class CutlassKernel:
         values, metadata, *scales = packed
         if not scales:
             return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
-        quantized, x_scales = fp8.quantize(x)
+        quantized, x_scales = round_tokens(x, values)
         return torch.ops.ria.sparse24_linear.cutlass(quantized, values, metadata, bias, x_scales, *scales, x.dtype)
 
 

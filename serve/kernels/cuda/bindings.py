@@ -18,6 +18,8 @@ DATA_TYPES = {
     (torch.float16, torch.float16): 1,
     (torch.float8_e4m3fn, torch.bfloat16): 2,
     (torch.float8_e4m3fn, torch.float16): 3,
+    (torch.int8, torch.bfloat16): 4,
+    (torch.int8, torch.float16): 5,
 }
 # For questions that the output's dtype does not change.
 _BY_OPERANDS = {operands: code for (operands, _), code in reversed(DATA_TYPES.items())}
@@ -67,7 +69,7 @@ class CudaLibrary:
         self.tile_names: list[str] = [self._c.ria_tile_name(i).decode() for i in range(self._c.ria_num_tiles())]
 
     def metadata_bytes(self, out_features: int, in_features: int, value_bits: int = 16) -> int:
-        """Size of the metadata for values of 16 or (on Hopper) 8 bits; -1 if there is no such layout."""
+        """Size of the metadata for values of 16 or 8 bits; -1 if there is no such layout."""
         return self._c.ria_metadata_bytes(value_bits, out_features, in_features)
 
     def metadata_offset(
@@ -80,7 +82,7 @@ class CudaLibrary:
         """uint8 metadata from bitmask [out, in/8], on the bitmask's device, which may be a CPU.
 
         Args:
-            value_bits: bits of the values that the metadata belongs to: 16 for bf16 and fp16, 8 for fp8 (Hopper).
+            value_bits: bits of the values that the metadata belongs to: 16 for bf16 and fp16, 8 for fp8 and int8.
 
         Raises:
             RiaError: there is no layout for such a matrix or such values.
@@ -132,8 +134,8 @@ class CudaLibrary:
 
         Args:
             bias: [out], in y's dtype.
-            y: in x's dtype; bfloat16 or float16 if x and values are float8_e4m3fn.
-            scales: float32 [out] of W's rows and [tokens] of the tokens, if x and values are float8_e4m3fn, else None.
+            y: in x's dtype; bfloat16 or float16 if x and values are float8_e4m3fn or int8.
+            scales: float32 [out] of W's rows and [tokens] of the tokens, if x and values have 8 bits, else None.
 
         Raises:
             RiaError: the library refused, or the launch failed.

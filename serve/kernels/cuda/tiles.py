@@ -45,6 +45,10 @@ _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], .
         (512, (("128x128_streamk", HEURISTIC),)),
         (float("inf"), (("128x256", DATA_PARALLEL),)),
     ),
+    (80, 8): (
+        (64, (("int8_128x32", HEURISTIC),)),
+        (float("inf"), (("int8_128x128", HEURISTIC),)),
+    ),
     (80, 16): (
         (32, (("128x32", HEURISTIC),)),
         (64, (("128x64", HEURISTIC),)),

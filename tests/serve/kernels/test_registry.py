@@ -142,6 +142,27 @@ def test_a_hopper_keeps_fp8(hopper_layers, format, act_dtype, out_features, chos
     assert str(registry.choose(layer(format, act_dtype, out_features))) == chosen
 
 
+@pytest.mark.parametrize(
+    "format, act_dtype, out_features, chosen",
+    [
+        (INT8, BF16, 64, "cutlass with inputs rounded to int8"),
+        (INT8, FP16, 72, "cutlass with inputs rounded to int8"),
+        (INT8, torch.float32, 64, "reference with inputs rounded to int8"),
+        (FORMATS["int4"], BF16, 64, "cutlass with int4 widened to bfloat16 and inputs not rounded to int8"),
+    ],
+)
+def test_an_ampere_rounds_inputs_to_int8(ampere_layers, format, act_dtype, out_features, chosen):
+    """Also with in-features that its tiles take only with padding."""
+    config = replace(layer(format, act_dtype, out_features, 192), input_dtype=torch.int8)
+    assert str(registry.choose(config)) == chosen
+
+
+def test_a_hopper_does_not(hopper_layers):
+    config = replace(layer(INT8, BF16, 64, 128), input_dtype=torch.int8)
+    assert "no tile for a 64 x 128 layer of torch.int8" in dict(registry.explain(config))["cutlass"]
+    assert str(registry.choose(config)) == "cutlass with int8 widened to bfloat16 and inputs not rounded to int8"
+
+
 def test_a_kernel_is_asked_for_the_patterns_that_it_names_alone(monkeypatch):
     """One that was written for 2:4 would read positions that are not there."""
 

@@ -12,10 +12,21 @@
 
 namespace ria {
 
-// The dtypes of x, W and y: e4m3 x and W give a bf16 or fp16 y. The bias has y's dtype.
-enum DataType : int { kBFloat16 = 0, kFloat16 = 1, kFloat8ToBFloat16 = 2, kFloat8ToFloat16 = 3 };
+// The dtypes of x, W and y: e4m3 or int8 x and W give a bf16 or fp16 y. The bias has y's dtype.
+enum DataType : int {
+  kBFloat16 = 0,
+  kFloat16 = 1,
+  kFloat8ToBFloat16 = 2,
+  kFloat8ToFloat16 = 3,
+  kInt8ToBFloat16 = 4,
+  kInt8ToFloat16 = 5
+};
 
-constexpr bool is_float8(int data_type) { return data_type == kFloat8ToBFloat16 || data_type == kFloat8ToFloat16; }
+// The dtype of x and W: k16Bits is that of y.
+enum Operands : int { k16Bits = 0, kFloat8 = 1, kInt8 = 2 };
+
+constexpr Operands operands_of(int data_type) { return Operands(data_type / 2); }
+constexpr bool gives_bfloat16(int data_type) { return data_type % 2 == 0; }
 
 enum Result : int { kOk = 0, kBadArgument = 1, kNotSupported = 2, kWorkspaceTooSmall = 3, kCudaError = 4 };
 
@@ -23,8 +34,8 @@ enum Result : int { kOk = 0, kBadArgument = 1, kNotSupported = 2, kWorkspaceTooS
 // parts.
 enum Decomposition : int { kStreamK = -1, kHeuristic = 0, kDataParallel = 1 };
 
-// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all contiguous and row-major. With e4m3 operands the sums
-// are multiplied by token_scales[token] * weight_scales[out] before the bias is added.
+// y[tokens, out] = x[tokens, in] @ W[out, in]^T + bias[out], all contiguous and row-major. With e4m3 or int8 operands
+// the sums are multiplied by weight_scales[out] and token_scales[token] before the bias is added.
 struct Problem {
   int data_type;
   int out_features;
@@ -36,8 +47,8 @@ struct Problem {
   void const* x;
   void const* values;         // [out, in/2]: the two kept values of each group of four, in column order
   void const* metadata;       // in the layout that metadata.h gives for this width of values
-  void const* weight_scales;  // float [out]; null unless the operands are e4m3
-  void const* token_scales;   // float [tokens]; null unless the operands are e4m3
+  void const* weight_scales;  // float [out]; null with 16-bit operands
+  void const* token_scales;   // float [tokens]; null with 16-bit operands
   void const* bias;           // [out] or null
   void* y;
   void* workspace;

@@ -30,7 +30,7 @@ template <class Result, class Use>
 Result with_layout(int value_bits, int out_features, int in_features, Result otherwise, Use use) {
   if (!valid_sizes(out_features, in_features)) return otherwise;
   if (value_bits == 16) return use(MetadataLayout<16>(out_features, in_features));
-#if RIA_FAMILY == 90
+#if RIA_FAMILY != 100
   if (value_bits == 8) return use(MetadataLayout<8>(out_features, in_features));
 #endif
   return otherwise;
@@ -91,7 +91,7 @@ RIA_API char const* ria_tile_name(int tile) {
   return tile >= 0 && tile < ria_num_tiles() ? tiles()[tile].name : nullptr;
 }
 
-// Size of the metadata in bytes, or -1. `value_bits`, here and below: 16, or on Hopper 8.
+// Size of the metadata in bytes, or -1. `value_bits`, here and below: 16, or 8 (not on 10.0).
 RIA_API int64_t ria_metadata_bytes(int value_bits, int out_features, int in_features) {
   return with_layout(value_bits, out_features, in_features, int64_t(-1),
                      [&](auto layout) { return metadata_bytes<decltype(layout)>(out_features, in_features); });
@@ -148,7 +148,7 @@ static Problem problem_of_sizes(int data_type, int out_features, int in_features
 static bool valid_problem(int tile, Problem const& problem) {
   return tile >= 0 && tile < ria_num_tiles() && valid_sizes(problem.out_features, problem.in_features) &&
          problem.tokens > 0 && problem.num_sms > 0 && problem.split_k >= kStreamK && problem.data_type >= kBFloat16 &&
-         problem.data_type <= kFloat8ToFloat16;
+         problem.data_type <= kInt8ToFloat16;
 }
 
 // 1 if the tile can compute a product of these sizes. Needs no device.
@@ -173,7 +173,8 @@ RIA_API int ria_linear(int tile, int data_type, int out_features, int in_feature
   Problem problem = problem_of_sizes(data_type, out_features, in_features, tokens, split_k, num_sms);
   if (!valid_problem(tile, problem)) return kBadArgument;
   if (!x || !values || !metadata || !y || !workspace || workspace_bytes < int64_t(kCounterBytes)) return kBadArgument;
-  if (is_float8(data_type) ? !weight_scales || !token_scales : weight_scales || token_scales) return kBadArgument;
+  if (operands_of(data_type) == k16Bits ? weight_scales || token_scales : !weight_scales || !token_scales)
+    return kBadArgument;
   for (void const* pointer : {x, values, metadata, weight_scales, token_scales, bias, static_cast<void const*>(y),
                               static_cast<void const*>(workspace)})
     if (reinterpret_cast<uintptr_t>(pointer) % 16) return kBadArgument;

@@ -43,7 +43,8 @@ CUTLASS_HOST_DEVICE constexpr int round_up(int size, int multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
-// Where the metadata lies, for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8).
+// Where the metadata lies, for values of kValueBits bits: 16 (bf16 and fp16 share one layout), on Hopper also 8 (fp8),
+// and for mma.sp also 8 (int8).
 template <int kValueBits>
 struct MetadataLayout;
 
@@ -85,24 +86,27 @@ struct MetadataLayout {
 
 #else
 
-// mma.sp reads its metadata with ldmatrix. An element has 16 bits (four groups). Columns of elements are interleaved by
-// two, the rows of each 32 are permuted so that a thread's four 8-row blocks lie together, and 2 x 2 blocks are
-// transposed.
-template <>
-struct MetadataLayout<16> {
-  static constexpr int kRowMultiple = 32;
-  static constexpr int kColumnMultiple = 64;
+// mma.sp reads its metadata with ldmatrix. An element has 16 bits (four groups), or 32 for 8-bit values. Columns of
+// elements are interleaved by two, the rows of each 32 (16) are permuted so that a thread's 8-row blocks lie together,
+// and 2 x 2 blocks are transposed. Columns are padded to the K of a tile.
+template <int kValueBits>
+struct MetadataLayout {
+  static constexpr int kElementBytes = 32 / kValueBits;
+  static constexpr int kElementColumns = 8 * kElementBytes;
+  static constexpr int kRowMultiple = 64 / kElementBytes;
+  static constexpr int kColumnMultiple = 1024 / kValueBits;
   cutlass::layout::ColumnMajorInterleaved<2> layout;
 
   CUTLASS_HOST_DEVICE MetadataLayout(int rows, int columns)
       : layout(cutlass::layout::ColumnMajorInterleaved<2>::packed(
-            {(rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple, columns / 16})) {}
+            {round_up(rows, kRowMultiple), round_up(columns, kColumnMultiple) / kElementColumns})) {}
 
   CUTLASS_HOST_DEVICE int64_t offset(int row, int byte_column) const {
-    int permuted_row = row / 32 * 32 + row % 8 * 4 + row % 32 / 8;
-    int element = byte_column / 2;
+    int const block = row / kRowMultiple * kRowMultiple;
+    int const permuted_row = block + row % 8 * (kRowMultiple / 8) + row % kRowMultiple / 8;
+    int const element = byte_column / kElementBytes;
     int const corner = permuted_row % 2 - element % 2;  // 1 below the diagonal of its 2 x 2 block, -1 above
-    return 2 * layout({permuted_row - corner, element + corner}) + byte_column % 2;
+    return kElementBytes * layout({permuted_row - corner, element + corner}) + byte_column % kElementBytes;
   }
 };
 

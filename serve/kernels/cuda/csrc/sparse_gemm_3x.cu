@@ -146,20 +146,21 @@ struct SparseLinear {
   }
 };
 
-bool is_bfloat16(Problem const& p) { return p.data_type == kBFloat16 || p.data_type == kFloat8ToBFloat16; }
+constexpr Operands kOperands = RIA_FP8 ? kFloat8 : k16Bits;
 
 bool can_implement(Problem const& p) {
-  if (is_float8(p.data_type) != bool(RIA_FP8)) return false;
-  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::can_implement(p)
-                        : SparseLinear<cutlass::half_t>::can_implement(p);
+  if (operands_of(p.data_type) != kOperands) return false;
+  return gives_bfloat16(p.data_type) ? SparseLinear<cutlass::bfloat16_t>::can_implement(p)
+                                     : SparseLinear<cutlass::half_t>::can_implement(p);
 }
 
 // Both outputs need the same workspace.
 size_t workspace_bytes(Problem const& p) { return SparseLinear<cutlass::bfloat16_t>::workspace_bytes(p); }
 
 Result run(Problem const& p) {
-  if (is_float8(p.data_type) != bool(RIA_FP8)) return kNotSupported;
-  return is_bfloat16(p) ? SparseLinear<cutlass::bfloat16_t>::run(p) : SparseLinear<cutlass::half_t>::run(p);
+  if (operands_of(p.data_type) != kOperands) return kNotSupported;
+  return gives_bfloat16(p.data_type) ? SparseLinear<cutlass::bfloat16_t>::run(p)
+                                     : SparseLinear<cutlass::half_t>::run(p);
 }
 
 [[maybe_unused]] bool const added = add_tile({RIA_TILE_NAME, can_implement, workspace_bytes, run});

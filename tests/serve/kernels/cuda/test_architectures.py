@@ -35,5 +35,5 @@ def test_each_gpu_finds_its_library(capability, name):
 
 def test_tiles_that_were_not_compiled_are_named():
     assert sorted(missing_tiles("_cuda_sm90a.so", HOPPER + HOPPER_FP8)) == sorted(HOPPER_CANDIDATES)
-    assert missing_tiles("_cuda_sm80.so", ["128x32", "128x64", "128x128"]) == []
+    assert missing_tiles("_cuda_sm80.so", ["128x32", "128x64", "128x128"]) == ["int8_128x32", "int8_128x128"]
     assert missing_tiles("someone_elses.so", []) == []

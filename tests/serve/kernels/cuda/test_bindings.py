@@ -30,6 +30,7 @@ def test_a_library_exports_its_interface_alone_and_needs_no_torch(arch):
 
 PRODUCTS = [
     ("80", 108, torch.bfloat16),
+    ("80", 108, torch.int8),
     ("90a", 132, torch.float16),
     ("90a", 132, torch.float8_e4m3fn),
 ]
@@ -39,18 +40,28 @@ PRODUCTS = [
 def test_the_kernels_accept_every_size_the_backend_promises(arch, num_sms, dtype):
     """CUTLASS's own host-side checks: alignment, strides, layouts of all four operands."""
     library = compiled(arch)
-    tile = tile_for(library, dtype)
-    for sizes in [(8, 64), (24, 192), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (1000, 576)]:
+    tile, wider = tile_for(library, dtype), 2 if dtype == torch.int8 else 1  # int8 takes K in steps of 128
+    for rows, columns in [(8, 64), (24, 192), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192), (1000, 576)]:
         for tokens in (1, 7, 16, 64, 333, 2048, 8191):
             for split_k in (STREAM_K, HEURISTIC, DATA_PARALLEL, 3):
-                assert library.can_implement(tile, dtype, sizes, tokens, split_k, num_sms), (sizes, tokens, split_k)
-    for sizes, tokens in [((12, 64), 1), ((8, 96), 1), ((8, 64), 0)]:
-        assert not library.can_implement(tile, dtype, sizes, tokens, DATA_PARALLEL, num_sms), (sizes, tokens)
+                product = (rows, columns * wider), tokens, split_k
+                assert library.can_implement(tile, dtype, *product, num_sms), product
+    for rows, columns, tokens in [(12, 64, 1), (8, 96, 1), (8, 64, 0)]:
+        product = (rows, columns * wider), tokens, DATA_PARALLEL
+        assert not library.can_implement(tile, dtype, *product, num_sms), product
+
+
+def test_no_sum_of_integers_leaves_32_bits():
+    library, most = compiled("80"), (2**31 - 1) // (127 * 128)  # kept columns
+    tile = tile_for(library, torch.int8)
+    assert library.can_implement(tile, torch.int8, (8, 2**18), 1, DATA_PARALLEL, 108) and 2**17 <= most
+    assert not library.can_implement(tile, torch.int8, (8, 2**18 + 128), 1, DATA_PARALLEL, 108)
 
 
 def tile_for(library, dtype):
     tile, _ = choose_tile(library, dtype, 4096, 4096, 1, 100)
-    assert library.tile_names[tile].startswith("fp8_") == (dtype == torch.float8_e4m3fn)
+    prefix = {torch.float8_e4m3fn: "fp8_", torch.int8: "int8_"}.get(dtype, "128x")
+    assert library.tile_names[tile].startswith(prefix)
     return tile
 
 
@@ -58,20 +69,24 @@ def tile_for(library, dtype):
 def test_the_workspace_holds_whatever_is_chosen(arch, num_sms, dtype):
     library = compiled(arch)
     for out_features in (64, 576, 4096, 11008, 28672, 128256):
-        for in_features in (64, 576, 4096, 8192, 28672):
+        for in_features in (128, 640, 4096, 8192, 28672):
             for tokens in (1, 16, 64, 256, 2048):
                 tile, split_k = choose_tile(library, dtype, out_features, in_features, tokens, num_sms)
                 sizes = (out_features, in_features)
                 assert 0 < library.workspace_bytes(tile, dtype, sizes, tokens, split_k, num_sms) <= WORKSPACE_BYTES
 
 
-def test_only_hopper_takes_fp8():
+@pytest.mark.parametrize("arch, dtype", [("80", torch.float8_e4m3fn), ("90a", torch.int8)])
+def test_only_hopper_takes_fp8_and_only_mma_sp_int8(arch, dtype):
+    with pytest.raises(RiaError, match=f"no tile for a 64 x 128 layer of {dtype}"):
+        choose_tile(compiled(arch), dtype, 64, 128, 1, 100)
+
+
+def test_values_without_a_layout_are_refused():
     library = compiled("80")
-    assert library.metadata_bytes(64, 64, value_bits=8) == -1
-    with pytest.raises(RiaError, match="cannot lay out the metadata of a 64 x 64 matrix of 8-bit values"):
-        library.pack_metadata(torch.full((64, 8), 0x33, dtype=torch.uint8), value_bits=8)
-    with pytest.raises(RiaError, match="no tile for a 64 x 64 layer of torch.float8_e4m3fn"):
-        choose_tile(library, torch.float8_e4m3fn, 64, 64, 1, 100)
+    assert library.metadata_bytes(64, 64, value_bits=4) == -1
+    with pytest.raises(RiaError, match="cannot lay out the metadata of a 64 x 64 matrix of 4-bit values"):
+        library.pack_metadata(torch.full((64, 8), 0x33, dtype=torch.uint8), value_bits=4)
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):
@@ -86,6 +101,6 @@ def test_a_product_without_its_scales_is_refused_before_any_launch():
     library = compiled("90a")
     aligned = 1 << 20
     both, first, second, neither = (aligned, aligned), (aligned, None), (None, aligned), (None, None)
-    for data_type, scales in [(2, neither), (2, first), (3, second), (0, both), (1, first)]:
+    for data_type, scales in [(2, neither), (2, first), (3, second), (0, both), (1, first), (4, neither), (5, second)]:
         arguments = [0, data_type, 64, 64, 1, DATA_PARALLEL, 132, 0, aligned, aligned, aligned, *scales, None, aligned]
         assert library._c.ria_linear(*arguments, aligned, WORKSPACE_BYTES, None) == 1  # a bad argument

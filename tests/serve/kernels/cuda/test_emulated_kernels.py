@@ -12,7 +12,8 @@ from packed_layers import pack
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import fp8, sparse24
-from ria_vllm.format.formats import FLOAT, FP8
+from ria_vllm.format.formats import FLOAT, FP8, INT8
+from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda.tiles import (
     COUNTER_BYTES,
@@ -45,6 +46,11 @@ class Product:
             self.values, weight_scales = fp8.quantize(self.compressed)
             self.x, x_scales = fp8.quantize(x)
             self.scales = (weight_scales, x_scales)
+        if dtype == torch.int8:
+            drawn = {"generator": generator, "dtype": torch.int8}
+            self.values = torch.randint(-128, 128, self.compressed.shape, **drawn)
+            self.x = torch.randint(-127, 128, x.shape, **drawn)
+            self.scales = tuple((torch.rand(n, generator=generator) + 0.5) / 1000 for n in (out_features, tokens))
         self.bias = torch.randn(out_features, generator=generator).to(output)
         self.stored, self.inputs = sparse24.decompress(self.values.double(), self.bitmask), self.x.double()
         if self.scales:
@@ -53,7 +59,12 @@ class Product:
         self.y = torch.full((tokens, out_features), float("nan"), dtype=output)
 
     def check(self, y, bias):
-        """y may be off by half an ulp, and by the errors of fp32 accumulation."""
+        """y may be off by half an ulp, and by the errors of fp32 accumulation; sums of integers are exact."""
+        if self.values.dtype == torch.int8:
+            sums = self.x.long() @ sparse24.decompress(self.values.long(), self.bitmask).t()
+            expected = sums.float() * self.scales[0] * self.scales[1][:, None]
+            assert torch.equal(y, (expected if bias is None else expected + bias.float()).to(y.dtype))
+            return
         exact = self.inputs @ self.stored.t() + (bias.double() if bias is not None else 0)
         sums = self.inputs.abs() @ self.stored.abs().t()
         room = exact.abs() * torch.finfo(y.dtype).eps * 0.501 + sums * 2e-6 + 1e-30
@@ -63,8 +74,13 @@ class Product:
 
 def dtypes_of(tile):
     """The (operand dtype, output dtype) pairs that the tile multiplies."""
-    both = (torch.bfloat16, torch.float16)
-    return [(fp8.DTYPE, output) for output in both] if tile.startswith("fp8_") else [(dtype, dtype) for dtype in both]
+    narrow = {"fp8": fp8.DTYPE, "int8": torch.int8}.get(tile.split("_")[0])
+    return [(narrow or output, output) for output in (torch.bfloat16, torch.float16)]
+
+
+def columns_of(tile, in_features):
+    """int8 tiles take K in steps of 128, not 64."""
+    return in_features * (2 if tile.startswith("int8_") else 1)
 
 
 @pytest.fixture
@@ -91,6 +107,7 @@ def test_products_are_those_of_float64(library, tile, seed, workspace):
     library.seed = seed
     index = library.tile_names.index(tile)
     for number, (out_features, in_features, tokens) in enumerate(SHAPES):
+        in_features = columns_of(tile, in_features)
         for place, split_k in list(enumerate(SPLITS))[(seed + number) % 2 :: 2]:
             dtype, output = dtypes_of(tile)[(number + place // 2) % 2]
             product = Product(out_features, in_features, tokens, dtype, output)
@@ -112,7 +129,7 @@ def test_a_product_repeats_bit_for_bit(library, tile, workspace):
     """No matter which block and which copy comes first."""
     library.num_sms = 6
     dtype, output = dtypes_of(tile)[0]
-    product = Product(264, 1152, 70, dtype, output)
+    product = Product(264, columns_of(tile, 1152), 70, dtype, output)
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
     for split_k in (STREAM_K, 3):
         results = []
@@ -131,7 +148,7 @@ def test_the_gpu_packs_as_the_host_does(library, arch, value_bits):
     for out_features, in_features in [(8, 64), (200, 192), (1000, 448)]:
         bitmask = torch.randint(256, (out_features, in_features // 8), generator=generator, dtype=torch.uint8)
         if library.metadata_bytes(out_features, in_features, value_bits) < 0:
-            assert value_bits == 8 and arch != "90a"
+            assert value_bits == 8 and arch == "100a"
             continue
         host = library.pack_metadata(bitmask, value_bits)
         assert torch.equal(library.pack_metadata_on_device(bitmask, value_bits), host)
@@ -144,10 +161,11 @@ def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
     Otherwise its silence in the other tests would mean nothing.
     """
     dtype, output = dtypes_of(tile)[0]
-    product = Product(136, 192, 9, dtype, output)
+    sizes = 136, columns_of(tile, 192)
+    product = Product(*sizes, 9, dtype, output)
     metadata = library.pack_metadata(product.bitmask, product.values.itemsize * 8)
     index, split_k = library.tile_names.index(tile), 3
-    need = library.workspace_bytes(index, dtype, (136, 192), 9, split_k, library.num_sms)
+    need = library.workspace_bytes(index, dtype, sizes, 9, split_k, library.num_sms)
 
     def linear(x, y, memory):
         workspace[:COUNTER_BYTES] = 0
@@ -167,9 +185,9 @@ def test_nothing_outside_of_the_operands_is_touched(library, tile, workspace):
 
 
 @pytest.fixture
-def on_emulated_hopper(cutlass_on_cpu, workspace):
-    """The backend's operators, for tensors on the CPU, backed by the emulated library."""
-    library = emulated("90a")
+def on_emulated_gpu(cutlass_on_cpu, workspace, dtype):
+    """The backend's operators, for tensors on the CPU, backed by the emulated library that multiplies `dtype`."""
+    library = emulated("80" if dtype == torch.int8 else "90a")
     library.seed = 7
     cutlass_on_cpu(library, library.num_sms, workspace)
     return library
@@ -177,16 +195,22 @@ def on_emulated_hopper(cutlass_on_cpu, workspace):
 
 @pytest.mark.parametrize(
     ("dtype", "leading", "gathered"),
-    [(torch.bfloat16, (2, 3), True), (torch.float16, (65,), False), (fp8.DTYPE, (1,), True), (fp8.DTYPE, (0,), False)],
+    [
+        *((torch.bfloat16, (2, 3), True), (torch.float16, (65,), False)),
+        *((fp8.DTYPE, (1,), True), (fp8.DTYPE, (0,), False)),
+        *((torch.int8, (2, 3), True), (torch.int8, (65,), False)),
+    ],
 )
-def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype, leading, gathered):
-    """With tiles chosen by the rules, rows at any address, and the input in its own order or gathered."""
-    output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
+def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_gpu, dtype, leading, gathered):
+    """With tiles chosen by the rules, rows at any address, and the input in its own order or gathered. int8 values and
+    inputs are padded."""
+    output = torch.bfloat16 if dtype.itemsize == 1 else dtype
     product = Product(200, 576, 1, dtype, output)
     parts = {"compressed": product.values, "bitmask": product.bitmask}
     if product.scales:
         parts["weight_scale"] = product.scales[0][:, None]
-    layer = pack(cutlass.CutlassKernel, parts, FP8 if product.scales else FLOAT, product.bias.dtype)
+    rounded = torch.int8 if dtype == torch.int8 else None
+    layer = pack(cutlass.CutlassKernel, parts, {fp8.DTYPE: FP8, torch.int8: INT8}.get(dtype, FLOAT), output, rounded)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(*leading, 577, generator=generator).to(output)[..., 1:]
     assert x.data_ptr() % 16 or not x.numel()
@@ -194,6 +218,9 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_hopper, dtype
     y = layer(x, order, product.bias)
     assert y.shape == (*leading, 200) and y.dtype == output
     rows = (x.index_select(-1, order) if gathered else x).reshape(-1, 576)
+    if rounded:
+        assert torch.equal(y.reshape(-1, 200), int8_inputs.linear(rows, INT8, parts, product.bias).to(output))
+        return
     product.inputs = rows.double()
     if product.scales:
         values, scales = fp8.quantize(rows)
@@ -229,11 +256,11 @@ OPERATORS = {torch.ops.ria.sparse24_linear.cutlass: cutlass._linear}
 
 
 @pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (fp8.DTYPE, False)])
-def test_a_graph_can_capture_the_operators(on_emulated_hopper, dtype, gathered):
+def test_a_graph_can_capture_the_operators(on_emulated_gpu, dtype, gathered):
     """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
     output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
     product = Product(200, 576, 5, dtype, output)
-    metadata = on_emulated_hopper.pack_metadata(product.bitmask, product.values.itemsize * 8)
+    metadata = on_emulated_gpu.pack_metadata(product.bitmask, product.values.itemsize * 8)
     x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
     order = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
     with GraphCapture("cpu", OPERATORS) as capture:

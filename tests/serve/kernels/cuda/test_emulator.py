@@ -127,6 +127,19 @@ def sparse_fragments(values, kept, b, c):
     return registers
 
 
+def multiplied(emulator, product, registers):
+    """What `product` makes of 16 registers per lane; two 64-bit numbers of each lane."""
+    memory = [low | high << 32 for low, high in zip(registers[::2], registers[1::2], strict=True)]
+    fours = ["{" + ", ".join(f"%r{4 * k + i}" for i in range(4)) + "}" for k in range(4)]
+    load = " ".join(f"ld.global.v4.b32 {four}, [%d0+{16 * k}];" for k, four in enumerate(fours))
+    body = f"""
+    mul.wide.u32 %d1, %t, 64; add.s64 %d0, %in, %d1; {load}
+    {product} {fours[2]}, {fours[0]}, {fours[1]}, {fours[2]}, %r12, 0x0;
+    mul.wide.u32 %d1, %t, 16; add.s64 %d0, %out, %d1; st.global.v4.b32 [%d0], {fours[2]};
+    """
+    return run(emulator, body, memory, threads=32, results=64)
+
+
 def test_a_sparse_product_is_that_of_its_matrices(emulator):
     generator = random.Random(3)
     kept = [[sorted(generator.sample(range(4), 2)) for group in range(8)] for row in range(16)]
@@ -134,23 +147,52 @@ def test_a_sparse_product_is_that_of_its_matrices(emulator):
         [[generator.randrange(-8, 9) for column in range(columns)] for row in range(rows)]
         for rows, columns in ((16, 16), (32, 8), (16, 8))
     )
-    registers = sparse_fragments(values, kept, b, c)
-    memory = [low | high << 32 for low, high in zip(registers[::2], registers[1::2], strict=True)]
-    fours = ["{" + ", ".join(f"%r{4 * k + i}" for i in range(4)) + "}" for k in range(4)]
-    load = " ".join(f"ld.global.v4.b32 {four}, [%d0+{16 * k}];" for k, four in enumerate(fours))
     product = "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32"
-    body = f"""
-    mul.wide.u32 %d1, %t, 64; add.s64 %d0, %in, %d1; {load}
-    {product} {fours[2]}, {fours[0]}, {fours[1]}, {fours[2]}, %r12, 0x0;
-    mul.wide.u32 %d1, %t, 16; add.s64 %d0, %out, %d1; st.global.v4.b32 [%d0], {fours[2]};
-    """
-    results = run(emulator, body, memory, threads=32, results=64)
+    results = multiplied(emulator, product, sparse_fragments(values, kept, b, c))
     for lane in range(32):
         for k in range(4):
             row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
             places = [4 * group + place for group in range(8) for place in kept[row][group]]
             exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
             assert float_of(results[2 * lane + k // 2] >> k % 2 * 32) == exact
+
+
+def int8_fragments(values, kept, b, c):
+    """16 registers per lane for mma.sp.m16n8k64 of s8, likewise."""
+
+    def bytes_of(four):
+        return sum((value & 255) << 8 * k for k, value in enumerate(four))
+
+    registers = []
+    for lane in range(32):
+        group, thread = lane // 4, lane % 4
+        for row, column in ((group, 0), (group + 8, 0), (group, 16), (group + 8, 16)):
+            registers.append(bytes_of(values[row][column + 4 * thread : column + 4 * thread + 4]))
+        registers += [bytes_of(b[row + k][group] for k in range(4)) for row in range(4 * thread, 64, 16)]
+        registers += [c[row][2 * thread + k] & M32 for row in (group, group + 8) for k in (0, 1)]
+        # Of each four lanes, two have columns 0 to 31, of rows `group` and 8 below, and two columns 32 to 63.
+        groups = kept[group + thread % 2 * 8][thread // 2 * 8 :][:8]
+        registers += [sum((first | second << 2) << 4 * k for k, (first, second) in enumerate(groups)), 0, 0, 0]
+    return registers
+
+
+def test_a_sparse_product_of_integers_is_that_of_its_matrices_and_saturates(emulator):
+    generator = random.Random(4)
+    kept = [[sorted(generator.sample(range(4), 2)) for group in range(16)] for row in range(16)]
+    values, b = (
+        [[generator.randrange(-128, 128) for column in range(columns)] for row in range(rows)]
+        for rows, columns in ((16, 32), (64, 8))
+    )
+    c = [[generator.choice([0, 5, 2**31 - 1, 1 - 2**31]) for column in range(8)] for row in range(16)]
+    product = "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32.satfinite"
+    results = multiplied(emulator, product, int8_fragments(values, kept, b, c))
+    for lane in range(32):
+        for k in range(4):
+            row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
+            places = [4 * group + place for group in range(16) for place in kept[row][group]]
+            exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
+            found = signed(results[2 * lane + k // 2] >> k % 2 * 32, 32)
+            assert found == max(1 - 2**31, min(2**31 - 1, exact))
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])

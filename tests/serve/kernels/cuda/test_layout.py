@@ -85,15 +85,18 @@ def test_reading_the_registers_of_a_warpgroup_gives_the_matrix_back_in_fp8(shape
     assert torch.equal(dense, sparse24.decompress(compressed, bitmask))
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (224, 192)])
-def test_mma_sync_metadata_is_what_torch_gives_its_own_cutlass_kernel(shape):
+@pytest.mark.parametrize("shape, int8", [((32, 64), False), ((224, 192), False), ((32, 128), True), ((224, 384), True)])
+def test_mma_sync_metadata_is_what_torch_gives_its_own_cutlass_kernel(shape, int8):
     compressed, bitmask = random_pair(*shape)
+    if int8:
+        compressed = torch.randint(1, 128, compressed.shape, generator=torch.Generator().manual_seed(0)).to(torch.int8)
     values, expected = sparse_semi_structured_from_dense_cutlass(sparse24.decompress(compressed, bitmask))
-    assert torch.equal(values, compressed)
-    assert torch.equal(compiled("80").pack_metadata(bitmask).view(torch.int16), expected.reshape(-1))
+    assert torch.equal(values, compressed) and expected.itemsize == (4 if int8 else 2)
+    metadata = compiled("80").pack_metadata(bitmask, 8 if int8 else 16)
+    assert torch.equal(metadata.view(expected.dtype), expected.reshape(-1))
 
 
-LAYOUTS = [("80", 16), ("90a", 16), ("90a", 8), ("100a", 16)]
+LAYOUTS = [("80", 16), ("80", 8), ("90a", 16), ("90a", 8), ("100a", 16)]
 
 
 @pytest.mark.parametrize("arch, value_bits", LAYOUTS)

@@ -2,6 +2,7 @@
 //
 // The fragments follow the PTX manual (sections on mma.sp and wgmma.mma_async.sp), independently of CUTLASS.
 #include <algorithm>
+#include <limits>
 
 #include "machine.h"
 #include "matrices.h"
@@ -157,6 +158,39 @@ void mma_sparse(Warp& warp, uint32_t lanes, Instruction const& i) {
     }
 }
 
+// mma.sp.m16n8k64 of s8 with s32 sums: as above, but a register has four values, and each lane the metadata of eight
+// groups. Of the lanes 4g to 4g + 3, the first two hold columns 0 to 31 of rows g and g + 8, the others 32 to 63.
+// Integers have no NaN: a sum that metadata leaves undefined is the smallest integer, and stays it.
+void mma_sparse_int8(Warp& warp, uint32_t lanes, Instruction const& i) {
+  need_all(lanes);
+  ++warp.block->products;
+  constexpr int64_t kUndefined = std::numeric_limits<int32_t>::min(), kMost = std::numeric_limits<int32_t>::max();
+  float a[16][32], b[8][64];  // rows of A, columns of B
+  std::array<std::array<Kept, 16>, 16> groups;
+  if (get<uint32_t>(warp.threads[0], i.operands[5]) != 0) throw Error("the selector must be 0");
+  for (Thread& thread : warp.threads) {
+    int const g = thread.lane / 4, t = thread.lane % 4;
+    for (int k = 0; k < 4; ++k)
+      for (int byte = 0; byte < 4; ++byte) {
+        auto const value = [&](int operand) {
+          return float(int8_t(get<uint32_t>(thread, i.operands[operand].parts[k]) >> 8 * byte));
+        };
+        a[g + k % 2 * 8][k / 2 * 16 + 4 * t + byte] = value(1);
+        b[g][16 * k + 4 * t + byte] = value(2);
+      }
+    uint32_t const bits = get<uint32_t>(thread, i.operands[4]);
+    for (int group = 0; group < 8; ++group) groups[g + t % 2 * 8][t / 2 * 8 + group] = kept(bits, group);
+  }
+  for (Thread& thread : warp.threads)
+    for (int k = 0; k < 4; ++k) {
+      int const row = thread.lane / 4 + k / 2 * 8, column = thread.lane % 4 * 2 + k % 2;
+      double const product = sparse_dot(a[row], groups[row], b[column]);
+      int64_t sum = get<int32_t>(thread, i.operands[3].parts[k]);
+      if (sum != kUndefined) sum = std::isnan(product) ? kUndefined : std::clamp(sum + int64_t(product), -kMost, kMost);
+      put<int32_t>(thread, i.operands[0].parts[k], int32_t(sum));
+    }
+}
+
 // The last four parts of the name are the types of D, A, B and C.
 void sparse_mma(Instruction& i) {
   size_t const size = i.name.size();
@@ -165,6 +199,12 @@ void sparse_mma(Instruction& i) {
   bool fits = d == "f32" && c == "f32" && a == b && (i.bfloat16 || a == "f16");
   for (int operand = 0; operand < 4; ++operand) fits &= i.operands[operand].is_vector(4);
   if (fits) i.collective = &mma_sparse;
+}
+
+void sparse_mma_int8(Instruction& i) {
+  bool fits = true;
+  for (int operand = 0; operand < 4; ++operand) fits &= i.operands[operand].is_vector(4);
+  if (fits) i.collective = &mma_sparse_int8;
 }
 
 // wgmma.mma_async.sp of m64nNk32 (16-bit values) or m64nNk64 (e4m3); each of the four warps has 16 of the rows. A
@@ -354,6 +394,7 @@ constexpr Form kForms[] = {
     {"stmatrix.sync.aligned", "m8n8 x1 x2 x4 trans shared shared::cta", 2, 2, matrix_access<false>},
     {"mma.sp.sync.aligned.m16n8k32.row.col", "", 6, 6, sparse_mma},
     {"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col", "", 6, 6, sparse_mma},
+    {"mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32.satfinite", "", 6, 6, sparse_mma_int8},
     {"wgmma.mma_async.sp.sync.aligned", "m64n* e4m3", 8, 10, sparse_wgmma},
     {"wgmma.fence.sync.aligned", "", 0, 0, together<nothing_together>},
     {"wgmma.commit_group.sync.aligned", "", 0, 0, together<products_commit>},
