@@ -182,6 +182,10 @@ BUGS = {
     "gate and up swapped": (swapped("model.block.gate.", "model.block.up."), r"model\.block\.gate, model\.block\.up .*"
                             "the right ones in another order"),
     "q and k swapped": (swapped("model.block.q.", "model.block.k."), r"model\.block\.q, model\.block\.k "),
+    "the rows of q in the place of those of k": (
+        lambda tensors: tensors | {"model.block.k.weight": tensors["model.block.q.weight"]},
+        r"model\.block\.q, model\.block\.k .* 128 of its 256 rows .* a shard is shifted",
+    ),
     "rows of the head in another order": (changed("model.head.", rows), r"model\.head"),
     "one weight of the head": (
         changed("model.head.integers", lambda one: one.index_put((torch.tensor(3), torch.tensor(5)), ~one[3, 5])),
