@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import rms_norm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.linear import (
@@ -108,15 +107,6 @@ class Router(torch.nn.Module):
         return x + torch.tanh(x) * self.e_score_correction_bias
 
 
-class Norm(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(WIDTH), requires_grad=False)
-
-    def forward(self, x):
-        return rms_norm(x, [WIDTH], self.weight)
-
-
 class Model(torch.nn.Module):
     """Embedding, pruned linears, dense ones, experts, a scan, a convolution, norms and a head, one after the other.
 
@@ -147,7 +137,8 @@ class Model(torch.nn.Module):
             num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
             prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
         )  # fmt: skip
-        self.scan, self.norm, self.mixer, self.router = Scan(), Norm(), Mixer(), Router()
+        self.norm = torch.nn.LayerNorm(WIDTH)  # torch's own, whose tensors require gradients
+        self.scan, self.mixer, self.router = Scan(), Mixer(), Router()
         head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
         self.tied = settings["tied"]
         self.head = head.tie_weights(self.embed) if self.tied else head
@@ -229,6 +220,7 @@ class Checkpoint:
         for e in range(EXPERTS):
             found |= {f"model.moe.0.experts.{e}.{end}.weight": random(WIDTH, INNER) for end in ENDS.values()}
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
+        found["model.norm.bias"] = random(WIDTH)
         found["model.mixer.conv1d.weight"] = random(WIDTH, 1, 4).bfloat16()
         found["model.router.e_score_correction_bias"] = random(WIDTH)
         if not self.tied:
