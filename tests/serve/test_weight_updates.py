@@ -38,6 +38,10 @@ def plain(family, **settings):
     return write
 
 
+def mixture(family):
+    return lambda out, seed: mixtures.write(mixtures.FAMILIES[family], out, permuted=False, seed=seed)[0]
+
+
 def hybrid(out, seed):
     """Mamba-2 and attention, and experts."""
     toy = TOYS["granitemoehybrid"]
@@ -58,7 +62,8 @@ FAMILIES = {
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
     "latent attention": plain("deepseek-v3"),
-    "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, permuted=False, seed=seed)[0],
+    "experts": mixture("qwen3_moe"),
+    "experts, rearranged rows": mixture("llama4"),
 }
 
 

@@ -56,8 +56,8 @@ def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
 
 def load(worker: Any, step: dict[str, Any]) -> str | None:
     """Take a step: {"reload": folder}, or {"send": folder, "pieces": how many}, perhaps with "part": what names must
-    match, "shuffled", "broken": how the name of a tensor ends that has another shape (on "rank" only, if that is given),
-    or "left": it is not finished.
+    match, "shuffled", "broken": how the name of a tensor ends that has another shape (on "rank" only, if that is
+    given), or "left": it is not finished.
 
     Returns:
         The error that has refused it; None if it was done.
