@@ -125,9 +125,7 @@ class WeightScheme:
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
         scales = None if schema.weight_format.group_size is None else torch.bfloat16
-        return cls(
-            schema.weight_format, activations=schema.input_dtype, dummy_scales=scales, pattern=schema.pattern
-        )
+        return cls(schema.weight_format, activations=schema.input_dtype, dummy_scales=scales, pattern=schema.pattern)
 
     @classmethod
     def of_dense(cls, schema: RiaSchema) -> "WeightScheme":

@@ -141,8 +141,9 @@ class ProvedExperts:
             expected = partial(self._expected, stored=stored, y=y, s=s, scales=scales.double())
             found[expert] = expected(expert)
             if not _agree(y @ s, *found[expert]):
+                if not wrong:
+                    origin = self._origin(expert, stored, y @ s, expected, before.get(expert))
                 wrong.append(expert)
-                origin = origin or self._origin(expert, stored, y @ s, expected, before.get(expert))
         if not wrong:
             return None
         ours = self.layer.ria_experts if self.is_stored else None
