@@ -97,7 +97,7 @@ def parts_of(options: Options) -> list[Part]:
     )
     if options.quick:
         return checks + fp8_checks + int8_checks
-    return checks + _timings() + fp8_checks + _our_timings() + int8_checks + _limits()
+    return checks + _timings() + fp8_checks + int8_checks + _our_timings() + _limits()
 
 
 def _checks(

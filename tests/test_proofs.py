@@ -168,6 +168,20 @@ def test_another_matrix_is_not(change, dtype, size):
         assert wrong.float().mean() > 0.8
 
 
+@pytest.mark.parametrize("start", [0, 16, 63])
+def test_rows_of_another_shard_are_told_from_other_weights(start):
+    weight, r = normal(96, 512), proofs.vector(512, SEED)
+    whole, rank_1 = proofs.proof(weight, r), slice(32, 64)
+
+    def fault(found):
+        y = proofs.tokens_of(r, 3) @ found.T
+        return proofs.fault(y, whole[rank_1], 512, torch.float32, whole=whole)
+
+    assert fault(weight[rank_1]) is None
+    assert fault(weight[start : start + 32]).endswith("the right ones of other rows of the matrix: a shard is shifted")
+    assert "shard" not in fault(weight[start : start + 32] + normal(32, 512, seed=1) * 1e-3)
+
+
 def test_proofs_agree_however_they_were_summed():
     weight, r = normal(200, 4096).bfloat16(), proofs.vector(4096, SEED)
     found = proofs.proof(weight, r)

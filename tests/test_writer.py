@@ -259,11 +259,21 @@ def test_a_folder_has_no_other_owner_before_it_is_empty(tmp_path, how):
     assert (deleted[-1] == "lock") == (how != "begin again") == (not (tmp_path / "out.partial").exists())
 
 
-def process_that_may_die(out: Path, number: int, at: int) -> int:
-    """Another process, which writes `out` full of its number, unless it is refused, or dies at event `at` of its."""
+def processes_that_may_die(out: Path, numbers: list[int], draw: random.Random) -> tuple[list[int], int]:
+    """A process for each number, which writes `out` full of it, unless it is refused or dies at some event of its. They
+    begin together when the returned descriptor is closed."""
+    waits, begins = os.pipe()
+    children = [process_that_may_die(out, number, draw.randint(1, 150), (waits, begins)) for number in numbers]
+    os.close(waits)
+    return children, begins
+
+
+def process_that_may_die(out: Path, number: int, at: int, pipe: tuple[int, int]) -> int:
     child = os.fork()
     if child:
         return child
+    os.close(pipe[1])
+    os.read(pipe[0], 1)
     events = 0
 
     def hook(event, _):
@@ -297,14 +307,17 @@ def process_that_may_die(out: Path, number: int, at: int) -> int:
 DONE, REFUSED, DIED, WRONG = range(4)
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_two_processes_that_die_at_any_moment_share_nothing(tmp_path, rounds):
     """The result is whole and of one of them, and a finished one is there until the next is."""
     out, draw, ends = tmp_path / "out", random.Random(rounds), Counter()
     expected = None
-    for round_number in range(rounds):
-        numbers = [2 * round_number, 2 * round_number + 1]
-        children = [process_that_may_die(out, number, draw.randint(1, 150)) for number in numbers]
+    pairs = [[2 * number, 2 * number + 1] for number in range(rounds)]
+    following = processes_that_may_die(out, pairs[0], draw)
+    for numbers, others in zip(pairs, [*pairs[1:], []]):
+        children, begins = following
+        os.close(begins)
+        following = processes_that_may_die(out, others, draw)  # meanwhile: to fork takes as long as to write
         found = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         ends.update(found)
         assert WRONG not in found
@@ -317,6 +330,7 @@ def test_two_processes_that_die_at_any_moment_share_nothing(tmp_path, rounds):
             assert all(bool((tensor == number).all()) for _, tensor in tensors)
             assert number in numbers or (number == expected and DONE not in found)
             expected = number
+    os.close(following[1])
     assert set(ends) == {DONE, REFUSED, DIED} and min(ends.values()) >= rounds // 20, ends
 
 

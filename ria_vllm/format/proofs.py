@@ -113,13 +113,26 @@ def same_rows(products: torch.Tensor, proof: torch.Tensor, limit: torch.Tensor) 
     return bool(((products.sort().values - wanted).abs() <= limit[order]).all())
 
 
+def _among(products: torch.Tensor, proof: torch.Tensor, limit: torch.Tensor) -> bool:
+    """Whether each of the products, float32 [any], is that of some row of a proof, float32 [out, 2]."""
+    wanted, order = proof[:, 0].sort()
+    after = torch.searchsorted(wanted, products.contiguous()).clamp(max=len(wanted) - 1)
+    near = torch.stack([after, (after - 1).clamp(min=0)])
+    return bool(((products - wanted[near]).abs() <= limit[order][near]).any(0).all())
+
+
 def tokens_of(r: torch.Tensor, count: int) -> torch.Tensor:
     """float32 [count, columns], what a kernel multiplies: r [columns], -r, r, ... under SCALE."""
     return _signs(count) * r / SCALE
 
 
 def fault(
-    y: torch.Tensor, proof: torch.Tensor, columns: int, dtype: torch.dtype, before: torch.Tensor | None = None
+    y: torch.Tensor,
+    proof: torch.Tensor,
+    columns: int,
+    dtype: torch.dtype,
+    before: torch.Tensor | None = None,
+    whole: torch.Tensor | None = None,
 ) -> str | None:
     """What is wrong with a kernel's products, in words that follow its name; None if they are those of a proof.
 
@@ -129,6 +142,7 @@ def fault(
         columns: of the whole matrix.
         dtype: of the activations.
         before: the proof of the weights that were served before.
+        whole: that of all rows of the matrices, of which a rank has a part.
     """
     products = y.float() * SCALE * _signs(len(y))
     limit = bound(proof, columns, dtype)
@@ -140,6 +154,8 @@ def fault(
         reason = "they are the right ones in another order"
     elif before is not None and bool(((first - before[:, 0]).abs() <= bound(before, columns, dtype)).all()):
         reason = "they are those of the weights before this reload"
+    elif whole is not None and _among(first, whole, bound(whole, columns, dtype)):
+        reason = "they are the right ones of other rows of the matrix: a shard is shifted"
     elif len(y) > 1 and not bool(wrong[0].any()):
         reason = f"with one token they are right, with {len(y)} they are not"
     else:

@@ -122,7 +122,7 @@ class Reloads:
                 method.forget()
         for _, tensor in self._at_once if self.lacks_weights else ():
             if tensor.is_floating_point():
-                tensor.fill_(EMPTY)  # it has to come, too
+                tensor.data.fill_(EMPTY)  # it has to come, too
         begin(self.model)
 
     def give_up(self) -> None:

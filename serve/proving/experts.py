@@ -11,7 +11,7 @@ rest of both is zero.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import log2
 
 import torch
@@ -31,6 +31,7 @@ from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import layers_of
 
 Vector = Callable[[int], torch.Tensor]
+Sums = tuple[torch.Tensor, torch.Tensor]
 
 # Powers of two, for int8 rounds r under any of them exactly; the activation bends differently for each.
 SCALES = (2.0**-7, 2.0**-9, 2.0**-5, 2.0**-11)
@@ -128,14 +129,20 @@ class ProvedExperts:
         device = next(tensor.device for tensor in self.layer.parameters() if tensor.numel())
         # Kernels read float32, whatever the default is while a model is loaded.
         ones = torch.ones(len(SCALES), 1, dtype=torch.float32, device=device)
-        wrong = []
+        # With the layer, so that a refused reload puts it back, too.
+        before, found = self.layer.__dict__.get("ria_wanted", {}), dict[int, Sums]()
+        self.layer.__dict__["ria_wanted"] = found
+        wrong, origin = [], ""
         for expert in self._here:
             r, s, scales = self._asked(expert, vector(self._sizes.hidden), whole)
             x = (scales * r).to(device, dtype)
             ids = torch.full((len(SCALES), 1), expert, dtype=torch.int32, device=device)
             y = method.apply(self.layer, x, ones.clone(), ids, None, None).cpu().double() * s.abs().bool()
-            wanted, limit = self._expected(expert, stored, y, s, scales.double())
-            if not bool((((y @ s - wanted).abs() <= limit) | limit.isinf()).all()):
+            expected = partial(self._expected, stored=stored, y=y, s=s, scales=scales.double())
+            found[expert] = expected(expert)
+            if not _agree(y @ s, *found[expert]):
+                if not wrong:
+                    origin = self._origin(expert, stored, y @ s, expected, before.get(expert))
                 wrong.append(expert)
         if not wrong:
             return None
@@ -143,8 +150,34 @@ class ProvedExperts:
         how = "vLLM's own kernel" if ours is None else str(ours.choice)
         return (
             f"{self.experts.name} ({how}): {len(wrong)} of {len(self._here)} experts, the first of which is "
-            f"{wrong[0]}, do not compute what the checkpoint says"
+            f"{wrong[0]}, do not compute what the checkpoint says{origin}"
         )
+
+    def _origin(
+        self,
+        expert: int,
+        stored: Mapping[str, torch.Tensor],
+        sums: torch.Tensor,
+        expected: Callable[..., Sums],
+        before: Sums | None,
+    ) -> str:
+        """What an expert has in place of its weights, in words that follow that it is wrong; empty if nothing tells.
+
+        Args:
+            sums: what it computes, float64 [scales].
+            expected: `_expected` of any expert.
+            before: what was expected of the weights before.
+        """
+        if before is not None and _agree(sums, *before):
+            return ": it has the weights before this reload"
+        ranks = [rank for rank in range(self._sizes.ranks) if rank != self._sizes.rank]
+        others = {f"the weights of expert {one}": {"expert": one} for one in self._here if one != expert}
+        others |= {f"the shard of rank {rank}": {"expert": expert, "rank": rank} for rank in ranks}
+        if self.experts.is_gated:
+            gate, up = (self.experts.linear(kind, expert) for kind in ("gate", "up"))
+            swapped = {**stored, gate: stored[up], up: stored[gate]}
+            others["gate and up in each other's place"] = {"expert": expert, "stored": swapped}
+        return next((f": it has {what}" for what, which in others.items() if _agree(sums, *expected(**which))), "")
 
     def _asked(self, expert: int, r: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(r of the input, float32 [H]; s of the output, float64 [H]; scales of r, float32 [scales, 1])."""
@@ -164,18 +197,21 @@ class ProvedExperts:
         y: torch.Tensor,
         s: torch.Tensor,
         scales: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rank: int | None = None,
+    ) -> Sums:
         """(s y, how far it may be off), both float64 [scales], of what this rank adds.
 
         Args:
             y: float64 [scales, H], for the rounding of it.
             s: float64 [H].
             scales: float64 [scales, 1].
+            rank: whose shard; None: this one's.
         """
         sizes, experts, biases = self._sizes, self.experts, self._biases
         order = self.layer.quant_method.orders.rows[expert] if self.is_stored else None
         mine = torch.arange(sizes.intermediate) if order is None else torch.from_numpy(order).long()
-        mine = mine[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
+        rank = sizes.rank if rank is None else rank
+        mine = mine[rank * sizes.here : (rank + 1) * sizes.here]
         kinds = [kind for kind in ("gate", "up") if kind in experts.patterns]
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
         added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
@@ -207,6 +243,10 @@ class ProvedExperts:
         # Nothing is known of what float16 cannot hold: h, or a channel of y, of which the columns of D say how large.
         too_large = (h.abs() * down[:, 1].clamp(min=1)).sum(1) > unit.max / 4
         return wanted, (SURE * total.sqrt()).masked_fill(too_large, torch.inf)
+
+
+def _agree(sums: torch.Tensor, wanted: torch.Tensor, limit: torch.Tensor) -> bool:
+    return bool((((sums - wanted).abs() <= limit) | limit.isinf()).all())
 
 
 @dataclass(frozen=True)

@@ -92,11 +92,11 @@ class Prover:
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
-            problems.append(self._problem(layer, vector, expected, tokens))
+            problems.append(self._problem(layer, vector, expected, tokens, stored))
             proved.update(layer.matrices or [layer.path])
         for layer in self.given:
             if (expected := layer.expected(stored)) is not None and _is_new(layer.layer):
-                problems.append(self._problem(layer, vector, expected, 1))
+                problems.append(self._problem(layer, vector, expected, 1, {}))
                 given += 1
         for experts in self.experts:
             if experts.can_be_proved(stored):
@@ -123,11 +123,14 @@ class Prover:
         logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", len(proved), took, left)
         return len(proved)
 
-    def _problem(self, layer: Proved, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
+    def _problem(
+        self, layer: Proved, vector: Vector, expected: torch.Tensor, tokens: int, stored: Mapping[str, torch.Tensor]
+    ) -> str | None:
         # With the layer, so that a refused reload puts it back, too.
         held, key = layer.layer.__dict__, f"ria_proof of {layer.path}{' looked up' * layer.looks_up}"
         before, held[key] = held.get(key), expected
-        return layer.problem(vector, expected, tokens, before)
+        whole = [stored[name] for name in layer.matrices if name in stored]
+        return layer.problem(vector, expected, tokens, before, torch.cat(whole) if whole else None)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:

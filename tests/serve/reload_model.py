@@ -1,7 +1,8 @@
 """A model with a layer of every kind that vLLM reloads, and what its checkpoint holds, by the number of a training."""
 
+from dataclasses import dataclass
+
 import torch
-from torch.nn.functional import rms_norm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.linear import (
@@ -17,15 +18,54 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import proofs, sparse24
-from ria_vllm.format.formats import FLOAT, INTEGERS
+from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.layer_schema import Experts, Fold, Producer
-from ria_vllm.format.schema import INT8_TOKENS, Proofs, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
+from ria_vllm.format.schema import (
+    FP8_TOKENS,
+    INT8_TOKENS,
+    InputQuantization,
+    Proofs,
+    RiaSchema,
+    SparsityConfig,
+    WeightQuantization,
+)
+from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.model.config import RiaConfig
 
 WIDTH, INNER, WORDS, EXPERTS, TOP = 128, 128, 96, 4, 2
 AT = "model.moe.{i}.experts"
 ENDS = {"gate": "w1", "up": "w3", "down": "w2"}
-FORMATS = {"float": FLOAT, "int8": INTEGERS[8, None], "int4": INTEGERS[4, None], "int4-g32": INTEGERS[4, 32]}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores linears.
+
+    Attributes:
+        format: of those that are pruned.
+        inputs: to what they round their inputs. Where that is int8, the head is in int8, too.
+        int8: the linears that are not pruned are in int8.
+    """
+
+    format: WeightFormat = FLOAT
+    inputs: InputQuantization | None = None
+    pattern: Pattern = TWO_OF_FOUR
+    int8: bool = False
+
+
+FORMATS = {
+    "float": Stored(),
+    "int8": Stored(INTEGERS[8, None], INT8_TOKENS),
+    "int4": Stored(INTEGERS[4, None], INT8_TOKENS),
+    "int4-g32": Stored(INTEGERS[4, 32], INT8_TOKENS),
+    "fp8": Stored(FP8, FP8_TOKENS),
+    "int8-g64": Stored(INTEGERS[8, 64], INT8_TOKENS),
+    "W8A16": Stored(INTEGERS[8, None]),
+    "W4A16": Stored(INTEGERS[4, 128]),
+    "int8 in 8:16": Stored(INTEGERS[8, None], INT8_TOKENS, PATTERNS["8:16"]),
+    "dense linears in int8": Stored(INTEGERS[8, None], INT8_TOKENS, int8=True),
+}
 
 
 class Scan(torch.nn.Module):
@@ -67,15 +107,6 @@ class Router(torch.nn.Module):
         return x + torch.tanh(x) * self.e_score_correction_bias
 
 
-class Norm(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(WIDTH), requires_grad=False)
-
-    def forward(self, x):
-        return rms_norm(x, [WIDTH], self.weight)
-
-
 class Model(torch.nn.Module):
     """Embedding, pruned linears, dense ones, experts, a scan, a convolution, norms and a head, one after the other.
 
@@ -106,7 +137,8 @@ class Model(torch.nn.Module):
             num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
             prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
         )  # fmt: skip
-        self.scan, self.norm, self.mixer, self.router = Scan(), Norm(), Mixer(), Router()
+        self.norm = torch.nn.LayerNorm(WIDTH)  # torch's own, whose tensors require gradients
+        self.scan, self.mixer, self.router = Scan(), Mixer(), Router()
         head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
         self.tied = settings["tied"]
         self.head = head.tie_weights(self.embed) if self.tied else head
@@ -142,19 +174,20 @@ class Model(torch.nn.Module):
 
 
 PRUNED = {"gate": (INNER, WIDTH), "up": (INNER, WIDTH), "down": (WIDTH, INNER)}
+DENSE = [f"model.block.{name}" for name in ("q", "k", "o")]
 
 
 class Checkpoint:
     """Tensors by name, of each training. The masks' orders are always the same.
 
     Args:
-        weight_format: of what is pruned.
         pruned_experts: otherwise they are dense.
         tied: the head has the embedding's weights.
     """
 
-    def __init__(self, weight_format=FLOAT, pruned_experts=True, tied=False):
-        self.weight_format, self.pruned_experts, self.tied = weight_format, pruned_experts, tied
+    def __init__(self, stored=FORMATS["float"], pruned_experts=True, tied=False):
+        self.stored, self.pruned_experts, self.tied = stored, pruned_experts, tied
+        self.weight_format = stored.format
         rng = torch.Generator().manual_seed(7)
         shared, own = torch.randperm(WIDTH, generator=rng), torch.randperm(INNER, generator=rng)
         self.orders = {f"model.block.{name}": own if name == "down" else shared for name in PRUNED}
@@ -166,8 +199,13 @@ class Checkpoint:
 
     @property
     def head(self):
-        """The matrix that the head has. Where pruned linears have integers, it has them, too."""
+        """The matrix that the head has."""
         return "model.embed" if self.tied else "model.head"
+
+    @property
+    def in_int8(self):
+        """The matrices that are not pruned and in int8."""
+        return [self.head] * (self.stored.inputs == INT8_TOKENS) + DENSE * self.stored.int8
 
     def tensors(self, training):
         rng = torch.Generator().manual_seed(training)
@@ -182,22 +220,28 @@ class Checkpoint:
         for e in range(EXPERTS):
             found |= {f"model.moe.0.experts.{e}.{end}.weight": random(WIDTH, INNER) for end in ENDS.values()}
         found |= {"model.scan.A": random(WIDTH), "model.scan.D": random(WIDTH), "model.norm.weight": 1 + random(WIDTH)}
+        found["model.norm.bias"] = random(WIDTH)
         found["model.mixer.conv1d.weight"] = random(WIDTH, 1, 4).bfloat16()
         found["model.router.e_score_correction_bias"] = random(WIDTH)
         if not self.tied:
             found["model.head.weight"] = random(WORDS, WIDTH)
-        if self.weight_format != FLOAT:
-            weight = found.pop(f"{self.head}.weight")
+        for name in self.in_int8:
+            weight = found.pop(f"{name}.weight")
             scales = weight.abs().amax(1, keepdim=True) / 127
             integers = (weight / scales).round().to(torch.int8)
-            found |= {f"{self.head}.integers": integers, f"{self.head}.weight_scale": scales}
+            found |= {f"{name}.integers": integers, f"{name}.weight_scale": scales}
         for linear in self.orders:
-            weight = found.pop(f"{linear}.weight")
-            mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
-            stored, scales = self.weight_format.quantize(weight * mask, torch.float32)
-            parts = self.weight_format.encode(stored, mask, scales) | {"shape": torch.tensor([[len(weight)], [INNER]])}
+            parts = self.parts(found.pop(f"{linear}.weight"))
             found |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
         return found
+
+    def parts(self, weight):
+        """What is stored of a linear whose largest weights are kept, float32 [out, in] in the stored order."""
+        pattern = self.stored.pattern
+        mask = sparse24.mask_from_bitmask(sparse24.compress(weight, None, pattern)[1])
+        values, scales = self.weight_format.quantize(weight * mask, torch.float32)
+        parts = self.weight_format.encode(values, mask, scales, pattern)
+        return parts | {"shape": torch.tensor([[len(weight)], [INNER]])}
 
     def proofs(self, tensors):
         """By the formula, of plain matrices in the model's own order of channels."""
@@ -228,11 +272,12 @@ class Checkpoint:
         ]
         quantization = self.weight_format.quantization
         return RiaSchema(
-            sparsity_config=SparsityConfig(), proofs=Proofs(seed=1, digest="0" * 64),
+            sparsity_config=SparsityConfig(sparsity_structure=str(self.stored.pattern)),
+            proofs=Proofs(seed=1, digest="0" * 64),
             folds=folds if self.pruned_experts else folds[:1],
             experts=[experts] if self.pruned_experts else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
-            input_activations=None if quantization is None else INT8_TOKENS,
+            input_activations=self.stored.inputs, int8_linears=DENSE * self.stored.int8,
         )  # fmt: skip
 
     def config(self):
@@ -243,3 +288,74 @@ class Checkpoint:
         config.folding = fold(schema, config.permutations, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qk": ["q", "k"]}
         return config
+
+
+def _theirs(form, sparsity, weights=None, inputs=None):
+    """A `quantization_config` of compressed-tensors, for the linears that are pruned."""
+    targets = [f"re:.*{end}$" for end in PRUNED]
+    group = {"targets": targets, "weights": weights, "input_activations": inputs}
+    sparsity = {"sparsity_config": {"format": sparsity, "sparsity_structure": "2:4", "targets": targets}}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group} if weights else {},
+    } | (sparsity if form != "marlin-24" else {})  # fmt: skip
+
+
+_INT, _FP8 = ({"num_bits": 8, "type": kind, "symmetric": True} for kind in ("int", "float"))
+FOREIGN = {
+    "compressed-tensors": _theirs(None, "sparse-24-bitmask"),
+    "compressed-tensors, fp8 by tensor": _theirs(
+        "float-quantized", "sparse-24-bitmask", _FP8 | {"strategy": "tensor"},
+        _FP8 | {"strategy": "tensor", "dynamic": False},
+    ),
+    "compressed-tensors, int8 with zeros": _theirs(
+        "int-quantized", "dense", _INT | {"strategy": "channel"}, _INT | {"strategy": "token", "dynamic": True}
+    ),
+    "marlin-24": _theirs(
+        "marlin-24", None, {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    ),
+}  # fmt: skip
+
+
+class Foreign(Checkpoint):
+    """As compressed-tensors has it: no permutations, no proofs, and dense experts.
+
+    Args:
+        form: one of `FOREIGN`.
+    """
+
+    def __init__(self, form="compressed-tensors", tied=False):
+        super().__init__(pruned_experts=False, tied=tied)
+        self.orders = {name: torch.arange(INNER) for name in self.orders}
+        self.form = form
+
+    def parts(self, weight):
+        if self.form == "marlin-24":
+            return _tiled(weight)
+        compressed, bitmask = sparse24.compress(weight)
+        mask, largest = sparse24.mask_from_bitmask(bitmask), compressed.abs().amax(1, keepdim=True)
+        if "zeros" in self.form:
+            return {"weight": (weight * mask / largest * 127).round().to(torch.int8), "weight_scale": largest / 127}
+        if "fp8" in self.form:
+            scale = largest.amax() / FP8.largest
+            parts = FP8.encode(weight, mask, scale.expand(len(weight), 1))
+            return parts | {"weight_scale": scale[None], "input_scale": torch.ones(1)}
+        return {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor([[len(weight)], [INNER]])}
+
+    def config(self):
+        config = RiaConfig.from_config(FOREIGN[self.form])
+        config._read_names(list(self.tensors(0)))
+        config.names = {name: name for name in config.stored}
+        return config
+
+
+def _tiled(weight):
+    """What Marlin-24 reads: any integers, and any two of four positions. Both are made of a weight's bits."""
+    rows, columns = weight.shape
+    bits = weight.view(torch.int32).flatten() >> 3
+    two = torch.tensor([0x4, 0x8, 0xC, 0x9, 0xD, 0xE])[bits[: rows * columns // 4] % 6].view(columns // 32, -1, 4)
+    words = (bits[: rows * columns // 16].long() * 40503 << 8).to(torch.int32)
+    return {
+        "weight_packed": words.view(columns // 32, rows * 2),
+        "scale_packed": weight.abs().amax(1)[None].half() / 8,
+        "meta": (two << torch.tensor([0, 4, 8, 12])).sum(-1).to(torch.int16),
+    }

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def load(url: str, step: dict[str, Any]) -> str | None:
-    """Take a step: {"reload": folder}, or one of `weight_updates.load`.
+    """Take a step of `weight_updates.load`.
 
     Returns:
         The error that has refused it; None if it was done.

@@ -20,17 +20,6 @@ GPTJ = tiny.Family(
         ("n_embd", tiny.HIDDEN), ("n_layer", 2), ("n_head", tiny.HEADS), ("n_inner", tiny.INNER), ("rotary_dim", 16),
     ),
 )  # fmt: skip
-# vLLM's model rearranges the rows of its values, in which they have an order of their own, too.
-FALCON = tiny.Family(
-    "falcon", kv=2, block="transformer.h.{i}.",
-    shared=(("self_attention.query_key_value",), ("mlp.dense_h_to_4h",)),
-    value=("self_attention.query_key_value", (3 * tiny.HEAD_DIM, 4 * tiny.HEAD_DIM)), value_blocks=2,
-    output="self_attention.dense", inner=(("mlp.dense_h_to_4h", None),), down="mlp.dense_4h_to_h",
-    settings=(
-        ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
-        ("ffn_hidden_size", 4 * tiny.HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
-    ),
-)  # fmt: skip
 BF16, FP16 = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
 SERVED_BF16, SERVED_FP16 = {"dtype": "bfloat16"}, {"dtype": "float16"}
 SOME_DENSE = tuple(f"0.self_attn.{n}_proj" for n in "qkv") + ("1.mlp.down_proj", "0.mlp.gate_proj", "0.mlp.up_proj")
@@ -43,7 +32,7 @@ ALONE = {
     "biases": ("opt", {}, {}),
     "values in blocks": ("gpt-neox", {}, {}),
     "other prefixes": (GPTJ, {"folds": False}, {}),
-    "rearranged rows": (FALCON, {}, {}),
+    "rearranged rows": (tiny.FALCON, {}, {}),
     "latent attention": ("deepseek-v3", {}, LATENT_ATTENTION),
     "latent attention in bfloat16": ("deepseek-v3", BF16, SERVED_BF16 | ROTARY),
     "no permutations": ("llama-gqa", {"permuted": False}, {}),
@@ -66,7 +55,7 @@ ROUNDED = {
     "int8, dense ones too": ("qwen2", DENSE_INT8 | {"rounded": True}, {}),
     "int8, all dense": ("llama-gqa", DENSE_INT8 | {"dense": ("_proj",), "permuted": False, "rounded": True}, {}),
     "int8, dense ones too, rearranged rows": (
-        FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
+        tiny.FALCON, DENSE_INT8 | {"dense": ("query_key_value",), "rounded": True}, {},
     ),
     "int8, 8:16": ("llama-gqa", {"rounded": True, "weights": "int8", "pattern": "8:16"}, {}),
 }  # fmt: skip

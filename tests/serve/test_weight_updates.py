@@ -3,6 +3,7 @@
 `test_reload_table` has every kind of layer and sequence, without a server.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from families import LATENT_ATTENTION
 from runs import ONE_THREAD_EACH, TWO_RANKS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from weight_updates import tensors
 from zoo.family import calibration
 from zoo.toy import build
 from zoo.toys import TOYS
@@ -30,10 +32,14 @@ def plain(family, **settings):
     """Writes a checkpoint of a training and returns its folder."""
 
     def write(out, seed):
-        tiny.write(tiny.FAMILIES[family], out, permuted=False, seed=seed, **settings)
+        tiny.write(tiny.FAMILIES.get(family, family), out, permuted=False, seed=seed, **settings)
         return out
 
     return write
+
+
+def mixture(family):
+    return lambda out, seed: mixtures.write(mixtures.FAMILIES[family], out, permuted=False, seed=seed)[0]
 
 
 def hybrid(out, seed):
@@ -51,26 +57,38 @@ def hybrid(out, seed):
 
 FAMILIES = {
     "tied": plain("gemma2"),
+    "rearranged rows": plain(tiny.FALCON),
     "Mamba-2": hybrid,
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
     "latent attention": plain("deepseek-v3"),
-    "experts": lambda out, seed: mixtures.write(mixtures.FAMILIES["qwen3_moe"], out, permuted=False, seed=seed)[0],
+    "experts": mixture("qwen3_moe"),
+    "experts, rearranged rows": mixture("llama4"),
 }
 
 
 def broken(folder):
     """A copy with an embedding that was not written so: the proof finds it, when all layers are new."""
     path = Path(shutil.copytree(folder, f"{folder}-broken"), "model.safetensors")
-    tensors = load_file(path)
+    found = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    tensors["model.embed_tokens.weight"] += 1
-    save_file(tensors, path, metadata)
+    (embedding,) = (name for name in found if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+    found[embedding] += 1
+    save_file(found, path, metadata)
     return {"reload": str(path.parent), "refused": True}
 
 
-LAYER, OTHERS = r"layers\.0\.", r"^(?!.*layers\.0\.)"
+def stored_otherwise(folder):
+    """A copy whose weights are the same, but called 4:8."""
+    path = Path(shutil.copytree(folder, f"{folder}-otherwise"), "config.json")
+    config = json.loads(path.read_text())
+    config["quantization_config"]["sparsity_config"]["sparsity_structure"] = "4:8"
+    path.write_text(json.dumps(config))
+    return {"reload": str(path.parent), "refused": True}
+
+
+LAYER, OTHERS, BIAS = r"(layers|h)\.0\.", r"^(?!.*(layers|h)\.0\.)", r"\.bias$"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,13 +97,19 @@ def test_a_server_answers_as_one_that_was_started_with_its_weights(family, tmp_p
     first, second = (str(FAMILIES[family](tmp_path / str(seed), seed)) for seed in (1, 2))
     for folder in (first, second):
         tiny.add_tokenizer(folder)
-    refused = broken(second)
+    refused, has_biases = broken(second), any(name.endswith(".bias") for name, _ in tensors(second))
+    norm = "ln_mlp.weight" if family == "rearranged rows" else "layernorm.weight"
     # What is loaded, and the folder whose weights a server has then. It is not asked where it has none, or of two.
     with_files = [
+        ({"reload": first}, first),
+        ({"reload": second}, None),
+        ({"reload": first}, None),
         ({"reload": second}, second),
-        ({"send": first, "pieces": 3, "broken": "layernorm.weight", "refused": True}, second),
+        (stored_otherwise(first), second),
+        ({"send": first, "pieces": 3, "broken": norm, "refused": True}, second),
         ({"send": first, "pieces": 2, "left": True}, second),
-        ({"send": first, "pieces": 2}, first),
+        ({"send": first, "pieces": 2, "shuffled": True}, first),
+        *[({"send": second, "pieces": 1, "part": BIAS, "refused": True}, first)] * has_biases,
         (refused, first),
         (refused, first),
         ({"send": second, "pieces": 1, "part": LAYER}, None),
@@ -117,11 +141,12 @@ def test_what_one_rank_refuses_no_rank_serves(tmp_path):
     """The other rank has all of its new weights by then, and may never be told that nothing follows."""
     write = plain("qwen2")
     first, second = (str(write(tmp_path / str(seed), seed)) for seed in (1, 2))
-    broken = {"send": second, "pieces": 2, "broken": "norm.weight", "rank": 1}
+    wrong = {"send": second, "pieces": 2, "broken": "norm.weight", "rank": 1}
     sequences = {
-        "refused": ([(broken, True)], 0),
-        "left": ([(broken | {"left": True}, True)], 0),
-        "sent again": ([(broken, True), ({"send": second, "pieces": 3}, False)], 1),
+        "files": ([({"reload": broken(second)["reload"]}, True), ({"reload": second}, False)], 1),
+        "refused": ([(wrong, True)], 0),
+        "left": ([(wrong | {"left": True}, True)], 0),
+        "sent again": ([(wrong, True), ({"send": second, "pieces": 3}, False)], 1),
     }
     jobs = [job_of(folder, {"engine": TWO_RANKS}) for folder in (first, second)]
     jobs += [job_of(first, {"engine": TWO_RANKS, "loads": steps}) for steps, _ in sequences.values()]

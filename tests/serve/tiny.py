@@ -81,6 +81,18 @@ OPT = Family(
     settings=(("ffn_dim", INNER), ("word_embed_proj_dim", HIDDEN), ("dropout", 0.0), ("activation_function", "relu")),
 )  # fmt: skip
 
+# vLLM's model rearranges the rows of its values, in which they have an order of their own, too.
+FALCON = Family(
+    "falcon", kv=2, block="transformer.h.{i}.",
+    shared=(("self_attention.query_key_value",), ("mlp.dense_h_to_4h",)),
+    value=("self_attention.query_key_value", (3 * HEAD_DIM, 4 * HEAD_DIM)), value_blocks=2,
+    output="self_attention.dense", inner=(("mlp.dense_h_to_4h", None),), down="mlp.dense_4h_to_h",
+    settings=(
+        ("head_dim", None), ("new_decoder_architecture", True), ("num_kv_heads", 2), ("bias", False), ("alibi", False),
+        ("ffn_hidden_size", 4 * HIDDEN), ("hidden_dropout", 0.0), ("attention_dropout", 0.0),
+    ),
+)  # fmt: skip
+
 
 def latent(model_type: str, keys: int, *settings: tuple[str, Any]) -> Family:
     """With latent attention: in kv_b_proj are each head's keys, so many, and behind them its values."""

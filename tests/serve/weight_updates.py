@@ -1,5 +1,6 @@
 """What a running engine is told to load, in the worker, as trainers' weight transfers do it."""
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class FromFolder(WeightTransferEngine):
     def update_weights(self, update_info: Any) -> None:
         found, rank = tensors(update_info["send"]), torch.distributed.get_rank()
         found = [one for one in found if re.search(update_info.get("part", ""), one[0])]
+        if update_info.get("shuffled"):
+            random.Random(1).shuffle(found)
         if "broken" in update_info and update_info.get("rank", rank) == rank:
             at = max(i for i, (name, _) in enumerate(found) if name.endswith(update_info["broken"]))
             found[at] = found[at][0], torch.zeros(3, 5)
@@ -52,14 +55,18 @@ def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
 
 
 def load(worker: Any, step: dict[str, Any]) -> str | None:
-    """Take a step: {"send": folder, "pieces": how many}, perhaps with "part": what names must match, "broken": how the
-    name of a tensor ends that has another shape (on "rank" only, if that is given), or "left": it is not finished.
+    """Take a step: {"reload": folder}, or {"send": folder, "pieces": how many}, perhaps with "part": what names must
+    match, "shuffled", "broken": how the name of a tensor ends that has another shape (on "rank" only, if that is
+    given), or "left": it is not finished.
 
     Returns:
         The error that has refused it; None if it was done.
     """
     worker = getattr(worker, "worker", worker)  # vLLM has wrapped it
     try:
+        if "reload" in step:
+            worker.reload_weights(weights_path=step["reload"])
+            return None
         model = worker.model_runner.get_model()
         config = worker.vllm_config.weight_transfer_config = WeightTransferConfig(backend="folder")
         worker.weight_transfer_engine = FromFolder(config, worker.vllm_config, worker.device, model)

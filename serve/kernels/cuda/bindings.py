@@ -32,7 +32,7 @@ _RESULTS = {
 _CUDA_ERROR = 4  # ria_last_error() has the text
 
 # As in csrc/library.cu. A library with another version was built from other sources.
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {

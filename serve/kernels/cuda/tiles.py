@@ -46,7 +46,7 @@ _RULES: dict[tuple[int, int], tuple[tuple[float, tuple[tuple[str, int], ...]], .
         (float("inf"), (("128x256", DATA_PARALLEL),)),
     ),
     (80, 8): (
-        (64, (("int8_128x32", HEURISTIC),)),
+        (32, (("int8_128x32", HEURISTIC),)),
         (float("inf"), (("int8_128x128", HEURISTIC),)),
     ),
     (80, 16): (
@@ -80,7 +80,7 @@ def balanced_split_k(tile: str, out_features: int, in_features: int, tokens: int
     each wave of thread blocks takes its steps and about one more to start, and the parts of a tile add their sums one
     after another, at about half a step each. Both numbers are guesses until they are measured.
     """
-    fp8, rows, columns = re.match(r"(fp8_)?(\d+)x(\d+)", tile).groups()
+    fp8, rows, columns = re.match(r"(fp8_|int8_)?(\d+)x(\d+)", tile).groups()
     tiles = -(-out_features // int(rows)) * -(-tokens // int(columns))
     steps = -(-in_features // (256 if fp8 else 128))
 

@@ -92,5 +92,5 @@ class CusparseltKernel:
             return linear(x, packed[0], config.out_features, bias)
         integers, x_scales = quantize_tokens(x)
         sums = linear(integers.to(torch.int8), packed[0], config.out_features, None)
-        y = sums.float() * packed[1] * x_scales
+        y = sums.float().mul_(packed[1]).mul_(x_scales)
         return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from compressed_tensors_layers import BY_TENSOR, FLOAT, INT
 from compressed_tensors_layers import Checkpoint as Linears
-from reload_model import PRUNED, Checkpoint, Model
+from reload_model import FOREIGN, Foreign, Model
 from reload_server import Server, watch
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.load.file_proofs import ROWS, FileProofs
-from ria_vllm.serve.model.config import RiaConfig
 
 
 @pytest.mark.parametrize("rows", [64, 300])
@@ -48,31 +47,15 @@ def test_damaged_tensors_are_left_to_the_layer():
     assert not any(found.take())
 
 
-class Foreign(Checkpoint):
-    """As compressed-tensors has it: no permutations, no proofs, and dense experts."""
-
-    def __init__(self):
-        super().__init__(pruned_experts=False)
-        self.orders = {name: torch.arange(128) for name in self.orders}
-
-    def config(self):
-        sparsity = {
-            "format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": [f"re:.*{end}$" for end in PRUNED],
-        }  # fmt: skip
-        config = RiaConfig.from_config({"quant_method": "compressed-tensors", "sparsity_config": sparsity})
-        config._read_names(list(self.tensors(0)))
-        config.names = {name: name for name in config.stored}
-        return config
-
-
 @pytest.fixture
 def watched(ranks, monkeypatch, caplog):
     watch(monkeypatch)
     caplog.set_level("INFO", logger="vllm.ria")
 
 
-def test_all_matrices_are_proved_at_the_start_and_in_reloads(watched, monkeypatch, caplog):
-    server = Server.started(Foreign(), 1, monkeypatch)
+@pytest.mark.parametrize("form", FOREIGN)
+def test_all_matrices_are_proved_at_the_start_and_in_reloads(watched, monkeypatch, caplog, form):
+    server = Server.started(Foreign(form), 1, monkeypatch)
     assert "21 matrices compute what the checkpoint says (" in caplog.text and "without" not in caplog.text
     caplog.clear()
     server.reload(2)

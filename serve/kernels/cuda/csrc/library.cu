@@ -78,7 +78,7 @@ Result result_of(cudaError_t error) { return error == cudaSuccess ? kOk : cuda_e
 using namespace ria;
 
 // Changes whenever the functions below do, so that a library built from older sources is refused.
-RIA_API int ria_abi_version() { return 3; }
+RIA_API int ria_abi_version() { return 4; }
 
 // CUDA's text for the calling thread's latest kCudaError.
 RIA_API char const* ria_last_error() { return last_cuda_error; }
