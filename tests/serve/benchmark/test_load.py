@@ -40,3 +40,15 @@ def test_a_bad_result_has_no_figures(tmp_path, changes, words):
 def test_no_result(tmp_path):
     with pytest.raises(RiaError, match="nowhere.json"):
         read_result(tmp_path / "nowhere.json", 8, 16)
+
+
+@pytest.mark.parametrize(("pieces", "is_whole"), [(4, True), (3, False)])
+def test_an_answer_in_characters_of_four_tokens_is_whole(pieces, is_whole, tmp_path):
+    """Where the server's counts are not read: a piece is a character at least, and that is four tokens at most."""
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(GOOD | {"duration": 2.0, "itls": [[0.1] * 15] * 7 + [[0.1] * (pieces - 1)]}))
+    if is_whole:
+        assert read_result(path, 8, 16, recount=True)["output_throughput"] == 8 * 16 / 2
+    else:
+        with pytest.raises(RiaError, match="an answer of 3 pieces"):
+            read_result(path, 8, 16, recount=True)
