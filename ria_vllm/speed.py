@@ -26,7 +26,9 @@ EIGHT = {
 }
 BF16 = ("amx", "avx512_bf16")  # other inputs of 16 or 32 bits are not for these instructions
 ALIKE = {"avx512": "avx512_vnni", "avx_vnni": "avx2"}
-EIGHT_BRINGS = "`ria-vllm compress --pattern 8:16`, for CPUs only, is as large and lost less: of SmolLM2 in W8A8 28% less in KL"
+EIGHT_BRINGS = (
+    "`ria-vllm compress --pattern 8:16`, for CPUs only, is as large and loses less: of SmolLM2 in W8A8 28% less in KL"
+)
 USERS = (1, 8)
 # Milliseconds to read a dense weight in 16 bits, and those of a layer besides its products, and with each user more:
 # SmolLM2 on two cores of a Zen 5, docs/lab/rivals.md.

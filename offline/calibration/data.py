@@ -56,8 +56,8 @@ def from_text(source: str | HubText, tokenizer: Any, samples: int, seq_len: int,
     if windows < samples:
         name = source.name if isinstance(source, HubText) else source
         raise RiaError(
-            f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {samples}, held-out ones "
-            "included, are needed. Give more text, or ask for fewer or shorter samples."
+            f"{name}: too little text: {len(tokens)} tokens make {windows} samples of {seq_len}, but {samples}, "
+            "held-out ones included, are needed. Give more text, or ask for fewer or shorter samples."
         )
     chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
     read = torch.frombuffer(tokens, dtype=torch.int32, count=windows * width).view(windows, width)

@@ -71,8 +71,8 @@ def distill(folder, teacher, out, device, max_shard_size, **recipe):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RiaError("distill runs in one process: start it without torchrun.")
     from ria_vllm.files.sizes import parse_size
-    from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.hub.facts import one_line
+    from ria_vllm.offline.distill.recipe import Distillation
     from ria_vllm.offline.distill.run import Settings
     from ria_vllm.offline.distill.run import distill as run
     from ria_vllm.offline.runtime.device import choose_device

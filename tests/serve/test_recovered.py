@@ -3,7 +3,7 @@
 import pytest
 from compare import check, differences, generate, job_of, prompts
 from compressing import run_small
-from families import text  # noqa: F401
+from families import TEXT
 from recovered import save_recovered
 from transformers import AutoModelForCausalLM
 
@@ -15,14 +15,16 @@ GIVEN = [[token % 256 for token in prompt] for prompt in prompts()]  # the model
 
 
 @pytest.fixture(scope="module")
-def served(text, tmp_path_factory):
+def served(tmp_path_factory):
     """Scheme -> (the compressed folder as transformers reads it, what vLLM generates from it)."""
     place = tmp_path_factory.mktemp("recovered")
-    source, names = save_recovered(place / "in"), ("W4A16", "W4A8")
+    source, names, text = save_recovered(place / "in"), ("W4A16", "W4A8"), place / "words.txt"
+    text.write_text(TEXT * 40)
     for name in names:
         report, _ = run_small(source, place / name, text, reconstruct="short", **SCHEMES[name])
         assert report["kept"]["linears"] == 14
-    results = generate(place / "run", [job_of(place / name, {"prompts": GIVEN}) for name in names], RIA_VLLM_BACKEND="reference")
+    jobs = [job_of(place / name, {"prompts": GIVEN}) for name in names]
+    results = generate(place / "run", jobs, RIA_VLLM_BACKEND="reference")
     models = [AutoModelForCausalLM.from_pretrained(place / name, dtype="float32").eval() for name in names]
     return dict(zip(names, zip(models, results, strict=True), strict=True))
 

@@ -65,7 +65,7 @@ def test_chunks_of_a_long_text_join_seamlessly(tokenizer, tmp_path, monkeypatch)
     [
         ("absent.txt", None, "no such file"),
         ("text.csv", "a", "unknown file type"),
-        ("text.txt", "a few words", "too little text: 11 tokens make 0 samples of 50, but 20, held-out ones included, are needed"),
+        ("text.txt", "a few words", "11 tokens make 0 samples of 50, but 20, held-out ones included, are needed"),
         ("text.txt", b"\xff\xfe\x00", "cannot be read"),
         ("text.jsonl", '{"text": "x"}\n{"body": "y"}', "line 2: no field 'text'"),
     ],
