@@ -4,8 +4,8 @@ Covered are the weights of linear layers, of embeddings, of the head and of expe
 its own unquantized classes. So are the biases of all linear layers, pruned ones included. Not covered are the head's
 bias, layers of other classes, and what vLLM does not leave uninitialized, such as norms and the biases of experts.
 
-No proof shows this of biases, of tensors that another program's folder lacks, of layers that prove only what they hold
-(`proving.proved.Given`), and of any if RIA_VLLM_PROOF=0.
+Proofs do not cover biases, tensors that another program's folder lacks, layers that prove only what they hold
+(`proving.proved.Given`), or anything if RIA_VLLM_PROOF=0.
 
 What a model's `load_weights` returns does not tell for all families. So every such tensor, which vLLM leaves
 uninitialized, is filled with one number before it is loaded; where it still is that number everywhere, nothing came.

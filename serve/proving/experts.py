@@ -177,7 +177,11 @@ class ProvedExperts:
             gate, up = (self.experts.linear(kind, expert) for kind in ("gate", "up"))
             swapped = {**stored, gate: stored[up], up: stored[gate]}
             others["gate and up in each other's place"] = {"expert": expert, "stored": swapped}
-        return next((f": it has {what}" for what, which in others.items() if _agree(sums, *expected(**which))), "")
+        for what, which in others.items():
+            wanted, limit = expected(**which)
+            if bool(limit.isfinite().any()) and _agree(sums, wanted, limit):
+                return f": it has {what}"
+        return ""
 
     def _asked(self, expert: int, r: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(r of the input, float32 [H]; s of the output, float64 [H]; scales of r, float32 [scales, 1])."""

@@ -126,11 +126,11 @@ AGAIN = "a trainer that goes away: the next sync begins anew"
 REFUSED = {
     "reload: files of another model, of other linears or of other channel orders": outside,
     "sent: a dense weight for a pruned linear": lambda server, new: server.sync(
-        of(new, "model.block.q.") | {"model.block.down.weight": torch.zeros(128, 128)}
+        of(new, "model.block.o.") | {"model.block.down.weight": torch.zeros(128, 128)}
     ),
     "sent: a tensor of another shape, after layers that are new already": wrong_in_the_middle,
     "sent: a name that the model does not have": lambda server, new: server.sync(
-        of(new, "model.block.q.") | {"model.who.weight": torch.ones(3)}
+        of(new, "model.block.o.") | {"model.who.weight": torch.ones(3)}
     ),
     "sent: the bias of a pruned layer without its weight": sent("model.block.down.bias"),
     "sent: the bias of a dense layer without its weight": sent("model.block.o.bias"),

@@ -184,7 +184,7 @@ BUGS = {
     "q and k swapped": (swapped("model.block.q.", "model.block.k."), r"model\.block\.q, model\.block\.k "),
     "the rows of q in the place of those of k": (
         lambda tensors: tensors | {"model.block.k.weight": tensors["model.block.q.weight"]},
-        r"model\.block\.q, model\.block\.k .* 128 of its 256 rows .* a shard is shifted",
+        r"model\.block\.q, model\.block\.k .* 128 of its 256 rows .* its weights",
     ),
     "rows of the head in another order": (changed("model.head.", rows), r"model\.head"),
     "one weight of the head": (
