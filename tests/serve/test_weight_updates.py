@@ -74,7 +74,7 @@ def broken(folder):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     (embedding,) = (name for name in found if name.endswith(("embed_tokens.weight", "word_embeddings.weight")))
-    found[embedding][-1] += 1  # with two ranks, in the second's rows
+    found[embedding][-100:] += 1  # with two ranks, all of them are the second one's
     save_file(found, path, metadata)
     return {"reload": str(path.parent), "refused": True}
 
