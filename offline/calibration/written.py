@@ -128,7 +128,7 @@ def from_model(
 
 
 def told(prompts: Prompts | None, seq_len: int) -> dict[str, Any]:
-    """What recipes say of text that `from_model` writes: the temperature, and how many prompts are among it."""
+    """What recipes say of text that `from_model` writes: the temperature, and how many prompts it chose from."""
     short = prompts and prompts.within(min(seq_len, DOCUMENT_TOKENS))
     return {"written": {"temperature": 1.0, "prompts": len(short.asked) if short else 0}}
 

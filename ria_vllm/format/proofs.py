@@ -149,7 +149,8 @@ def fault(
     wrong = ~((products - proof[:, 0]).abs() <= limit)  # also where it is NaN
     if not bool(wrong.any()):
         return None
-    first, of_first = products[wrong.any(1)][0], wrong[wrong.any(1)][0]
+    token = int(wrong.any(1).nonzero()[0])  # the first of which something is wrong
+    first = products[token]
     if same_rows(first, proof, limit):
         reason = "they are the right ones in another order"
     elif before is not None and bool(((first - before[:, 0]).abs() <= bound(before, columns, dtype)).all()):
@@ -160,7 +161,7 @@ def fault(
     elif (
         whole is not None
         and len(whole) > len(proof)
-        and bool(of_first.float().mean() > 0.5)
+        and bool(wrong[token].float().mean() > 0.5)
         and _among(first, whole, bound(whole, columns, dtype))
     ):
         reason = "they are those of other rows of the matrix, as of a shifted shard"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ria_vllm.format import plain24, sparse24
-from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat, RoundedFormat
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import RiaSchema
@@ -124,8 +124,9 @@ class WeightScheme:
     @classmethod
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
-        scales = None if schema.weight_format.group_size is None else torch.bfloat16
-        return cls(schema.weight_format, activations=schema.input_dtype, dummy_scales=scales, pattern=schema.pattern)
+        stored = schema.weight_format
+        scales = stored.scale_dtype if isinstance(stored, RoundedFormat) else None
+        return cls(stored, activations=schema.input_dtype, dummy_scales=scales, pattern=schema.pattern)
 
     @classmethod
     def of_dense(cls, schema: RiaSchema) -> "WeightScheme":

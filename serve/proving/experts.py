@@ -12,6 +12,7 @@ rest of both is zero.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from math import log2
 
 import torch
@@ -168,8 +169,6 @@ class ProvedExperts:
             expected: `_expected` of any expert.
             before: what was expected of the weights before.
         """
-        if before is not None and _agree(sums, *before):
-            return ": it has the weights before this reload"
         ranks = [rank for rank in range(self._sizes.ranks) if rank != self._sizes.rank]
         others = {f"the weights of expert {one}": {"expert": one} for one in self._here if one != expert}
         others |= {f"the shard of rank {rank}": {"expert": expert, "rank": rank} for rank in ranks}
@@ -177,8 +176,8 @@ class ProvedExperts:
             gate, up = (self.experts.linear(kind, expert) for kind in ("gate", "up"))
             swapped = {**stored, gate: stored[up], up: stored[gate]}
             others["gate and up in each other's place"] = {"expert": expert, "stored": swapped}
-        for what, which in others.items():
-            wanted, limit = expected(**which)
+        found = [] if before is None else [("the weights before this reload", before)]
+        for what, (wanted, limit) in chain(found, ((what, expected(**which)) for what, which in others.items())):
             if bool(limit.isfinite().any()) and _agree(sums, wanted, limit):
                 return f": it has {what}"
         return ""

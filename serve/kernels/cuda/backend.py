@@ -102,8 +102,10 @@ def round_tokens(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, t
     if values.dtype == fp8.DTYPE:
         return fp8.quantize(x)
     integers, scales = quantize_tokens(x)
-    padding = 2 * values.shape[1] - x.shape[-1]
-    return torch.nn.functional.pad(integers.to(torch.int8), (0, padding)), scales.squeeze(-1)
+    integers, padding = integers.to(torch.int8), 2 * values.shape[1] - x.shape[-1]
+    if padding:  # else it would copy
+        integers = torch.nn.functional.pad(integers, (0, padding))
+    return integers, scales.squeeze(-1)
 
 
 class CutlassKernel:
@@ -157,9 +159,10 @@ class CutlassKernel:
         # have lost its contents.
         workspace(values.device.index)[:COUNTER_BYTES].zero_()
         metadata = library.pack_metadata(bitmask, values.itemsize * 8)
-        if config.weight_format == INT8:
-            values = torch.nn.functional.pad(values, (0, -values.shape[1] % (_INT8_COLUMNS // 2)))
+        padding = -values.shape[1] % (_INT8_COLUMNS // 2) if config.weight_format == INT8 else 0
         scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format != FLOAT else ()
+        if padding:
+            return torch.nn.functional.pad(values, (0, padding)), metadata, *scales
         return values.clone(memory_format=torch.contiguous_format), metadata, *scales
 
     @staticmethod

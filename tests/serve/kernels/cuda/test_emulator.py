@@ -140,6 +140,17 @@ def multiplied(emulator, product, registers):
     return run(emulator, body, memory, threads=32, results=64)
 
 
+def exact_results(values, kept, b, c):
+    """(number of a result, its first bit there, c + A b) of all lanes, for the matrix A with these values in kept
+    places."""
+    for lane in range(32):
+        for k in range(4):
+            row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
+            places = [4 * group + place for group, two in enumerate(kept[row]) for place in two]
+            exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
+            yield 2 * lane + k // 2, k % 2 * 32, exact
+
+
 def test_a_sparse_product_is_that_of_its_matrices(emulator):
     generator = random.Random(3)
     kept = [[sorted(generator.sample(range(4), 2)) for group in range(8)] for row in range(16)]
@@ -149,12 +160,8 @@ def test_a_sparse_product_is_that_of_its_matrices(emulator):
     )
     product = "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32"
     results = multiplied(emulator, product, sparse_fragments(values, kept, b, c))
-    for lane in range(32):
-        for k in range(4):
-            row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
-            places = [4 * group + place for group in range(8) for place in kept[row][group]]
-            exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
-            assert float_of(results[2 * lane + k // 2] >> k % 2 * 32) == exact
+    for number, shift, exact in exact_results(values, kept, b, c):
+        assert float_of(results[number] >> shift) == exact
 
 
 def int8_fragments(values, kept, b, c):
@@ -186,13 +193,8 @@ def test_a_sparse_product_of_integers_is_that_of_its_matrices_and_saturates(emul
     c = [[generator.choice([0, 5, 2**31 - 1, 1 - 2**31]) for column in range(8)] for row in range(16)]
     product = "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32.satfinite"
     results = multiplied(emulator, product, int8_fragments(values, kept, b, c))
-    for lane in range(32):
-        for k in range(4):
-            row, column = lane // 4 + k // 2 * 8, lane % 4 * 2 + k % 2
-            places = [4 * group + place for group in range(16) for place in kept[row][group]]
-            exact = c[row][column] + sum(values[row][i] * b[place][column] for i, place in enumerate(places))
-            found = signed(results[2 * lane + k // 2] >> k % 2 * 32, 32)
-            assert found == max(1 - 2**31, min(2**31 - 1, exact))
+    for number, shift, exact in exact_results(values, kept, b, c):
+        assert signed(results[number] >> shift, 32) == max(1 - 2**31, min(2**31 - 1, exact))
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])
