@@ -2,15 +2,17 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from urllib.request import Request, urlopen
 
 import click
 
-from ria_vllm.checkpoint.inventory import Inventory, LinearEntry, Values, take_inventory
+from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
@@ -33,55 +35,43 @@ def inspect(out: Path, as_json: bool) -> None:
     with monitor.live():
         inventory = take_inventory(Reader(out), monitor)
     if as_json:
-        click.echo(json.dumps(asdict(inventory), indent=2))
-    else:
-        print_inventory(inventory)
-
-
-def print_inventory(inventory: Inventory) -> None:
-    together: dict[str, list[LinearEntry]] = {}
-    for entry in inventory.linears:
-        together.setdefault(entry.experts or entry.name, []).append(entry)
-    rows = [(name, *_row(entries)) for name, entries in together.items()]
+        click.echo(json.dumps(inventory, indent=2))
+        return
+    together: dict[str, list[dict[str, Any]]] = {}
+    for entry in inventory["linears"]:
+        together.setdefault(entry["experts"] or entry["name"], []).append(entry)
     titles = ("linear", "out x in", "size", "sparsity", "permutation", "retained score")
-    print_table(titles, rows, inventory.folder)
-    t = inventory.totals
-    kinds = {kind: sum(e.permutation == kind for e in inventory.linears) for kind in ("folded", "gathered", "none")}
-    permuted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    click.echo(f"\npruned linears: {t.linears}, {t.sparsity:.1%} zeros, permutations: {permuted}")
-    click.echo(f"their values:   {_words(inventory.values)}")
-    click.echo(
-        f"their bytes:    {human_size(t.linear_bytes)} of {human_size(t.linear_dense_bytes)} dense "
-        f"({t.linear_ratio:.3f})"
-    )
-    click.echo(f"other tensors:  {human_size(t.other_bytes)}")
-    click.echo(f"all weights:    {human_size(t.bytes)} of {human_size(t.dense_bytes)} dense ({t.ratio:.3f})")
-    if inventory.dense_linears:
-        click.echo(f"left dense:     {printable(', '.join(inventory.dense_linears))}")
+    print_table(titles, [(name, *_row(entries)) for name, entries in together.items()], inventory["folder"])
+    totals, values = inventory["totals"], inventory["values"]
+    sizes = {key: human_size(value) for key, value in totals.items() if key.endswith("bytes")}
+    kinds = Counter(entry["permutation"] for entry in inventory["linears"])
+    permuted = ", ".join(f"{kinds[kind]} {kind}" for kind in ("folded", "gathered", "none"))
+    click.echo(f"\npruned linears: {totals['linears']}, {totals['sparsity']:.1%} zeros, permutations: {permuted}")
+    scales = f", a scale for {values['group_size']} columns of a row" if values["group_size"] else ""
+    inputs = f"; inputs are rounded to {values['inputs']}, token by token" if values["inputs"] else ""
+    bits = f"{values['format']}, {values['bits_per_weight']:.2f} bits per weight"
+    click.echo(f"their values:   {values['scheme']}, {values['pattern']}: {bits}{scales}{inputs}")
+    of_dense = f"{sizes['linear_bytes']} of {sizes['linear_dense_bytes']} dense ({totals['linear_ratio']:.3f})"
+    click.echo(f"their bytes:    {of_dense}\nother tensors:  {sizes['other_bytes']}")
+    click.echo(f"all weights:    {sizes['bytes']} of {sizes['dense_bytes']} dense ({totals['ratio']:.3f})")
+    if inventory["dense_linears"]:
+        click.echo(f"left dense:     {printable(', '.join(inventory['dense_linears']))}")
     # What experiments found is too long, and digests are for programs.
-    recipe = {k: v for k, v in inventory.recipe.items() if not isinstance(v, dict | list) and v is not None}
+    recipe = {k: v for k, v in inventory["recipe"].items() if not isinstance(v, dict | list) and v is not None}
     words = [f"{key} {value}" for key, value in recipe.items() if not key.endswith(("_digest", "_sha256"))]
     if words:
         click.echo(printable(f"recipe:         {', '.join(words)}"))
 
 
-def _words(values: Values) -> str:
-    scales = "" if values.group_size is None else f", a scale for {values.group_size} columns of a row"
-    inputs = "" if values.inputs is None else f"; inputs are rounded to {values.inputs}, token by token"
-    bits = f"{values.format}, {values.bits_per_weight:.2f} bits per weight"
-    return f"{values.scheme}, {values.pattern}: {bits}{scales}{inputs}"
-
-
-def _row(entries: Sequence[LinearEntry]) -> tuple[str, str, str, str, str]:
+def _row(entries: Sequence[dict[str, Any]]) -> tuple[str, str, str, str, str]:
     """What the table says of one linear, or of all experts of a layer: sums and averages."""
-    before = [e.retained_before for e in entries if e.retained_before is not None]
-    after = [e.retained_after for e in entries if e.retained_after is not None]
-    retained = " -> ".join(f"{fmean(scores):.4f}" for scores in (before, after) if scores)
-    sizes = [e.shape[0] * e.shape[1] for e in entries]
-    sparsity = sum(e.sparsity * size for e, size in zip(entries, sizes, strict=True)) / sum(sizes)
-    shape = " x ".join(map(str, entries[0].shape)) if len(entries) == 1 else f"{len(entries)} linears"
-    kinds = ", ".join(dict.fromkeys(e.permutation for e in entries))
-    return shape, human_size(sum(e.bytes for e in entries)), f"{sparsity:.1%}", kinds, retained
+    scores = [[e[key] for e in entries if e[key] is not None] for key in ("retained_before", "retained_after")]
+    sizes = [prod(e["shape"]) for e in entries]
+    sparsity = sum(e["sparsity"] * size for e, size in zip(entries, sizes, strict=True)) / sum(sizes)
+    shape = " x ".join(map(str, entries[0]["shape"])) if len(entries) == 1 else f"{len(entries)} linears"
+    kinds = ", ".join(dict.fromkeys(e["permutation"] for e in entries))
+    retained = " -> ".join(f"{fmean(those):.4f}" for those in scores if those)
+    return shape, human_size(sum(e["bytes"] for e in entries)), f"{sparsity:.1%}", kinds, retained
 
 
 @click.command()

@@ -36,7 +36,7 @@ def test_what_vllm_fuses_is_in_int8_as_a_whole(folder, tiny):
         integers, scales = tensors[f"{name}.integers"].double(), tensors[f"{name}.weight_scale"].double()
         steps = (integers - dense[f"{name}.weight"].double() / scales).abs()
         assert float(steps[integers.abs() < 127].max()) <= 0.5 + 1e-4
-    assert take_inventory(reader).totals.dense_bytes == sum(tensor.nbytes for tensor in dense.values())
+    assert take_inventory(reader)["totals"]["dense_bytes"] == sum(tensor.nbytes for tensor in dense.values())
 
 
 def test_transformers_and_export_read_them(folder, tmp_path):

@@ -52,9 +52,9 @@ def test_what_config_json_and_inspect_say(folder):
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     words = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dtype": "float32"}
     assert config["weights"] == words and config["input_activations"] == FP8_TOKENS.model_dump()
-    values = take_inventory(Reader(folder)).values
-    assert (values.scheme, values.format, values.inputs) == ("FP8", "fp8", "float8_e4m3fn")
-    assert 5 < values.bits_per_weight < 6.5
+    values = take_inventory(Reader(folder))["values"]
+    assert (values["scheme"], values["format"], values["inputs"]) == ("FP8", "fp8", "float8_e4m3fn")
+    assert 5 < values["bits_per_weight"] < 6.5
 
 
 def test_transformers_rounds_what_linears_read(folder):

@@ -105,8 +105,8 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
         halved += tensor.numel() * (float((tensor == 0).float().mean()) == 0.5)
     assert_same_model(tmp_path / "out", tmp_path / "dense")
     assert not torch.allclose(logits(tmp_path / "out"), logits(source), atol=1e-2)
-    totals = take_inventory(reader).totals
-    assert totals.linears == len(reader.sparse_names) and abs(totals.sparsity - 0.5) < 1e-9
+    totals = take_inventory(reader)["totals"]
+    assert totals["linears"] == len(reader.sparse_names) and abs(totals["sparsity"] - 0.5) < 1e-9
     counted = [name for name in original if ".layers." in name and original[name].dim() > 1]
     in_layers = sum(original[name].numel() for name in counted)
     assert halved / in_layers > 0.95
