@@ -1,35 +1,14 @@
 """Turns a compressed folder into one that others read, one tensor in memory at a time: plain and dense, or
 compressed-tensors'."""
 
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure, disk_errors
+from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.compressed_tensors.written import quantization_config
 from ria_vllm.hub.model_card import CARD_FILE, exported_card
 from ria_vllm.progress import Monitor
-
-
-def kept_copies(writer: CheckpointWriter, files: Iterable[Path], folder: Path) -> tuple[list[Path], Path]:
-    """Copy files of a folder to the work folder, so that `CheckpointWriter.finish` reads none of the run's inputs.
-
-    Returns:
-        What `finish` takes as `copies` and `copied_from`.
-
-    Raises:
-        RiaError: a file cannot be read, or the disk is full.
-    """
-    kept = writer.work / "copies"
-    found: list[Path] = []
-    with disk_errors(kept):
-        for path in files:
-            found.append(kept / path.relative_to(folder))
-            found[-1].parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, found[-1])
-    return found, kept
 
 
 def export_dense(
@@ -75,8 +54,6 @@ def export_dense(
                 writer.write(keys[-1], {name: tensors[name]()})
         config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
         config |= words
-        cards = {CARD_FILE: exported_card(reader, monitor.warn, compressed)}
-        copies, folder = kept_copies(writer, companions(reader.folder), reader.folder)
-        reader.inputs.check()
+        files = {"config.json": config, CARD_FILE: exported_card(reader, monitor.warn, compressed)}
         with monitor.phase("writing"):
-            writer.finish(keys, {"config.json": config}, copies, max_shard_size, text_files=cards, copied_from=folder)
+            writer.finish(keys, files, companions(reader.folder), max_shard_size, inputs=reader.inputs)

@@ -138,7 +138,7 @@ def prune_llama(source: Path, out: Path) -> PrunedLlama:
         ],
         "recipe": {"method": "magnitude", "permute": "lsa", "seed": 1},
     }
-    copies = [p for p in source.iterdir() if (p.suffix == ".json" and p.name != "config.json") or p.suffix == ".jinja"]
+    copies = {p.name: p for p in source.iterdir() if p.suffix in (".json", ".jinja") and p.name != "config.json"}
     keys = ["rest", *(f"layer{i}" for i in range(LAYERS))]
     writer.finish(keys, {"config.json": config}, copies, max_shard_size=200_000)
     return PrunedLlama(out, source, dense, permutations)

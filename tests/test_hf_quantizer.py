@@ -89,7 +89,7 @@ def store(model, out, pruned, renames=(), format=FLOAT) -> None:
     }
     writer = CheckpointWriter(out)
     writer.write("all", unit)
-    writer.finish(["all"], {"config.json": config}, [], 10**9)
+    writer.finish(["all"], {"config.json": config}, {}, 10**9)
 
 
 def tiny_model(model_type: str, **settings):

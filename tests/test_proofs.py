@@ -261,7 +261,7 @@ def written(like: Reader, out, format, **more: torch.Tensor) -> Reader:
         quantization["input_activations"] = FP8_TOKENS.model_dump()
     writer = CheckpointWriter(out)
     writer.write("all", units | more)
-    writer.finish(["all"], {"config.json": like.config | {"quantization_config": quantization}}, [], 1 << 40, True)
+    writer.finish(["all"], {"config.json": like.config | {"quantization_config": quantization}}, {}, 1 << 40, True)
     return Reader(out)
 
 

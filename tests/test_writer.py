@@ -31,7 +31,7 @@ def written(out, max_shard_size=10**9, **options) -> CheckpointWriter:
     writer = CheckpointWriter(out, **options)
     for name, tensor in TENSORS.items():
         writer.write(name, {name: tensor}, record={"loss": 1.5})
-    writer.finish(list(TENSORS), {"config.json": {"a": 1}}, [], max_shard_size)
+    writer.finish(list(TENSORS), {"config.json": {"a": 1}}, {}, max_shard_size)
     return writer
 
 
@@ -55,7 +55,7 @@ def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path
     writer = CheckpointWriter(tmp_path / "out")
     for number, names in enumerate(units):
         writer.write(str(number), {name: tensors[name] for name in names})
-    writer.finish(["0", "1"], {"config.json": {"quantization_config": {"quant_method": "ria"}}}, [], 10**9)
+    writer.finish(["0", "1"], {"config.json": {"quantization_config": {"quant_method": "ria"}}}, {}, 10**9)
     digest = weights_digest(tensors)
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "ria_weights_digest": digest}
@@ -70,7 +70,7 @@ def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
     writer = CheckpointWriter(tmp_path / "out")
     writer.write("u", TENSORS | units)
     config = {"quantization_config": {"quant_method": "ria"}}
-    writer.finish(["u"], {"config.json": config}, [], max_shard_size=900, permuted=True)
+    writer.finish(["u"], {"config.json": config}, {}, max_shard_size=900, permuted=True)
     content = b"".join(name.encode() + b"\0" + struct.pack("<3i", *p) for name, p in sorted(orders.items()))
     digest = hashlib.sha256(content).hexdigest()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -97,7 +97,7 @@ def test_overwrite_replaces_only_at_the_end(tmp_path):
     writer = CheckpointWriter(out, overwrite=True)
     writer.write("u", TENSORS)
     assert (out / "old.txt").exists()
-    writer.finish(["u"], {}, [], 10**9)
+    writer.finish(["u"], {}, {}, 10**9)
     assert [p.name for p in out.iterdir()] == ["model.safetensors"] and list(tmp_path.iterdir()) == [out]
 
 
@@ -134,7 +134,7 @@ def test_out_that_appears_meanwhile_is_not_destroyed(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(RiaError, match="appeared"):
-        writer.finish(["u"], {}, [], 10**9)
+        writer.finish(["u"], {}, {}, 10**9)
     assert (tmp_path / "out" / "mine.txt").exists()
 
 
@@ -152,13 +152,13 @@ def die(*arguments):
     copy(*arguments)
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 shards.copy_tensors = die
-w.finish([f"t{{i}}" for i in range(5)], {{}}, [], 900)
+w.finish([f"t{{i}}" for i in range(5)], {{}}, {{}}, 900)
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     writer = CheckpointWriter(tmp_path / "out", resume=True)
     assert all(writer.has(name) for name in TENSORS)
-    writer.finish(list(TENSORS), {}, [], 10**9)
+    writer.finish(list(TENSORS), {}, {}, 10**9)
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(TENSORS)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -252,7 +252,7 @@ def test_a_folder_has_no_other_owner_before_it_is_empty(tmp_path, how):
         if how == "begin again":
             assert not CheckpointWriter(tmp_path / "out").has("t0")
         elif how == "finish":
-            writer.finish(["t0"], {}, [], 10**9)
+            writer.finish(["t0"], {}, {}, 10**9)
         else:
             writer.discard()
     assert deleted[0] == "activations" and {"t0.safetensors", "units"} <= set(deleted)
@@ -296,7 +296,7 @@ def process_that_may_die(out: Path, number: int, at: int, pipe: tuple[int, int])
             writers.delete_locked = released
             for unit in TENSORS:
                 writer.write(unit, {unit: torch.full((100,), float(number))})
-            writer.finish(list(TENSORS), {"config.json": {"number": number}}, [], 1000)
+            writer.finish(list(TENSORS), {"config.json": {"number": number}}, {}, 1000)
             os._exit(DONE)
         os._exit(REFUSED)
     except BaseException:

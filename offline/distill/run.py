@@ -12,7 +12,6 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.errors import RiaError
-from ria_vllm.export import kept_copies
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
@@ -219,7 +218,7 @@ class _Run:
                 )
         return found
 
-    def _finish(self, results: dict[str, str], report: dict[str, Any], copies: list[Path]) -> None:
+    def _finish(self, results: dict[str, str], report: dict[str, Any], copies: dict[str, Path]) -> None:
         """Join the trained tensors and all others into the finished folder."""
         reader, writer = self.reader, self.writer
         keys = []
@@ -232,9 +231,5 @@ class _Run:
             "quantization_config": reader.config["quantization_config"] | {"recipe": report["recipe"]}
         }
         card = card_of(reader, self.teacher.name, report, self.monitor.warn)
-        copies, copied_from = kept_copies(writer, copies, reader.folder)
-        self.inputs.check()
-        writer.finish(
-            keys, {"config.json": config, REPORT_FILE: report}, copies, self.settings.max_shard_size,
-            reader.schema.permutes, {CARD_FILE: card}, copied_from,
-        )  # fmt: skip
+        files = {"config.json": config, REPORT_FILE: report, CARD_FILE: card}
+        writer.finish(keys, files, copies, self.settings.max_shard_size, reader.schema.permutes, self.inputs)

@@ -51,8 +51,8 @@ class Source:
         """Those of the files in the folder."""
         return self.inputs.stamps(self.folder)
 
-    def small_files(self) -> list[Path]:
-        """Tokenizer, processor, generation config, chat template, license."""
+    def small_files(self) -> dict[str, Path]:
+        """Tokenizer, processor, generation config, chat template, license, by their places."""
         return companions(self.folder)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.export import kept_copies
 from ria_vllm.files.json_file import read_json
 from ria_vllm.files.sizes import human_size
 from ria_vllm.format.int8_rows import INTEGERS
@@ -45,6 +44,7 @@ HELD_OUT_KEY = "held-out"
 BUDGET_KEY = "budget"
 LEANING = "They are pruned by what the layer's experts read on average; more --samples may help."
 TOKENIZER_FILE = "tokenizer_config.json"
+Others = tuple[dict[str, Any], dict[str, Path]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Result:
         speed = expected_here(sizes, recipe.scheme, recipe.pattern, model.stored_dtype, model.device)
         return found | ({"speed": speed} if speed else {})
 
-    def write(self, report: dict[str, Any], others: tuple[dict[str, Any], list[Path]], max_shard_size: int) -> None:
+    def write(self, report: dict[str, Any], others: Others, max_shard_size: int) -> None:
         """Join the layers and everything outside them into the finished folder.
 
         Args:
@@ -143,7 +143,7 @@ class Result:
         for index in range(len(model.layers)):
             keys += [layer_key(index), *store.keys(index, plan.experts[index])]
         self._check_written_once(set(report["linears"]), [name for key in keys for name in writer.names(key)])
-        json_files, copies = others
+        files, copies = others
         pruned = sum(record["shape"][0] * record["shape"][1] for record in report["linears"].values())
         zeros = round(0.5 * pruned / model.linear_weights, 6)
         sparsity = SparsityConfig(
@@ -159,13 +159,9 @@ class Result:
             input_activations={"none": None, "int8": INT8_TOKENS, "fp8": FP8_TOKENS}[recipe.activations],
             int8_linears=list(report.get("dense_in_int8", ())), recipe=report["recipe"],
         )  # fmt: skip
-        json_files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
-        json_files = json_files | {REPORT_FILE: report}
-        permuted = recipe.permute != "none"
-        cards = {CARD_FILE: pruned_card(source.folder, report, zeros, self.monitor.warn)}
-        copies, copied_from = kept_copies(writer, copies, source.folder)
-        source.inputs.check()
-        writer.finish(keys, json_files, copies, max_shard_size, permuted, cards, copied_from)
+        files["config.json"]["quantization_config"] = schema.model_dump(mode="json", exclude_none=True)
+        files |= {REPORT_FILE: report, CARD_FILE: pruned_card(source.folder, report, zeros, self.monitor.warn)}
+        writer.finish(keys, files, copies, max_shard_size, recipe.permute != "none", source.inputs)
 
     def _check_written_once(self, pruned: set[str], written: list[str]) -> None:
         """Check that each tensor of the source is written once, in one form; a stack of experts by all its linears.
@@ -221,8 +217,8 @@ def say_experts(module: str, records: dict[str, dict[str, Any]], monitor: Monito
         )
 
 
-def other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], list[Path]]:
-    """The files that go with the weights: (name -> content of JSON files, without local paths; files to copy).
+def other_files(source: Source, dtype: torch.dtype) -> Others:
+    """The files that go with the weights: name -> content of JSON, without local paths; place -> file to copy.
 
     Where config.json names no dtype, each reader derives one from the tensors in a way of its own: vLLM takes the
     widest one, transformers the first one. So it then gets `dtype`, that of the weights.
@@ -230,8 +226,7 @@ def other_files(source: Source, dtype: torch.dtype) -> tuple[dict[str, Any], lis
     config = without_paths(source.raw_config)
     if not any(isinstance(getattr(torch, str(config.get(key)), None), torch.dtype) for key in ("dtype", "torch_dtype")):
         config["dtype"] = name_of(dtype)
-    json_files, copies = {"config.json": config}, source.small_files()
-    for path in [path for path in copies if path == source.folder / TOKENIZER_FILE]:
-        json_files[path.name] = without_paths(read_json(path))
-        copies.remove(path)
-    return json_files, copies
+    files, copies = {"config.json": config}, source.small_files()
+    if TOKENIZER_FILE in copies:
+        files[TOKENIZER_FILE] = without_paths(read_json(copies.pop(TOKENIZER_FILE)))
+    return files, copies

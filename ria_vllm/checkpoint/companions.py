@@ -31,14 +31,15 @@ def is_companion(path: Path) -> bool:
     return named and not path.name.startswith(".") and path.is_file()
 
 
-def companions(folder: Path) -> list[Path]:
-    """The files besides weights and settings that go with the model in a folder.
+def companions(folder: Path) -> dict[str, Path]:
+    """The files besides weights and settings that go with the model in a folder, by their places in it.
 
     Raises:
         RiaError: one of them is a link out of the folder; or as `nested_companions`.
     """
     there = [path for path in sorted(folder.iterdir()) if is_companion(path) and path.name not in NOT_COPIED]
-    return [check_place_of(path, folder) for path in there + nested_companions(folder)]
+    found = [check_place_of(path, folder) for path in there + nested_companions(folder)]
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def check_place_of(path: Path, folder: Path) -> Path:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.lock import LOCK_FILE, delete_locked, is_free, locked
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.shards import copy_tensors, tensor_entries, weights_digest, write_shards
@@ -197,12 +198,11 @@ class CheckpointWriter:
     def finish(
         self,
         keys: Sequence[str],
-        json_files: dict[str, Any],
-        copies: Sequence[Path],
+        files: dict[str, Any],
+        copies: Mapping[str, Path],
         max_shard_size: int,
         permuted: bool = False,
-        text_files: dict[str, str] | None = None,
-        copied_from: Path | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         """Join the units `keys` into shards in that order, add the other files, and rename the folder to `out`.
 
@@ -210,23 +210,21 @@ class CheckpointWriter:
         result stays in the work folder.
 
         Args:
-            json_files: file name -> content (config.json, the report).
-            copies: files to copy by their names (tokenizer, generation config).
+            files: file name -> content, of JSON (config.json, the report) or as text (the model card).
+            copies: place in the folder -> file to copy (tokenizer, generation config), unless `files` has it.
             max_shard_size: bytes; a single larger tensor gets a shard of its own.
             permuted: the recipe permutes: write the permutations file and its digest even if there are none.
-            text_files: file name -> content (the model card); they replace copies of the same name.
-            copied_from: the folder in whose subfolders some of `copies` lie; these keep their places.
+            inputs: must not have changed once all of them that is needed is copied.
         """
         final = self.work / "final"
         with disk_errors(self.work):
             shutil.rmtree(final, ignore_errors=True)
             final.mkdir()
-            for source in copies:
-                place = final / (source.name if copied_from is None else source.relative_to(copied_from))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, place)
-            for name, text in (text_files or {}).items():
-                (final / name).write_text(text, encoding="utf-8")
+            for place, source in copies.items():
+                (final / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, final / place)
+            if inputs is not None:
+                inputs.check()
             entries = [entry for key in keys for entry in tensor_entries(self.path(key))]
             permutations = [e for e in entries if e[0].endswith(PERMUTATION_SUFFIX)]
             weights = [e for e in entries if not e[0].endswith(PERMUTATION_SUFFIX)]
@@ -234,13 +232,13 @@ class CheckpointWriter:
             if permutations or permuted:
                 copy_tensors(permutations, final / PERMUTATIONS_FILE)
                 digests["permutations_digest"] = permutation.digest(load_permutations(final / PERMUTATIONS_FILE))
-            json_files, metadata = _with_digests(json_files, digests)
-            for name, content in json_files.items():
-                (final / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            files, metadata = _with_digests(files, digests)
+            for name, content in files.items():
+                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                (final / name).write_text(text, encoding="utf-8")
             write_shards(weights, final, max_shard_size, metadata)
-            if metadata and any(
-                name.endswith((".compressed", ".integers")) for name, *_ in weights
-            ):  # a checkpoint of ours
+            ours = metadata and any(name.endswith((".compressed", ".integers")) for name, *_ in weights)
+            if ours:
                 _add_proofs(final)
             _sync(final)
             self._replace(final)
@@ -272,13 +270,10 @@ class CheckpointWriter:
         if self._lock is not None:
             with suppress(OSError):
                 self._delete()
-            self._unlock()
+            self.close()
 
     def close(self) -> None:
         """Leave the work folder, as it is, to other processes."""
-        self._unlock()
-
-    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -297,14 +292,14 @@ def discarded_on_failure(writer: CheckpointWriter) -> Iterator[None]:
         writer.close()
 
 
-def _with_digests(json_files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """`json_files` with the digests in config.json, and the metadata of weight files; of folders of ours only."""
-    config = json_files.get("config.json", {})
+def _with_digests(files: dict[str, Any], digests: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`files` with the digests in config.json, and the metadata of weight files; of folders of ours only."""
+    config = files.get("config.json", {})
     if config.get("quantization_config", {}).get("quant_method") != QUANT_METHOD:
-        return json_files, {}
+        return files, {}
     quantization = config["quantization_config"] | digests
     metadata = {key: digests[name] for name, key in DIGESTS.items() if name in digests}
-    return json_files | {"config.json": config | {"quantization_config": quantization}}, metadata
+    return files | {"config.json": config | {"quantization_config": quantization}}, metadata
 
 
 def _add_proofs(folder: Path) -> None:

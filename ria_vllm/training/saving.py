@@ -16,7 +16,6 @@ from ria_vllm.checkpoint.placement import Origin, Placement
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.export import kept_copies
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.hub.model_card import CARD_FILE, trained_card
 from ria_vllm.progress import Monitor
@@ -125,13 +124,12 @@ def _write(
     base, origin = model
     settings, generation, changed = changed_settings(base, reader)
     monitor = Monitor(shown=False)
-    copies, copied_from = companions(reader.folder), reader.folder
+    copies = companions(reader.folder)
     encoder = Encoder(reader)
     units = _Units(writer)
     with tempfile.TemporaryDirectory() as temporary:
         if tokenizer is not None:
-            copied_from = Path(temporary)
-            copies = write_tokenizer(tokenizer, base, copies, reader.folder, copied_from)
+            copies = write_tokenizer(tokenizer, base, copies, Path(temporary))
         others: dict[str, torch.Tensor] = {}
         kept: list[str] | None = None
         for name, placement, tensor in tensors:
@@ -147,13 +145,9 @@ def _write(
         saved = Saved(
             len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [], changed
         )
-        files, card = _texts(reader, settings, saved, note, str(next(base.parameters()).dtype), monitor)
-        copies, copied_from = kept_copies(writer, copies, copied_from)
-        reader.inputs.check()
-        writer.finish(
-            units.keys, files | ({GENERATION_FILE: generation} if generation else {}), copies, max_shard_size,
-            permuted=reader.schema.permutes, text_files={CARD_FILE: card}, copied_from=copied_from,
-        )  # fmt: skip
+        files = _texts(reader, settings, saved, note, str(next(base.parameters()).dtype), monitor)
+        files |= {GENERATION_FILE: generation} if generation else {}
+        writer.finish(units.keys, files, copies, max_shard_size, reader.schema.permutes, reader.inputs)
     return saved
 
 
@@ -237,15 +231,14 @@ def _as_in_files(base: Any, tensors: dict[str, torch.Tensor], origin: Origin) ->
 
 def _texts(
     reader: Reader, settings: dict[str, Any], saved: Saved, note: str, dtype: str, monitor: Monitor
-) -> tuple[dict[str, Any], str]:
-    """config.json (from `settings`) and the report if there is one, by their names, and the model card."""
+) -> dict[str, Any]:
+    """config.json (from `settings`), the model card, and the report if there is one, by their names."""
     numbers = {key: value for key, value in asdict(saved).items() if key not in ("kept", "linears")}
     entry = {"note": printable(note), "dtype": dtype.removeprefix("torch.")} | numbers
     before = reader.schema.recipe.get("training")
     recipe = reader.schema.recipe | {"training": [*(before if isinstance(before, list) else []), entry]}
     quantization = reader.config["quantization_config"] | {"recipe": recipe}
-    files = {"config.json": settings | {"quantization_config": quantization}}
-    report = reader.report()
-    if report:
+    files: dict[str, Any] = {"config.json": settings | {"quantization_config": quantization}}
+    if report := reader.report():
         files[REPORT_FILE] = without_errors(report) | {"recipe": recipe}
-    return files, trained_card(reader, recipe, note, monitor.warn)
+    return files | {CARD_FILE: trained_card(reader, recipe, note, monitor.warn)}

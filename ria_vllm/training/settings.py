@@ -51,14 +51,14 @@ def changed_settings(base: nn.Module, reader: Reader) -> tuple[Settings, Setting
     return config, generation, _names(changes) + [f"generation_config.{name}" for name in _names(changes_there)]
 
 
-def write_tokenizer(tokenizer: Any, base: Any, copies: list[Path], folder: Path, into: Path) -> list[Path]:
-    """Let a tokenizer or processor write its files to the empty folder `into`, and link the other companions there.
+def write_tokenizer(tokenizer: Any, base: Any, copies: dict[str, Path], into: Path) -> dict[str, Path]:
+    """Let a tokenizer or processor write its files to the empty folder `into`.
 
     Args:
-        copies: the files of `folder` that go with its model; those of its tokenizer are left out.
+        copies: what goes with a model, see `companions`.
 
     Returns:
-        All files in `into`.
+        The same with these files in the place of the former tokenizer's.
 
     Raises:
         RiaError: it is no tokenizer or processor of transformers, or has more tokens than the model has embeddings.
@@ -81,14 +81,8 @@ def write_tokenizer(tokenizer: Any, base: Any, copies: list[Path], folder: Path,
         )
     tokenizer.save_pretrained(into)
     stale = TOKENIZER_FILES | set(type(inner).vocab_files_names.values())
-    for source in copies:
-        place = source.relative_to(folder)
-        target = into / place
-        if str(place) in stale or place.parts[0] == TEMPLATES_FOLDER or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source.resolve())
-    return sorted(path for path in into.rglob("*") if path.is_file())
+    kept = {p: path for p, path in copies.items() if p not in stale and not p.startswith(f"{TEMPLATES_FOLDER}/")}
+    return kept | {path.relative_to(into).as_posix(): path for path in into.rglob("*") if path.is_file()}
 
 
 def _generation(base: nn.Module, config: Any, folder: Path) -> tuple[Settings | None, Settings]:

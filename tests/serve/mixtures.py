@@ -212,5 +212,5 @@ def write(
     )  # fmt: skip
     writer = CheckpointWriter(out, overwrite=True)
     writer.write("all", units)
-    writer.finish(["all"], {"config.json": config | {"quantization_config": schema.model_dump()}}, [], 1 << 40)
+    writer.finish(["all"], {"config.json": config | {"quantization_config": schema.model_dump()}}, {}, 1 << 40)
     return out, dense

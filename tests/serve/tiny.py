@@ -257,7 +257,7 @@ def write(
     }  # fmt: skip
     writer = CheckpointWriter(out, overwrite=True)
     writer.write("all", units)
-    writer.finish(["all"], {"config.json": config}, [], 1 << 40)
+    writer.finish(["all"], {"config.json": config}, {}, 1 << 40)
     return model
 
 

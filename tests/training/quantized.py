@@ -29,5 +29,5 @@ def quantized(like, out, name, shrink=1.0, activations=False):
     config = reader.config | {"quantization_config": RiaSchema.parse(content, "").model_dump(exclude_none=True)}
     writer = CheckpointWriter(out)
     writer.write("all", units)
-    writer.finish(["all"], {"config.json": config}, [], 1 << 40)
+    writer.finish(["all"], {"config.json": config}, {}, 1 << 40)
     return out
