@@ -13,7 +13,6 @@ from ria_vllm.format.weight_format import SHAPE
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.offline.model.files.tensors import Header
 
-OF_ACTIVATIONS = ("input_scale", "output_scale")
 # What tells that a linear is not stored as a plain weight.
 STORED = {"compressed", "bitmask", SHAPE, "weight_scale", *Marlin24.takes, *PackQuantized.takes, *DROPPED}
 
@@ -50,15 +49,6 @@ class CompressedTensors:
             if part in STORED:
                 linears[linear].append(name)
         return {f"{linear}.weight": self._stored(linear, names, headers) for linear, names in linears.items()}
-
-    def unused(self, names: Iterable[str], found: Iterable[str]) -> set[str]:
-        """See `Mxfp4.unused`."""
-        linears = [name.removesuffix(".weight") for name in found]
-        return {f"{linear}.{part}" for linear in linears for part in OF_ACTIVATIONS}.intersection(names)
-
-    def is_scale(self, name: str) -> bool:
-        """See `Mxfp4.is_scale`: none is left that `find` has not found."""
-        return False
 
     def dequantized(self, one: StoredLinear, read: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The plain weight [out, in] in `dtype`.

@@ -79,17 +79,6 @@ class Mxfp4:
             found[name] = Quantized(values, f"{name}_scales", (experts, groups * GROUP, rows))
         return found
 
-    def unused(self, names: Iterable[str], found: Iterable[str]) -> set[str]:
-        """Those of `names` that scale what the weights `found` are multiplied with: a plain model has no use for them.
-
-        Those of the KV cache are not among them.
-        """
-        return set()
-
-    def is_scale(self, name: str) -> bool:
-        """Whether a tensor of this name can only be the scales of a quantized weight."""
-        return name.endswith("_scales")
-
     def is_damaged(self, scales: torch.Tensor) -> bool:
         """Whether a scale is NaN or infinite."""
         return bool((scales == 255).any())
@@ -143,19 +132,6 @@ class Fp8:
             _check_scales(headers, name, scales, FP8_SCALES, wanted)
             found[name] = Quantized(name, scales, shape)
         return found
-
-    def unused(self, names: Iterable[str], found: Iterable[str]) -> set[str]:
-        """See `Mxfp4.unused`. Such scales have the name of a linear, or that of a stack of experts."""
-        found = set(found)
-        linears = {name.rpartition(".")[0] for name in found}
-        modules = linears | {linear.rpartition(".")[0] for linear in linears}
-        wanted = {f"{weight}_{leaf}" for weight in found for leaf in OF_ACTIVATIONS}
-        wanted |= {f"{module}.{leaf}" for module in modules for leaf in OF_ACTIVATIONS}
-        return wanted.intersection(names)
-
-    def is_scale(self, name: str) -> bool:
-        """See `Mxfp4.is_scale`."""
-        return name.endswith("_scale_inv") or name.rpartition(".")[2] == "weight_scale"
 
     def is_damaged(self, scales: torch.Tensor) -> bool:
         """Whether a scale is NaN or infinite."""
@@ -219,17 +195,6 @@ def scheme_of(words: Any, where: str | Path) -> Scheme | None:
     )
 
 
-def method_of(words: Any) -> str | None:
-    """The method of what `scheme_of` makes of `words`; None: the weights are not quantized, or in a way that is not
-    read here.
-    """
-    try:
-        scheme = scheme_of(words, "")
-    except RiaError:
-        return None
-    return None if scheme is None else scheme.method
-
-
 Dequantized = Quantized | StoredLinear
 
 
@@ -248,12 +213,12 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
     """
     found: dict[str, Dequantized] = {**scheme.find(headers)}
     parts = {part for one in found.values() for part in one.parts}
-    unused = scheme.unused(headers, found) | {name for name in headers if OF_KV_CACHE.fullmatch(name)} - parts
+    unused = _of_activations(found) & headers.keys() | {name for name in headers if OF_KV_CACHE.fullmatch(name)} - parts
     known = unused | parts
     for name, header in headers.items():
         if name in known:
             continue
-        if scheme.is_scale(name):
+        if name.endswith("_scale_inv") or name.rpartition(".")[2] == "weight_scale":
             raise RiaError(
                 f"{header.file}: {name} is in the files, but not the {scheme.method} weight that it scales. Get the "
                 "model again."
@@ -261,6 +226,15 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
         if header.dtype not in PLAIN:
             raise _unlike(header, name, f"a plain tensor or part of an {scheme.method} weight")
     return found, unused
+
+
+def _of_activations(found: Iterable[str]) -> set[str]:
+    """What may scale that which these weights are multiplied with. Such scales have the name of a linear, or that of a
+    stack of experts."""
+    linears = {name.rpartition(".")[0] for name in found}
+    modules = linears | {linear.rpartition(".")[0] for linear in linears}
+    stems = [*(f"{weight}_" for weight in found), *(f"{module}." for module in modules)]
+    return {stem + leaf for stem in stems for leaf in OF_ACTIVATIONS}
 
 
 def _block(words: Any, where: str | Path) -> tuple[int, int] | None:

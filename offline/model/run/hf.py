@@ -1,7 +1,7 @@
 """What we need from transformers: configurations, tokenizers and whole models, and its errors in our own words."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.files.fetching import hub_errors
 from ria_vllm.files.json_file import read_json
 from ria_vllm.hub.model_card import CARD_FILE
-from ria_vllm.offline.model.files.dequantize import method_of
+from ria_vllm.offline.model.files.dequantize import scheme_of
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.files.which_weights import meant_weights, refuse_pickled
 from ria_vllm.offline.model.run.architecture import model_class, output_head, text_config
@@ -205,7 +205,11 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 def dequantized_from(config: Any) -> str | None:
     """How the weights of a model are quantized that `load_model` dequantizes; None: it does not."""
-    return method_of(getattr(config, "quantization_config", None))
+    try:
+        scheme = scheme_of(getattr(config, "quantization_config", None), "")
+    except RiaError:
+        return None
+    return None if scheme is None else scheme.method
 
 
 def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
@@ -224,26 +228,15 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | st
             f"{name}: the forward pass of a {architecture.__name__} gives no logits of tokens, so there is no "
             "perplexity to measure."
         )
-    check_loaded(name, info, "config.json", "Get the files again.")
-    return model.to(device).eval()
-
-
-def check_loaded(place: str, info: Mapping[str, Any], description: str, remedy: str) -> None:
-    """Refuse a model for which transformers had not all weights: it continues with random ones instead.
-
-    Args:
-        place: where the weights are, for errors.
-        info: what transformers says about loading them.
-        description: what says which shapes they have.
-
-    Raises:
-        RiaError: weights are missing, or have other shapes.
-    """
+    # Where weights are missing, transformers goes on with random ones.
     if info["mismatched_keys"]:
-        name, found, wanted = min(info["mismatched_keys"])
-        raise RiaError(f"{place}: {name} has shape {tuple(found)}, {description} asks for {tuple(wanted)}. {remedy}")
+        wrong, found, wanted = min(info["mismatched_keys"])
+        raise RiaError(
+            f"{name}: {wrong} has shape {tuple(found)}, config.json asks for {tuple(wanted)}. Get the files again."
+        )
     if info["missing_keys"]:
-        raise RiaError(f"{place}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. {remedy}")
+        raise RiaError(f"{name}: weights missing: {', '.join(sorted(info['missing_keys'])[:5])}. Get the files again.")
+    return model.to(device).eval()
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Quantized weights become the numbers that a formula in float64, or transformers, makes of them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from quantized_sources import E2M1, from_mxfp4, grid_of, to_fp8, to_mxfp4
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.model.files.dequantize import Fp8, Mxfp4, find_quantized, method_of, scheme_of
+from ria_vllm.offline.model.files.dequantize import Fp8, Mxfp4, find_quantized, scheme_of
 from ria_vllm.offline.model.files.tensors import Header
+from ria_vllm.offline.model.run.hf import dequantized_from
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -58,7 +60,9 @@ def test_blocks_of_fp8_of_which_the_last_ones_may_be_smaller(shape, block, dtype
 )
 def test_how_weights_are_quantized(words, expected):
     assert scheme_of(words, "m") == expected
-    assert method_of(words) == (None if expected is None else expected.method)
+    assert dequantized_from(SimpleNamespace(quantization_config=words)) == (
+        None if expected is None else expected.method
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,7 @@ def test_how_weights_are_quantized(words, expected):
 def test_other_ways_are_refused_by_name(words, message):
     with pytest.raises(RiaError, match=message):
         scheme_of(words, "m")
-    assert method_of(words) is None
+    assert dequantized_from(SimpleNamespace(quantization_config=words)) is None
 
 
 def headers_of(tensors):
