@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.publish import published
-from ria_vllm.offline.self_written import check_fraction, written_of
+from ria_vllm.offline.self_written import check_fraction
 
 # By the seed itself, the dense model writes the text that `compress` calibrates on.
 TEXT_SEED = 1_000_003
@@ -63,19 +63,9 @@ class Distillation(BaseModel):
         return Distillation(**self.model_dump() | changes)
 
     @property
-    def text_seed(self) -> int:
-        """What the teacher writes the text by."""
-        return self.seed + TEXT_SEED
-
-    @property
     def windows(self) -> int:
         """Sequences of text."""
         return self.tokens // self.seq_len
-
-    @property
-    def windows_written(self) -> int:
-        """How many of them the teacher writes beside a text."""
-        return written_of(self.windows, self.self_written)
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ from ria_vllm.format.weight_format import name_of
 from ria_vllm.hub.model_card import CARD_FILE
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration.written import Prompts, from_model, told
-from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.recipe import TEXT_SEED, Distillation
 from ria_vllm.offline.distill.report import card_of, with_training
 from ria_vllm.offline.distill.state import Work
 from ria_vllm.offline.distill.student.student import Student
@@ -198,7 +198,7 @@ class _Run:
                 with self.monitor.phase("writing the text"):
                     bos = getattr(text_config(dense.config), "bos_token_id", None)
                     prompts = Prompts.of(dense, text_tokenizer(self.reader.folder))
-                    own = from_model(dense, bos, count, recipe.seq_len, recipe.text_seed, self.monitor, prompts)
+                    own = from_model(dense, bos, count, recipe.seq_len, recipe.seed + TEXT_SEED, self.monitor, prompts)
                 windows, origin = spread_among(windows, own), origin | told(prompts, recipe.seq_len)
             self.writer.write(TEXT_KEY, {"tokens": windows}, origin)
         return self.writer.read(TEXT_KEY)[0]["tokens"]

@@ -14,6 +14,7 @@ from ria_vllm.offline.calibration import data, hub
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.hf import read_config
+from ria_vllm.offline.self_written import written_of
 from ria_vllm.progress import Monitor
 
 # The most tokens in a window of held-out text.
@@ -32,7 +33,7 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
     Raises:
         RiaError: no such text, or too little of it.
     """
-    count = recipe.windows - recipe.windows_written
+    count = recipe.windows - written_of(recipe.windows, recipe.self_written)
     with monitor.phase("reading the text"):
         text = hub.opened(recipe.text)
         windows = data.from_text(text, tokenizer, count, recipe.seq_len, recipe.seed)

@@ -102,7 +102,8 @@ def cells(rows: Sequence[Score]) -> list[tuple[str, ...]]:
         shots = "" if row.shots is None else f", {row.shots}-shot"
         asked = "" if row.examples is None else f"{row.examples}{shots}"
         scores = _shown(row.score, row.error), _shown(row.dense, row.dense_error)
-        found.append((row.task, row.metric, asked, *scores, _percent(row.recovery)))
+        percent = "" if row.recovery is None else f"{row.recovery:.1f}%"
+        found.append((row.task, row.metric, asked, *scores, percent))
     return found
 
 
@@ -110,10 +111,6 @@ def _shown(score: float | None, error: float | None) -> str:
     if score is None:
         return ""
     return f"{score:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}%"
 
 
 def comparison(rows: Sequence[Score], mean: Score | None, dense: Mapping[str, TaskScores], name: str) -> dict[str, Any]:

@@ -165,10 +165,10 @@ class Loading:
         A dense model would have used more: those for the experts that ours have made.
         """
         experts = {name for name, placement in self.placements.items() if placement.stacked}
-        unused = [entry for entry in self.conversions if not entry.was_used()]
+        unused = [(entry, _made(entry, self.shapes)) for entry in self.conversions if not entry.was_used()]
         return [
             *(entry for entry in used if not isinstance(entry, OURS)),
-            *(entry for entry in unused if _makes_only(entry, experts, self.shapes)),
+            *(entry for entry, made in unused if made and experts.issuperset(made)),
         ]
 
     def _wanted(self, model: torch.nn.Module) -> set[str]:
@@ -279,11 +279,9 @@ class Decompress(ConversionOps):
         self.sources: list[str] = []
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, torch.Tensor]:
-        tensors = {
-            part: _single(input_dict, part)
-            for part in (*self.loading.schema.tensor_names, int8_rows.INTEGERS)
-            if PART.format(part) in input_dict
-        }
+        parts = (*self.loading.schema.tensor_names, int8_rows.INTEGERS)
+        found = {part: input_dict[PART.format(part)] for part in parts if PART.format(part) in input_dict}
+        tensors = {part: one[0] if isinstance(one, list) else one for part, one in found.items()}
         try:
             if int8_rows.INTEGERS in tensors:
                 return {full_layer_name: self.loading.int8_matrix(full_layer_name, self.sources, tensors)}
@@ -306,12 +304,6 @@ class LinearConverter(WeightConverter):
 
 # Saving a loaded model writes plain dense weights, so these conversions are not to be undone.
 OURS = (LinearConverter, ExpertsConverter)
-
-
-def _makes_only(conversion: Any, wanted: Collection[str], names: Collection[str]) -> bool:
-    """Whether the parameters that a conversion makes, of those with these names, are some of the wanted ones."""
-    made = _made(conversion, names)
-    return bool(made) and all(name in wanted for name in made)
 
 
 def _made(conversion: Any, names: Collection[str]) -> list[str]:
@@ -340,11 +332,6 @@ def _side_file(folder: Path, name: str, ask: bool) -> Path | None:
             subfolder="/".join(subfolders), _raise_exceptions_for_missing_entries=False,
         )  # fmt: skip
     return None if found is None else Path(found)
-
-
-def _single(input_dict: dict[str, Any], part: str) -> torch.Tensor:
-    found = input_dict[PART.format(part)]
-    return found[0] if isinstance(found, list) else found
 
 
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:

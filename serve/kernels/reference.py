@@ -46,15 +46,7 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ria::sparse24_linear.reference")
-def _fake_linear(
-    x: torch.Tensor,
-    packed: list[torch.Tensor],
-    format_name: str,
-    rounds_input: bool,
-    out_features: int,
-    input_permutation: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _fake_linear(x, packed, format_name, rounds_input, out_features, input_permutation, bias):
     return x.new_empty(*x.shape[:-1], out_features)
 
 

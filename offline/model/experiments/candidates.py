@@ -31,7 +31,7 @@ def candidates(
             yield _elementwise(consumer, *(Producer(name=name) for name in pair))
     for name, rows in producers:
         if rows == 2 * width:
-            yield _elementwise(consumer, *_rows(name, (0, width), (width, rows)))
+            yield _elementwise(consumer, *(Producer(name=name, rows=span) for span in ((0, width), (width, rows))))
             yield _elementwise(consumer, *(Producer(name=name, rows=(i, i + 1), blocks=width) for i in (0, 1)))
     for num_heads in heads:
         values = [found for name, rows in producers for found in _values(name, rows, width, num_heads)]
@@ -74,10 +74,6 @@ def _attention(consumer: str, num_heads: int, num_kv_heads: int, *producers: Pro
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
     )
-
-
-def _rows(name: str, *spans: tuple[int, int]) -> list[Producer]:
-    return [Producer(name=name, rows=span) for span in spans]
 
 
 def _values(name: str, rows: int, width: int, num_heads: int) -> Iterator[tuple[Producer, int]]:

@@ -168,9 +168,9 @@ class ExpertWeights:
 
     def _is_transposed(self, layout: ExpertsLayout, parameter: str, tensor: str) -> bool | None:
         """Whether a stacked tensor in the files is [experts, in, out]; None: it is stored in an unknown way."""
-        converter = self.names.converter_of(tensor)
-        if converter is None:
+        if tensor not in self.names.converted:
             return layout.transposed
+        converter, _ = self.names.converted[tensor]
         if [type(operation) for operation in converter.operations] != [Transpose]:
             return None
         operation: Any = converter.operations[0]
@@ -191,10 +191,11 @@ class ExpertWeights:
         for parameter, found in sources.items():
             kinds = layout.parameters[parameter]
             for written in found:
-                converter, match = self.names.converter_of(written), _NUMBERED.fullmatch(written)
+                converter, number = self.names.converted.get(written, (None, 0))
+                match = _NUMBERED.fullmatch(written)
                 if converter is None or match is None or not _stacks(converter, len(kinds)):
                     raise unknown
-                kind = kinds[self.names.source_number(written)]
+                kind = kinds[number]
                 if leaves.setdefault(kind, match["leaf"]) != match["leaf"]:
                     raise unknown
                 modules.add(match["experts"])

@@ -33,7 +33,8 @@ class Names:
         files: written name -> name in the file, sorted; everything that the new checkpoint must hold.
         inside: written name -> name in the model, or what it would be if the model had such a tensor.
         direct: name in the model -> written name, for tensors that are loaded unchanged.
-        converted: written names of tensors from which transformers makes the model's.
+        converted: written name -> the conversion by which transformers makes the model's tensors from this one, and
+            which of the conversion's sources it is, counted from 0.
         made: names in the model of the tensors that are made from those.
         made_of: name in the model -> written names of the tensors that it is made from.
         unknown: written names of tensors that the model does not use.
@@ -54,10 +55,9 @@ class Names:
         self.files: dict[str, str] = {}
         self.inside: dict[str, str] = {}
         self.direct: dict[str, str] = {}
-        self.converted: set[str] = set()
+        self.converted: dict[str, tuple[WeightConverter, int]] = {}
         self.made: set[str] = set()
         self.made_of: dict[str, list[str]] = {}
-        self._conversions: dict[str, tuple[WeightConverter, int]] = {}
         self.unknown: list[str] = []
         for name in in_files:
             renamed, pattern = rename_source_key(name, renamings, converters)
@@ -73,9 +73,8 @@ class Names:
             if inside not in known:
                 self.unknown.append(written)
             elif pattern is not None:
-                self.converted.add(written)
                 converter = next(c for c in converters if pattern in c.source_patterns)
-                self._conversions[written] = converter, converter.source_patterns.index(pattern)
+                self.converted[written] = converter, converter.source_patterns.index(pattern)
                 targets = converter.target_patterns
                 made = {inside.replace(targets[0], target) for target in targets}
                 self.made |= made
@@ -91,14 +90,6 @@ class Names:
     def linear(self, name: str) -> str:
         """The written name of a linear, from its name in the model."""
         return self.direct.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-
-    def converter_of(self, written: str) -> WeightConverter | None:
-        """The conversion that a tensor goes through when it is loaded; None if it is loaded unchanged."""
-        return self._conversions[written][0] if written in self._conversions else None
-
-    def source_number(self, written: str) -> int:
-        """Which of the sources of its conversion a tensor is, counted from 0."""
-        return self._conversions[written][1]
 
     def is_own(self, name: str) -> bool:
         """Whether the linear with this name in the model has a weight of its own in the files."""

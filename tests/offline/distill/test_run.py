@@ -13,7 +13,7 @@ from distilling import run
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration.written import from_model
-from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.recipe import TEXT_SEED, Distillation
 from ria_vllm.offline.distill.run import Settings, distill
 from ria_vllm.offline.distill.text import training_text
 from ria_vllm.offline.distill.train import Training
@@ -202,7 +202,7 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     assert recipe.text == "self"
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
     teacher = load_model(str(dense), CPU)
-    bos, seed = teacher.config.bos_token_id, recipe.text_seed
+    bos, seed = teacher.config.bos_token_id, recipe.seed + TEXT_SEED
     written = from_model(teacher, bos, recipe.windows, 64, seed, Monitor(shown=False))
     assert written.shape == (16, 64) and len(trained_on) == recipe.steps == 8
     assert all(torch.equal(windows.long(), written) for windows in trained_on)

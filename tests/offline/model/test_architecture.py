@@ -197,7 +197,7 @@ def test_vision_weights_that_transformers_would_convert_are_checked_too(tiny_wra
     model = StreamedModel(source, AutoConfig.from_pretrained(source), torch.device("cpu"), torch.float32)
     name, written = next((n, w) for n, w in model.names.direct.items() if "vision" in n and n.endswith("q_proj.weight"))
     del model.names.direct[name]
-    model.names.converted.add(written)
+    model.names.converted[written] = None
     model.names.made.add(name)
     model.loader.check_all()
     edit_weights(source, lambda tensors: tensors | {written: torch.full_like(tensors[written], float("inf"))})

@@ -21,7 +21,11 @@ def found(shapes: dict, layout: ExpertsLayout = LAYOUT, check_dims: bool = False
     converter = WeightConverter("x", "x", operations=[Transpose(1, 2, check_dims=check_dims)])
     made_of = {name: [name] for name in TENSORS.values()}
     names = SimpleNamespace(
-        folder="folder", direct={}, made_of=made_of, files={n: n for n in shapes}, converter_of=lambda _: converter
+        folder="folder",
+        direct={},
+        made_of=made_of,
+        files={n: n for n in shapes},
+        converted=dict.fromkeys(made_of, (converter, 0)),
     )
     tensors = SourceTensors.__new__(SourceTensors)
     tensors.files = dict.fromkeys(shapes, Path("file"))
