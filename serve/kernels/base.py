@@ -86,8 +86,8 @@ def _activations(config: "LinearLayerConfig | ExpertsLayerConfig") -> str:
     return f"{name_of(config.act_dtype)} activations{rounded}"
 
 
-class LinearKernel(Protocol):
-    """The product y[..., N] = x[..., p] @ W^T + bias for a pruned weight W [N, K], accumulated in float32.
+class AnyKernel(Protocol):
+    """What kernels for linears and those for experts have alike.
 
     Attributes:
         name: what RIA_VLLM_BACKEND and the log call it.
@@ -104,6 +104,10 @@ class LinearKernel(Protocol):
 
         For a kernel of another kind of device: f"the layer is on {device.type}".
         """
+
+
+class LinearKernel(AnyKernel, Protocol):
+    """The product y[..., N] = x[..., p] @ W^T + bias for a pruned weight W [N, K], accumulated in float32."""
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
@@ -214,25 +218,13 @@ class ExpertsLayerConfig:
         )
 
 
-class ExpertsKernel(Protocol):
+class ExpertsKernel(AnyKernel, Protocol):
     """The sum over a token's experts of router weight * down(activation(gate(x), up(x))), with pruned weights.
 
     Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`. With an
     `input_dtype`, each token is rounded before the first product, and the channels between the products before the
     second.
-
-    Attributes:
-        name: what RIA_VLLM_BACKEND and the log call it.
-        is_fallback: it is correct but slow. Other kernels are preferred, even if they need the weights widened.
-        patterns: as in `LinearKernel`.
     """
-
-    name: ClassVar[str]
-    is_fallback: ClassVar[bool]
-
-    @staticmethod
-    def is_supported(device: torch.device) -> str | None:
-        """Why this device cannot run the kernel at all, or None. It must not raise."""
 
     @staticmethod
     def can_implement(config: ExpertsLayerConfig) -> str | None:
