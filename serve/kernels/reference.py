@@ -46,7 +46,9 @@ _library.impl("sparse24_linear.reference", _linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("ria::sparse24_linear.reference")
-def _fake_linear(x, packed, format_name, rounds_input, out_features, input_permutation, bias):
+def _fake_linear(
+    x: torch.Tensor, packed: object, format_name: str, rounds_input: bool, out_features: int, *_: object
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
