@@ -121,7 +121,8 @@ def from_model(
     openings = _first_tokens(model, bos, generator)
     if prompts is not None and (short := prompts.within(length)):
         monitor.say(f"half of what the model writes answers prompts, of which there are {len(short.asked)}")
-        openings = _mixed(_shuffled(short, generator), openings)
+        order = torch.randperm(len(short.asked), generator=generator).tolist()
+        openings = _mixed(((short.asked[index], short.ends) for index in cycle(order)), openings)
     generated = [_generate(model, batch, length, openings, generator, steps) for batch in batches]
     next(steps, None)
     return torch.cat(generated).view(samples, per_sample * length)[:, :seq_len].contiguous()
@@ -140,11 +141,6 @@ def _first_tokens(model: Any, bos: int | None, generator: torch.Generator) -> It
     while True:
         first = int(torch.randint(vocab_size, (1,), generator=generator))
         yield [first] if bos is None else [bos, first], frozenset()
-
-
-def _shuffled(prompts: Prompts, generator: torch.Generator) -> Iterator[Opening]:
-    order = torch.randperm(len(prompts.asked), generator=generator).tolist()
-    return ((prompts.asked[index], prompts.ends) for index in cycle(order))
 
 
 def _mixed(some: Iterator[Opening], others: Iterator[Opening]) -> Iterator[Opening]:

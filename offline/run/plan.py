@@ -216,7 +216,7 @@ def _reason(model: StreamedModel, index: int, name: str, module: nn.Linear, reci
     tied = model.model.all_tied_weights_keys
     if f"{full}.weight" in {*tied, *tied.values()}:
         return "its weights are another layer's, too"
-    if not model.names.is_own(full):
+    if not model.names.direct.get(f"{full}.weight", "").endswith(".weight"):
         return "its weights are stored as a part of others"
     if not model.names.is_found_compressed(full):
         return "transformers renames its weight, and would not find it compressed"

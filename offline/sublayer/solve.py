@@ -151,11 +151,6 @@ def score(
     return scores.score(recipe.method, weight, norm, column_sums)
 
 
-def _keeps_to_blocks(group: Group, width: int, pattern: Pattern) -> bool:
-    """Whether an order can keep to the group's blocks: each has to hold whole groups of the pattern."""
-    return group.blocks > 1 and width % (group.blocks * pattern.of) == 0
-
-
 def _find_order(
     group: Group,
     weights: Mapping[str, torch.Tensor],
@@ -163,7 +158,7 @@ def _find_order(
     recipe: Recipe,
 ) -> torch.Tensor | None:
     S = _stacked_scores(group.linears, weights, statistics, recipe)
-    if _keeps_to_blocks(group, S.shape[1], recipe.pattern):
+    if group.blocks > 1 and S.shape[1] % (group.blocks * recipe.pattern.of) == 0:  # each holds whole groups of it
         p = permute.search_heads(S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.of_search)
     elif group.heads is None:
         p = permute.search(S, **recipe.of_search)

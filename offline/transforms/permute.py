@@ -114,10 +114,6 @@ def _improve(
         idle = idle + 1 if score <= best * (1 + WORTHWHILE) else 0
         if score > best:
             index, best, rounds = trial, score, rounds - 1
-        trial = _shuffle_within_groups(index, draw)
+        order = torch.rand(index.shape, generator=draw).argsort(dim=1).to(index.device)
+        trial = index.gather(1, order)  # within the groups
     return index
-
-
-def _shuffle_within_groups(index: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    order = torch.rand(index.shape, generator=draw).argsort(dim=1).to(index.device)
-    return index.gather(1, order)

@@ -219,10 +219,6 @@ class RiaSchema(BaseModel):
         """Whether the linear `name` is dense."""
         return name in self.sparsity_config.ignore
 
-    def fold_of(self, consumer: str) -> Fold | None:
-        """The fold of this linear; None if there is none."""
-        return next((fold for fold in self.folds if fold.numbers(consumer) is not None), None)
-
     def active_folds(
         self, permuted: Iterable[str], sparse: "set[str] | frozenset[str]"
     ) -> Iterator[tuple[str, Fold, list[Producer]]]:
@@ -231,7 +227,7 @@ class RiaSchema(BaseModel):
         Where a producer was left dense the consumer gathers its own input instead; both stages follow this rule.
         """
         for name in permuted:
-            fold = self.fold_of(name)
+            fold = next((one for one in self.folds if one.numbers(name) is not None), None)
             producers = [] if fold is None else fold.producers_of(name)
             if fold is not None and all(producer.name in sparse for producer in producers):
                 yield name, fold, producers

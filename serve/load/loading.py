@@ -113,7 +113,8 @@ class LayerLoader:
         name = f"{'+'.join(linears)}.{part}"
         if not tensor.dim():
             raise RiaError(f"{name}: one number, expected one for each row. The checkpoint is damaged; get it again.")
-        if len(linears) > 1 or (len(self.shards.linears) == 1 and not self._is_whole(shard)):
+        whole = set(self.shards.outputs_of(shard)) == set(self.shards.outputs)
+        if len(linears) > 1 or (len(self.shards.linears) == 1 and not whole):
             raise RiaError(
                 f"{name}: vLLM fuses or splits it before its layer loads it, so its rows cannot be reordered. "
                 "`ria-vllm export` makes a dense folder."
@@ -125,9 +126,6 @@ class LayerLoader:
             except ValueError as error:
                 raise RiaError(f"{name}: its fold does not fit: {error}. The checkpoint is damaged.") from None
         return rows
-
-    def _is_whole(self, shard: ShardId) -> bool:
-        return set(self.shards.outputs_of(shard)) == set(self.shards.outputs)
 
     def missing(self) -> str | None:
         """The name of the first tensor that has not been loaded, or None."""

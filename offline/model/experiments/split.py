@@ -84,19 +84,17 @@ def how_it_adds(
     after_it = (call for call in seen if call.read.numel() == output.numel())
     after_it = (call for call in after_it if equal(call.read.reshape(output.shape), output))
     norms = {call.name: call.returned for call in after_it if is_rms_norm(experiment.layer, call)}
+    tensors = (*experiment.layer.parameters(), *experiment.layer.buffers())
+    has_scalars = any(one.numel() == 1 and one.is_floating_point() for one in tensors)
     for norm, added in {None: output, **norms}.items():
         added = added.reshape(before.shape)
         factor = float(((after - before) * added).sum() / added.square().sum())
         factor = round(factor, 12)  # 1 is 1
-        if factor != 1 and _has_scalars(experiment.layer):
+        if factor != 1 and has_scalars:
             continue  # one of which it may be: each layer has its own
         if factor and equal(before + factor * added, after):
             return {"factor": factor, "norm": norm}
     return {}
-
-
-def _has_scalars(layer: nn.Module) -> bool:
-    return any(one.numel() == 1 and one.is_floating_point() for one in (*layer.parameters(), *layer.buffers()))
 
 
 def replaced(layer: nn.Module, stand_ins: Sequence[StandIn], stream: torch.Tensor) -> AbstractContextManager[None]:

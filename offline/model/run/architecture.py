@@ -50,7 +50,7 @@ def model_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:
     if not architectures:
         return writers[0]
     named = [_class_named(architecture, writers) for architecture in architectures]
-    found = [cls for cls in named if cls is not None and _fits(cls, config, writers)]
+    found = [cls for cls in named if cls is not None and (cls in writers or cls.config_class is type(config))]
     if not found:
         raise RiaError(
             f"{name}: config.json says {architectures[0]}, which is no class of transformers for a {kind} model. If "
@@ -83,10 +83,6 @@ def _class_named(name: Any, writers: list[type[PreTrainedModel]]) -> type[PreTra
             return writer
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-
-
-def _fits(cls: type[PreTrainedModel], config: PretrainedConfig, writers: list[type[PreTrainedModel]]) -> bool:
-    return cls in writers or cls.config_class is type(config)
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:

@@ -91,10 +91,6 @@ class Names:
         """The written name of a linear, from its name in the model."""
         return self.direct.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
-    def is_own(self, name: str) -> bool:
-        """Whether the linear with this name in the model has a weight of its own in the files."""
-        return self.direct.get(f"{name}.weight", "").endswith(".weight")
-
     def is_found_compressed(self, name: str) -> bool:
         """Whether transformers finds the linear with this name in the model by any tensor of its module in the files.
 
