@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -36,6 +37,7 @@ class CompressedTensors:
 
     config: CompressedTensorsConfig
     method: str = "compressed-tensors"
+    ends: ClassVar[tuple[str, ...]] = ()  # `find` leaves none
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, StoredLinear]:
         """Name of a weight -> its tensors.

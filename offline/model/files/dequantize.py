@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -62,6 +62,7 @@ class Mxfp4:
     """
 
     method: str = "mxfp4"
+    ends: ClassVar[tuple[str, ...]] = ("_scales",)  # of the names of what scales weights
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, Quantized]:
         """Name of a weight -> its tensors.
@@ -113,6 +114,7 @@ class Fp8:
 
     block: tuple[int, int] | None
     method: str = "fp8"
+    ends: ClassVar[tuple[str, ...]] = ("_scale_inv", ".weight_scale")
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, Quantized]:
         """See `Mxfp4.find`."""
@@ -218,7 +220,7 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
     for name, header in headers.items():
         if name in known:
             continue
-        if name.endswith("_scale_inv") or name.rpartition(".")[2] == "weight_scale":
+        if name.endswith(scheme.ends):
             raise RiaError(
                 f"{header.file}: {name} is in the files, but not the {scheme.method} weight that it scales. Get the "
                 "model again."
