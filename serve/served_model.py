@@ -103,6 +103,10 @@ class ServedModel:
             found |= experts_matching.takers(self.config, self.model)
         return found
 
+    def _present(self) -> ModelConfig | None:
+        """vLLM's present configuration of this model, which a reload may have changed."""
+        return (EngineOptions.current().model_config if self.embeddings else None) or self.built_from
+
     def _forget(self) -> None:
         """A load begins, or has failed."""
         self.sent.clear()
@@ -158,9 +162,7 @@ class ServedModel:
         from_files, sent = self.from_files, dict(self.sent)
         self.from_files = False
         self.sent.clear()
-        present = self.built_from
-        if not first and self.embeddings:  # a reload may have changed it
-            present = EngineOptions.current().model_config or present
+        present = self.built_from if first else self._present()
         if not proofs.wanted() or present is None or (first and not self._is_configured):
             return
         schema, found, made = self.config.schema, sent, None
