@@ -38,6 +38,7 @@ class CompressedTensors:
     config: CompressedTensorsConfig
     method: str = "compressed-tensors"
     ends: ClassVar[tuple[str, ...]] = ()  # `find` leaves none
+    of_activations: ClassVar[tuple[str, ...]] = ("input_scale", "output_scale")
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, StoredLinear]:
         """Name of a weight -> its tensors.

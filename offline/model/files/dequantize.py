@@ -29,7 +29,6 @@ STRIP = 128
 # In safetensors' words.
 FP8, FP8_SCALES, PLAIN = "F8_E4M3", ("F32", "BF16", "F16"), ("F64", "F32", "BF16", "F16", "I64", "I32", "BOOL")
 SUFFIXES = ("_scale_inv", "_scale")
-OF_ACTIVATIONS = ("input_scale", "activation_scale", "output_scale")
 # No model of transformers has such parameters. vLLM looks for all of them.
 OF_KV_CACHE = re.compile(r"(?:.*\.)?(?:[qkv]_scale|kv_scale|[kv]_cache\.scale)")
 
@@ -63,6 +62,7 @@ class Mxfp4:
 
     method: str = "mxfp4"
     ends: ClassVar[tuple[str, ...]] = ("_scales",)  # of the names of what scales weights
+    of_activations: ClassVar[tuple[str, ...]] = ()  # what scales what these are multiplied with is called
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, Quantized]:
         """Name of a weight -> its tensors.
@@ -115,6 +115,7 @@ class Fp8:
     block: tuple[int, int] | None
     method: str = "fp8"
     ends: ClassVar[tuple[str, ...]] = ("_scale_inv", ".weight_scale")
+    of_activations: ClassVar[tuple[str, ...]] = ("input_scale", "activation_scale", "output_scale")
 
     def find(self, headers: Mapping[str, Header]) -> dict[str, Quantized]:
         """See `Mxfp4.find`."""
@@ -215,12 +216,13 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
     """
     found: dict[str, Dequantized] = {**scheme.find(headers)}
     parts = {part for one in found.values() for part in one.parts}
-    unused = _of_activations(found) & headers.keys() | {name for name in headers if OF_KV_CACHE.fullmatch(name)} - parts
+    of_cache = {name for name in headers if OF_KV_CACHE.fullmatch(name)}
+    unused = _of_activations(scheme, found) & headers.keys() | of_cache - parts
     known = unused | parts
     for name, header in headers.items():
         if name in known:
             continue
-        if name.endswith(scheme.ends):
+        if f".{name}".endswith(scheme.ends):
             raise RiaError(
                 f"{header.file}: {name} is in the files, but not the {scheme.method} weight that it scales. Get the "
                 "model again."
@@ -230,13 +232,13 @@ def find_quantized(scheme: Scheme, headers: Mapping[str, Header]) -> tuple[dict[
     return found, unused
 
 
-def _of_activations(found: Iterable[str]) -> set[str]:
+def _of_activations(scheme: Scheme, found: Iterable[str]) -> set[str]:
     """What may scale that which these weights are multiplied with. Such scales have the name of a linear, or that of a
     stack of experts."""
     linears = {name.rpartition(".")[0] for name in found}
     modules = linears | {linear.rpartition(".")[0] for linear in linears}
     stems = [*(f"{weight}_" for weight in found), *(f"{module}." for module in modules)]
-    return {stem + leaf for stem in stems for leaf in OF_ACTIVATIONS}
+    return {stem + leaf for stem in stems for leaf in scheme.of_activations}
 
 
 def _block(words: Any, where: str | Path) -> tuple[int, int] | None:
