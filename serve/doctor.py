@@ -25,7 +25,7 @@ from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
-from ria_vllm.serve.kernels.choice import refuse_on_gpus
+from ria_vllm.serve.kernels.choice import refuse_on_gpus, serves_dense
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.proving.folder import Findings, prove_folder
 from ria_vllm.speed import of_eight
@@ -127,6 +127,8 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
     for name, reason in reasons:
         if choice is None or name != choice.kernel.name:
             note = f"no: {reason}" if reason else "could serve it too"
+        elif serves_dense() and not experts:
+            note = f"chosen{choice.how}: RIA_VLLM_DENSE asks for it"
         elif name == os.environ.get(registry.KERNEL_VARIABLE):
             note = f"chosen{choice.how}: RIA_VLLM_BACKEND asks for it"
         elif experts and choice.kernel.is_fallback:

@@ -1,5 +1,6 @@
 """Which kernel was chosen for a layer, and how it serves it."""
 
+import os
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -13,6 +14,9 @@ from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, Linea
 
 KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
 """Names the kernel that must serve every linear, and every layer's experts if it is a kernel for experts, too."""
+
+DENSE_VARIABLE = "RIA_VLLM_DENSE"
+"""1: every pruned linear is decompressed to a dense one, on any device."""
 
 Kernel = TypeVar("Kernel", LinearKernel, ExpertsKernel)
 Config = TypeVar("Config", LinearLayerConfig, ExpertsLayerConfig)
@@ -53,15 +57,20 @@ def widened(config: Config) -> Config:
     return replace(config, weight_format=FLOAT, input_dtype=None)
 
 
+def serves_dense() -> bool:
+    """Whether RIA_VLLM_DENSE=1 asks for pruned linears decompressed to dense ones."""
+    return os.environ.get(DENSE_VARIABLE) == "1"
+
+
 def refuse_on_gpus(pattern: Pattern, where: str) -> None:
-    """Refuse to serve a folder on GPUs if they cannot multiply its pattern: any other way would be slow.
+    """Refuse to serve a folder on GPUs if they cannot multiply its pattern, unless RIA_VLLM_DENSE=1 asks for it.
 
     Raises:
         RiaError: the folder `where` has such a pattern.
     """
-    if pattern != TWO_OF_FOUR:
+    if pattern != TWO_OF_FOUR and not serves_dense():
         raise RiaError(
             f"{where} is pruned to {pattern}, which only CPUs serve: sparse tensor cores multiply {TWO_OF_FOUR}. "
             "Serve it with vLLM's build for CPUs, compress the model for GPUs (`ria-vllm compress --pattern "
-            f"{TWO_OF_FOUR}`), or serve the dense folder that `ria-vllm export` writes."
+            f"{TWO_OF_FOUR}`), or serve it decompressed to dense weights ({DENSE_VARIABLE}=1)."
         )

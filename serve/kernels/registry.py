@@ -17,10 +17,11 @@ from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
-from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice, Config, Kernel, widened
+from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice, Config, Kernel, serves_dense, widened
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, check_forced_instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.dense import DenseKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
@@ -91,7 +92,9 @@ def explain(config: LinearLayerConfig | ExpertsLayerConfig) -> list[tuple[str, s
 
 
 def _candidates(config: LinearLayerConfig | ExpertsLayerConfig) -> Sequence[Any]:
-    return EXPERTS_KERNELS if isinstance(config, ExpertsLayerConfig) else kernels()
+    if isinstance(config, ExpertsLayerConfig):
+        return EXPERTS_KERNELS
+    return (DenseKernel,) if serves_dense() else kernels()
 
 
 def reason_against(kernel: Any, config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
@@ -158,6 +161,7 @@ def choose(config: Any) -> Any:
     """The first kernel that serves a layer as it is; else the first that serves it without rounding its inputs, which
     is more exact; else the first that serves its weights widened to the activations' dtype; else a fallback, in the
     same three ways. RIA_VLLM_BACKEND forces a kernel instead; one for linears leaves that of experts free.
+    RIA_VLLM_DENSE=1 leaves linears no kernel but the dense one.
 
     Raises:
         RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can. Or the layer is on

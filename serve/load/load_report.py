@@ -13,7 +13,8 @@ from vllm.logger import init_logger
 
 from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
-from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice
+from ria_vllm.serve.kernels.choice import DENSE_VARIABLE, KERNEL_VARIABLE, Choice
+from ria_vllm.serve.kernels.dense import DenseKernel
 from ria_vllm.serve.load.arrived import stored_method
 from ria_vllm.serve.load.completeness import is_in_int8
 
@@ -46,6 +47,12 @@ def warn_of_choice(choice: Choice[Any, Any], activations: torch.dtype | None) ->
     Args:
         activations: to which the checkpoint wants the inputs rounded; None for no rounding.
     """
+    if choice.kernel is DenseKernel:
+        _on_first_rank(
+            "%s=1: pruned linears are decompressed, so they take the memory and the time of dense ones.",
+            DENSE_VARIABLE,
+        )  # fmt: skip
+        return
     config = choice.config
     stored = choice.widened_from or config.weight_format
     name = choice.kernel.name

@@ -59,6 +59,7 @@ ROUNDED = {
     ),
     "int8, 8:16": ("llama-gqa", {"rounded": True, "weights": "int8", "pattern": "8:16"}, {}),
 }  # fmt: skip
+DECOMPRESSED = {"8:16": ALONE["int4-g64 of 8:16, fused on disk"]}
 SPREAD = {
     "two ranks": ("llama-gqa", {}, TWO_PROCESSES),
     "two ranks, fewer key-value heads, no folds": ("llama-mqa", {"folds": False}, TWO_RANKS),
@@ -83,6 +84,11 @@ def test_float16_is_more_exact_than_bfloat16(runs):
     """Its activations have three more bits, and integers stay what they are: nothing is rounded to bfloat16."""
     coarse, fine = (differences(*runs.get(ALONE, f"int4-g64{end}")).mean() for end in ("", " in float16"))
     assert fine < coarse / 4
+
+
+def test_decompressed_as_on_a_gpu_that_cannot_multiply_the_pattern(runs):
+    check(*runs.get(DECOMPRESSED, "8:16", RIA_VLLM_DENSE="1"))
+    assert "RIA_VLLM_DENSE=1: pruned linears are decompressed" in (runs.place(DECOMPRESSED) / "log").read_text()
 
 
 @pytest.mark.parametrize("name", ROUNDED)

@@ -100,7 +100,8 @@ def test_qkv(ranks, monkeypatch, name, size, orders, backend):
         ("float", 1, 256, "", "2:4"), ("float", 4, 256, "", "2:4"), ("float", 2, 192, "", "2:4"),
         ("float", 4, 192, "", "2:4"), ("int4", 2, 256, "", "2:4"), ("int8-g64", 4, 256, "reference", "2:4"),
         ("int4-g32", 2, 192, "", "2:4"), ("int8", 2, 192, "reference", "2:4"), ("int8", 4, 192, "", "8:16"),
-        ("int4-g32", 2, 192, "", "4:8"), ("float", 4, 192, "", "8:16"),
+        ("int4-g32", 2, 192, "", "4:8"), ("float", 4, 192, "", "8:16"), ("float", 2, 256, "dense", "2:4"),
+        ("int4-g32", 2, 192, "dense", "8:16"),
     ],
 )  # fmt: skip
 def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, size, inner, backend, pattern):
@@ -108,7 +109,8 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, s
 
     With inner 192 on 2 or 4 ranks each holds 96 or 48 columns, which no kernel takes without padding.
     """
-    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
+    monkeypatch.setenv("RIA_VLLM_BACKEND", backend if backend != "dense" else "")
+    monkeypatch.setenv("RIA_VLLM_DENSE", "1" if backend == "dense" else "")
     stored = feed_forward(FORMATS[name], inner, pattern=pattern)
     config = stored.config([FOLD])
     assert config.folding.folded == {"down"}
@@ -119,6 +121,7 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, s
         second = stored.load(down(config, inner), {"down": None})
         total = total + second(torch.tanh(gate) * up)
         assert second.ria_packed.input_permutation is None
+        assert second.ria_packed.choice.kernel.name == (backend or "cpu")
     want = (torch.tanh(stored.apply(x, "gate")) * stored.apply(x, "up")).float()
     close(total + stored.bias["down"], stored.apply(want, "down"))
 

@@ -26,7 +26,10 @@ def test_a_pattern_that_gpus_cannot_multiply_is_refused_there_before_anything_is
     wide = {"quant_method": "ria", "sparsity_config": {"sparsity_structure": "8:16"}}
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setattr(config, "folder_of", pytest.fail)
-    with pytest.raises(RiaError, match=r"^OUT is pruned to 8:16, .*compress --pattern 2:4`.*`ria-vllm export`"):
+    with pytest.raises(RiaError, match=r"^OUT is pruned to 8:16, .*compress --pattern 2:4`.*RIA_VLLM_DENSE=1"):
+        RiaConfig.from_config(wide).maybe_update_config("OUT")
+    monkeypatch.setenv("RIA_VLLM_DENSE", "1")
+    with pytest.raises(pytest.fail.Exception, match="OUT"):  # it goes on to the folder
         RiaConfig.from_config(wide).maybe_update_config("OUT")
 
 

@@ -86,7 +86,7 @@ def test_a_folder_of_another_pattern(tmp_path, monkeypatch):
     assert found.exit_code == 0 and "14 pruned linears compute what the checkpoint says (" in proved(found.output)
     assert "int8 weights in 8:16, inputs rounded to int8 on cpu" in found.output
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(RiaError, match=r"out is pruned to 8:16, which only CPUs serve.*--pattern 2:4.*ria-vllm export"):
+    with pytest.raises(RiaError, match=r"out is pruned to 8:16, which only CPUs .*--pattern 2:4.*RIA_VLLM_DENSE=1"):
         CliRunner().invoke(doctor, [str(tmp_path / "out"), "--device", "cuda"], catch_exceptions=False)
 
 
