@@ -18,7 +18,7 @@ from ria_vllm.offline.runtime import options as shared
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"reconstruct": "admm", "samples": 32, "seq_len": 512},
     "default": {"reconstruct": "short", "samples": 32, "seq_len": 512},
-    "best": {"reconstruct": "block", "samples": 128, "seq_len": 2048},
+    "best": {"reconstruct": "block", "samples": 128, "seq_len": 1024},  # and then `prune_and_distill` trains it whole
 }
 
 
@@ -40,8 +40,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     default="default",
     show_default=True,
     help="fast: about 5 minutes of a core for 135M weights, by estimate 1.5 hours for a billion; default: also a short "
-    "training of each layer; best: a longer training on 16 times the text, and the `distill` command "
-    "that should follow it. `plan` estimates times here.",
+    "training of each layer; best: a longer training on 8 times the text, and then of the whole model (`distill`, on "
+    "262,144 tokens). `plan` estimates times here.",
 )
 @click.option(
     "--calibration",
@@ -151,6 +151,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     from torch import cuda
 
     from ria_vllm.files.sizes import parse_size
+    from ria_vllm.offline.distill.best import prune_and_distill
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.offline.run.compress import Settings
     from ria_vllm.offline.run.compress import compress as run
@@ -158,12 +159,14 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     from ria_vllm.progress import Monitor
     from ria_vllm.report import VERDICT
 
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
     options |= {"group_size": int(size) if size and size.isdigit() else size}
     source = click.get_current_context().get_parameter_source
     given = {name for name in options if source(name) is ParameterSource.COMMANDLINE}
+    distils = options["effort"] == "best" and (saved is None or "effort" in given)
     for name, words in (("scheme", SCHEMES), ("effort", EFFORTS)):
         meant = words[options.pop(name)]
         options |= {key: value for key, value in meant.items() if options.get(key) is None}
@@ -174,7 +177,10 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
-        report = run(model, out, recipe, settings, monitor)
+        if distils and alone:
+            report = prune_and_distill(model, out, recipe, settings, monitor)
+        else:
+            report = run(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))
@@ -187,7 +193,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():
         monitor.say(line)
-    if kept and recipe.reconstruct == "block" and "kept" not in report:
+    if kept and recipe.reconstruct == "block" and "kept" not in report and "distill" not in report:
         monitor.say(_next(model, out, recipe.calibration))
 
 

@@ -56,9 +56,12 @@ def plan(model: str, scheme: str, device: str) -> None:
         for effort, chosen in EFFORTS.items():
             asked = replace(recipe, **chosen).within(longest)
             asked = asked.keeping() if recipe.only_keeps else asked
-            taken = forecast.about(forecast.pruning_seconds(streamed, asked))
-            time = taken if asked.reads_text else "that of copying"
-            rows.append((effort, time, human_size(round(forecast.peak_bytes(streamed, asked)))))
+            seconds, peak = forecast.pruning_seconds(streamed, asked), forecast.peak_bytes(streamed, asked)
+            if effort == "best" and not recipe.only_keeps:
+                seconds += forecast.distilling_seconds(streamed, asked)
+                peak = max(peak, forecast.distilling_bytes(streamed))
+            time = forecast.about(seconds) if asked.reads_text else "that of copying"
+            rows.append((effort, time, human_size(round(peak))))
     for warning in found.warnings:
         monitor.warn(warning)
     click.echo(f"model:   {printable(model)}, {human_size(dense)}")
@@ -75,7 +78,7 @@ def plan(model: str, scheme: str, device: str) -> None:
     inputs = {"none": streamed.stored_dtype, "int8": torch.int8}.get(recipe.activations)
     if (eight := of_eight(inputs, instructions)) and not recipe.only_keeps:
         click.echo(f"8:16:    {eight}")
-    whole = human_size(round(forecast.LIBRARIES + streamed.model.num_parameters() * streamed.dtype.itemsize))
+    whole = human_size(round(forecast.LIBRARIES + forecast.weights_of(streamed) * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")
     print_table(("--effort", "time", "memory"), rows)
 

@@ -1,5 +1,6 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint.inputs import Inputs
+from ria_vllm.checkpoint.reader import Reader, is_compressed
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline import digests
@@ -35,7 +37,7 @@ from ria_vllm.offline.run.result import (
     say_layer,
 )
 from ria_vllm.offline.run.tokens import calibration_tokens
-from ria_vllm.offline.run.work import begun_run, fingerprint, work_folder
+from ria_vllm.offline.run.work import begun_run, check_same_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
@@ -74,7 +76,9 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         inputs.stamps(Path(recipe.calibration))
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
-        check_free(out, settings.overwrite)
+        finished = settings.resume and is_compressed(out)
+        if not finished:
+            check_free(out, settings.overwrite)
         source = opened(model, ranks, monitor, inputs)
         dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
         with monitor.phase("reading the headers"):
@@ -85,9 +89,32 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         recipe = replace(_clipped(recipe, source, monitor), compute_dtype=name_of(dtype))  # type: ignore[arg-type]
         kept = find_kept(streamed, recipe, monitor)
         recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
+        if finished:
+            return _report_of(out, recipe, source)
         run = fingerprint(recipe, source)
         with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
             return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
+
+
+def _report_of(out: Path, recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What a run has reported that `--resume` finds finished.
+
+    Raises:
+        RiaError: it had other options, another source or other versions.
+    """
+    reader = Reader(out)
+    # Where nothing could be smoothed or rotated, the folder says so.
+    asked = {key: value for key, value in recipe.dump(source.name).items() if key not in ("smooth", "rotate")}
+    if recipe.reads_text and Path(recipe.calibration).is_file():
+        asked |= digests.of_text(recipe.calibration, "calibration")
+    asked |= _weights_digest(source)
+    found = {key: value for key, value in reader.schema.recipe.items() if key in asked}
+    check_same_run(out, found, json.loads(json.dumps(asked)))
+    return reader.report()
+
+
+def _weights_digest(source: Source) -> dict[str, str]:
+    return {"source_weights_digest": digests.of_weights(source.folder)} if source.revision is None else {}
 
 
 def _compute_dtype(
@@ -202,10 +229,7 @@ class _Run:
 
     def _digests(self, text: str | HubText) -> dict[str, str]:
         """Of the text, as it was opened, and of the model's local files."""
-        found, source = digests.of_text(text, "calibration"), self.source
-        if source.revision is None:
-            found["source_weights_digest"] = digests.of_weights(source.folder)
-        return found
+        return digests.of_text(text, "calibration") | _weights_digest(self.source)
 
     def _kept(self, key: str) -> dict[str, Any] | None:
         """What this run, or the one that it resumes, has kept besides layers; on all ranks the same."""

@@ -24,6 +24,8 @@ PASSED, GRAMS, TOUCHED, AROUND = 5, 1.7, 40, 1024
 ORDERED, SOLVED, SEARCHED = 20, 22, 30_000
 # and in training for each token and weight, channel, and for each weight in a step.
 TRAINED, FELT, STEPPED = 3, 23, 300
+# Tokens that `--effort best` distils on; for each of them, multiply-adds a weight, and bytes a channel of the linears.
+DISTILLED, TAUGHT, RETURNED = 262_144, 5, 170
 # Bytes of the process before it has loaded anything; layers in memory at the peak, in bfloat16 and float32.
 LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.5, 8.5
 
@@ -43,6 +45,26 @@ def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
         memory += copies * weights * (searched + STEPPED * taught / recipe.schedule.tokens_in_step)
     rates = _rates(model.device, model.dtype)
     return fast / rates[0] + exact / rates[1] + memory / rates[2]
+
+
+def distilling_seconds(model: StreamedModel, recipe: Recipe) -> float:
+    """What distilling on DISTILLED tokens takes, but for what the dense model writes of them."""
+    channels, reached = 0.0, float(weights_of(model))
+    for rows, columns, copies, share in _shapes(model, recipe):
+        channels += (rows + columns) * copies * share
+        reached -= rows * columns * copies * (1 - share)
+    fast, _, memory = _rates(model.device, model.dtype)
+    return DISTILLED * (TAUGHT * reached / fast + 4 * RETURNED * channels / memory)
+
+
+def distilling_bytes(model: StreamedModel) -> float:
+    """The memory that it takes (docs/lab/recovery.md): both models, and of each weight that is kept a copy and moments
+    of 10 bytes, and a bit."""
+    return LIBRARIES + weights_of(model) * (2 * model.dtype.itemsize + 5.25)
+
+
+def weights_of(model: StreamedModel) -> int:
+    return int(model.model.num_parameters())
 
 
 @cache

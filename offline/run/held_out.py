@@ -97,7 +97,7 @@ def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     if unrounded := not_rounded(recipe):
         text += f", {unrounded}"
     longer = recipe.reconstruct != "block" and not recipe.only_keeps
-    way = f"`ria-vllm distill`{', after `--effort best`,' if longer else ''}"
+    way = "`--effort best`" if longer else "`ria-vllm distill`"
     return {"quality": text, "advice": advice(found, way)}
 
 

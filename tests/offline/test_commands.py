@@ -1,8 +1,5 @@
 """The command itself: defaults, messages, exit codes."""
 
-import json
-import shlex
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,7 +7,6 @@ from click.testing import CliRunner
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
-from ria_vllm.offline.distill.command import distill
 
 
 def invoke(*arguments: object):
@@ -116,18 +112,3 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     rounded = {"scheme": "W8A8", "group_size": None, "smooth": 0.5}  # as without a recipe
     assert changed["rounded"] == rounded
     assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 8}
-
-
-def test_the_longest_training_names_the_command_that_should_follow(tiny, text, tmp_path):
-    options = ["--calibration", text, "--samples", 2, "--seq-len", 32]
-    done = invoke(tiny("llama"), "-o", tmp_path / "an out", *options, "--effort", "best")
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("next"))
-    program, command, *words = shlex.split(line.partition(": ")[2])
-    asked = distill.make_context(command, words).params
-    said = "".join(done.stderr.splitlines(keepends=True)[-7:])
-    report = json.loads((tmp_path / "an out" / "ria_report.json").read_text())
-    assert next(iter(report)) == "verdict" and "\n".join(report["verdict"].values()) in said
-    assert {"quality", "size", "advice"} <= report["verdict"].keys()
-    assert program == "ria-vllm" and asked["folder"] == tmp_path / "an out" and asked["teacher"] == str(tiny("llama"))
-    assert asked["text"] == str(text) and asked["self_written"] == 0.5
-    assert "next" not in invoke(tiny("llama"), "-o", tmp_path / "fast", *options, "--effort", "fast").stderr

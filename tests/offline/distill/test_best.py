@@ -1,0 +1,122 @@
+"""`--effort best` is `compress` and then `distill`: the same bytes, at once or in several runs."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from compressing import digests
+from families import config_of, save_tokenizer
+from recovered import save_recovered
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill import best
+from ria_vllm.offline.distill.command import distill
+from ria_vllm.offline.distill.train import Training
+
+TOKENS = 4096
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(best.forecast, "DISTILLED", TOKENS)
+
+
+def invoke(command, *arguments: object):
+    return CliRunner().invoke(command, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def options(tiny, text) -> list[object]:
+    return [tiny("llama"), "--calibration", text, "--samples", 2, "--seq-len", 32, "--effort", "best"]
+
+
+def test_it_prunes_and_distils(options, text, tmp_path):
+    done = invoke(compress, *options, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    apart = [*options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "pruned"]
+    hint = invoke(compress, *apart).stderr
+    trained = ["--teacher", options[0], "--calibration", text, "--self-written", 0.5, "--tokens", TOKENS]
+    trained += ["--compute-dtype", Reader(tmp_path / "pruned").schema.recipe["compute_dtype"]]
+    assert invoke(distill, tmp_path / "pruned", "-o", tmp_path / "twice", *trained).exit_code == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "twice")
+    said = "".join(done.stderr.splitlines(keepends=True)[-5:])
+    report = json.loads((tmp_path / "out" / "ria_report.json").read_text())
+    assert {"quality", "size", "advice"} <= report["verdict"].keys() and "next" not in said
+    assert "\n".join(report["verdict"].values()) in said
+    # The first half alone names the second.
+    (line,) = (line for line in hint.splitlines() if line.startswith("next"))
+    program, command, *words = shlex.split(line.partition(": ")[2])
+    asked = distill.make_context(command, words).params
+    assert program == "ria-vllm" and asked["folder"] == tmp_path / "pruned" and asked["teacher"] == str(options[0])
+    assert asked["text"] == str(text) and asked["self_written"] == 0.5
+
+
+def test_interrupted_in_either_half_it_goes_on(options, tmp_path, monkeypatch):
+    assert invoke(compress, *options, "-o", tmp_path / "whole").exit_code == 0
+    wanted, out = digests(tmp_path / "whole"), tmp_path / "out"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for place in ("ria_vllm.offline.run.compress.say_layer", "ria_vllm.offline.distill.train.Training._step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            stopped = invoke(compress, *options, "-o", out, "--resume")
+        assert isinstance(stopped.exception, RiaError) and "--resume" in str(stopped.exception) and not out.exists()
+    other = invoke(compress, *options, "-o", out, "--resume", "--seed", 1)
+    assert "out.pruned is from a run with another seed (0)" in str(other.exception)
+    with monkeypatch.context() as patch:  # it does not prune again
+        patch.setattr("ria_vllm.offline.run.layers.LayerPass.prune", interrupt)
+        assert invoke(compress, *options, "-o", out, "--resume").exit_code == 0
+        assert digests(out) == wanted and not (tmp_path / "out.pruned").exists()
+        patch.setattr(Training, "_step", interrupt)  # nor does it train again what is finished
+        assert invoke(compress, *options, "-o", out, "--resume").exit_code == 0
+    other = invoke(compress, *options, "-o", out, "--resume", "--scheme", "W8A8")
+    assert "out is from a run with another scheme (BF16)" in str(other.exception) and digests(out) == wanted
+
+
+def test_another_model_in_its_place_is_not_taken_for_the_pruned_one(options, tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", lambda *_: 1 / 0)
+        invoke(compress, *options, "-o", tmp_path / "out")
+    result = invoke(compress, tiny("qwen2"), *options[1:], "-o", tmp_path / "out", "--resume")
+    assert "out.pruned is from a run with another source" in str(result.exception)
+
+
+def headless(folder: Path, auto: type) -> Path:
+    auto.from_config(config_of("qwen3")).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("why", ["memory", "embeddings", "reranker", "recovered"])
+def test_what_cannot_be_distilled_is_pruned_only_and_that_is_said(why, options, tmp_path, monkeypatch):
+    said = "it predicts no tokens"
+    if why == "memory":
+        monkeypatch.setattr(best, "available", lambda _: 10**8)
+        said = r"that takes about 1 GB, and 0 GB of memory are free \(cpu\)"
+    elif why == "recovered":
+        options[0], said = save_recovered(tmp_path / "dense"), "it has linears that are 2:4 already"
+    else:
+        auto = AutoModel if why == "embeddings" else AutoModelForSequenceClassification
+        options[0] = headless(tmp_path / "dense", auto)
+    done = invoke(compress, *options, "-o", tmp_path / "out")
+    assert done.exit_code == 0 and re.search(f"will not be distilled, because {said}", done.stderr)
+    assert invoke(compress, *options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "plain").exit_code == 0
+    assert digests(tmp_path / "out") == digests(tmp_path / "plain")
+
+
+def test_one_of_several_processes_prunes_only(options, tmp_path, monkeypatch):
+    """`distill` runs in one: its command is named at the end."""
+    monkeypatch.setattr("ria_vllm.offline.distill.best.prune_and_distill", pytest.fail)
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: report)
+    report = {"linears": {"a": {"retained_after": 1.0}}, "verdict": {}}
+    done = CliRunner(env={"WORLD_SIZE": "2"}).invoke(compress, [str(a) for a in (*options, "-o", tmp_path / "out")])
+    assert done.exit_code == 0 and "next, where both models fit into memory: ria-vllm distill" in done.stderr
