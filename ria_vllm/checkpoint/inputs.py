@@ -36,13 +36,13 @@ class Inputs:
             self.stamps(place)
 
     def stamps(self, place: Path) -> Stamps:
-        """Those of a file or folder, taken at the first call; none if it is not there."""
+        """Those of a file or folder, taken at the first call; none if it is not there. A later run may find the same."""
         if place not in self._before:
             try:
                 self._before[place] = _stamps(place)
             except OSError:  # whoever reads it says why it cannot be read
                 self._before[place] = {}
-        return self._before[place]
+        return {name: stamp[:2] for name, stamp in self._before[place].items()}
 
     def check(self) -> None:
         """Check that nothing has changed since.
@@ -104,8 +104,12 @@ def _is_weights(path: Path) -> bool:
 
 
 def _stamp(path: Path) -> list[str | int]:
-    """Size and time of the last change; in the hub's cache the name, which is a digest: a file may come there again."""
+    """Size and time of the last change; in the hub's cache the name, which is a digest: a file may come there again.
+
+    Elsewhere the last one is the time at which the system saw the file change, move or get another time, which nobody
+    can set: it tells a file that was away for a while, and one of the same size and time.
+    """
     found, place = path.stat(), path.resolve()
     if place.parent.name == "blobs" and place.parent.parent.name.startswith("models--"):
         return [found.st_size, place.name]
-    return [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]

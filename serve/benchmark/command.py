@@ -26,7 +26,7 @@ from ria_vllm.serve.benchmark.server import found_running
 from ria_vllm.serve.benchmark.sides import sides_of
 
 # Such as --api-key, --hf_token and --header.
-SECRET = re.compile(r"--?[\w.-]*\b(key?|token|secret|password|headers?)", re.IGNORECASE)
+SECRET = re.compile(r"(--?|\")[\w.-]*\b(key?|token|secret|password|headers?)", re.IGNORECASE)
 HARMLESS = ("--allowed-headers", "--enable-request-id-headers")
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
@@ -42,8 +42,10 @@ def parse_concurrency(text: str) -> list[int]:
 def refuse_secrets(arguments: str) -> None:
     """Raise RiaError for a key or token among the arguments of `vllm serve`, which get into results and logs."""
     for argument in shlex.split(arguments):
-        option = argument.partition("=")[0].replace("_", "-")
-        if SECRET.fullmatch(option) and option not in HARMLESS:
+        named = [argument.partition("=")[0], *re.findall(r'"[^"]*(?="\s*:)', argument)]  # of the option, and in JSON
+        found = (name.replace("_", "-") for name in named)
+        option = next((name for name in found if SECRET.fullmatch(name) and name not in HARMLESS), None)
+        if option is not None:
             raise RiaError(
                 f"{option} would be in the results of bench. Put the secret into the environment instead: "
                 "VLLM_API_KEY=... is the key of the servers, HF_TOKEN=... that of the hub."

@@ -18,7 +18,8 @@ from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.load.file_proofs import foreign_vector, rows_of
 from ria_vllm.serve.load.layerwise import watch_packing
 
-LOOKED_UP = 256
+# Rows of an embedding that are looked up at a time.
+LOOKED_UP = 4096
 
 Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
 Vector = Callable[[int], torch.Tensor]
@@ -94,7 +95,9 @@ class Proved:
         """
         layer = self.layer
         if self.looks_up:
-            y = x @ layer.quant_method.embedding(layer, rows.to(x.device)).float().T
+            blocks = rows.to(x.device).split(LOOKED_UP)
+            found = (layer.quant_method.embedding(layer, block) for block in blocks)
+            y = torch.cat([(x.to(block.dtype) @ block.T).float() for block in found], 1)
         else:
             y = layer.quant_method.apply(layer, x.to(self.dtype), None).float()
         if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
@@ -129,8 +132,6 @@ class Proved:
         device = self._device
         expected = expected.cpu()
         known = (~expected[:, 0].isnan()).nonzero().flatten()
-        if self.looks_up:
-            known = known[:: max(1, -(-len(known) // LOOKED_UP))]
         y = self.products(proofs.tokens_of(self.input(vector), tokens).to(device), known).cpu()
         y = y if self.looks_up else y[:, known]
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.

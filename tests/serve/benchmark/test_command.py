@@ -78,6 +78,7 @@ def test_no_prompt_is_answered_from_a_prefix_cache(data, tmp_path, monkeypatch):
     [
         (["--serve-args"], "--api_key=K"), (["--serve-args"], "--HF-TOKEN K"), (["--serve-args"], "--header K"),
         (["--serve-args-of", "sparse"], "--loader.access_token K"),
+        (["--serve-args"], """--model-loader-extra-config '{"n": 1, "hf_token" : "K"}'"""),
     ],
 )  # fmt: skip
 def test_secrets_are_refused_on_the_command_line(secret, option, tmp_path):
@@ -94,7 +95,10 @@ def test_a_bench_of_stand_ins(tmp_path, monkeypatch):
     sparse = tmp_path / "sparse"
     sparse.mkdir()
     (sparse / "README.md").write_text("# Mine\n")
-    out, harmless = sparse / "bench", "--tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F"
+    out, harmless = (
+        sparse / "bench",
+        "--speculative-config '{}' --tokenizer T --max-num-batched-tokens 9 --ssl-keyfile F",
+    )
     arguments = ["--concurrency", "1,2", "--repetitions", "2", "--requests", "1", "--serve-args", harmless]
     found = run(sparse, "--baseline", "x/dense", "-o", out, *arguments)
     assert found.exit_code == 0, found.output
