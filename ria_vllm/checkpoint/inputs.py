@@ -36,7 +36,7 @@ class Inputs:
             self.stamps(place)
 
     def stamps(self, place: Path) -> Stamps:
-        """Those of a file or folder, taken at the first call; none if it is not there. A later run may find the same."""
+        """Those of a file or folder at the first call, which later runs may find again; none if it is not there."""
         if place not in self._before:
             try:
                 self._before[place] = _stamps(place)
