@@ -4,6 +4,8 @@ The product of each chunk is float32, the sums are float64. So neither the order
 shows in the rounded result.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,16 +63,33 @@ class GramSum(SymmetricMatrix):
         return SymmetricMatrix(blocks)
 
 
+@contextmanager
+def products_in(compute_dtype: torch.dtype) -> Iterator[None]:
+    """Where activations are computed in bfloat16, let CPUs multiply float32 as bfloat16, and sum in float32.
+
+    Activations are the same numbers in both, so their products are exact; drifts are rounded to 8 bits, as activations
+    are. On a Xeon with AMX it takes a third of the time.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if compute_dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 class StatisticsSum:
     """The running sums behind the `Statistics` of one group.
 
     Args:
         width: in-features of the group's linears.
         with_gram: sum the Gram matrix, not just its diagonal.
+        compute_dtype: the dtype in which the activations are computed.
     """
 
-    def __init__(self, width: int, with_gram: bool, device: torch.device):
-        self.width, self.device = width, device
+    def __init__(self, width: int, with_gram: bool, device: torch.device, compute_dtype: torch.dtype):
+        self.width, self.device, self.compute_dtype = width, device, compute_dtype
         self.gram = GramSum(width, device) if with_gram else None
         self.squares = None if with_gram else torch.zeros(width, dtype=torch.float64, device=device)
         # The sums of the drift. Their shapes depend on its kind, so they are allocated when the first chunk comes.
@@ -81,7 +100,8 @@ class StatisticsSum:
     def add(self, X: torch.Tensor) -> None:
         """Add a chunk of what the linears read, X [tokens, width] float32."""
         if self.gram is not None:
-            self.gram.add(X)
+            with products_in(self.compute_dtype):
+                self.gram.add(X)
         else:
             self.squares.add_(X.square().sum(0))
 
@@ -90,7 +110,8 @@ class StatisticsSum:
         drift = dense - X
         if self.drift_gram is None:
             self.drift_gram = GramSum(self.width, self.device)
-        self.drift_gram.add(drift)
+        with products_in(self.compute_dtype):
+            self.drift_gram.add(drift)
         self._add_cross(drift, X)
 
     def add_output_drift(self, X: torch.Tensor, missing: torch.Tensor) -> None:
@@ -104,15 +125,15 @@ class StatisticsSum:
     def _add_cross(self, A: torch.Tensor, X: torch.Tensor) -> None:
         if self.cross is None:
             self.cross = torch.zeros(A.shape[1], self.width, dtype=torch.float64, device=self.device)
-        for start in range(0, len(self.cross), BLOCK):  # in blocks, because adding makes a float64 copy of the product
-            self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
+        with products_in(self.compute_dtype):
+            for start in range(0, len(self.cross), BLOCK):  # adding makes a float64 copy of the product
+                self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
 
-    def finish(self, ranks: Ranks, place: str, compute_dtype: torch.dtype) -> Statistics:
+    def finish(self, ranks: Ranks, place: str) -> Statistics:
         """The statistics of all ranks' tokens. This frees the sums.
 
         Args:
             place: what an error begins with.
-            compute_dtype: the dtype in which the activations were computed, for the advice in an error.
 
         Raises:
             RiaError: NaN or infinite activations, also of the dense model alone.
@@ -122,11 +143,11 @@ class StatisticsSum:
             if total is not None:
                 ranks.all_reduce(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
-        _check_finite(squares, place, "in its input activations", compute_dtype)
+        _check_finite(squares, place, "in its input activations", self.compute_dtype)
         # The pruned model may be finite where the dense one overflows: then no error would be smaller than another.
         for total in (self.cross, self.squared_norm, None if self.drift_gram is None else self.drift_gram.diagonal()):
             if total is not None:
-                _check_finite(total, place, "in the dense model's activations", compute_dtype)
+                _check_finite(total, place, "in the dense model's activations", self.compute_dtype)
         # These are large: each float64 sum is freed before the next float32 one is made.
         drift: Drift | None = None
         if self.cross is not None:

@@ -66,13 +66,14 @@ class SublayerPass:
         first, joins = number == 0, self.runner.sublayer.factor != 0 and number == len(self.stages) - 1
         linears = [group.linears[0] for group in groups]
         sums = {
-            name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device) for name in linears
+            name: StatisticsSum(self.runner.linear(name).in_features, with_gram, self.runner.device, self.runner.dtype)
+            for name in linears
         }
         alone = frozenset(group.linears[0] for group in groups if len(group.linears) == 1)
         needed = [group.linears[0] for group in groups if not set(group.linears) <= set(rounded)]
         for index in self._steps(self.streams.fitted):
             self._check_used(needed, self._add_chunk(index, sums, alone, dense, first, joins))
-        return [sums.pop(name).finish(self.ranks, self.place(name), self.runner.dtype) for name in linears]
+        return [sums.pop(name).finish(self.ranks, self.place(name)) for name in linears]
 
     def advance(self, stream: Activations, chunks: range | None = None) -> None:
         """Replace the stream before the sublayer by the one after it.

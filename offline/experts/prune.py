@@ -97,7 +97,7 @@ def _solved(
 
 def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
-    total = StatisticsSum(experts.layout.width, with_gram, experts.model.device)
+    total = StatisticsSum(experts.layout.width, with_gram, experts.model.device, experts.model.dtype)
     follows = with_gram and experts.tokens.dense is not None
     for X, dense in experts.tokens.of(expert):
         X = X.to(experts.model.device)
@@ -105,7 +105,7 @@ def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
         if follows:
             total.add_input_drift(X, dense.to(experts.model.device))
     place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
-    return total.finish(experts.ranks, place, experts.model.dtype)
+    return total.finish(experts.ranks, place)
 
 
 def _reads_of_down(
@@ -119,7 +119,7 @@ def _reads_of_down(
     """
     layout, device, with_gram = experts.layout, experts.model.device, experts.recipe.needs_gram
     follows, of_output = with_gram and experts.tokens.dense is not None, layout.width < layout.inner
-    total = StatisticsSum(layout.inner, with_gram, device)
+    total = StatisticsSum(layout.inner, with_gram, device, experts.model.dtype)
     for X, in_dense in experts.tokens.of(expert):
         read = inner(experts.module, expert, X.to(device), pruned).float()
         total.add(read)
@@ -131,4 +131,4 @@ def _reads_of_down(
         else:
             total.add_input_drift(read, wanted)
     place = experts.place(experts.files.linear(expert, DOWN))
-    return total.finish(experts.ranks, place, experts.model.dtype)
+    return total.finish(experts.ranks, place)

@@ -8,6 +8,8 @@ from ria_vllm.offline.calibration import statistics
 from ria_vllm.offline.calibration.statistics import GramSum, StatisticsSum
 from ria_vllm.offline.runtime.ranks import Ranks
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("gram_block", [7, 64, 1000])
 def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
@@ -26,14 +28,14 @@ def test_blocks_of_a_gram_matrix_make_the_whole(gram_block, monkeypatch):
 def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
     draw = torch.Generator().manual_seed(0)
     X, other, W = (torch.randn(size, generator=draw) for size in ((90, 24), (90, 24), (10, 24)))
-    total = StatisticsSum(24, with_gram, torch.device("cpu"))
+    total = StatisticsSum(24, with_gram, CPU, torch.float32)
     for rows in (slice(0, 40), slice(40, 90)):
         total.add(X[rows])
         if kind == "input":
             total.add_input_drift(X[rows], other[rows])
         else:
             total.add_output_drift(X[rows], (other[rows] - X[rows]) @ W.T)
-    found = total.finish(Ranks(), "x", torch.float32)
+    found = total.finish(Ranks(), "x")
     X, D, W64 = X.double(), other.double() - X.double(), W.double()
     close = dict(rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found.norm.double(), X.norm(dim=0), **close)
@@ -44,6 +46,22 @@ def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
     assert found.drift.squared_residual(W) == pytest.approx((D @ W64.T).square().sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("gram_block", [100, 1000])
+def test_products_of_bfloat16_are_exact_and_those_of_drifts_nearly(gram_block, monkeypatch):
+    """However the processor multiplies, it sums in float32; and other products are as before."""
+    monkeypatch.setattr(statistics, "BLOCK", gram_block)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    X, missing = torch.randn(512, 256).bfloat16().float(), torch.randn(512, 192)
+    total = StatisticsSum(256, True, CPU, torch.bfloat16)
+    total.add(X)
+    total.add_output_drift(X, missing)
+    found, W = total.finish(Ranks(), "x"), torch.randn(192, 256)
+    exact, wanted = X.double().T @ X.double(), missing.double().T @ X.double()
+    assert (found.gram.dense().double() - exact).norm() < 1e-6 * exact.norm()
+    assert (found.drift.cross_term(W).double() - wanted).norm() < 3e-3 * wanted.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_divided_statistics_are_those_of_divided_inputs(kind):
     draw = torch.Generator().manual_seed(0)
@@ -51,13 +69,13 @@ def test_divided_statistics_are_those_of_divided_inputs(kind):
     scales = torch.exp2(torch.randint(-3, 4, (300,), generator=draw).float())
     found = []
     for divisor in (torch.ones(300), scales):
-        total = StatisticsSum(300, True, torch.device("cpu"))
+        total = StatisticsSum(300, True, CPU, torch.float32)
         total.add(X / divisor)
         if kind == "input":
             total.add_input_drift(X / divisor, other / divisor)
         else:
             total.add_output_drift(X / divisor, (other - X) @ W.T)
-        found.append(total.finish(Ranks(), "x", torch.float32))
+        found.append(total.finish(Ranks(), "x"))
     before, want = found
     before.divide(scales)
     assert torch.equal(before.norm, want.norm) and torch.equal(before.scales, scales) and want.scales is None
@@ -73,10 +91,10 @@ def test_divided_statistics_are_those_of_divided_inputs(kind):
 def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advice):
     X = torch.ones(6, 8)
     X[3, 5] = value
-    total = StatisticsSum(8, with_gram, torch.device("cpu"))
+    total = StatisticsSum(8, with_gram, CPU, dtype)
     total.add(X)
     with pytest.raises(RiaError, match=f"model: a.b: NaN or infinite values in its input.*{advice}"):
-        total.finish(Ranks(), "model: a.b", dtype)
+        total.finish(Ranks(), "model: a.b")
 
 
 @pytest.mark.parametrize(("kind", "value"), [("input", float("nan")), ("output", float("inf"))])
@@ -84,8 +102,8 @@ def test_a_dense_model_that_alone_is_not_finite_is_named(value, kind):
     """No reconstruction has a smaller error than NaN, so weights would silently stay as they are."""
     X, dense = torch.ones(6, 8), torch.ones(6, 8)
     dense[3, 5] = value
-    total = StatisticsSum(8, True, torch.device("cpu"))
+    total = StatisticsSum(8, True, CPU, torch.float16)
     total.add(X)
     (total.add_input_drift if kind == "input" else total.add_output_drift)(X, dense)
     with pytest.raises(RiaError, match="model: a.b: NaN or infinite values in the dense model's.*dtype float32"):
-        total.finish(Ranks(), "model: a.b", torch.float16)
+        total.finish(Ranks(), "model: a.b")
