@@ -28,12 +28,11 @@ def test_scales_of_groups_keep_their_dtype_whatever_their_values():
         for stored in (torch.bfloat16, torch.float16, torch.float32):
             loaded["weight_scale"] = numbers.to(stored).float()
             weights = scheme.weights(loaded, (8,), torch.bfloat16, stored_scales={stored})
-            assert weights.parts["weight_scale"].dtype == stored
+            dummies = scheme.weights(loaded | {"weight_scale": torch.zeros(8, 2)}, (8,), torch.float16, True, {stored})
+            assert weights.parts["weight_scale"].dtype == dummies.parts["weight_scale"].dtype == stored
             assert torch.equal(weights.parts["weight_scale"].float(), loaded["weight_scale"])
         mixed = scheme.weights(loaded, (8,), torch.bfloat16, stored_scales={torch.float16, torch.bfloat16})
         assert mixed.parts["weight_scale"].dtype == torch.float32
-        dummies = scheme.weights(loaded, (8,), torch.float16, dummy=True)
-        assert dummies.parts["weight_scale"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(("bits", "size"), [(4, 64), (8, None)])

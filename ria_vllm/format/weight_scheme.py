@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ria_vllm.format import plain24, sparse24
-from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat, RoundedFormat
+from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import RiaSchema
@@ -99,7 +99,6 @@ class WeightScheme:
             one for the whole linear.
         activations: dtype to which the checkpoint wants the linear's input rounded; None for no rounding.
         scale_dtype: of scales of groups in the checkpoint; float32, which holds the others, if only its tensors tell.
-        dummy_scales: the dtype that dummies of scales of groups have, to be replaced by real ones; None: the model's.
         pattern: of each row; 2:4 in the checkpoints of others.
         plain: the name of the tensor with the values if they are `dense`. As `integers`, they are served dense.
     """
@@ -109,7 +108,6 @@ class WeightScheme:
     strategy: Literal["tensor", "channel"] = "channel"
     activations: torch.dtype | None = None
     scale_dtype: torch.dtype = torch.float32
-    dummy_scales: torch.dtype | None = None
     pattern: Pattern = TWO_OF_FOUR
     plain: str = "weight"
 
@@ -124,9 +122,7 @@ class WeightScheme:
     @classmethod
     def of(cls, schema: RiaSchema) -> "WeightScheme":
         """That of all pruned linears of a checkpoint of ours."""
-        stored = schema.weight_format
-        scales = stored.scale_dtype if isinstance(stored, RoundedFormat) else None
-        return cls(stored, activations=schema.input_dtype, dummy_scales=scales, pattern=schema.pattern)
+        return cls(schema.weight_format, activations=schema.input_dtype, pattern=schema.pattern)
 
     @classmethod
     def of_dense(cls, schema: RiaSchema) -> "WeightScheme":
@@ -193,7 +189,7 @@ class WeightScheme:
             served: dtype of the model in vLLM.
             dummy: nothing was loaded; the values are random, and any mask with the pattern will do.
             stored_scales: the dtypes that the checkpoint's scales have. Scales of groups keep theirs if it is one, so
-                that their dtype does not depend on their values.
+                that their dtype does not depend on their values, and dummies have that of what will replace them.
 
         Returns:
             None if the linear was stored plain and is not 2:4, or is not to be, see `dense_weight`.
@@ -213,7 +209,7 @@ class WeightScheme:
             if not bool(parts["weight_scale"].isfinite().all()):
                 raise ValueError("a weight_scale is not a finite number")
             if self.format.group_size is not None and self.scale_dtype == torch.float32:
-                dtypes = {self.dummy_scales or served} if dummy else set(stored_scales)
+                dtypes = set(stored_scales)
                 parts["weight_scale"] = parts["weight_scale"].to(*(dtypes if len(dtypes) == 1 else ()))
         if self.plain == INTEGERS:
             return None

@@ -52,6 +52,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         orders: in which their channels are stored.
+        scale_dtypes: of their scales in the files.
 
     Attributes:
         choice: the kernel that serves the layer; None if there is none.
@@ -68,11 +69,13 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: LayerExperts,
         scheme: WeightScheme,
         orders: ExpertOrders,
+        scale_dtypes: frozenset[torch.dtype],
     ):
         super().__init__(layer.moe_config)
         self.experts = experts
         self.scheme = scheme
         self.orders = orders
+        self.scale_dtypes = scale_dtypes
         self.packed = PackedTensors()
         self.biases: dict[tuple[str, int], torch.Tensor] = {}
         moe, name = layer.moe_config, experts.name
@@ -144,7 +147,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         stored = {name: layer._parameters[name].data for name in names}
         for name in names:
             delattr(layer, name)
-        scales, biases = frozenset(self.loader.scale_dtypes), dict(self.loader.biases)
+        scales, biases = frozenset(self.loader.scale_dtypes) or self.scale_dtypes, dict(self.loader.biases)
         first = not hasattr(layer, "ria_experts")
         try:
             missing = self.loader.missing(layer.expert_map_manager.get_local_expert_ids())

@@ -43,6 +43,7 @@ class StoredLinear:
         folded: other linears compute the input in that order already.
         row_orders: the orders in which its own rows are taken, for the linears that read its output.
         claims_24: config.json says that it is 2:4.
+        scale_dtype: of its `weight_scale` in the files; None: they have none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class StoredLinear:
     folded: bool = False
     row_orders: tuple[RowOrder, ...] = ()
     claims_24: bool = True
+    scale_dtype: torch.dtype | None = None
 
     @property
     def input_permutation(self) -> np.ndarray | None:
@@ -140,7 +142,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not loaded:
             return
         self._check_permutations(layer)
-        scales = frozenset(self.layer_loader.scale_dtypes)
+        of_files = (one.scale_dtype for one in self.linears if one.scale_dtype)
+        scales = frozenset(self.layer_loader.scale_dtypes or of_files)
         first = not hasattr(layer, "ria_packed")
         try:
             loader = self.layer_loader

@@ -2,10 +2,13 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 import vllm.envs as envs
+from safetensors import safe_open
 
 from ria_vllm.checkpoint.consistency import check_digests
 from ria_vllm.checkpoint.side_files import load_permutations
@@ -16,6 +19,9 @@ from ria_vllm.format.schema import PERMUTATIONS_FILE, RiaSchema
 
 # Of a repository on the hub. Some hold the same weights a second time, in Mistral's or Meta's own format.
 FILES, OTHERS = ["*.json", "*.safetensors"], ["original/*", "*consolidated*"]
+
+# What safetensors calls the dtypes that scales may have.
+SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def folder_of(model: str, revision: str | None) -> Path:
@@ -56,6 +62,22 @@ def files_of(folder: Path) -> dict[str, Path]:
         return {name: folder / file for file in files for name in tensor_names(folder / file)}
     shards = set(read_index(folder / INDEX_FILE, folder).values())
     return weight_files(folder) if any((folder / file).is_file() for file in shards) else {}
+
+
+def scale_dtypes(files: Mapping[str, Path]) -> dict[str, torch.dtype]:
+    """Linear -> the dtype of its `weight_scale`, which dummies have, too: real ones must fit where they were packed.
+
+    Args:
+        files: see `files_of`.
+    """
+    found = {}
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                linear, _, part = name.rpartition(".")
+                if part == "weight_scale" and files.get(name) == path:
+                    found[linear] = SCALES.get(file.get_slice(name).get_dtype())
+    return {linear: dtype for linear, dtype in found.items() if dtype is not None}
 
 
 def permutations_of(folder: Path, schema: RiaSchema, files: dict[str, Path]) -> dict[str, np.ndarray]:

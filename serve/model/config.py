@@ -31,7 +31,7 @@ from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearM
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.stream import NOT_SERVED
-from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
+from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of, scale_dtypes
 
 logger = init_logger("vllm.ria")
 
@@ -68,6 +68,7 @@ class RiaConfig(QuantizationConfig):
         where: folder or repository.
         tensors: all that the weight files have, but those that only describe others.
         stored: linears and other modules with a weight, pruned or not.
+        scale_dtypes: of the scales in the files, by linear.
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
         pruned: those that are stored compressed; if none are, those that compressed-tensors' configuration calls 2:4.
@@ -91,6 +92,7 @@ class RiaConfig(QuantizationConfig):
         self.compressed_tensors = compressed_tensors
         self.where = "this model"
         self.tensors: set[str] = set()
+        self.scale_dtypes: dict[str, torch.dtype] = {}
         self.stored: set[str] = set()
         self.pruned: Container[str] = set() if compressed_tensors is None else compressed_tensors.pruned
         self.int8: set[str] = set()
@@ -152,6 +154,7 @@ class RiaConfig(QuantizationConfig):
                 "model on an object store has to be served from a local copy."
             )
         self._read_names(list(files))
+        self.scale_dtypes = scale_dtypes(files)
         if self.compressed_tensors is None:
             self._fold(permutations_of(folder, self.schema, files))
         self.names = {name: name for name in self.stored}
@@ -246,7 +249,8 @@ class RiaConfig(QuantizationConfig):
         experts = self.experts[name]
         check_count(layer, experts)
         orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
-        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders)
+        scales = {self.scale_dtypes[linear] for linear, _, _ in experts.linears() if linear in self.scale_dtypes}
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, frozenset(scales))
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
@@ -329,4 +333,5 @@ class RiaConfig(QuantizationConfig):
             tuple(folding.row_orders.get(name, ())),
             claims_24=name not in self.schema.int8_linears
             and (self.compressed_tensors is None or name in self.compressed_tensors.pruned),
+            scale_dtype=self.scale_dtypes.get(name),
         )

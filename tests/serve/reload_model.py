@@ -18,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import proofs, sparse24
-from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
+from ria_vllm.format.formats import FLOAT, FP8, INTEGERS, wide_scales
 from ria_vllm.format.layer_schema import Experts, Fold, Producer
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import (
@@ -282,12 +282,19 @@ class Checkpoint:
 
     def config(self):
         config = RiaConfig(schema := self.schema())
-        config._read_names(list(self.tensors(0)))
-        config.names = {name: name for name in config.stored}
+        self.read(config)
         config.permutations = {name: order.int().numpy() for name, order in self.orders.items()}
         config.folding = fold(schema, config.permutations, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qk": ["q", "k"]}
         return config
+
+    def read(self, config):
+        """What a configuration reads in the files' headers."""
+        tensors = self.tensors(0)
+        config._read_names(list(tensors))
+        scales = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+        config.scale_dtypes = {name: tensors[f"{name}.weight_scale"].dtype for name in scales}
+        config.names = {name: name for name in config.stored}
 
 
 def _theirs(form, sparsity, weights=None, inputs=None):
@@ -301,6 +308,9 @@ def _theirs(form, sparsity, weights=None, inputs=None):
 
 
 _INT, _FP8 = ({"num_bits": 8, "type": kind, "symmetric": True} for kind in ("int", "float"))
+_GROUPS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+# Unlike the model's, which is float32.
+SCALES = {"compressed-tensors, int8-g64": torch.float16, "pack-quantized": torch.bfloat16}
 FOREIGN = {
     "compressed-tensors": _theirs(None, "sparse-24-bitmask"),
     "compressed-tensors, fp8 by tensor": _theirs(
@@ -310,9 +320,9 @@ FOREIGN = {
     "compressed-tensors, int8 with zeros": _theirs(
         "int-quantized", "dense", _INT | {"strategy": "channel"}, _INT | {"strategy": "token", "dynamic": True}
     ),
-    "marlin-24": _theirs(
-        "marlin-24", None, {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
-    ),
+    "compressed-tensors, int8-g64": _theirs("int-quantized", "sparse-24-bitmask", _GROUPS | {"num_bits": 8}),
+    "pack-quantized": _theirs("pack-quantized", "dense", _GROUPS),
+    "marlin-24": _theirs("marlin-24", None, _GROUPS | {"group_size": 128}),
 }  # fmt: skip
 
 
@@ -339,12 +349,18 @@ class Foreign(Checkpoint):
             scale = largest.amax() / FP8.largest
             parts = FP8.encode(weight, mask, scale.expand(len(weight), 1))
             return parts | {"weight_scale": scale[None], "input_scale": torch.ones(1)}
+        if dtype := SCALES.get(self.form):
+            stored = INTEGERS[4 if self.form == "pack-quantized" else 8, 64]
+            scales = ((weight * mask).unflatten(1, (-1, 64)).abs().amax(-1) / stored.largest).to(dtype)
+            if self.form != "pack-quantized":
+                return stored.encode(weight, mask, scales)
+            integers = (weight * mask / wide_scales(scales, INNER)).round().to(torch.int8)
+            return {"weight_packed": stored.pack(integers).view(torch.int32), "weight_scale": scales}
         return {"compressed": compressed, "bitmask": bitmask, "shape": torch.tensor([[len(weight)], [INNER]])}
 
     def config(self):
         config = RiaConfig.from_config(FOREIGN[self.form])
-        config._read_names(list(self.tensors(0)))
-        config.names = {name: name for name in config.stored}
+        self.read(config)
         return config
 
 

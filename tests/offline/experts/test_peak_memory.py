@@ -9,7 +9,7 @@ from moe import save_moe
 from peak_memory import peak_memory
 from safetensors.torch import save_file
 
-EXPERTS, WIDTH, INNER = 160, 512, 256
+EXPERTS, WIDTH, INNER = 176, 512, 256
 SAMPLES, SEQ_LEN = 8, 128
 LINEARS = {"gate_proj": (INNER, WIDTH), "up_proj": (INNER, WIDTH), "down_proj": (WIDTH, INNER)}
 LAYER_BYTES = 2 * EXPERTS * 3 * WIDTH * INNER

@@ -361,6 +361,10 @@ def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(monkeypatch, backend,
     x = torch.randn(3, HIDDEN)
     layer = stored.load(gate_up(stored.config()), GATE_UP)
     close(layer(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
+    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
+        dummies = gate_up(stored.config())
+        dummies.quant_method.process_weights_after_loading(dummies)
+    assert dummies.quant_method.packed.known == layer.quant_method.packed.known
 
 
 def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):

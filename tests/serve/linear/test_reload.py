@@ -75,7 +75,7 @@ def test_weights_that_are_no_longer_two_of_four_are_refused(first):
 FOUR_BITS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 
 
-def in_groups(form, group_size):
+def in_groups(form, group_size, scales=None):
     config = RiaConfig.from_config(
         {
             "quant_method": "compressed-tensors", "format": form,
@@ -83,6 +83,7 @@ def in_groups(form, group_size):
             "config_groups": {"0": {"targets": ["Linear"], "weights": FOUR_BITS | {"group_size": group_size}}},
         }
     )  # fmt: skip
+    config.scale_dtypes = {} if scales is None else {"fc": scales}
     layer = ReplicatedLinear(
         256, 64, bias=False, quant_config=config, prefix="fc", params_dtype=torch.bfloat16, return_bias=False
     )
@@ -120,15 +121,19 @@ def test_dummies_of_marlin_have_the_scales_of_real_weights(dummies):
         assert torch.equal(getattr(model[0], name), getattr(other[0], name))
 
 
+@pytest.mark.parametrize("files", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("real", [torch.bfloat16, torch.float32])
-def test_dummies_whose_scales_cannot_hold_the_real_ones_are_refused(dummies, monkeypatch, real):
-    """torch would round them as it copies them. (The packed bytes of the CPU kernel say what they hold.)"""
+def test_dummies_whose_scales_cannot_hold_the_real_ones_are_refused(dummies, monkeypatch, files, real):
+    """They have the dtype of those in the files. torch would round real ones as it copies them.
+
+    (The packed bytes of the CPU kernel say what they hold.)
+    """
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    model, config = in_groups("pack-quantized", 64)
+    model, config = in_groups("pack-quantized", 64, files)
     model[0].quant_method.process_weights_after_loading(model[0])
     words = torch.full((64, 32), 0x8F858F85 - 2**32, dtype=torch.int32)  # -3, 0, 7, 0 and again
     stored = {"weight_packed": words, "weight_scale": torch.ones(64, 4, dtype=real)}
-    if real == torch.bfloat16:
+    if real == files:
         reload(model, lambda: stream_packed(model, config, stored))
         return
     with pytest.raises(RiaError, match=r"fc: its new weights are packed as .*, unlike those .*Start a server"):

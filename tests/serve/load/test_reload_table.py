@@ -169,7 +169,9 @@ OTHER_FORMS = [
     ("compressed-tensors", "dense", "tied", "dummies"),
     ("compressed-tensors, fp8 by tensor", "dense", "untied", "weights"),
     ("compressed-tensors, int8 with zeros", "dense", "tied", "dummies"),
-    ("marlin-24", "dense", "untied", "weights"),
+    ("compressed-tensors, int8-g64", "dense", "untied", "dummies"),
+    ("pack-quantized", "dense", "untied", "dummies"),
+    ("marlin-24", "dense", "untied", "dummies"),
 ]
 OF_FORMS = {
     "reload: files of other weights that are stored alike",
