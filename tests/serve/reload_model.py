@@ -46,16 +46,19 @@ class Stored:
         format: of those that are pruned.
         inputs: to what they round their inputs. Where that is int8, the head is in int8, too.
         int8: the linears that are not pruned are in int8.
+        dtype: of all else, but for what vLLM keeps in float32.
     """
 
     format: WeightFormat = FLOAT
     inputs: InputQuantization | None = None
     pattern: Pattern = TWO_OF_FOUR
     int8: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 FORMATS = {
     "float": Stored(),
+    "bfloat16": Stored(dtype=torch.bfloat16),
     "int8": Stored(INTEGERS[8, None], INT8_TOKENS),
     "int4": Stored(INTEGERS[4, None], INT8_TOKENS),
     "int4-g32": Stored(INTEGERS[4, 32], INT8_TOKENS),
@@ -125,8 +128,9 @@ class Model(torch.nn.Module):
         config, settings = vllm_config.quant_config, get_current_vllm_config().additional_config
         get_current_vllm_config().compilation_config.static_forward_context.clear()  # one model after the other
         config.apply_vllm_mapper(self.hf_to_vllm_mapper.get_rename_mapper())
-        linear = {"quant_config": config, "return_bias": False, "params_dtype": torch.float32}
-        self.embed = VocabParallelEmbedding(WORDS, WIDTH, params_dtype=torch.float32)
+        dtype = settings["dtype"]
+        linear = {"quant_config": config, "return_bias": False, "params_dtype": dtype}
+        self.embed = VocabParallelEmbedding(WORDS, WIDTH, params_dtype=dtype)
         self.block = torch.nn.Module()
         self.block.gate_up = MergedColumnParallelLinear(WIDTH, [INNER] * 2, prefix="block.gate_up", **linear)
         self.block.down = RowParallelLinear(INNER, WIDTH, prefix="block.down", **linear)
@@ -135,11 +139,11 @@ class Model(torch.nn.Module):
         self.moe = torch.nn.ModuleList([torch.nn.Module()])
         self.moe[0].experts = FusedMoEFactory(
             num_experts=EXPERTS, top_k=TOP, hidden_size=WIDTH, intermediate_size=INNER, quant_config=config,
-            prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=torch.float32,
+            prefix="moe.0.experts", dp_size=1, pcp_size=1, tp_size=1, params_dtype=dtype,
         )  # fmt: skip
-        self.norm = torch.nn.LayerNorm(WIDTH)  # torch's own, whose tensors require gradients
+        self.norm = torch.nn.LayerNorm(WIDTH, dtype=dtype)  # torch's own, whose tensors require gradients
         self.scan, self.mixer, self.router = Scan(), Mixer(), Router()
-        head = ParallelLMHead(WORDS, WIDTH, params_dtype=torch.float32)
+        head = ParallelLMHead(WORDS, WIDTH, params_dtype=dtype)
         self.tied = settings["tied"]
         self.head = head.tie_weights(self.embed) if self.tied else head
 
@@ -167,7 +171,7 @@ class Model(torch.nn.Module):
         chosen = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in ids]).int()
         experts = self.moe[0].experts.routed_experts
         x = x + experts.quant_method.apply(experts, x.clone(), torch.rand(len(ids), TOP) * 0 + 0.5, chosen, None, None)
-        return self.router(self.mixer(self.scan(self.norm(x))))
+        return self.router(self.mixer(self.scan(self.norm(x).float()))).to(x.dtype)
 
     def compute_logits(self, x):
         return self.head.quant_method.apply(self.head, x)[:, :WORDS]
@@ -233,7 +237,9 @@ class Checkpoint:
         for linear in self.orders:
             parts = self.parts(found.pop(f"{linear}.weight"))
             found |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
-        return found
+        wide = ("model.scan.", "model.router.")
+        held = {name for name, one in found.items() if one.dtype == torch.float32 and not name.startswith(wide)}
+        return {name: tensor.to(self.stored.dtype) if name in held else tensor for name, tensor in found.items()}
 
     def parts(self, weight):
         """What is stored of a linear whose largest weights are kept, float32 [out, in] in the stored order."""

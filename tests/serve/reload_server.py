@@ -98,7 +98,9 @@ class Server:
         """With the weights of a training; with dummies if it is None."""
         config = get_current_vllm_config()
         config.load_config.load_format = "dummy" if training is None else "auto"
-        config.additional_config = {"tied": checkpoint.tied}
+        for kind in ("dtype", "head_dtype"):
+            monkeypatch.setattr(HERE, kind, checkpoint.stored.dtype)
+        config.additional_config = {"tied": checkpoint.tied, "dtype": checkpoint.stored.dtype}
         monkeypatch.setattr(config, "quant_config", checkpoint.config())
         config.quant_config.where = HERE.model
         server = cls(checkpoint, utils.initialize_model(config, model_class=Model, model_config=None))

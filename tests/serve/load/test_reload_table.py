@@ -156,6 +156,7 @@ CHECKPOINTS = [
     ("int4", "dense", "untied", "dummies"),
     ("float", "served dense", "untied", "weights"),
     ("int8", "pruned", "tied", "weights"),
+    ("bfloat16", "dense", "tied", "weights"),
     ("int4-g32", "served dense", "untied", "weights"),
 ]
 # Other forms of the same weights, with what could go wrong otherwise in them.
