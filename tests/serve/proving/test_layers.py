@@ -45,6 +45,16 @@ def test_a_server_proves_all_of_its_matrices(started, caplog, weight_format, tie
     assert "without a proof" not in caplog.text
 
 
+def test_a_folder_without_proofs_is_served(started, caplog, monkeypatch):
+    schema = Checkpoint.schema
+    monkeypatch.setattr(Checkpoint, "schema", lambda self: schema(self).model_copy(update={"proofs": None}))
+    monkeypatch.setattr(Checkpoint, "proofs", lambda *_: {})
+    server = started()
+    assert "0 matrices compute what the checkpoint says (" in caplog.text
+    assert f"without a proof: {ALL}, the first of which are " in caplog.text
+    assert server.logits() is not None
+
+
 def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
     monkeypatch.setenv("RIA_VLLM_PROOF", "0")
     started()
