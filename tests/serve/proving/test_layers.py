@@ -56,6 +56,14 @@ def test_a_folder_without_proofs_is_served(started, caplog, monkeypatch):
     assert server.logits() is not None
 
 
+def test_a_matrix_that_two_layers_have_counts_once(started, caplog):
+    """A head in int8 multiplies with the embedding's."""
+    server = started("int8", tied=True)
+    caplog.clear()
+    server.sync(server.checkpoint.tensors(2))
+    assert f"without a proof: {ALL - 1}, the first of which are " in caplog.text
+
+
 def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
     monkeypatch.setenv("RIA_VLLM_PROOF", "0")
     started()
