@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from compare import generate, job_of
+from damage import rewrite
 from families import LATENT_ATTENTION
 from runs import ONE_THREAD_EACH, TWO_RANKS
 from safetensors import safe_open
@@ -168,6 +169,21 @@ def test_a_server_answers_as_one_that_was_started_with_its_weights(family, tmp_p
     proved = re.findall(r"(\d+) matrices compute what the checkpoint says \([\d.]+ s(.*)\)", log)
     for step, found in zip([{"reload": first}, *taken, {"reload": second}], proved, strict=True):
         assert found == proved[0] if "reload" in step or "proofs" in step else found[0] == "0", (step, found)
+
+
+def test_a_server_does_not_start_with_weights_that_were_not_written_so(tmp_path):
+    """Rows of a pruned linear in another order, and rows of the embedding that are others."""
+    folder, down = plain("qwen2")(tmp_path / "out", 1), "model.layers.1.mlp.down_proj"
+    embedding = broken(folder)["reload"]
+    rewrite(
+        folder / "model.safetensors",
+        lambda found: found.update({f"{down}.compressed": found[f"{down}.compressed"].roll(1, 0)}),
+    )
+    folders = {str(folder): down, embedding: "model.embed_tokens"}
+    results = generate(tmp_path / "run", [job_of(one, {}) for one in folders])
+    for (one, name), result in zip(folders.items(), results, strict=True):
+        error = rf"RiaError: {one}: {name} \(.*\): \d+ of its \d+ rows are not what the checkpoint says"
+        assert re.match(error, result["error"]), result
 
 
 def test_what_one_rank_refuses_no_rank_serves(tmp_path):
