@@ -117,6 +117,7 @@ class Prover:
                 f"{where}: {problems[0]}.{more} `ria-vllm verify` checks the files; get them again. If they are right, "
                 f"report this; `ria-vllm export` makes a dense folder."
             )
+        unproved = list(dict.fromkeys(unproved))  # a matrix may be that of two layers
         took, others = time.perf_counter() - start, ", ".join(unproved[:3])
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
         left += f"; of these, {given} layers compute what was loaded into them" if given else ""

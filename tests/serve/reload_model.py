@@ -93,7 +93,7 @@ class Mixer(torch.nn.Module):
         super().__init__()
         self.conv1d = ColumnParallelLinear(4, WIDTH, bias=False, params_dtype=torch.bfloat16)
         self.conv1d.weight.data = self.conv1d.weight.data.unsqueeze(1)
-        self.register_buffer("conv_weights", self.conv1d.weight.view(WIDTH, 4), persistent=False)
+        self.register_buffer("conv_weights", self.conv1d.weight.view(-1, 4), persistent=False)
 
     def forward(self, x):
         return x + x.roll(1, -1) * self.conv_weights.float().sum(1)
@@ -249,14 +249,18 @@ class Checkpoint:
         parts = self.weight_format.encode(values, mask, scales, pattern)
         return parts | {"shape": torch.tensor([[len(weight)], [INNER]])}
 
+    def decoded(self, linear, tensors):
+        """A pruned linear, float32 [out, in] in the stored order."""
+        parts = {one.name: tensors[f"{linear}.{one.name}"] for one in self.weight_format.parts}
+        return self.weight_format.decode(parts, torch.float32)
+
     def proofs(self, tensors):
         """By the formula, of plain matrices in the model's own order of channels."""
         schema, found = self.schema(), {}
         for name, tensor in tensors.items():
             module, _, part = name.rpartition(".")
             if part == "bitmask":
-                parts = {one.name: tensors[f"{module}.{one.name}"] for one in self.weight_format.parts}
-                stored = self.weight_format.decode(parts, torch.float32)
+                stored = self.decoded(module, tensors)
                 tensor = torch.empty_like(stored)
                 tensor[:, self.orders[module]] = stored
             elif part == "integers":

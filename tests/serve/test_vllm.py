@@ -4,12 +4,16 @@ The zoo has other families, and test_server.py has the compiled model. Where inp
 model rounds those of its pruned linears.
 """
 
+import re
+
 import pytest
 import tiny
 import torch
 from compare import check, differences
 from families import LATENT_ATTENTION, ROTARY
 from runs import ALL_GATHER, ONE_THREAD_EACH, TWO_PROCESSES, TWO_RANKS, TWO_STAGES, Runs
+
+from ria_vllm.checkpoint.reader import Reader
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +114,20 @@ def test_several_processes(runs, name):
 def test_permutations_that_cross_ranks_are_warned_of(runs):
     runs.get(SPREAD, "two ranks, fewer key-value heads, no folds", **ONE_THREAD_EACH)
     assert ALL_GATHER in (runs.place(SPREAD) / "rank0of2" / "log").read_text()
+
+
+def test_each_rank_proves_all_matrices(runs):
+    """Stages have a part of them."""
+    runs.get(SPREAD, "two ranks", **ONE_THREAD_EACH)
+    counts = {}
+    for number, (name, (*_, engine)) in enumerate(SPREAD.items()):
+        counts[name] = len(Reader(runs.place(SPREAD) / f"model{number}").proofs()), engine
+    launched = [count for count, engine in counts.values() if engine.items() >= TWO_RANKS.items()]
+    logs = {"": [counts["two ranks"][0]] * 2, "rank0of2": launched, "rank1of2": launched}
+    for rank, expected in logs.items():
+        log = (runs.place(SPREAD) / rank / "log").read_text()
+        proved = re.findall(r"(\d+) matrices compute what the checkpoint says", log)
+        assert list(map(int, proved))[: len(expected)] == expected and "without a proof" not in log
 
 
 def test_tensor_parallel_gives_the_tokens_of_one_rank(runs):

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from compare import generate, job_of
+from damage import rewrite
 from families import LATENT_ATTENTION
 from runs import ONE_THREAD_EACH, TWO_RANKS
 from safetensors import safe_open
@@ -88,7 +90,22 @@ def stored_otherwise(folder):
     return {"reload": str(path.parent), "refused": True}
 
 
-LAYER, OTHERS, BIAS = r"(layers|h)\.0\.", r"^(?!.*(layers|h)\.0\.)", r"\.bias$"
+def refused_names(folder):
+    """Steps that send all tensors and one more: a dense weight of a pruned linear, a name that the model does not have,
+    or a tensor for the second time."""
+    found = dict(tensors(folder))
+    pruned = next(name.removesuffix(".bitmask") for name in found if name.endswith(".bitmask"))
+    again = next(name for name, tensor in found.items() if tensor.dim() == 1)
+    more = {
+        f"{pruned}.weight": found[f"{pruned}.shape"].flatten().tolist(),
+        "model.who.weight": [3],
+        again: [len(found[again])],
+    }
+    return [{"send": folder, "pieces": 1, "more": {name: size}, "refused": True} for name, size in more.items()]
+
+
+# What may be sent by itself: a layer, the head or experts.
+PARTS, BIAS = (r"(layers|h)\.0\.", r"lm_head\.", r"\.experts\."), r"\.bias$"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +114,9 @@ def test_a_server_answers_as_one_that_was_started_with_its_weights(family, tmp_p
     first, second = (str(FAMILIES[family](tmp_path / str(seed), seed)) for seed in (1, 2))
     for folder in (first, second):
         tiny.add_tokenizer(folder)
-    refused, has_biases = broken(second), any(name.endswith(".bias") for name, _ in tensors(second))
+    refused, names = broken(second), [name for name, _ in tensors(second)]
+    has_biases = any(re.search(BIAS, name) for name in names)
+    parts = [part for part in PARTS if any(re.search(part, name) for name in names)]
     norm = "ln_mlp.weight" if family == "rearranged rows" else "layernorm.weight"
     # What is loaded, and the folder whose weights a server has then. It is not asked where it has none, or of two.
     with_files = [
@@ -112,11 +131,21 @@ def test_a_server_answers_as_one_that_was_started_with_its_weights(family, tmp_p
         *[({"send": second, "pieces": 1, "part": BIAS, "refused": True}, first)] * has_biases,
         (refused, first),
         (refused, first),
-        ({"send": second, "pieces": 1, "part": LAYER}, None),
-        ({"send": second, "pieces": 2, "part": OTHERS}, second),
+        ({"send": first, "pieces": 2, "proofs": second, "refused": True}, first),
+        ({"send": second, "pieces": 2, "proofs": second}, second),
+        ({"send": first, "pieces": 1}, first),
+        *[(step, first) for step in refused_names(second)],
+        *[
+            step
+            for part, folder in zip(parts, (second, first, second))
+            for step in (
+                ({"send": folder, "pieces": 1, "part": part}, None),
+                ({"send": folder, "pieces": 2, "part": f"^(?!.*{part})"}, folder),
+            )
+        ],
     ]
     with_dummies = [
-        ({"send": second, "pieces": 1, "part": LAYER, "refused": True}, None),
+        ({"send": second, "pieces": 1, "part": PARTS[0], "refused": True}, None),
         ({"send": second, "pieces": 3}, second),
         ({"reload": first, "refused": True}, second),  # vLLM has no loader of files then
     ]
@@ -135,6 +164,26 @@ def test_a_server_answers_as_one_that_was_started_with_its_weights(family, tmp_p
     assert all(torch.tensor(a["prompt"]).ne(torch.tensor(b["prompt"])).any() for a, b in zip(*fresh.values()))
     for (step, serves), got in zip([*with_files, *with_dummies], [*answers, *of_dummies], strict=True):
         assert serves is None or got == fresh[serves], step
+    taken = [step for step, _ in (*with_files, *with_dummies) if not (step.get("refused") or step.get("left"))]
+    log = (tmp_path / "run" / "log").read_text()
+    proved = re.findall(r"(\d+) matrices compute what the checkpoint says \([\d.]+ s(.*)\)", log)
+    for step, found in zip([{"reload": first}, *taken, {"reload": second}], proved, strict=True):
+        assert found == proved[0] if "reload" in step or "proofs" in step else found[0] == "0", (step, found)
+
+
+def test_a_server_does_not_start_with_weights_that_were_not_written_so(tmp_path):
+    """Rows of a pruned linear in another order, and rows of the embedding that are others."""
+    folder, down = plain("qwen2")(tmp_path / "out", 1), "model.layers.1.mlp.down_proj"
+    embedding = broken(folder)["reload"]
+    rewrite(
+        folder / "model.safetensors",
+        lambda found: found.update({f"{down}.compressed": found[f"{down}.compressed"].roll(1, 0)}),
+    )
+    folders = {str(folder): down, embedding: "model.embed_tokens"}
+    results = generate(tmp_path / "run", [job_of(one, {}) for one in folders])
+    for (one, name), result in zip(folders.items(), results, strict=True):
+        error = rf"RiaError: {one}: {name} \(.*\): \d+ of its \d+ rows are not what the checkpoint says"
+        assert re.match(error, result["error"]), result
 
 
 def test_what_one_rank_refuses_no_rank_serves(tmp_path):

@@ -12,6 +12,8 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from ria_vllm.training import proofs
+
 
 class FromFolder(WeightTransferEngine):
     """Sends the tensors of a folder, see `load`. vLLM's own engines need GPUs."""
@@ -30,6 +32,9 @@ class FromFolder(WeightTransferEngine):
         if "broken" in update_info and update_info.get("rank", rank) == rank:
             at = max(i for i, (name, _) in enumerate(found) if name.endswith(update_info["broken"]))
             found[at] = found[at][0], torch.zeros(3, 5)
+        found += [(name, torch.zeros(shape)) for name, shape in update_info.get("more", {}).items()]
+        if "proofs" in update_info:
+            found += proofs(update_info["proofs"])
         self.model.load_weights(found[update_info["piece"] :: update_info["pieces"]])
 
     def receive_weights(self, update_info: Any) -> None:
@@ -57,7 +62,8 @@ def tensors(folder: str) -> list[tuple[str, torch.Tensor]]:
 def load(worker: Any, step: dict[str, Any]) -> str | None:
     """Take a step: {"reload": folder}, or {"send": folder, "pieces": how many}, perhaps with "part": what names must
     match, "shuffled", "broken": how the name of a tensor ends that has another shape (on "rank" only, if that is
-    given), or "left": it is not finished.
+    given), "more": name -> shape of a tensor that comes last, "proofs": the folder whose proofs come, too, or "left":
+    it is not finished.
 
     Returns:
         The error that has refused it; None if it was done.

@@ -5,7 +5,7 @@ The proofs of these tests are made by the formula, from the plain matrices.
 
 import pytest
 import torch
-from reload_model import FORMATS, Checkpoint
+from reload_model import FORMATS, INNER, Checkpoint
 from reload_server import Server, watch
 
 from ria_vllm.checkpoint.folding import RowOrder
@@ -14,6 +14,7 @@ from ria_vllm.format import proofs
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load import layerwise
 from ria_vllm.serve.load.loading import LayerLoader
+from ria_vllm.serve.proving import proved
 
 ALL = 3 + 3 * 4 + 6  # gate, up, down; twelve of experts; q, k, o, embedding, head, a convolution
 
@@ -43,6 +44,24 @@ def test_a_server_proves_all_of_its_matrices(started, caplog, weight_format, tie
     count = ALL - ("model.embed" in server.checkpoint.in_int8)
     assert f"{count} matrices compute what the checkpoint says" in caplog.text
     assert "without a proof" not in caplog.text
+
+
+def test_a_folder_without_proofs_is_served(started, caplog, monkeypatch):
+    schema = Checkpoint.schema
+    monkeypatch.setattr(Checkpoint, "schema", lambda self: schema(self).model_copy(update={"proofs": None}))
+    monkeypatch.setattr(Checkpoint, "proofs", lambda *_: {})
+    server = started()
+    assert "0 matrices compute what the checkpoint says (" in caplog.text
+    assert f"without a proof: {ALL}, the first of which are " in caplog.text
+    assert server.logits() is not None
+
+
+def test_a_matrix_that_two_layers_have_counts_once(started, caplog):
+    """A head in int8 multiplies with the embedding's."""
+    server = started("int8", tied=True)
+    caplog.clear()
+    server.sync(server.checkpoint.tensors(2))
+    assert f"without a proof: {ALL - 1}, the first of which are " in caplog.text
 
 
 def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
@@ -141,7 +160,7 @@ def test_what_goes_wrong_on_the_way_is_named(started, monkeypatch, damage, named
 
 
 def changed(name, change):
-    """Of tensors whose names begin so."""
+    """Of tensors whose names begin so, or in any of several ways."""
     return lambda tensors: {key: change(one) if key.startswith(name) else one for key, one in tensors.items()}
 
 
@@ -206,12 +225,9 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_weights_that_are_not_what_was_written_are_named(started, monkeypatch, bug):
-    """Any dense or pruned matrix. A reload of them is refused."""
-    (damage, named), server, files = BUGS[bug], started("int8"), Server.files
-    monkeypatch.setattr("ria_vllm.serve.proving.proved.LOOKED_UP", 50)
-    before = server.logits()
+def damaging(monkeypatch, damage):
+    """Files that are read hold other tensors than those that they were proved with."""
+    files = Server.files
 
     def damaged(self, tensors):
         tensors = dict(tensors)
@@ -220,12 +236,59 @@ def test_weights_that_are_not_what_was_written_are_named(started, monkeypatch, b
         return stream
 
     monkeypatch.setattr(Server, "files", damaged)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_weights_that_are_not_what_was_written_are_named(started, monkeypatch, bug):
+    """Any dense or pruned matrix. A reload of them is refused."""
+    (damage, named), server, files = BUGS[bug], started("int8"), Server.files
+    monkeypatch.setattr("ria_vllm.serve.proving.proved.LOOKED_UP", 50)
+    before = server.logits()
+    damaging(monkeypatch, damage)
     with pytest.raises(RiaError, match=f"^the folder: {named}"):
         server.reload(2)
     assert torch.equal(server.logits(), before)
     monkeypatch.setattr(Server, "files", files)
     server.reload(2)
     assert not torch.equal(server.logits(), before)
+
+
+OTHER_RANK = "as of a shifted shard"
+# What a rank may have of another one -> what is done to the files, and what the error says. Ranks share out the columns
+# of down, so that it has all rows.
+OF_TWO_RANKS = {
+    "rows of pruned linears": (changed(("model.block.gate.", "model.block.up."), shard),
+                               rf"model\.block\.gate, model\.block\.up .* 128 of its 128 rows .*{OTHER_RANK}"),
+    "rows of dense linears": (changed(("model.block.q.", "model.block.k."), shard),
+                              rf"model\.block\.q, model\.block\.k .* 128 of its 128 rows .*{OTHER_RANK}"),
+    "columns": (changed(("model.block.down.compressed", "model.block.down.bitmask"), lambda one: shard(one.T).T),
+                r"model\.block\.down .* 128 of its 128 rows .* its weights, the order of its input channels"),
+}  # fmt: skip
+
+
+def with_the_other(rank):
+    """Adds to what this rank of two makes of `down` what the other one does, from the files that were read last."""
+
+    def add(y):
+        checkpoint, tensors = Server.read
+        name, r = "model.block.down", checkpoint.schema().proof_vector(INNER)
+        there = slice(0, INNER // 2) if rank else slice(INNER // 2, INNER)
+        r = r[checkpoint.orders[name]][there]
+        return y + proofs.tokens_of(r, len(y)) @ checkpoint.decoded(name, tensors)[:, there].T
+
+    return add
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("bug", OF_TWO_RANKS)
+def test_a_rank_of_two_proves_its_shards(started, ranks, caplog, monkeypatch, bug, rank):
+    ranks(rank, 2)
+    monkeypatch.setattr(proved, "tensor_model_parallel_all_reduce", with_the_other(rank))
+    (damage, named), server = OF_TWO_RANKS[bug], started("int8")
+    assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
+    damaging(monkeypatch, damage)
+    with pytest.raises(RiaError, match=f"^the folder: {named}"):
+        server.reload(2)
 
 
 def test_a_head_that_keeps_what_it_has_packed_is_found(started, monkeypatch):
@@ -240,7 +303,7 @@ def test_a_head_that_keeps_what_it_has_packed_is_found(started, monkeypatch):
 def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, caplog):
     server = started()
     tensors = server.checkpoint.tensors(2)
-    proved = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
+    sent = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
     caplog.clear()
     server.sync(tensors)
     assert "0 matrices compute" in caplog.text and f"without a proof: {ALL}, the first of which are " in caplog.text
@@ -248,10 +311,10 @@ def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, cap
     server.sync({name: one for name, one in tensors.items() if name.startswith("model.block.o.")})
     assert "without a proof: 1, the first of which are model.block.o)" in caplog.text
     caplog.clear()
-    server.sync(tensors | proved, 3, shuffled=True)
+    server.sync(tensors | sent, 3, shuffled=True)
     assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
     caplog.clear()
-    down = {name: one for name, one in (tensors | proved).items() if name.startswith("model.block.down.")}
+    down = {name: one for name, one in (tensors | sent).items() if name.startswith("model.block.down.")}
     server.sync(down)
     before = server.logits()
     assert "1 matrices compute" in caplog.text and "without a proof" not in caplog.text
