@@ -142,8 +142,8 @@ class ExpertsLoader:
         name = f"{self.experts.linear(kind, expert)}.{part}"
         if part not in self.parts:
             raise RiaError(
-                f"{name}: vLLM's layer has no place for it, only for {', '.join(self.parts)}. The checkpoint belongs "
-                "to another version; compress the model again."
+                f"{name}: this server has the experts stored as {', '.join(self.parts)}. Send these tensors, as the "
+                "folder that it serves has them; if it is in the folder, compress the model again."
             )
         parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
         if parameter is None:
