@@ -150,6 +150,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     """
     from torch import cuda
 
+    from ria_vllm.files.json_file import read_json
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.offline.distill.best import prune_and_distill
     from ria_vllm.offline.recipe import Recipe
@@ -160,6 +161,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     from ria_vllm.report import VERDICT
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
@@ -173,9 +175,10 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
         given |= meant.keys() if name in given else set()
     if saved is not None:
         options = Recipe.saved(saved, given) | {name: options[name] for name in given & options.keys()}
+        if not distils and read_json(saved)["recipe"].get("distill"):
+            monitor.warn("--recipe: the training by `distill` that it names is not repeated.")
     recipe = Recipe.of_options(options)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
-    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     try:
         if distils and alone:
             report = prune_and_distill(model, out, recipe, settings, monitor)
@@ -193,7 +196,13 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():
         monitor.say(line)
-    if kept and recipe.reconstruct == "block" and "kept" not in report and "distill" not in report:
+    if (
+        kept
+        and recipe.reconstruct == "block"
+        and "kept" not in report
+        and "distill" not in report
+        and "quality" in report[VERDICT]
+    ):
         monitor.say(_next(model, out, recipe.calibration))
 
 

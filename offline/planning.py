@@ -12,6 +12,7 @@ from ria_vllm.files.sizes import human_size
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.commands import EFFORTS
+from ria_vllm.offline.distill.best import obstacle
 from ria_vllm.offline.model.headers import without_weights
 from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -52,12 +53,12 @@ def plan(model: str, scheme: str, device: str) -> None:
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
-        rows = []
+        lacking, rows = obstacle(streamed), []
         for effort, chosen in EFFORTS.items():
             asked = replace(recipe, **chosen).within(longest)
             asked = asked.keeping() if recipe.only_keeps else asked
             seconds, peak = forecast.pruning_seconds(streamed, asked), forecast.peak_bytes(streamed, asked)
-            if effort == "best" and not recipe.only_keeps:
+            if effort == "best" and not recipe.only_keeps and lacking is None:
                 seconds += forecast.distilling_seconds(streamed, asked)
                 peak = max(peak, forecast.distilling_bytes(streamed))
             time = forecast.about(seconds) if asked.reads_text else "that of copying"
@@ -80,6 +81,8 @@ def plan(model: str, scheme: str, device: str) -> None:
         click.echo(f"8:16:    {eight}")
     whole = human_size(round(forecast.LIBRARIES + forecast.weights_of(streamed) * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")
+    if lacking is not None:
+        click.echo(f"best:    would not be distilled here, because {lacking}")
     print_table(("--effort", "time", "memory"), rows)
 
 

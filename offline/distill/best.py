@@ -6,17 +6,22 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.reader import is_compressed
-from ria_vllm.checkpoint.writer import check_free, delete
+from ria_vllm.checkpoint.inputs import ChangedInput
+from ria_vllm.checkpoint.writer import check_free, check_place, delete
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import run as distillation
 from ria_vllm.offline.distill.recipe import Distillation
+from ria_vllm.offline.distill.text import training_text
 from ria_vllm.offline.model.run.architecture import output_head
-from ria_vllm.offline.model.run.streaming import StreamedModel
+from ria_vllm.offline.model.run.dtypes import choose_dtype
+from ria_vllm.offline.model.run.hf import text_tokenizer
+from ria_vllm.offline.model.run.streaming import StreamedModel, stored_dtype
 from ria_vllm.offline.model.source import opened
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.run.kept import find_kept
+from ria_vllm.offline.run.work import HALF_FILE, begun_run
 from ria_vllm.offline.runtime.memory import available, blocks_kept
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
@@ -25,55 +30,82 @@ from ria_vllm.progress import Monitor
 def prune_and_distill(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
     """Compress `model` into `OUT.pruned`, and distil that into `out`; or only compress, and say why.
 
+    A resumed run does what was begun, however much memory is free now.
+
     Returns:
         The report, as written to `out`.
 
     Raises:
         RiaError: see `compress` and `distill`. `OUT.pruned` is whole or absent, and `resume` continues from it.
     """
+    check_place(out, Path(model))
+    check_free(out, settings.overwrite)
     pruned = out.with_name(f"{out.name}.pruned")
-    finished = settings.resume and is_compressed(out)
-    if not finished:
-        check_free(out, settings.overwrite)
-        if (why := _obstacle(model, recipe, settings.device, monitor)) is not None:
-            monitor.warn(f"--effort best: the pruned model will not be distilled, because {why}")
-    if finished or why is not None:
-        return compress(model, out, recipe, settings, monitor)
-    compress(model, pruned, recipe, replace(settings, overwrite=True), monitor)
+    if pruned.exists() and not (pruned / HALF_FILE).is_file():
+        raise RiaError(f"{pruned}: needed for the pruned model, but it holds something else. Move it away.")
     own = 0.0 if recipe.calibration == "self" else 0.5
     dtype = "auto" if recipe.compute_dtype == "float16" else recipe.compute_dtype
     how = Distillation(
         tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed
     )
+    begun = settings.resume and (pruned.exists() or begun_run(pruned) or begun_run(out))
+    if not begun and (why := _obstacle(model, recipe, how, settings.device, monitor)) is not None:
+        monitor.warn(f"--effort best: the pruned model will not be distilled, because {why}")
+        return compress(model, out, recipe, settings, monitor)
+    if begun and not (pruned.exists() or begun_run(pruned)):  # of a run that only prunes
+        return compress(model, out, recipe, settings, monitor)
+    compress(model, pruned, recipe, replace(settings, overwrite=True, is_half=True), monitor)
     training = distillation.Settings(
         settings.device,
         max_shard_size=settings.max_shard_size,
         overwrite=settings.overwrite,
         resume=settings.resume,
     )
-    with blocks_kept():
-        report = distillation.distill(pruned, model, out, how, training, monitor)
+    try:
+        with blocks_kept():
+            report = distillation.distill(pruned, model, out, how, training, monitor)
+    except ChangedInput:
+        raise
+    except RiaError as error:
+        way = f"The pruned model is whole: {pruned}. `ria-vllm distill` trains it with other options."
+        raise RiaError(f"{error} {way}") from error.__cause__
     delete(pruned)
     return report
 
 
-def _obstacle(model: str, recipe: Recipe, device: torch.device, monitor: Monitor) -> str | None:
-    """Why the pruned model cannot be distilled here, or None.
+def obstacle(model: StreamedModel) -> str | None:
+    """Why a pruned model of this kind and size cannot be distilled where it runs, or None."""
+    if output_head(model.model) is None:
+        return "it predicts no tokens."
+    needed, free = forecast.distilling_bytes(model), available(model.device)
+    if free is None or needed <= free:
+        return None
+    return (
+        f"that takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB of memory are free ({model.device}). "
+        "`ria-vllm distill` does it where there is more."
+    )
+
+
+def _obstacle(model: str, recipe: Recipe, how: Distillation, device: torch.device, monitor: Monitor) -> str | None:
+    """The same of a model that is still to be opened, and that may have the pattern already.
 
     Raises:
-        RiaError: the model cannot be compressed.
+        RiaError: the model cannot be compressed, or there is too little text.
     """
     with torch.no_grad(), monitor.live():
         source = opened(model, Ranks(), monitor)
-        streamed = StreamedModel(source.folder, source.config, device)
-        if output_head(streamed.model) is None:
-            return "it predicts no tokens."
-        needed, free = forecast.distilling_bytes(streamed), available(device)
-        if free is not None and needed > free:
-            return (
-                f"that takes about {needed / 1e9:.0f} GB, and {free / 1e9:.0f} GB of memory are free ({device}). "
-                "`ria-vllm distill` does it where there is more."
-            )
+        dtype = choose_dtype(stored_dtype(source.folder, source.config), device, how.compute_dtype, training=True)
+        streamed = StreamedModel(source.folder, source.config, device, dtype)
+        if (why := obstacle(streamed)) is not None:
+            return why
         if any(find_kept(streamed, recipe, monitor).names.values()):
             return f"it has linears that are {recipe.pattern} already."
+        if how.text != "self":  # that it does not suffice must not be found out after hours
+            try:
+                training_text(how, text_tokenizer(source.folder), monitor)
+            except RiaError as error:
+                raise RiaError(
+                    f"--effort best distils on {how.tokens} tokens: {error} `--reconstruct block --samples 128 "
+                    "--seq-len 1024` does all but that."
+                ) from error.__cause__
     return None

@@ -1,6 +1,5 @@
 """The whole compression: a dense model in, a compressed checkpoint out, with one decoder layer in memory at a time."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint.inputs import Inputs
-from ria_vllm.checkpoint.reader import Reader, is_compressed
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
+from ria_vllm.files.json_file import read_json
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline import digests
 from ria_vllm.offline.calibration import hub
@@ -37,7 +37,7 @@ from ria_vllm.offline.run.result import (
     say_layer,
 )
 from ria_vllm.offline.run.tokens import calibration_tokens
-from ria_vllm.offline.run.work import begun_run, check_same_run, fingerprint, work_folder
+from ria_vllm.offline.run.work import HALF_FILE, begun_run, check_same_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
 from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
@@ -54,6 +54,7 @@ class Settings:
     max_shard_size: int = 5 * 10**9
     overwrite: bool = False
     resume: bool = False
+    is_half: bool = False  # of a run that goes on from `out`: with `resume`, what is finished there is taken as it is
 
 
 def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
@@ -76,9 +77,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         inputs.stamps(Path(recipe.calibration))
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
-        finished = settings.resume and is_compressed(out)
-        if not finished:
-            check_free(out, settings.overwrite)
+        check_free(out, settings.overwrite)
         source = opened(model, ranks, monitor, inputs)
         dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
         with monitor.phase("reading the headers"):
@@ -89,32 +88,18 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         recipe = replace(_clipped(recipe, source, monitor), compute_dtype=name_of(dtype))  # type: ignore[arg-type]
         kept = find_kept(streamed, recipe, monitor)
         recipe = _fitting(keeping(recipe, kept, monitor), streamed, monitor)
-        if finished:
-            return _report_of(out, recipe, source)
         run = fingerprint(recipe, source)
+        if finished := _finished_half(out, settings):
+            check_same_run(out, finished, run)
+            return Reader(out).report()
         with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
             return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
 
 
-def _report_of(out: Path, recipe: Recipe, source: Source) -> dict[str, Any]:
-    """What a run has reported that `--resume` finds finished.
-
-    Raises:
-        RiaError: it had other options, another source or other versions.
-    """
-    reader = Reader(out)
-    # Where nothing could be smoothed or rotated, the folder says so.
-    asked = {key: value for key, value in recipe.dump(source.name).items() if key not in ("smooth", "rotate")}
-    if recipe.reads_text and Path(recipe.calibration).is_file():
-        asked |= digests.of_text(recipe.calibration, "calibration")
-    asked |= _weights_digest(source)
-    found = {key: value for key, value in reader.schema.recipe.items() if key in asked}
-    check_same_run(out, found, json.loads(json.dumps(asked)))
-    return reader.report()
-
-
-def _weights_digest(source: Source) -> dict[str, str]:
-    return {"source_weights_digest": digests.of_weights(source.folder)} if source.revision is None else {}
+def _finished_half(out: Path, settings: Settings) -> dict[str, Any]:
+    """The fingerprint of the run that has written `out`, if this one resumes from that; else empty."""
+    path = out / HALF_FILE
+    return read_json(path) if settings.is_half and settings.resume and path.is_file() else {}
 
 
 def _compute_dtype(
@@ -123,7 +108,7 @@ def _compute_dtype(
     """The dtype to compute in. If none is asked for, a resumed run keeps the one it began with, on any machine."""
     stored, asked = stored_dtype(source.folder, source.config), recipe.compute_dtype
     if ranks.first and settings.resume and asked == "auto":
-        begun = begun_run(out).get("compute_dtype")
+        begun = (_finished_half(out, settings) or begun_run(out)).get("compute_dtype")
         asked = begun if begun in CHOICES else asked
     dtype = ranks.broadcast(choose_dtype(stored, settings.device, asked))  # other ranks may be on other machines
     if dtype != stored:
@@ -209,6 +194,8 @@ class _Run:
         self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
         if self.ranks.first:
             with self.monitor.phase("writing"):
+                if self.settings.is_half:
+                    others[0][HALF_FILE] = begun_run(self.writer.out)
                 result.write(report, others, self.settings.max_shard_size)
         self.ranks.barrier()
         return report
@@ -229,7 +216,10 @@ class _Run:
 
     def _digests(self, text: str | HubText) -> dict[str, str]:
         """Of the text, as it was opened, and of the model's local files."""
-        return digests.of_text(text, "calibration") | _weights_digest(self.source)
+        found, source = digests.of_text(text, "calibration"), self.source
+        if source.revision is None:
+            found["source_weights_digest"] = digests.of_weights(source.folder)
+        return found
 
     def _kept(self, key: str) -> dict[str, Any] | None:
         """What this run, or the one that it resumes, has kept besides layers; on all ranks the same."""

@@ -18,6 +18,8 @@ from ria_vllm.offline.stored_layers import layer_key
 
 FINGERPRINT_FILE, SHARED_FILE = "run.json", "shared"
 CONFIG = "config.json"
+# The fingerprint in a finished folder that a run of two halves goes on from. Its name keeps it out of copies.
+HALF_FILE = ".run.json"
 
 
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:

@@ -58,8 +58,15 @@ def widened(config: Config) -> Config:
 
 
 def serves_dense() -> bool:
-    """Whether RIA_VLLM_DENSE=1 asks for pruned linears decompressed to dense ones."""
-    return os.environ.get(DENSE_VARIABLE) == "1"
+    """Whether RIA_VLLM_DENSE=1 asks for pruned linears decompressed to dense ones.
+
+    Raises:
+        RiaError: it has a value that means nothing.
+    """
+    value = os.environ.get(DENSE_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise RiaError(f"{DENSE_VARIABLE}={value[:80]}: set it to 1 to serve dense linears, or leave it unset.")
+    return value == "1"
 
 
 def refuse_on_gpus(pattern: Pattern, where: str) -> None:

@@ -50,6 +50,8 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     report = json.loads((tmp_path / "out" / "ria_report.json").read_text())
     assert {"quality", "size", "advice"} <= report["verdict"].keys() and "next" not in said
     assert "\n".join(report["verdict"].values()) in said
+    repeated = [options[0], "--calibration", text, "--recipe", tmp_path / "out" / "ria_report.json"]
+    assert "`distill` that it names is not repeated" in invoke(compress, *repeated, "-o", tmp_path / "again").stderr
     # The first half alone names the second.
     (line,) = (line for line in hint.splitlines() if line.startswith("next"))
     program, command, *words = shlex.split(line.partition(": ")[2])
@@ -70,16 +72,36 @@ def test_interrupted_in_either_half_it_goes_on(options, tmp_path, monkeypatch):
             patch.setattr(place, interrupt)
             stopped = invoke(compress, *options, "-o", out, "--resume")
         assert isinstance(stopped.exception, RiaError) and "--resume" in str(stopped.exception) and not out.exists()
-    other = invoke(compress, *options, "-o", out, "--resume", "--seed", 1)
-    assert "out.pruned is from a run with another seed (0)" in str(other.exception)
+    for option, value, was in (("--seed", 1, "seed (0)"), ("--rotate", "none", "rotate (heads)")):
+        other = invoke(compress, *options, "-o", out, "--resume", option, value)
+        assert f"out.pruned is from a run with another {was}" in str(other.exception)
     with monkeypatch.context() as patch:  # it does not prune again
         patch.setattr("ria_vllm.offline.run.layers.LayerPass.prune", interrupt)
+        patch.setattr(best, "available", lambda _: 0)  # nor does it ask again whether there is room
         assert invoke(compress, *options, "-o", out, "--resume").exit_code == 0
         assert digests(out) == wanted and not (tmp_path / "out.pruned").exists()
-        patch.setattr(Training, "_step", interrupt)  # nor does it train again what is finished
-        assert invoke(compress, *options, "-o", out, "--resume").exit_code == 0
-    other = invoke(compress, *options, "-o", out, "--resume", "--scheme", "W8A8")
-    assert "out is from a run with another scheme (BF16)" in str(other.exception) and digests(out) == wanted
+
+
+def test_what_only_prunes_goes_on_so(options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(best, "available", lambda _: 10**8)
+        patch.setattr("ria_vllm.offline.run.compress.say_layer", lambda *_: 1 / 0)
+        invoke(compress, *options, "-o", tmp_path / "out")
+    resumed = invoke(compress, *options, "-o", tmp_path / "out", "--resume")
+    assert resumed.exit_code == 0 and "resuming: 1 of 2 layers" in resumed.stderr and "next" in resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_that_name_and_too_little_text_are_refused_at_once(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(best, "compress", pytest.fail)
+    mine = tmp_path / "out.pruned" / "mine"
+    mine.mkdir(parents=True)
+    result = invoke(compress, *options, "-o", tmp_path / "out", "--overwrite")
+    assert "holds something else" in str(result.exception) and mine.exists()
+    (tmp_path / "few.txt").write_text("words " * 99)
+    options[options.index("--calibration") + 1] = tmp_path / "few.txt"
+    assert "too little text" in str(invoke(compress, *options, "-o", tmp_path / "other").exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.pruned", "few.txt"}
 
 
 def test_another_model_in_its_place_is_not_taken_for_the_pruned_one(options, tiny, tmp_path, monkeypatch):
@@ -98,7 +120,7 @@ def headless(folder: Path, auto: type) -> Path:
 
 @pytest.mark.parametrize("why", ["memory", "embeddings", "reranker", "recovered"])
 def test_what_cannot_be_distilled_is_pruned_only_and_that_is_said(why, options, tmp_path, monkeypatch):
-    said = "it predicts no tokens"
+    said, hint = "it predicts no tokens", why == "memory"
     if why == "memory":
         monkeypatch.setattr(best, "available", lambda _: 10**8)
         said = r"that takes about 1 GB, and 0 GB of memory are free \(cpu\)"
@@ -109,6 +131,7 @@ def test_what_cannot_be_distilled_is_pruned_only_and_that_is_said(why, options, 
         options[0] = headless(tmp_path / "dense", auto)
     done = invoke(compress, *options, "-o", tmp_path / "out")
     assert done.exit_code == 0 and re.search(f"will not be distilled, because {said}", done.stderr)
+    assert ("next, where both models fit" in done.stderr) == hint
     assert invoke(compress, *options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "plain").exit_code == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
@@ -117,6 +140,6 @@ def test_one_of_several_processes_prunes_only(options, tmp_path, monkeypatch):
     """`distill` runs in one: its command is named at the end."""
     monkeypatch.setattr("ria_vllm.offline.distill.best.prune_and_distill", pytest.fail)
     monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: report)
-    report = {"linears": {"a": {"retained_after": 1.0}}, "verdict": {}}
+    report = {"linears": {"a": {"retained_after": 1.0}}, "verdict": {"quality": "fair"}}
     done = CliRunner(env={"WORLD_SIZE": "2"}).invoke(compress, [str(a) for a in (*options, "-o", tmp_path / "out")])
     assert done.exit_code == 0 and "next, where both models fit into memory: ria-vllm distill" in done.stderr

@@ -65,6 +65,15 @@ def test_a_forced_kernel(monkeypatch):
         registry.choose(layer())
 
 
+def test_linears_that_are_asked_for_dense_have_no_other_kernel(monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_DENSE", "1")
+    assert registry.explain(layer()) == [("dense", None)]
+    assert str(registry.choose(layer(INT8))) == "dense with int8 widened to bfloat16"
+    monkeypatch.setenv("RIA_VLLM_DENSE", "yes")
+    with pytest.raises(RiaError, match="RIA_VLLM_DENSE=yes: set it to 1"):
+        registry.choose(layer())
+
+
 @pytest.mark.parametrize(
     "format, act_dtype, chosen",
     [(FORMATS["int4-g32"], FP16, "cpu"), (FP8, FP16, "cpu with fp8 widened to float16")],
