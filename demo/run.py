@@ -47,9 +47,9 @@ NAMES = ("dense", "sparse")
 LESS_IS_LOST = """\
 More effort loses less. Perplexities of this model in BF16 on other text, half of
 the Brown corpus, where the dense model has 40.4: 69.8 with --effort fast on 32
-samples; 63.8 with default; 55.9 with best; 49.4 with best on half as much text
-and `ria-vllm distill` after it. On CPUs --pattern 8:16 loses less, too: in W8A8
-59.5 with fast, where 2:4 has 70.9, and 56.5 with default, where 2:4 has 65.7."""
+samples; 63.8 with default; 51.5 with best, which also distils. On CPUs --pattern
+8:16 loses less, too: in W8A8 59.5 with fast, where 2:4 has 70.9; 56.5 with
+default, where 2:4 has 65.7; and 49.1 with best."""
 RIA_VLLM = [sys.executable, "-m", "ria_vllm"]
 
 
