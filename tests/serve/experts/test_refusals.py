@@ -116,7 +116,10 @@ def test_experts_without_a_layer():
         (lambda t: t.update({f"{LAYER}.0.up_proj.bitmask": torch.zeros(INNER, 4, dtype=torch.uint8)}), "needs"),
         (lambda t: t.update({f"{LAYER}.0.up_proj.compressed": torch.zeros(INNER, 32, dtype=torch.int8)}), "int8"),
         (lambda t: t[f"{LAYER}.1.gate_proj.bitmask"].fill_(255), "gate_up: .*damaged"),
-        (lambda t: t.update({f"{LAYER}.1.gate_proj.bias": torch.zeros(INNER)}), "1.gate_proj.bias: .* no place"),
+        (
+            lambda t: t.update({f"{LAYER}.1.gate_proj.bias": torch.zeros(INNER)}),
+            "1.gate_proj.bias: .* experts stored as",
+        ),
     ],
 )
 def test_damaged_tensors(change, message):
