@@ -1,5 +1,6 @@
 """The `ria-vllm` command. Each subcommand is imported from its own stage only when it is called."""
 
+import faulthandler
 import importlib
 import sys
 
@@ -49,7 +50,11 @@ def group() -> None:
 
 
 def main() -> None:
-    """Run the command line; a RiaError becomes one line on stderr and exit status 2."""
+    """Run the command line; a RiaError becomes one line on stderr and exit status 2.
+
+    A file that is truncated while it is mapped ends the process; then at least the place is printed.
+    """
+    faulthandler.enable(2)
     try:
         group()
     except RiaError as error:

@@ -1,6 +1,7 @@
 """The command line: commands load lazily, errors are one line, and exit statuses are reliable."""
 
 import re
+import signal
 import subprocess
 import sys
 
@@ -73,3 +74,18 @@ def test_options_and_choices_complete():
 def test_every_listed_command_exists(name):
     command = group.get_command(None, name)
     assert command is not None and command.help
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="no such signal here")
+def test_a_mapped_file_that_is_truncated_ends_it_with_the_place(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(1 << 16))
+    code = (
+        "import mmap, os, ria_vllm.cli as cli\n"
+        "file = open('weights', 'r+b')\n"
+        "mapped = mmap.mmap(file.fileno(), 0)\n"
+        "cli.group = lambda: (os.truncate('weights', 0), mapped[0])\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS and "Fatal Python error: Bus error" in done.stderr
+    assert "in main" in done.stderr
