@@ -160,7 +160,6 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     from ria_vllm.progress import Monitor
     from ria_vllm.report import VERDICT
 
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
     how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
@@ -180,10 +179,9 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     recipe = Recipe.of_options(options)
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     try:
-        if distils and alone:
-            report = prune_and_distill(model, out, recipe, settings, monitor)
-        else:
-            report = run(model, out, recipe, settings, monitor)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        whole = prune_and_distill if distils and alone else run
+        report = whole(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))
@@ -196,13 +194,8 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     monitor.say(f"{out}: {len(kept)} linears pruned{score}")
     for line in report[VERDICT].values():
         monitor.say(line)
-    if (
-        kept
-        and recipe.reconstruct == "block"
-        and "kept" not in report
-        and "distill" not in report
-        and "quality" in report[VERDICT]
-    ):
+    untrained = not {"kept", "distill"} & report.keys() and "quality" in report[VERDICT]
+    if kept and recipe.reconstruct == "block" and untrained:
         monitor.say(_next(model, out, recipe.calibration))
 
 

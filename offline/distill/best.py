@@ -48,11 +48,13 @@ def prune_and_distill(model: str, out: Path, recipe: Recipe, settings: Settings,
     how = Distillation(
         tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed
     )
-    begun = settings.resume and (pruned.exists() or begun_run(pruned) or begun_run(out))
-    if not begun and (why := _obstacle(model, recipe, how, settings.device, monitor)) is not None:
-        monitor.warn(f"--effort best: the pruned model will not be distilled, because {why}")
-        return compress(model, out, recipe, settings, monitor)
-    if begun and not (pruned.exists() or begun_run(pruned)):  # of a run that only prunes
+    distils = bool(pruned.exists() or begun_run(pruned))
+    if not settings.resume or not (distils or begun_run(out)):  # nothing says what was begun
+        why = _obstacle(model, recipe, how, settings.device, monitor)
+        distils = why is None
+        if not distils:
+            monitor.warn(f"--effort best: the pruned model will not be distilled, because {why}")
+    if not distils:
         return compress(model, out, recipe, settings, monitor)
     compress(model, pruned, recipe, replace(settings, overwrite=True, is_half=True), monitor)
     training = distillation.Settings(

@@ -17,12 +17,11 @@ read is not r but what an activation makes of it, see `ria_vllm.serve.proving.ex
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from ria_vllm.errors import RiaError
+from ria_vllm.switches import is_on
 
 PROOF_SUFFIX = ".proof"
 # Behind the name of a matrix that is transposed.
@@ -44,10 +43,7 @@ def wanted() -> bool:
     Raises:
         RiaError: it has a value that means nothing.
     """
-    value = os.environ.get(VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise RiaError(f"{VARIABLE}={value[:80]}: set it to 0 to serve without proofs, or leave it unset.")
-    return value != "0"
+    return is_on(VARIABLE, True, "set it to 0 to serve without proofs, or leave it unset.")
 
 
 def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:

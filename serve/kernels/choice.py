@@ -1,6 +1,5 @@
 """Which kernel was chosen for a layer, and how it serves it."""
 
-import os
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -11,6 +10,7 @@ from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.base import ExpertsKernel, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
+from ria_vllm.switches import is_on
 
 KERNEL_VARIABLE = "RIA_VLLM_BACKEND"
 """Names the kernel that must serve every linear, and every layer's experts if it is a kernel for experts, too."""
@@ -63,10 +63,7 @@ def serves_dense() -> bool:
     Raises:
         RiaError: it has a value that means nothing.
     """
-    value = os.environ.get(DENSE_VARIABLE, "")
-    if value not in ("", "0", "1"):
-        raise RiaError(f"{DENSE_VARIABLE}={value[:80]}: set it to 1 to serve dense linears, or leave it unset.")
-    return value == "1"
+    return is_on(DENSE_VARIABLE, False, "set it to 1 to serve dense linears, or leave it unset.")
 
 
 def refuse_on_gpus(pattern: Pattern, where: str) -> None:

@@ -71,7 +71,7 @@ def scale_dtypes(files: Mapping[str, Path]) -> dict[str, torch.dtype]:
         files: see `files_of`.
     """
     found = {}
-    for path in sorted(set(files.values())):
+    for path in sorted({path for name, path in files.items() if name.endswith(".weight_scale")}):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 linear, _, part = name.rpartition(".")
