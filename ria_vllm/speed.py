@@ -77,7 +77,7 @@ def steps(sizes: Sizes, instructions: str | None, users: int) -> dict[str, float
     for way, ratio in ratios.items():
         ours = not way.startswith("dense")
         int8 = max(INT8_HEAD, ratios["dense W8A8"]) if ours else ratio
-        head = INT8_HEAD if ours and way.endswith("A8") else 1.0
+        head = INT8_HEAD if way.startswith("W") else 1.0  # all that have integers
         found[way] = rest + WEIGHT * (sizes.pruned / ratio + sizes.int8 / int8 + sizes.head / head)
     return found
 

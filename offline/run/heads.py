@@ -11,8 +11,8 @@ from ria_vllm.vllm_quirks import changes_head
 
 
 def heads_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
-    """The written names of the weights that are stored in int8: those of heads, where inputs are rounded to int8."""
-    if recipe.activations != "int8" or changes_head(model.config):
+    """The written names of the weights that are stored in int8: those of heads, where pruned linears have integers."""
+    if not recipe.has_integers or changes_head(model.config):
         return frozenset()
     tied, direct = model.model.all_tied_weights_keys, model.names.direct
     heads = {id(head) for head in output_heads(model.model, model.decoder_path) if isinstance(head, nn.Linear)}

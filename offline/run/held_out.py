@@ -116,7 +116,9 @@ def advice(found: dict[str, Any], way: str) -> str:
 
 def not_rounded(recipe: Recipe) -> str:
     """What the measured model is spared that the folder's is not; empty if nothing."""
-    if recipe.activations != "none":
-        what = ["weights"] * recipe.continues_exactly + ["inputs"] + ["the head"] * recipe.has_integers
-        return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} were rounded"
-    return "before weights were rounded" if recipe.continues_exactly else ""
+    what = ["weights"] * recipe.continues_exactly + ["inputs"] * (recipe.activations != "none")
+    what += ["the head"] * recipe.has_integers
+    if not what:
+        return ""
+    verb = "was" if what == ["the head"] else "were"
+    return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} {verb} rounded"

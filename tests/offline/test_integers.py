@@ -77,8 +77,7 @@ def stored(tensors, name, bits):
 def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
     (_, bits, size), exact, rounded = WAYS[way], Reader(exact), Reader(pruned(way))
     assert list(rounded.problems()) == []
-    heads = ["lm_head"] if "activations" in WAYS[way][0] else []
-    assert rounded.int8_names == heads
+    assert rounded.int8_names == ["lm_head"]
     assert {n for n in rounded.dense_names if not n.startswith("lm_head.")} == {*exact.dense_names} - {"lm_head.weight"}
     largest, tensors = 2 ** (bits - 1) - 1, load_file(rounded.folder / "model.safetensors")
     for name in exact.sparse_names:
@@ -110,15 +109,18 @@ def test_the_head_is_rounded_row_by_row(pruned, exact):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"activations": "int8"}, ["model.embed_tokens"]),
+        ({"weights": "int8", "activations": "int8"}, ["model.embed_tokens"]),
+        ({"weights": "int8"}, ["model.embed_tokens"]),
+        ({"weights": "int4"}, ["model.embed_tokens"]),
+        ({"weights": "fp8", "activations": "fp8"}, []),
         ({}, []),
-        ({"activations": "int8", "ignore": ("lm_head",)}, []),
-        ({"activations": "int8", "ignore": ("embed_tokens",)}, []),
+        ({"weights": "int8", "ignore": ("lm_head",)}, []),
+        ({"weights": "int8", "ignore": ("embed_tokens",)}, []),
     ],
     ids=str,
 )
 def test_a_tied_head_is_stored_once(options, names, tiny, text, tmp_path):
-    out = run(tiny("gemma2"), tmp_path / "out", text, weights="int8", smooth=0.0, reconstruct="none", **options)
+    out = run(tiny("gemma2"), tmp_path / "out", text, smooth=0.0, reconstruct="none", **options)
     reader = Reader(out)
     assert reader.int8_names == names and list(reader.problems()) == []
     assert sorted(n.rpartition(".")[2] for n in reader.files if "embed" in n or "head" in n) == (
@@ -284,7 +286,7 @@ def config(**changes):
         (config(group_size=32), "weight_scale has shape"),
         (config(group_size=128), "the matrix has 192 columns, not a multiple of 128 as in int4-g128"),
         (config(num_bits=8), "compressed has dtype uint8"),
-        (lambda content: content["quantization_config"].pop("weights"), "compressed has dtype uint8"),
+        (lambda content: content["quantization_config"].pop("weights"), "lm_head is stored in int8, which config.json"),
     ],
     ids=["smaller groups", "larger groups", "other bits", "no words"],
 )

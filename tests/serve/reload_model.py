@@ -18,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import proofs, sparse24
-from ria_vllm.format.formats import FLOAT, FP8, INTEGERS, wide_scales
+from ria_vllm.format.formats import FLOAT, FP8, INTEGERS, IntFormat, wide_scales
 from ria_vllm.format.layer_schema import Experts, Fold, Producer
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import (
@@ -209,7 +209,7 @@ class Checkpoint:
     @property
     def in_int8(self):
         """The matrices that are not pruned and in int8."""
-        return [self.head] * (self.stored.inputs == INT8_TOKENS) + DENSE * self.stored.int8
+        return [self.head] * isinstance(self.weight_format, IntFormat) + DENSE * self.stored.int8
 
     def tensors(self, training):
         rng = torch.Generator().manual_seed(training)
