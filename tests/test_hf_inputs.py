@@ -155,8 +155,8 @@ def test_experts_round_both_of_their_inputs(kind, text, tmp_path):  # noqa: F811
                 inner = torch.nn.functional.silu(gate) * up
             share = (shares.double() * (ids == expert)).sum(1, keepdim=True)
             expected += share * (rounded(inner) @ down.T + down_bias)
-        # Numbers of `inner` that lie on the edge of two integers may go to either.
-        step = float(expected.std()) / 127
+        # Numbers of `inner` that lie on the edge of two integers may go to either, those of large tokens a larger step.
+        step = float(expected.std()) / 64
         assert (y.double() - expected).abs().max() < step and (y.double() - expected).abs().median() < 1e-2 * step, name
     with torch.no_grad():
         want = load_model(str(tmp_path / "out"), torch.device("cpu"))(TOKENS).logits

@@ -13,7 +13,7 @@ from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.architecture import output_head, text_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
-from ria_vllm.offline.run.heads import heads_in_int8
+from ria_vllm.offline.run.heads import embeddings_in_int8
 from ria_vllm.offline.run.plan import Plan, linears_to_prune
 from ria_vllm.speed import Sizes
 
@@ -141,6 +141,6 @@ def sizes_of(model: StreamedModel, plan: Plan, recipe: Recipe) -> tuple[Sizes, i
     heads, left = 0 if head is None else head.numel(), model.linear_weights - pruned - rounded
     sizes = Sizes(len(model.layers), used, heads, left, rounded)
     saved = pruned * (itemsize - recipe.weight_format.bits_per_weight(model.stored_dtype) / 8)
-    in_int8 = sum(prod(model.tensors.shape(name)) for name in heads_in_int8(model, recipe))
+    in_int8 = sum(prod(model.tensors.shape(name)) for name in embeddings_in_int8(model, recipe))
     saved += (rounded + in_int8) * (itemsize - 1)
     return sizes, dense, round(dense - saved)

@@ -1,4 +1,4 @@
-"""Which heads are stored in int8, with the embeddings that they are tied to."""
+"""Which heads and input embeddings are stored in int8."""
 
 import torch
 from torch import nn
@@ -10,22 +10,29 @@ from ria_vllm.offline.recipe import Recipe
 from ria_vllm.vllm_quirks import changes_head
 
 
-def heads_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
-    """The written names of the weights that are stored in int8: those of heads, where pruned linears have integers."""
+def embeddings_in_int8(model: StreamedModel, recipe: Recipe) -> frozenset[str]:
+    """The written names of the weights that are stored in int8 where pruned linears have integers: those of heads and
+    of the input embeddings, tied or not."""
     if not recipe.has_integers or changes_head(model.config):
         return frozenset()
     tied, direct = model.model.all_tied_weights_keys, model.names.direct
-    heads = {id(head) for head in output_heads(model.model, model.decoder_path) if isinstance(head, nn.Linear)}
+    inputs = model.model.get_submodule(model.base_path).get_input_embeddings()
+    modules = (*output_heads(model.model, model.decoder_path), inputs)
+    chosen = {id(module) for module in modules if isinstance(module, nn.Linear | nn.Embedding)}
     found = set()
     for path, module in model.model.named_modules():
-        if id(module) not in heads or module.in_features % int8_rows.COLUMNS_MULTIPLE:
+        if id(module) not in chosen or module.weight.shape[1] % int8_rows.COLUMNS_MULTIPLE:
             continue
-        names = {f"{path}.weight", tied.get(f"{path}.weight", f"{path}.weight")}
-        written = {direct[name] for name in names if name in direct}
-        # Two copies of one tensor: vLLM would have a head of its own for the second.
-        ignored = any(recipe.ignores(name.removesuffix(".weight")) for name in {*names, *written})
-        if len(written) == 1 and not ignored and all(name.endswith(".weight") for name in written):
-            found |= written
+        source = tied.get(f"{path}.weight", f"{path}.weight")
+        names = {source, *(name for name, other in tied.items() if other == source)}
+        stored = [name for name in names if name in direct]
+        if len(stored) != 1:  # two copies of one tensor: vLLM would have a head of its own for the second
+            continue
+        written = direct[stored[0]]
+        ignored = any(recipe.ignores(name.removesuffix(".weight")) for name in {*names, written})
+        reads = written.endswith(".weight") and model.names.is_found_compressed(stored[0].removesuffix(".weight"))
+        if reads and not ignored:
+            found.add(written)
     return frozenset(found)
 
 

@@ -117,8 +117,5 @@ def advice(found: dict[str, Any], way: str) -> str:
 def not_rounded(recipe: Recipe) -> str:
     """What the measured model is spared that the folder's is not; empty if nothing."""
     what = ["weights"] * recipe.continues_exactly + ["inputs"] * (recipe.activations != "none")
-    what += ["the head"] * recipe.has_integers
-    if not what:
-        return ""
-    verb = "was" if what == ["the head"] else "were"
-    return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} {verb} rounded"
+    what += ["embeddings", "the head"] if recipe.has_integers else []
+    return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} were rounded" if what else ""

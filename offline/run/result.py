@@ -29,7 +29,7 @@ from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.publish import without_paths
 from ria_vllm.offline.run import forecast
-from ria_vllm.offline.run.heads import head_tensors, heads_in_int8
+from ria_vllm.offline.run.heads import embeddings_in_int8, head_tensors
 from ria_vllm.offline.run.held_out import verdict
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.stored_layers import layer_key
@@ -134,7 +134,7 @@ class Result:
         """
         source, store, plan = self.source, self.store, self.plan
         model, recipe, writer = store.model, store.recipe, store.writer
-        keys, in_int8 = [], heads_in_int8(model, recipe)
+        keys, in_int8 = [], embeddings_in_int8(model, recipe)
         for number, name in enumerate(model.names_outside_layers()):
             keys.append(f"outside-{number:05d}")
             # No variable has the tensor, which would keep it: embeddings are large.

@@ -1,5 +1,5 @@
 """Dense matrices in int8: linears that stay dense where pruned ones have integers (`RiaSchema.int8_linears`); and
-heads, with the embeddings that are tied to them.
+heads and input embeddings there.
 
 NAME.integers, int8 [out, in], and NAME.weight_scale, float32 [out, 1], stand in the place of NAME.weight: a weight is
 its integer times the scale of its row. Inputs of heads are not rounded, or to two int8 numbers, which loses next to

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from torch.nn.functional import embedding
-from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -21,17 +20,15 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
     Args:
         name: of the matrix in the checkpoint.
         looks_up: the layer is an embedding, and not only a head.
-
-    Attributes:
         multiplies: the layer is a head, or may be tied to one.
     """
 
     keeps_int8 = True  # for those who look for weights, and cannot import this
 
-    def __init__(self, name: str, looks_up: bool):
+    def __init__(self, name: str, looks_up: bool, multiplies: bool):
         self.name = name
         self.looks_up = looks_up
-        self.multiplies = not looks_up or get_pp_group().is_last_rank
+        self.multiplies = multiplies
 
     def create_weights(self, layer: VocabParallelEmbedding, weight: Parameter) -> None:
         """Register what stands in the place of `weight` [rows of this rank, columns], which vLLM gave the layer."""

@@ -4,6 +4,7 @@ linears in int8 to which vLLM gives no method of ours."""
 from functools import partial
 
 import torch
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -67,10 +68,11 @@ def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
 def _serve(model: torch.nn.Module, layer: VocabParallelEmbedding, name: str) -> None:
     """Replace vLLM's method of a layer, and that of a head that has its weight."""
     weight = layer.weight
-    heads = [
-        one for one in model.modules() if isinstance(one, ParallelLMHead) and getattr(one, "weight", None) is weight
-    ]
-    method = Int8EmbeddingMethod(name, looks_up=not isinstance(layer, ParallelLMHead))
+    all_heads = [one for one in model.modules() if isinstance(one, ParallelLMHead)]
+    heads = [one for one in all_heads if getattr(one, "weight", None) is weight]
+    # Some models without a head multiply with the embedding itself.
+    multiplies = bool(heads) or (not all_heads and get_pp_group().is_last_rank)
+    method = Int8EmbeddingMethod(name, not isinstance(layer, ParallelLMHead), multiplies)
     for one in {layer, *heads}:
         del one.weight
         one.quant_method = method if one is layer else TiedHeadMethod(layer)

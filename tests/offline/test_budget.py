@@ -194,7 +194,7 @@ def test_all_dense_is_a_folder_too(tiny, text, tmp_path):
     """As the smallest budget has it."""
     run_small(tiny("llama"), tmp_path / "out", text, weights="int8", activations="int8", ignore=("layers",))
     reader = Reader(tmp_path / "out")
-    assert reader.sparse_names == [] and len(reader.int8_names) == 15 and list(reader.problems()) == []
+    assert reader.sparse_names == [] and len(reader.int8_names) == 16 and list(reader.problems()) == []
     assert take_inventory(reader)["totals"]["ratio"] < 0.34
     model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", tiny("llama")))
     tokens = torch.arange(2, 60)[None]

@@ -22,6 +22,7 @@ from ria_vllm.offline.run.compress import Settings, compress
 
 NAME = "model.layers.1.mlp.gate_proj"  # 192 x 128
 DOWN = "model.layers.1.mlp.down_proj"  # 128 x 192
+HEADS = {"model.embed_tokens", "lm_head"}
 
 # Options -> bits, columns of a group in this model.
 WAYS = {
@@ -77,8 +78,9 @@ def stored(tensors, name, bits):
 def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
     (_, bits, size), exact, rounded = WAYS[way], Reader(exact), Reader(pruned(way))
     assert list(rounded.problems()) == []
-    assert rounded.int8_names == ["lm_head"]
-    assert {n for n in rounded.dense_names if not n.startswith("lm_head.")} == {*exact.dense_names} - {"lm_head.weight"}
+    assert set(rounded.int8_names) == HEADS
+    kept = {name for name in rounded.dense_names if name.rpartition(".")[0] not in HEADS}
+    assert kept == {*exact.dense_names} - {f"{name}.weight" for name in HEADS}
     largest, tensors = 2 ** (bits - 1) - 1, load_file(rounded.folder / "model.safetensors")
     for name in exact.sparse_names:
         want, linear = exact.linear(name), rounded.linear(name)
@@ -98,11 +100,14 @@ def test_each_weight_is_the_nearest_multiple_of_its_scale(pruned, exact, way):
         assert torch.equal(decoded.double()[decoded != 0], (integers * step).float().double()[integers != 0]), name
 
 
-def test_the_head_is_rounded_row_by_row(pruned, exact):
-    tensors, weight = load_file(pruned("int4, 32") / "model.safetensors"), Reader(exact).tensor("lm_head.weight")
-    integers, scales = tensors["lm_head.integers"].double(), tensors["lm_head.weight_scale"].double()
-    assert integers.shape == weight.shape and (integers.abs().amax(1) == 127).all()
-    torch.testing.assert_close(scales, weight.double().abs().amax(1, keepdim=True) / 127, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_head_and_embedding_are_rounded_row_by_row(name, pruned, exact):
+    tensors, weight = load_file(pruned("int4, 32") / "model.safetensors"), Reader(exact).tensor(f"{name}.weight")
+    integers, scales = tensors[f"{name}.integers"].double(), tensors[f"{name}.weight_scale"].double()
+    used = weight.any(1)  # the row of a padding token is zero
+    assert integers.shape == weight.shape and torch.equal(integers.abs().amax(1), 127.0 * used)
+    want = weight.double().abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(scales[used], want[used], rtol=1e-6, atol=0)
     assert ((integers * scales - weight).abs() / scales).max() <= 0.5 + 1e-4
 
 
@@ -128,6 +133,12 @@ def test_a_tied_head_is_stored_once(options, names, tiny, text, tmp_path):
     )
     dense = load_file(tiny("gemma2") / "model.safetensors")
     assert take_inventory(reader)["totals"]["dense_bytes"] == sum(tensor.nbytes for tensor in dense.values())
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_an_untied_one_can_be_left_out(name, tiny, text, tmp_path):
+    out = run(tiny("llama"), tmp_path / "out", text, weights="int8", reconstruct="none", ignore=(name,))
+    assert {*Reader(out).int8_names} == HEADS - {name} and f"{name}.weight" in Reader(out).files
 
 
 @each_way

@@ -28,10 +28,10 @@ def ranks(engine, monkeypatch):
     from vllm.model_executor.layers import linear
     from vllm.model_executor.layers.mamba import mamba_mixer2
 
-    from ria_vllm.serve.linear import int8_rows
     from ria_vllm.serve.load import load_report
+    from ria_vllm.serve.model import int8_heads
 
-    monkeypatch.setattr(int8_rows, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
+    monkeypatch.setattr(int8_heads, "get_pp_group", lambda: SimpleNamespace(is_last_rank=True))
 
     def become(rank, size):
         for module in (linear, parameter, load_report, mamba_mixer2):

@@ -43,8 +43,8 @@ class Stored:
     """How a checkpoint stores linears.
 
     Attributes:
-        format: of those that are pruned.
-        inputs: to what they round their inputs. Where that is int8, the head is in int8, too.
+        format: of those that are pruned. Where it has integers, the head and the embedding are in int8, too.
+        inputs: to what they round their inputs.
         int8: the linears that are not pruned are in int8.
         dtype: of all else, but for what vLLM keeps in float32.
     """
@@ -209,7 +209,8 @@ class Checkpoint:
     @property
     def in_int8(self):
         """The matrices that are not pruned and in int8."""
-        return [self.head] * isinstance(self.weight_format, IntFormat) + DENSE * self.stored.int8
+        outside = {"model.embed", self.head} if isinstance(self.weight_format, IntFormat) else set()
+        return sorted(outside) + DENSE * self.stored.int8
 
     def tensors(self, training):
         rng = torch.Generator().manual_seed(training)

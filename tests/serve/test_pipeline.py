@@ -10,6 +10,7 @@ from compare import check, differences, generate, prompts
 from gguf_files import save_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.cli import group
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,7 @@ def made(tmp_path_factory):
         sparse, dense = folder / f"{name}-sparse", folder / f"{name}-dense"
         ria_vllm("compress", model, "-o", sparse, *options)
         ria_vllm("verify", sparse)
+        assert {*Reader(sparse).int8_names} == ({"model.embed_tokens", "lm_head"} if name == "int8" else set())
         ria_vllm("export", sparse, "-o", dense)
         tokenizer = AutoTokenizer.from_pretrained(dense) if name == "smollm2" else None
         given[name] = [tokenizer(text).input_ids for text in TEXTS] if tokenizer else prompts()

@@ -228,8 +228,7 @@ def write(
     in_int8 = {n: m for n, m in linears(model).items() if int8 and n not in pruned}
     for module in in_int8.values() if rounded else ():
         module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
-    of_head = "model.embed_tokens.weight" if tied(model) else "lm_head.weight"
-    rows = {f"{name}.weight" for name in in_int8} | ({of_head} if head else set())
+    rows = {f"{name}.weight" for name in in_int8} | ({"model.embed_tokens.weight", "lm_head.weight"} if head else set())
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
             module, _, part = name.rpartition(".")

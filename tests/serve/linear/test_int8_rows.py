@@ -53,14 +53,16 @@ class Model(torch.nn.Module):
 
 
 def served(tied, dtype):
-    """A model whose head is stored in int8, loaded and packed."""
-    name = "embed_tokens" if tied else "lm_head"
+    """A model whose head and embedding are stored in int8, loaded and packed."""
+    names = {"embed_tokens"} if tied else {"embed_tokens", "lm_head"}
     config = RiaConfig(RiaSchema(sparsity_config=SparsityConfig()))
-    config.int8, model = {name}, Model(tied, dtype)
+    config.int8, model = names, Model(tied, dtype)
     takers, widened = match_heads(config, model, True)
-    assert widened is None and set(takers) == {f"{name}.{part}" for part in STORED}
-    for part, tensor in STORED.items():
-        takers[f"{name}.{part}"](part, tensor)
+    assert widened is None and set(takers) == {f"{name}.{part}" for name in names for part in STORED}
+    assert model.embed_tokens.quant_method.multiplies == tied
+    for name in names:
+        for part, tensor in STORED.items():
+            takers[f"{name}.{part}"](part, tensor)
     for layer in model.children():
         layer.quant_method.process_weights_after_loading(layer)
     return model
@@ -90,14 +92,15 @@ def test_logits(tied, dtype, become):
 
 
 @each_dtype
-def test_a_lookup_gives_the_widened_rows(dtype, become):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lookup_gives_the_widened_rows(tied, dtype, become):
     ids = torch.randperm(WORDS)
     rows = (STORED["integers"].float() * STORED["weight_scale"]).to(dtype)[ids]
     for size in (1, 2):
         found = torch.zeros_like(rows)
         for rank in range(size):
             become(rank, size)
-            found += served(True, dtype).embed_tokens(ids)
+            found += served(tied, dtype).embed_tokens(ids)
         assert torch.equal(found, rows)
 
 
@@ -155,5 +158,5 @@ def advised(tensor):
 def test_large_weights_ask_for_huge_pages(become):
     layer = VocabParallelEmbedding(1 << 14, 1 << 9, params_dtype=torch.bfloat16)
     assert not advised(torch.empty(8 << 20, dtype=torch.int8))
-    Int8EmbeddingMethod("embed_tokens", looks_up=True).create_weights(layer, layer.weight)
+    Int8EmbeddingMethod("embed_tokens", looks_up=True, multiplies=True).create_weights(layer, layer.weight)
     assert advised(layer.integers) and not layer.integers.any()
