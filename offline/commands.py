@@ -180,6 +180,11 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     try:
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if distils and not alone:
+            monitor.warn(
+                "--effort best: the pruned model will not be distilled, because `distill` runs in one process. "
+                "`ria-vllm distill` does it afterwards, without torchrun."
+            )
         whole = prune_and_distill if distils and alone else run
         report = whole(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:

@@ -143,3 +143,4 @@ def test_one_of_several_processes_prunes_only(options, tmp_path, monkeypatch):
     report = {"linears": {"a": {"retained_after": 1.0}}, "verdict": {"quality": "fair"}}
     done = CliRunner(env={"WORLD_SIZE": "2"}).invoke(compress, [str(a) for a in (*options, "-o", tmp_path / "out")])
     assert done.exit_code == 0 and "next, where both models fit into memory: ria-vllm distill" in done.stderr
+    assert "will not be distilled, because `distill` runs in one process" in done.stderr
