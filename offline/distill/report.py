@@ -1,6 +1,5 @@
 """What a finished folder says of its training: in the recipe, in ria_report.json and in the model card."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,11 +44,12 @@ def verdict(this: dict[str, Any], curve: list[dict[str, Any]], still: dict[str, 
             f"this training {before['perplexity']:.2f}; KL {found['kl']:.3f}, before {before['kl']:.3f}"
         )
         return {"quality": quality} | still | {"advice": advice(found, f"`ria-vllm distill`{lower} on more --tokens")}
-    tokens, divergence = curve[-1]["tokens"] - curve[-2]["tokens"], curve[-1]["kl"]
-    # On text of the dense model's own, KL is the logarithm of what the perplexity is multiplied by.
-    ratio = {"perplexity": math.exp(divergence), "perplexity_dense": 1.0}
-    quality = f"on the last {tokens} tokens, before they were trained on: KL {divergence:.3f}"
-    return {"quality": quality} | still | {"advice": advice(ratio, "`ria-vllm distill` on more --tokens")}
+    last = curve[-1]
+    quality = (
+        f"on the last {last['tokens'] - curve[-2]['tokens']} tokens, before they were trained on: perplexity "
+        f"{last['perplexity']:.2f}, dense {last['perplexity_dense']:.2f}; KL {last['kl']:.3f}"
+    )
+    return {"quality": quality} | still | {"advice": advice(last, "`ria-vllm distill` on more --tokens")}
 
 
 def card_of(reader: Reader, teacher: str, report: dict[str, Any], warn: Callable[[str], None]) -> str:

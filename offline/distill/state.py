@@ -6,7 +6,8 @@ they will be written.
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,15 @@ from ria_vllm.offline.distill.student.parameters import diverged
 from ria_vllm.offline.distill.student.student import Student
 
 STATE = "state"
+# Means of a token in nats: KL(teacher, student), the student's cross-entropy, the teacher's.
+Losses = tuple[float, float, float]
+
+
+def means(losses: Sequence[Losses]) -> dict[str, float]:
+    """Of some that are of equally many tokens: the divergence, and the perplexities of both models."""
+    kl, loss, dense = (sum(of) / len(losses) for of in zip(*losses, strict=True))
+    perplexity, perplexity_dense = (math.exp(min(value, 700.0)) for value in (loss, dense))
+    return {"kl": kl, "perplexity": perplexity, "perplexity_dense": perplexity_dense}
 
 
 @dataclass
@@ -26,30 +36,30 @@ class Course:
     """The course of a run: all that a resumed run must know besides the parameters.
 
     step: how many are done.
-    losses: of the steps since the last point of the curve: the mean divergence of a token.
+    losses: of the steps since the last point of the curve.
     curve: points; see `point`.
     best: the step after which the held-out divergence was lowest, and that; None: nothing is held out. 0 is the start.
     """
 
     step: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[Losses] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     best: tuple[int, float] | None = None
 
-    def add(self, loss: float) -> None:
+    def add(self, losses: Losses) -> None:
         """Count a step."""
         self.step += 1
-        self.losses.append(loss)
+        self.losses.append(losses)
 
     def point(self, tokens: int, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Add a point to the curve: the mean loss since the last one, and the scores of held-out texts.
+        """Add a point to the curve: the mean losses since the last one, and the scores of held-out texts.
 
         Args:
             tokens: that were trained on until now.
         """
         found: dict[str, Any] = {"step": self.step, "tokens": tokens}
         if self.losses:
-            found["kl"] = sum(self.losses) / len(self.losses)
+            found |= means(self.losses)
         if scores:
             found["held_out"] = scores
         found = json.loads(json.dumps(found, sort_keys=True))  # in the order in which a resumed run reads it

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.divergence import divergence
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.state import Course, Work
+from ria_vllm.offline.distill.state import Course, Losses, Work, means
 from ria_vllm.offline.distill.student.parameters import diverged
 from ria_vllm.offline.distill.student.student import Student
 from ria_vllm.offline.distill.teacher import asked
@@ -64,15 +63,15 @@ class Training:
         saved = said = begun
         left = range(course.step, recipe.steps)
         for step in self.monitor.steps(left, "training", len(left)):
-            loss = self._step(step)
-            course.add(loss)
+            losses = self._step(step)
+            course.add(losses)
             now = time.monotonic()
             rate = (course.step - before) * recipe.tokens_in_step / (now - begun)
             if recipe.measured_after(course.step):
                 self._measure(course, rate)
             elif now - said > EVERY:
                 said = now
-                self.monitor.say(f"{self._place(course)}: kl {loss:.4f}, {rate:.0f} tokens/s")
+                self.monitor.say(f"{self._place(course)}: kl {losses[0]:.4f}, {rate:.0f} tokens/s")
             if now - saved > self.save_every and course.step < recipe.steps:
                 self._save(course)
                 saved = time.monotonic()
@@ -87,8 +86,8 @@ class Training:
         self._save(course, over=True)
         return course
 
-    def _step(self, step: int) -> float:
-        """One step, counted from 0; the mean divergence of its tokens."""
+    def _step(self, step: int) -> Losses:
+        """One step, counted from 0; what its tokens lose before it."""
         recipe, pace = self.recipe, self.student.pace
         pace.lr, pace.number = recipe.rate(step), step + 1
         windows = self.windows[step * recipe.batch : (step + 1) * recipe.batch]
@@ -96,12 +95,12 @@ class Training:
         wanted = asked(self.teacher, tokens)
         logits = self.student.logits(tokens)
         slope = torch.empty_like(logits)
-        loss = float(divergence(wanted, logits.detach(), slope).mean(dtype=torch.float64))
+        losses = _losses(wanted, logits.detach(), tokens, slope)
         del wanted
-        if not math.isfinite(loss):
-            raise diverged(step + 1, f"loss {loss}")
+        if not math.isfinite(losses[0]):
+            raise diverged(step + 1, f"loss {losses[0]}")
         logits.backward(slope.div_(len(slope)))
-        return loss
+        return losses
 
     @torch.no_grad()
     def _scores(self) -> Scores:
@@ -112,23 +111,17 @@ class Training:
         """
         found = {}
         for name, windows in self.held_out.items():
-            kl = loss = dense = 0.0
+            losses = []
             for window in self.monitor.steps(windows, "measuring", len(windows)):
-                tokens = window.to(self.student.model.device)
-                logits = self.student.logits(tokens[None])
-                wanted = asked(self.teacher, tokens[None])
-                kl += float(divergence(wanted, logits).mean()) / len(windows)
-                loss, dense = (
-                    total + float(functional.cross_entropy(one[:-1].float(), tokens[1:])) / len(windows)
-                    for total, one in ((loss, logits), (dense, wanted))
-                )
-            if not math.isfinite(loss) or not math.isfinite(kl):
+                tokens = window[None].to(self.student.model.device)
+                logits = self.student.logits(tokens)
+                losses.append(_losses(asked(self.teacher, tokens), logits, tokens))
+            if not all(math.isfinite(kl + loss) for kl, loss, _ in losses):
                 raise RiaError(
                     f"{name}: the student's predictions are not finite. Give a smaller --lr, or check that the model "
                     "works if this was before the first step."
                 )
-            perplexities = {"perplexity": loss, "perplexity_dense": dense}
-            found[name] = {key: math.exp(min(value, 700.0)) for key, value in perplexities.items()} | {"kl": kl}
+            found[name] = means(losses)
         return found
 
     def _measure(self, course: Course, rate: float = 0.0) -> None:
@@ -151,3 +144,17 @@ class Training:
 
     def _place(self, course: Course) -> str:
         return f"step {course.step} of {self.recipe.steps}"
+
+
+def _losses(
+    teacher: torch.Tensor, student: torch.Tensor, tokens: torch.Tensor, slope: torch.Tensor | None = None
+) -> Losses:
+    """Of these tokens.
+
+    Args:
+        teacher, student, slope: as for `divergence`.
+        tokens: int64 [sequences, tokens]. Nothing follows the last one of a sequence.
+    """
+    found = divergence(teacher, student, slope, tokens.roll(-1, 1).flatten())
+    loss, dense = found[1:].view(2, *tokens.shape)[..., :-1].flatten(1).mean(1, dtype=torch.float64).tolist()
+    return float(found[0].mean(dtype=torch.float64)), loss, dense

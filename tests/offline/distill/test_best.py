@@ -49,6 +49,7 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     said = "".join(done.stderr.splitlines(keepends=True)[-5:])
     report = json.loads((tmp_path / "out" / "ria_report.json").read_text())
     assert {"quality", "size", "advice"} <= report["verdict"].keys() and "next" not in said
+    assert re.search(r"perplexity \d+\.\d\d, dense \d+\.\d\d; KL \d\.\d{3}$", report["verdict"]["quality"])
     assert "\n".join(report["verdict"].values()) in said
     repeated = [options[0], "--calibration", text, "--recipe", tmp_path / "out" / "ria_report.json"]
     assert "`distill` that it names is not repeated" in invoke(compress, *repeated, "-o", tmp_path / "again").stderr

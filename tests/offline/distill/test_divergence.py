@@ -29,6 +29,10 @@ def test_it_and_its_gradient_are_those_of_autograd(block, dtype, excluded, monke
     wanted, found = formula(teacher, wide), divergence(teacher, student, slope)
     assert found.dtype == torch.float32 and torch.allclose(found.double(), wanted, rtol=1e-5, atol=1e-6)
     assert torch.equal(divergence(teacher, student), found)
+    following = torch.arange(TOKENS) % 5
+    all_three = divergence(teacher, student, following=following)
+    entropies = [torch.nn.functional.cross_entropy(x.double(), following, reduction="none") for x in (student, teacher)]
+    assert torch.equal(all_three[0], found) and torch.allclose(all_three[1:].double(), torch.stack(entropies))
     (gradient,) = torch.autograd.grad(wanted.sum(), wide)
     assert torch.allclose(slope.double(), gradient, rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=1e-6)
 

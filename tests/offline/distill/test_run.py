@@ -147,7 +147,7 @@ def test_the_curve_says_what_eval_measures(pruned, text, tmp_path):
     assert all(f"- {said[key]}" in card for key in ("quality", "size")) and before["quality"] not in card
 
 
-def test_the_curve_holds_the_mean_divergence_of_what_is_trained_on(pruned, text, tmp_path):
+def test_the_curve_holds_the_means_of_what_is_trained_on(pruned, text, tmp_path):
     """With a learning rate of 0, over all of the text."""
     dense, folder = pruned()
     report = run(dense, folder, tmp_path / "out", text, lr=0.0, evals=1)
@@ -156,8 +156,13 @@ def test_the_curve_holds_the_mean_divergence_of_what_is_trained_on(pruned, text,
     with torch.no_grad():
         p, q = (load_model(str(path), CPU)(input_ids=windows).logits.log_softmax(-1) for path in (dense, folder))
     wanted = float((p.exp() * (p - q)).sum(-1).mean())
-    assert report["distill"][0]["curve"][-1]["kl"] == pytest.approx(wanted, rel=1e-4)
-    assert report["verdict"]["quality"] == f"on the last 1024 tokens, before they were trained on: KL {wanted:.3f}"
+    following = windows[:, 1:, None]
+    teachers, own = (float((-one[:, :-1].gather(-1, following)).mean().exp()) for one in (p, q))
+    point = {"kl": wanted, "perplexity": own, "perplexity_dense": teachers}
+    last = report["distill"][0]["curve"][-1]
+    assert {key: last[key] for key in point} == pytest.approx(point, rel=1e-4)
+    said = f"perplexity {own:.2f}, dense {teachers:.2f}; KL {wanted:.3f}"
+    assert report["verdict"]["quality"] == f"on the last 1024 tokens, before they were trained on: {said}"
 
 
 def test_it_keeps_the_best_step(pruned, text, tmp_path, monkeypatch):
@@ -197,7 +202,7 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     """With the seed of its own for text, at temperature 1: what the teacher's sampling function gives."""
     dense, folder = pruned()
     trained_on = []
-    monkeypatch.setattr(Training, "_step", lambda self, number: trained_on.append(self.windows) or 0.0)
+    monkeypatch.setattr(Training, "_step", lambda self, number: trained_on.append(self.windows) or (0.0, 0.0, 0.0))
     recipe = Distillation(tokens=16 * 64, seq_len=64, batch=2)
     assert recipe.text == "self"
     distill(folder, str(dense), tmp_path / "out", recipe, Settings(), Monitor(shown=False))
@@ -218,7 +223,7 @@ def test_a_teacher_with_a_chat_template_answers_prompts(pruned, tmp_path, monkey
     monkeypatch.setattr(
         "ria_vllm.offline.distill.run.from_model", lambda *args: (asked.append(args[-1]), from_model(*args))[1]
     )
-    monkeypatch.setattr(Training, "_step", lambda self, number: 0.0)
+    monkeypatch.setattr(Training, "_step", lambda self, number: (0.0, 0.0, 0.0))
     distill(
         folder, str(dense), tmp_path / "out", Distillation(tokens=256, seq_len=64), Settings(), Monitor(shown=False)
     )
