@@ -99,6 +99,8 @@ class Result:
                     "chosen does not lose the same. Ask for less."
                 )
             judged = verdict(loss, recipe) | judged
+        elif not recipe.reads_text:
+            judged["quality"] = "Its weights are the dense model's: nothing is lost."
         return {VERDICT: {key: judged[key] for key in VERDICT_KEYS if key in judged}} | found
 
     def _dumped_recipe(self, smoothed: int, rotated: int) -> dict[str, Any]:

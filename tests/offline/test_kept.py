@@ -72,8 +72,9 @@ def test_nothing_is_read_where_weights_are_copied(recovered, tmp_path):
     """Neither a text, which is not there, nor the whole model, to write one."""
     report, _ = run_small(recovered, tmp_path / "out", tmp_path / "no.txt", reconstruct="block")
     assert report["recipe"]["calibration"] == "none" and report["recipe"]["method"] == "another program's"
+    assert report["verdict"]["quality"] == "Its weights are the dense model's: nothing is lost."
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "pruned by another program" in card and "| 2:4 already | 14 of them, which kept their zeros |" in card
+    assert f"- {report['verdict']['quality']}" in card and "pruned by another program" in card and "| 2:4 already | 14 of them, which kept their zeros |" in card
 
 
 def inputs_of(folder: Path, text: Path, name: str) -> torch.Tensor:
@@ -230,6 +231,7 @@ def test_prune_rest(scheme, recovered, text, tmp_path):
     report, _ = run_small(source, tmp_path / "out", text, **options)
     weights = weights_of(source)
     others = [name[:-7] for name in weights if is_linear(name) and name[:-7] != UP]
+    assert "nothing is lost" not in report["verdict"]["quality"]
     reader = check_masks(weights, tmp_path / "out", others)
     assert report["kept"] == {"linears": 13, "pruned": 1} and UP in reader.sparse_names
     assert {name for name, record in report["linears"].items() if "block_loss" in record} == {UP}
@@ -285,4 +287,4 @@ def test_experts(scheme, text, tmp_path):
     assert set(reader.sparse_names) == set(kept)
     report, _ = run_small(source, tmp_path / "all", text, prune_rest=True, **SCHEMES[scheme])
     check_masks(weights, tmp_path / "all", kept)
-    assert report["kept"] == {"linears": len(kept), "pruned": 12}
+    assert report["kept"] == {"linears": len(kept), "pruned": 12} and "quality" not in report["verdict"]
