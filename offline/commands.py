@@ -64,14 +64,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     help="Prune only as much as makes a step of decoding for one user this many times as fast as with all linears "
     "dense (in int8 if the scheme has integers), such as 1.3: estimated, for CPUs only. Takes twice as long.",
 )
-@quality(
-    "--pattern",
-    type=click.Choice(list(PATTERNS)),
-    default=str(TWO_OF_FOUR),
-    show_default=True,
-    help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size, on "
-    "CPUs; GPUs multiply 2:4 only.",
-)
+@shared.pattern
 @quality("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")
 @shared.device
 @shared.overwrite

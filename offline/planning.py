@@ -9,6 +9,7 @@ import torch
 
 from ria_vllm.errors import printable
 from ria_vllm.files.sizes import human_size
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.commands import EFFORTS
@@ -26,15 +27,16 @@ from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
-from ria_vllm.speed import expected, measured, of_eight, served_by
+from ria_vllm.speed import expected, measured_here, of_eight, served_by
 from ria_vllm.table import print_table
 
 
 @click.command()
 @click.argument("model")
 @options.scheme
+@options.pattern
 @options.device
-def plan(model: str, scheme: str, device: str) -> None:
+def plan(model: str, scheme: str, pattern: str, device: str) -> None:
     """Say what `compress` would make of MODEL here, how long it would take, and how fast the result should be served.
 
     MODEL is a Hugging Face folder or a hub id, of which only config.json and the headers of the weight files are
@@ -45,7 +47,8 @@ def plan(model: str, scheme: str, device: str) -> None:
         source = opened(str(folder), Ranks(), monitor)
         streamed = StreamedModel(source.folder, source.config, place)
         longest = getattr(text_config(source.config), "max_position_embeddings", None)
-        recipe = Recipe.of_options(SCHEMES[scheme] | EFFORTS["default"]).within(longest)
+        words = SCHEMES[scheme] | EFFORTS["default"] | {"pattern": PATTERNS[pattern]}
+        recipe = Recipe.of_options(words).within(longest)
         kept = find_kept(streamed, recipe, monitor) if is_here else Kept()
         recipe = keeping(recipe.fitting(widths(streamed, recipe)), kept, monitor)
         still = replace(recipe, smooth=0.0, rotate="none")  # what scales and heads allow is nothing that is said
@@ -74,10 +77,11 @@ def plan(model: str, scheme: str, device: str) -> None:
     fetched = "" if is_here else f", and {human_size(dense)} to fetch the model"
     click.echo(f"result:  {scheme}, {human_size(size)}; twice that on the disk while it is written{fetched}")
     click.echo(f"kernel:  {kernel}")
-    speed = expected(sizes, scheme, measured(instructions, scheme, streamed.stored_dtype))
-    click.echo(f"tokens/s {speed or 'unknown: nothing was measured on such a device'}")
+    speed = expected(sizes, scheme, measured_here(scheme, recipe.pattern, streamed.stored_dtype, place))
+    click.echo(f"tokens/s {speed or f'unknown: {pattern} in {scheme} was not measured on such a device'}")
     inputs = {"none": streamed.stored_dtype, "int8": torch.int8}.get(recipe.activations)
-    if (eight := of_eight(inputs, instructions)) and not recipe.only_keeps:
+    eight = of_eight(inputs, instructions) if recipe.pattern == TWO_OF_FOUR and not recipe.only_keeps else ""
+    if eight:
         click.echo(f"8:16:    {eight}")
     whole = human_size(round(forecast.LIBRARIES + forecast.weights_of(streamed) * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.format.schemes import SCHEMES
-from ria_vllm.grouped_help import expert, grouped
+from ria_vllm.grouped_help import expert, grouped, quality
 
 RUN = "This run"
 
@@ -31,4 +32,12 @@ scheme = click.option(
     help="Bits of kept weights and of activations. BF16: the model's own dtype; W8, W4: integers of about 5 and 3 bits "
     "a weight instead of 9; A8: linears round their inputs to int8, each token by its own scale. FP8: e4m3 for both, "
     "which GPUs of compute capability 9.0 multiply (preview: not measured); others, and CPUs, serve it as BF16.",
+)
+pattern = quality(
+    "--pattern",
+    type=click.Choice(list(PATTERNS)),
+    default=str(TWO_OF_FOUR),
+    show_default=True,
+    help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size, on "
+    "CPUs; GPUs multiply 2:4 only.",
 )

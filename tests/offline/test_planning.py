@@ -5,12 +5,13 @@ import re
 import hub as stand_in
 import pytest
 from click.testing import CliRunner
-from compressing import run_small
-from recovered import save_recovered
+from compressing import edited, run_small
+from recovered import is_linear, save_recovered
 
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
+from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.planning import plan
 
@@ -77,6 +78,36 @@ def test_of_a_hub_id_it_reads_headers_only(hub, recovered):
     # Weights alone tell that it is 2:4 already, and has to be copied only.
     assert folder.count("that of copying") == 3 and "that of copying" not in found
     assert "do not tell" in found and "do not tell" not in folder
+
+
+@pytest.fixture
+def eight(tiny, tmp_path):
+    """A model that is 8:16 already, and not 2:4."""
+
+    def change(tensors):
+        for name in filter(is_linear, tensors):
+            tensors[name].view(-1, 16)[:, 8:] = 0
+
+    return edited(tiny("llama"), tmp_path / "eight", change)
+
+
+def test_of_a_model_of_a_wider_pattern_it_names_the_option_that_works(eight):
+    with pytest.raises(RiaError, match=r"is 8:16 already.*--pattern 8:16 keeps"):
+        planned(eight)
+    assert planned(eight, "--pattern", "8:16").count("that of copying") == 3
+
+
+def test_another_pattern_has_the_speed_that_compress_says(tiny, text, tmp_path, monkeypatch):
+    """With inputs in 8 bits, that of 2:4; in 16 bits none is known."""
+    monkeypatch.setenv("RIA_VLLM_CPU_ISA", "avx2")
+    for scheme in ("W8A8", "BF16"):
+        options = SCHEMES[scheme] | {"pattern": PATTERNS["8:16"]}
+        report, _ = run_small(tiny("llama"), tmp_path / scheme, text, **options)
+        said = planned(tiny("llama"), "--scheme", scheme, "--pattern", "8:16")
+        speed = re.search(r"^tokens/s (.*)", said, re.M)[1]
+        _, _, expected = report["verdict"].get("speed", "").partition("estimated: ")
+        assert speed == (expected or f"unknown: 8:16 in {scheme} was not measured on such a device")
+        assert bool(expected) == (scheme == "W8A8") and "--pattern" not in said
 
 
 def test_names_that_lead_nowhere(hub, tmp_path):
