@@ -145,7 +145,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
 
     from ria_vllm.files.json_file import read_json
     from ria_vllm.files.sizes import parse_size
-    from ria_vllm.offline.distill.best import prune_and_distill
+    from ria_vllm.offline.distill.best import of_best, prune_and_distill, repeated
     from ria_vllm.offline.recipe import Recipe
     from ria_vllm.offline.run.compress import Settings
     from ria_vllm.offline.run.compress import compress as run
@@ -160,26 +160,32 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     options |= {"group_size": int(size) if size and size.isdigit() else size}
     source = click.get_current_context().get_parameter_source
     given = {name for name in options if source(name) is ParameterSource.COMMANDLINE}
-    distils = options["effort"] == "best" and (saved is None or "effort" in given)
+    effort = options["effort"]
     for name, words in (("scheme", SCHEMES), ("effort", EFFORTS)):
         meant = words[options.pop(name)]
         options |= {key: value for key, value in meant.items() if options.get(key) is None}
         given |= meant.keys() if name in given else set()
     if saved is not None:
         options = Recipe.saved(saved, given) | {name: options[name] for name in given & options.keys()}
-        if not distils and read_json(saved)["recipe"].get("distill"):
-            monitor.warn("--recipe: the training by `distill` that it names is not repeated.")
     recipe = Recipe.of_options(options)
+    training = of_best(recipe) if effort == "best" else None
+    if saved is not None and training is None and (found := read_json(saved)["recipe"]).get("distill"):
+        if "effort" not in given:
+            training = repeated(found, Recipe.of_options(Recipe.saved(saved)), recipe)
+        if training is None:
+            monitor.warn("--recipe: the training by `distill` that it names is not repeated.")
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     try:
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        if distils and not alone:
+        if training is not None and not alone:
             monitor.warn(
                 "--effort best: the pruned model will not be distilled, because `distill` runs in one process. "
                 "`ria-vllm distill` does it afterwards, without torchrun."
             )
-        whole = prune_and_distill if distils and alone else run
-        report = whole(model, out, recipe, settings, monitor)
+        if training is not None and alone:
+            report = prune_and_distill(model, out, recipe, training, settings, monitor)
+        else:
+            report = run(model, out, recipe, settings, monitor)
     except KeyboardInterrupt:
         raise RiaError(f"interrupted. What is finished is kept beside {out}; add --resume to continue.") from None
     monitor.say("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in monitor.seconds.items()))

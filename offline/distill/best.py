@@ -27,8 +27,36 @@ from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
-def prune_and_distill(model: str, out: Path, recipe: Recipe, settings: Settings, monitor: Monitor) -> dict[str, Any]:
-    """Compress `model` into `OUT.pruned`, and distil that into `out`; or only compress, and say why.
+def of_best(recipe: Recipe) -> Distillation:
+    """How `--effort best` trains what this recipe prunes."""
+    own = 0.0 if recipe.calibration == "self" else 0.5
+    dtype = "auto" if recipe.compute_dtype == "float16" else recipe.compute_dtype
+    return Distillation(
+        tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed
+    )
+
+
+def repeated(saved: dict[str, Any], before: Recipe, now: Recipe) -> Distillation | None:
+    """How to train as a folder of `--effort best` was; None if that was trained in another way.
+
+    Args:
+        saved: the recipe of its report, which may say anything.
+        before, now: what that says of pruning, and the same with what is given beside it.
+    """
+    runs, own = saved.get("distill"), of_best(before).model_dump(mode="json")
+    run = runs[0] if isinstance(runs, list) and len(runs) == 1 and isinstance(runs[0], dict) else {}
+    chosen = {key: run.get(key) for key in ("seq_len", "compute_dtype")}  # for that model
+    if run | own | chosen | {"teacher": saved.get("source"), "text": Path(before.calibration).name} != run:
+        return None
+    if now.compute_dtype != before.compute_dtype:
+        del chosen["compute_dtype"]
+    return of_best(now).with_options(**chosen)
+
+
+def prune_and_distill(
+    model: str, out: Path, recipe: Recipe, how: Distillation, settings: Settings, monitor: Monitor
+) -> dict[str, Any]:
+    """Compress `model` into `OUT.pruned`, and distil that into `out` as `how` says; or only compress, and say why.
 
     A resumed run does what was begun, however much memory is free now.
 
@@ -43,11 +71,6 @@ def prune_and_distill(model: str, out: Path, recipe: Recipe, settings: Settings,
     pruned = out.with_name(f"{out.name}.pruned")
     if pruned.exists() and not (pruned / HALF_FILE).is_file():
         raise RiaError(f"{pruned}: needed for the pruned model, but it holds something else. Move it away.")
-    own = 0.0 if recipe.calibration == "self" else 0.5
-    dtype = "auto" if recipe.compute_dtype == "float16" else recipe.compute_dtype
-    how = Distillation(
-        tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed
-    )
     distils = bool(pruned.exists() or begun_run(pruned))
     if not settings.resume or not (distils or begun_run(out)):  # nothing says what was begun
         why = _obstacle(model, recipe, how, settings.device, monitor)

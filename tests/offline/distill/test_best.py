@@ -51,14 +51,42 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     assert {"quality", "size", "advice"} <= report["verdict"].keys() and "next" not in said
     assert re.search(r"perplexity \d+\.\d\d, dense \d+\.\d\d; KL \d\.\d{3}$", report["verdict"]["quality"])
     assert "\n".join(report["verdict"].values()) in said
-    repeated = [options[0], "--calibration", text, "--recipe", tmp_path / "out" / "ria_report.json"]
-    assert "`distill` that it names is not repeated" in invoke(compress, *repeated, "-o", tmp_path / "again").stderr
+    saved = [options[0], "--calibration", text, "--recipe", tmp_path / "out" / "ria_report.json"]
+    repeated = invoke(compress, *saved, "-o", tmp_path / "again")
+    assert repeated.exit_code == 0 and "not repeated" not in repeated.stderr
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
     # The first half alone names the second.
     (line,) = (line for line in hint.splitlines() if line.startswith("next"))
     program, command, *words = shlex.split(line.partition(": ")[2])
     asked = distill.make_context(command, words).params
     assert program == "ria-vllm" and asked["folder"] == tmp_path / "pruned" and asked["teacher"] == str(options[0])
     assert asked["text"] == str(text) and asked["self_written"] == 0.5
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"teacher": "another"}, {"eval_text": ["a.txt"]}, "twice", "none"])
+def test_a_training_of_other_options_is_not_repeated(change, options, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: {"linears": {}, "verdict": {}})
+    monkeypatch.setattr(best, "prune_and_distill", lambda *arguments: runs.append(arguments[3]) or {})
+    how = {"tokens": TOKENS, "text": options[2].name, "self_written": 0.5, "seq_len": 48, "batch": 2, "lr": 3e-4}
+    how |= {"eval_text": [], "eval_tokens": 8192, "evals": 10, "compute_dtype": "bfloat16", "seed": 7}
+    run = how | {"teacher": "dense", "steps": 42}
+    changed = [run] * 2 if change == "twice" else "none" if change == "none" else [run | change]
+    report = tmp_path / "report.json"
+
+    def repeat(distilled: object, *more: object) -> str:
+        recipe = {"pattern": "2:4", "scheme": "BF16", "calibration": options[2].name, "seed": 7, "source": "dense"}
+        report.write_text(json.dumps({"recipe": recipe | {"distill": distilled}}))
+        words = [options[0], "--calibration", options[2], "-o", tmp_path / "out", "--recipe", report, *more]
+        return invoke(compress, *words).stderr
+
+    assert "not repeated" in repeat(changed) and "not repeated" in repeat([run], "--effort", "default") and not runs
+    repeat([run])
+    repeat([run], "--seed", 8)
+    repeat([run], "--compute-dtype", "float32")
+    said = how | {"text": str(options[2])}
+    wanted = [said, said | {"seed": 8}, said | {"compute_dtype": "float32"}]
+    assert [one.model_dump(mode="json") for one in runs] == wanted
 
 
 def test_interrupted_in_either_half_it_goes_on(options, tmp_path, monkeypatch):
