@@ -27,7 +27,7 @@ TRAINED, FELT, STEPPED = 3, 23, 300
 # Tokens that `--effort best` distils on; for each of them, multiply-adds a weight, and bytes a channel of the linears.
 DISTILLED, TAUGHT, RETURNED = 262_144, 5, 170
 # Bytes of the process before it has loaded anything; layers in memory at the peak, in bfloat16 and float32.
-LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.5, 8.5
+LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.75, 8.5
 
 
 def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
