@@ -1,6 +1,6 @@
 # make demo   a pruned model from nothing to `vllm serve`
 # make test   the whole test suite
-# make test-zoo  compress and serve a tiny model of every family, and write docs/model-families.md (six minutes)
+# make test-zoo  compress and serve a tiny model of every family, and write docs/lab/model-families.md (six minutes)
 # make lint   ruff, mypy, clang-format, hadolint, the contracts on which module may import which, and how long the docs
 #                are
 # make docs   the README and docs/ as a site, in .work/site
@@ -66,7 +66,7 @@ test: .venv/ready $(OLD_WRITER)
 ZOO ?=
 
 test-zoo: .venv/ready
-	PYTHONPATH=tests $(BIN)/python -m zoo.run docs/model-families.json $(ZOO)
+	PYTHONPATH=tests $(BIN)/python -m zoo.run docs/lab/model-families.json $(ZOO)
 	PYTHONPATH=tests $(BIN)/python -m zoo.table
 	$(BIN)/python -m pytest -n 0 tests/zoo -m "not slow"
 

@@ -1,4 +1,4 @@
-"""Write docs/model-families.md from docs/model-families.json and the toys: `python -m zoo.table`."""
+"""Write docs/lab/model-families.md from docs/lab/model-families.json and the toys: `python -m zoo.table`."""
 
 import json
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from zoo.check import ALIKE, SHARE, consumers_that_gather, reasons
 from zoo.toy import Toy
 from zoo.toys import TOYS
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE, RESULTS = DOCS / "model-families.md", DOCS / "model-families.json"
+LAB = Path(__file__).parents[2] / "docs" / "lab"
+PAGE, RESULTS = LAB / "model-families.md", LAB / "model-families.json"
 TEXT = """\
-<!-- `make test-zoo` writes this page from docs/model-families.json and tests/zoo. -->
+<!-- `make test-zoo` writes this page from docs/lab/model-families.json and tests/zoo. -->
 
 # Model families, measured
 
 `make test-zoo` builds a tiny random model of each type below, compresses, verifies and exports it, and compares vLLM on
-the compressed folder with transformers on the exported one. It writes this page, and docs/model-families.json with all
-numbers. What `compress` prunes, and how it finds folds, is in [layers.md](lab/layers.md).
+the compressed folder with transformers on the exported one. It writes this page, and model-families.json with all
+numbers. What `compress` prunes, and how it finds folds, is in [layers.md](layers.md).
 
 Measured with {versions}: {toys} toys of {types} model types. vLLM's CPU build serves {served}
 of the toys.
@@ -47,7 +47,7 @@ median difference may not exceed 1e-3.
 Where vLLM and transformers disagree about a dense model on the hub, the toy is shaped, or vLLM is run, so that they
 agree. In brackets, the column **dense** says how. If the difference is still more than {alike:.0e}, it says why. What
 vLLM does wrong with a dense model, it does wrong with a pruned one, too. Where there is a way out,
-[troubleshooting](troubleshooting.md#serving) has it.
+[troubleshooting](../troubleshooting.md#serving) has it.
 
 {table}"""
 HEADER = ("model_type", "pruned", "folded", "gathers", "stays dense", "dense", "pruned and served")
@@ -121,10 +121,10 @@ def _markdown(header: Sequence[str], rows: list[str]) -> str:
 
 
 def page(results: dict[str, Any]) -> str:
-    """All of docs/model-families.md.
+    """All of docs/lab/model-families.md.
 
     Args:
-        results: the content of docs/model-families.json.
+        results: the content of docs/lab/model-families.json.
     """
     records = results["types"]
     versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
