@@ -17,7 +17,6 @@ from ria_vllm.offline.model.run.loading import Loader
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import forecast
-from ria_vllm.offline.run.heads import heads_in_int8
 from ria_vllm.offline.run.plan import Kept, Plan, linears_to_prune, widths
 
 PAGE = Path(__file__).parents[2] / "docs" / "compress.md"
@@ -92,8 +91,6 @@ def size(model: StreamedModel, scheme: str) -> tuple[int, int]:
     experts = {index: frozenset(experts_to_prune(model, index, recipe)) for index in layers}
     plan = Plan(pruned, dict.fromkeys(layers, frozenset()), {}, (), experts, {}, Kept())
     _, dense, stored = forecast.sizes_of(model, plan, recipe)
-    if scheme.endswith("A8") and (embedding := "model.embed_tokens.weight") not in heads_in_int8(model, recipe):
-        stored -= prod(model.tensors.shape(embedding))  # one byte of two
     return dense, stored
 
 
