@@ -37,6 +37,7 @@ NAMES = {
     f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its new weights afterwards, or its old ones",
     f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",
     "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
+    "vllm.utils.ompmultiprocessing.OMPProcessManager": "`bench` gives llama.cpp as many threads as vLLM takes",
     "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files it names the former ones",
     "vllm.v1.worker.worker_base.WorkerBase": "`verify --served` asks each worker for its proofs",
 }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ria_vllm.checkpoint.weight_files import weight_files
-from ria_vllm.serve.benchmark.llama_cpp import Ask, LlamaCpp
+from ria_vllm.serve.benchmark.llama_cpp import Ask, LlamaCpp, vllm_threads
 
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
@@ -25,6 +25,9 @@ class Vllm:
 
     def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
         return of_vllm
+
+    def threads(self) -> int | None:
+        return vllm_threads()
 
     def weight_files(self, model: str) -> set[Path]:
         return set(weight_files(Path(model)).values())
@@ -48,6 +51,9 @@ class OpenAi:
 
     def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
         return []
+
+    def threads(self) -> None:
+        return None
 
     def weight_files(self, model: str) -> set[Path]:
         return set()

@@ -6,19 +6,39 @@ request, whose prompt is what precedes; llama.cpp keeps keys and values of the r
 
 import argparse
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ria_vllm.errors import RiaError
 
 VOCABULARY = 1 << 20  # at most
 Ask = Callable[..., Any]  # (path, content of a POST request) -> the answer
+
+
+@cache
+def vllm_threads() -> int | None:
+    """With which vLLM's engine computes here, in all ranks that VLLM_CPU_OMP_THREADS_BIND names; None on a GPU."""
+    import torch
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    if not current_platform.is_cpu():
+        return None
+    logging.getLogger(OMPProcessManager.__module__).disabled = True  # servers say it in their logs
+    ranks = envs.VLLM_CPU_OMP_THREADS_BIND.count("|") + 1
+    parallel = SimpleNamespace(local_world_size=ranks, data_parallel_rank_local=None, _api_process_count=1)
+    cores = OMPProcessManager(SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)).cpu_lists
+    return sum(map(len, cores)) or torch.get_num_threads()  # nobind
 
 
 class LlamaCpp:
@@ -31,7 +51,7 @@ class LlamaCpp:
     gives_logprobs = True
 
     def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
-        """With all cores of this process and no cache of prompts.
+        """With as many threads as vLLM has, and no cache of prompts.
 
         Raises:
             RiaError: the file or llama.cpp is missing.
@@ -46,11 +66,15 @@ class LlamaCpp:
             )
         start = [sys.executable, "-m", __spec__.name] if server is None else [server]
         start += ["--model", model, "--host", "127.0.0.1", "--port", str(port)]
-        return [*start, "--threads", str(len(os.sched_getaffinity(0))), "--no-cache-prompt", *arguments]
+        return [*start, "--threads", str(self.threads()), "--no-cache-prompt", *arguments]
 
     def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
         """For so many users at once, each with a prompt and an answer of so many tokens in all."""
         return ["--parallel", str(users), "--ctx-size", str(users * tokens)]
+
+    def threads(self) -> int:
+        """As many as vLLM has, or all that this process may have if that computes on a GPU."""
+        return vllm_threads() or len(os.sched_getaffinity(0))
 
     def weight_files(self, model: str) -> set[Path]:
         """All parts of a model in parts, which llama.cpp finds itself."""

@@ -22,6 +22,7 @@ class Side:
         bytes: size of its weight files, None if unknown.
         arguments: for its `vllm serve` alone.
         pruned: the pattern and the scheme of a folder of ours, such as 2:4 W8A8; empty for others.
+        threads: with which its server computes; None on a GPU, and if it runs already.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Side:
     bytes: int | None
     arguments: tuple[str, ...] = ()
     pruned: str = ""
+    threads: int | None = None
 
 
 def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -> list[Side]:
@@ -57,7 +59,8 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
             raise RiaError(f"{sides[name].model} and {model} would both be called {name}. Name one: NAME={model}")
         if is_url(model) and name in own:
             raise RiaError(f"--serve-args-of {name}: its server runs already, at {model}.")
-        sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()), pruned(model))
+        threads = engine_of(model).threads()
+        sides[name] = Side(name, model, weight_bytes(model), own.pop(name, ()), pruned(model), threads)
     if own:
         raise RiaError(f"--serve-args-of {next(iter(own))}: no such side. There are {', '.join(sides)}.")
     return list(sides.values())
