@@ -90,7 +90,7 @@ def bench(
     """Compare the compressed folders OUT with their dense model and others under the same load.
 
     OUT and --baseline take a folder, a hub id or NAME=MODEL: whatever `vllm serve` serves, and .gguf files, which
-    llama.cpp serves. FOLDER:Q4_0, or with another of its types, is first made into one by its programs. http://HOST:PORT
+    llama.cpp serves. MODEL:Q4_0, or with another of its types, is first made into one by its programs. http://HOST:PORT
     is an OpenAI-compatible server that runs already, and goes on; #MODEL behind it names one of several models. All are
     compared with the first baseline. Each repetition serves them one after the other, and the one that goes first
     changes. With --eval-text, the table and the plot also have what each way costs in quality. The key in VLLM_API_KEY,

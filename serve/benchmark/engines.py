@@ -75,7 +75,7 @@ def is_url(model: str) -> bool:
     return re.match("https?://", model, re.IGNORECASE) is not None
 
 
-def quantization_of(model: str) -> tuple[Path, str] | None:
-    """Folder and type of FOLDER:TYPE; None for other models, and for paths that exist."""
+def quantization_of(model: str) -> tuple[str, str] | None:
+    """Model and type of MODEL:TYPE; None for other models, and for paths that exist."""
     found = re.fullmatch(r"(.+):(\w+)", model)
-    return None if found is None or is_url(model) or Path(model).exists() else (Path(found[1]), found[2])
+    return None if found is None or is_url(model) or Path(model).exists() else (found[1], found[2])

@@ -1,4 +1,4 @@
-"""MODEL:Q4_0 as a side: llama.cpp's own programs make a .gguf file of a Hugging Face folder."""
+"""MODEL:Q4_0 as a side: llama.cpp's own programs make a .gguf file of a Hugging Face folder or a hub id."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ria_vllm.checkpoint.companions import SUFFIXES
 from ria_vllm.checkpoint.weight_files import weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
@@ -13,6 +14,7 @@ from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.engines import quantization_of
 from ria_vllm.serve.benchmark.process import SupervisedProcess
 from ria_vllm.serve.benchmark.sides import Side, weight_bytes
+from ria_vllm.serve.model.checkpoint_files import FILES, folder_of
 
 CONVERT, QUANTIZE = "convert_hf_to_gguf.py", "llama-quantize"
 
@@ -21,13 +23,14 @@ def quantized(side: Side, folder: Path, monitor: Monitor) -> Side:
     """The side with the file that is made in `folder`, a new one, if it asks for that; else as it is.
 
     Raises:
-        RiaError: no folder that can be converted, a program is missing or failed.
+        RiaError: nothing that can be converted, a program is missing or failed.
     """
     asked = quantization_of(side.model)
     if asked is None:
         return side
-    source, kind = asked
-    check_source(side.model, source)
+    model, kind = asked
+    source = folder_of(model, None, [*FILES, *(f"*{suffix}" for suffix in SUFFIXES)])
+    check_source(source)
     convert, quantize = program(CONVERT), program(QUANTIZE)
     folder.mkdir(parents=True, exist_ok=True)
     whole, out = (folder / f"{side.name}{end}" for end in ("-f32.gguf", ".gguf"))
@@ -54,10 +57,8 @@ def quantized(side: Side, folder: Path, monitor: Monitor) -> Side:
     return replace(side, model=str(out), bytes=weight_bytes(str(out)))
 
 
-def check_source(model: str, source: Path) -> None:
+def check_source(source: Path) -> None:
     """Raises RiaError: not a Hugging Face folder, or one whose code llama.cpp's converter would run."""
-    if not source.is_dir():
-        raise RiaError(f"{model}: no folder {source}. llama.cpp converts folders of this machine: download it first.")
     weight_files(source)
     for name in ("config.json", "tokenizer_config.json"):
         if (source / name).is_file() and read_json(source / name).get("auto_map"):

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,12 @@ FILES, OTHERS = ["*.json", "*.safetensors"], ["original/*", "*consolidated*"]
 SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def folder_of(model: str, revision: str | None) -> Path:
+def folder_of(model: str, revision: str | None, files: Sequence[str] = FILES) -> Path:
     """The folder of a model: its own, or where the hub's library keeps a repository, which is downloaded now. vLLM then
     finds it there, too.
+
+    Args:
+        files: patterns of what is downloaded.
 
     Raises:
         RiaError: there is neither.
@@ -38,7 +41,7 @@ def folder_of(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(model, f"{model}: no such folder here"):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES, ignore_patterns=OTHERS))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, ignore_patterns=OTHERS))
 
 
 def files_of(folder: Path) -> dict[str, Path]:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_cache import NAME, Cache
 
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.engines import Vllm, engine_of
-from ria_vllm.serve.benchmark.llama_cpp import LlamaCpp
+from ria_vllm.serve.benchmark.llama_cpp import LlamaCpp, vllm_threads
 from ria_vllm.serve.benchmark.quantize import CONVERT, QUANTIZE, quantized
 from ria_vllm.serve.benchmark.sides import sides_of
 
@@ -35,6 +36,12 @@ def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
+
+
+@pytest.fixture(autouse=True)
+def counted_threads():
+    """While lscpu, which vLLM asks, is still on the path."""
+    vllm_threads()
 
 
 @pytest.fixture
@@ -69,6 +76,12 @@ def test_a_folder_becomes_a_gguf_side(checkout, tiny_llama, tmp_path):
     assert made(f"{tiny_llama}:q8_0", tmp_path / "gguf").name == "llama:q8_0"
 
 
+def test_a_hub_id_becomes_a_gguf_side(checkout, tiny_llama, tmp_path, monkeypatch):
+    cache = Cache(tmp_path / "cache", tiny_llama, monkeypatch)
+    side = made(f"rival={NAME}:Q4_0", tmp_path / "gguf")
+    assert json.loads(Path(side.model).read_text())["source"] == str(cache.commit())
+
+
 def test_programs_that_are_installed(checkout, tiny_llama, tmp_path):
     """The converter lies beside no server there."""
     for path in (checkout / CONVERT, checkout / "build" / "bin" / QUANTIZE):
@@ -100,12 +113,11 @@ def test_a_program_that_fails(checkout, tiny_llama, tmp_path):
         made(f"rival={tiny_llama}:Q9", tmp_path / "gguf")
 
 
-def test_a_source_that_is_none(checkout, tiny_llama, tmp_path):
+def test_a_source_that_is_none(checkout, tiny_llama, tmp_path, monkeypatch):
     """The converter runs the code that a folder names, and unpickles weights."""
-    with pytest.raises(
-        RiaError, match="org/model:Q4_0: no folder org/model. llama.cpp converts folders of this machine"
-    ):
-        made("org/model:Q4_0", tmp_path / "gguf")
+    Cache(tmp_path / "cache", tiny_llama, monkeypatch)
+    with pytest.raises(RiaError, match="org/other: no such folder here, and the hub did not provide it .*`hf download"):
+        made("org/other:Q4_0", tmp_path / "gguf")
     for name in ("config.json", "tokenizer_config.json"):
         folder = shutil.copytree(tiny_llama, tmp_path / name)
         config = folder / name
