@@ -53,7 +53,8 @@ def _needs_plain_head(config: VllmConfig) -> str | None:
     model, speculative = config.model_config, config.speculative_config
     if config.lora_config is not None:
         return "adapters may change it"
-    if speculative is not None and speculative.draft_model_config is not speculative.target_model_config:
+    drafts = speculative is not None and speculative.method != "draft_model"  # which has a head of its own
+    if drafts and speculative.draft_model_config is not speculative.target_model_config:
         return "a draft may share it"
     if model is not None and model.runner_type != "generate":
         return "a pooling model may take it apart"

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_where_vllm_needs_a_plain_head_the_model_gets_one(become, monkeypatch):
     assert torch.equal(found["lm_head.weight"].double(), DENSE.float().double())
     with pytest.raises(RiaError, match="lm_head.weight_scale is in none"):
         list(widened.translate(stream[:2], whole=True))
+
+
+@pytest.mark.parametrize(("method", "shares"), [("draft_model", False), ("eagle3", True), ("mtp", True)])
+def test_a_target_is_widened_only_for_a_draft_that_may_share_its_head(method, shares, become, monkeypatch):
+    config, model = RiaConfig(RiaSchema(sparsity_config=SparsityConfig())), Model(False, torch.float32)
+    config.int8 = {"embed_tokens", "lm_head"}
+    speculative = SimpleNamespace(method=method, draft_model_config=object(), target_model_config=object())
+    monkeypatch.setattr(get_current_vllm_config(), "speculative_config", speculative)
+    takers, widened = match_heads(config, model, True)
+    assert (widened is not None) == shares and len(takers) == (0 if shares else 4)
 
 
 def test_a_draft_gets_a_plain_head(become):

@@ -45,7 +45,7 @@ def test_a_draft_that_reads_its_targets_cache_is_refused(engine, checkpoint):
     layer, config = object.__new__(LinearBase), config_of(checkpoint)
     draft = SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4_mtp"))
     get_current_vllm_config().speculative_config = SimpleNamespace(
-        draft_model_config=draft, target_model_config=object()
+        method="mtp", draft_model_config=draft, target_model_config=object()
     )
     with pytest.raises(RiaError, match="reads its target's KV cache"):
         config.get_quant_method(layer, PATHS[-1])
