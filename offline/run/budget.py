@@ -109,7 +109,7 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
     Args:
         layers: through which everything was pruned, with `alone`.
         plan: what was pruned.
-        finished: layer -> the parameters that pruning has changed.
+        finished: layer -> the parameters that pruning has changed, as they are written.
 
     Returns:
         As JSON: "pruned", the chosen units; "sublayers" and "measured", for the report, and for `--min-speed` "speed".
@@ -129,7 +129,7 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
 
     def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
         stream = alone.start.copy()
-        layers.mixed(stream, finished, units)
+        layers.mixed(stream, finished, plan, units)
         return measure(stream)
 
     with layers.monitor.phase(str(recipe.budget)):

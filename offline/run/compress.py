@@ -240,7 +240,7 @@ class _Run:
         budget.check_reachable(layers, plan)
         layers.alone = EachAlone(layers.streams)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
-        record = budget.spend(layers, plan, lambda index: self._finished(index, plan))
+        record = budget.spend(layers, plan, lambda index: self._finished(index, plan, True))
         self.ranks.barrier()  # all have read them
         if self.ranks.first:
             for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
@@ -248,12 +248,16 @@ class _Run:
         self._keep(BUDGET_KEY, record)
         self.ranks.barrier()
 
-    def _finished(self, index: int, plan: Plan) -> dict[str, torch.Tensor]:
-        """The parameters of a finished layer that pruning has changed, by their names relative to it."""
+    def _finished(self, index: int, plan: Plan, written: bool = False) -> dict[str, torch.Tensor]:
+        """The parameters of a finished layer that pruning has changed, by their names relative to it.
+
+        Args:
+            written: as they are written, and not as what comes after them is pruned for.
+        """
         stored, _ = self.writer.read(layer_key(index))
         names = {self.model.written_linear(index, name): name for name in sorted(plan.changed(index))}
         tensors, recipe = stored, self.recipe
-        if recipe.continues_exactly and index <= plan.last:
+        if recipe.continues_exactly and index <= plan.last and not written:
             tensors, recipe = self.writer.read(exact_key(index))[0], recipe.before_rounding
         weights = pruned_weights(tensors, list(names), self.model.stored_dtype, recipe)
         found = {f"{names[written]}.weight": weight for written, weight in weights.items()}

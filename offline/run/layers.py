@@ -1,13 +1,15 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from ria_vllm.format import fp8
+from ria_vllm.format.token_rounding import round_tokens
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.embed import embed
@@ -23,7 +25,7 @@ from ria_vllm.offline.model.topology import Group, Topologies, Unit
 from ria_vllm.offline.run.alone import EachAlone
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.runtime.memory import trim
-from ria_vllm.offline.sublayer.pruned_linear import Pruned
+from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
 from ria_vllm.offline.sublayer.rotating import Rotator
 from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
@@ -121,23 +123,46 @@ class LayerPass:
         self._free(index)
 
     def mixed(
-        self, stream: Activations, parameters: Callable[[int], Mapping[str, torch.Tensor]], pruned: Collection[Unit]
+        self,
+        stream: Activations,
+        parameters: Callable[[int], Mapping[str, torch.Tensor]],
+        plan: Plan,
+        finished: Collection[Unit] | None = None,
     ) -> None:
-        """Take the held-out chunks of a stream through all layers, in some of whose sublayers everything is pruned.
+        """Take the held-out chunks of a stream through all layers, some of whose sublayers are finished.
+
+        Those are as they are served. Of the others only the weights are rounded: inputs are after their scales have
+        migrated.
 
         Args:
-            parameters: of a layer, by their names relative to it, as pruning has left them.
+            parameters: of a layer, by their names relative to it, as they are written.
+            plan: of what they are.
+            finished: None: all sublayers.
         """
         for index in range(len(self.model.layers)):
             sublayer_passes, layer = self._load(index), self.model.layers[index]
-            found = parameters(index) if any(unit[0] == index for unit in pruned) else {}
+            found = parameters(index) if finished is None or any(unit[0] == index for unit in finished) else {}
             own = {name: layer.get_parameter(name).data for name in found}
             for sublayer_pass in sublayer_passes:
-                is_pruned = (index, sublayer_pass.runner.sublayer.name) in pruned
-                _set_parameters(layer, found if is_pruned else own)
-                for chunk in self.streams.measured:
-                    stream[chunk] = sublayer_pass.run(stream, chunk)
+                sublayer = sublayer_pass.runner.sublayer
+                linears = plan.changed(index).intersection(sublayer.linears)
+                if finished is None or (index, sublayer.name) in finished:
+                    _set_parameters(layer, found)
+                    inputs = _rounded_inputs(layer, linears, self.recipe.activations)
+                else:
+                    _set_parameters(layer, own)
+                    _set_parameters(layer, self._rounded(layer, linears))
+                    inputs = nullcontext()
+                with inputs:
+                    for chunk in self.streams.measured:
+                        stream[chunk] = sublayer_pass.run(stream, chunk)
             self._free(index)
+
+    def _rounded(self, layer: nn.Module, linears: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The weights of dense linears, as they are written if they stay dense; empty if that is as they are."""
+        recipe, dtype = self.recipe.of_dense, self.model.stored_dtype
+        names = linears if recipe.has_integers else ()
+        return {f"{n}.weight": stored_weight(layer.get_submodule(n).weight.data, None, dtype, recipe)[0] for n in names}
 
     def _advance_dense(self, sublayer_pass: SublayerPass, chunks: range | None = None) -> None:
         assert self.streams.dense is not None
@@ -296,3 +321,18 @@ class LayerPass:
 def _set_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         set_parameter(layer, name, value)
+
+
+@contextmanager
+def _rounded_inputs(layer: nn.Module, linears: Iterable[str], activations: str) -> Iterator[None]:
+    """Round each token of what these linears of a layer read, as the recipe's `activations` say."""
+    dtype = {"int8": torch.int8, "fp8": fp8.DTYPE}.get(activations)
+    modules = [] if dtype is None else [layer.get_submodule(name) for name in linears]
+    hooks = [
+        one.register_forward_pre_hook(lambda _, read: (round_tokens(read[0], dtype), *read[1:])) for one in modules
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -72,6 +72,41 @@ def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypa
     assert found["weights"][FIRST_MLP] == sum(math.prod(entry["shape"]) for entry in report["linears"].values())
 
 
+def test_losses_are_of_integers(tiny, text, tmp_path, monkeypatch):
+    """With everything pruned the loss is the folder's, as transformers reads it, but for its embeddings and its head;
+    with nothing pruned that of the dense model in int8."""
+    found = {}
+
+    def chosen(alone, weights, measure, max_loss):
+        found.update(all=measure(frozenset(alone)), none=measure(frozenset()))
+        return Choice(frozenset(alone), {})
+
+    def measured(model, streams, tokens, *others):
+        found["tokens"] = torch.cat(list(tokens))
+        return held_out_loss(model, streams, tokens, *others)
+
+    held_out_loss = budget.held_out_loss
+    monkeypatch.setattr(budget, "choose", chosen)
+    monkeypatch.setattr(budget, "held_out_loss", measured)
+    options = {"reconstruct": "short", "samples": 8, "seq_len": 32, "max_loss": 9.0}
+    run_small(tiny("llama"), tmp_path / "out", text, **options, **SCHEMES["W8A8"])
+    dense, rounded = (AutoModelForCausalLM.from_pretrained(tiny("llama")) for _ in range(2))
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for mine, theirs in (
+        (pruned.get_input_embeddings(), dense.get_input_embeddings()),
+        (pruned.lm_head, dense.lm_head),
+    ):
+        mine.weight.data = theirs.weight.data.to(mine.weight.dtype)
+    want = losses_of(dense, pruned, found["tokens"])
+    assert found["all"]["kl"] == pytest.approx(want["kl"], rel=0.02)
+    for name, module in rounded.model.layers.named_modules():
+        if name.endswith("_proj"):
+            scale = module.weight.data.abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / scale).round() * scale
+    want = losses_of(dense, rounded, found["tokens"])
+    assert found["none"]["kl"] == pytest.approx(want["kl"], rel=0.3) and 0 < want["kl"] < found["all"]["kl"] / 10
+
+
 def test_a_resumed_run_chooses_and_writes_the_same(tiny, text, tmp_path):
     """What is not to be pruned is no candidate, in either."""
     options = UNROTATED | {"weights": "int8", "activations": "int8", "max_loss": 10.0, "ignore": (r"1\.self_attn",)}
