@@ -25,14 +25,18 @@ def runs(tmp_path_factory):
     tiny.write(tiny.FAMILIES["llama-gqa"], folder / "draft", layers=1)
     tiny.add_tokenizer(folder / "out")
     with_adapter = merged(model, write_adapter(model, folder / "adapter"))
-    quantized = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "int4", weights="int4-g64")
+    quantized = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "int4", weights="int4-g64", head=True)
     quantized_adapter = write_adapter(quantized, folder / "adapter of int4")
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
     lora = {"enable_lora": True, "max_lora_rank": 8}
     jobs = {
         "prefix caching": {"engine": {"block_size": 32}, "first": "generate", "prompt_logprobs": False},
         "chunked prefill": {"engine": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
-        "speculative decoding with a pruned draft": {"engine": {"speculative_config": draft}, "prompt_logprobs": False},
+        "speculative decoding with a pruned draft": {
+            "model": str(folder / "int4"),
+            "engine": {"speculative_config": draft},
+            "prompt_logprobs": False,
+        },  # fmt: skip
         # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
         "lora, adapter on int4-g64": {
@@ -48,7 +52,11 @@ def runs(tmp_path_factory):
     results = generate(folder / "run", todo)
     results = dict(zip(jobs, results, strict=True))
     return SimpleNamespace(
-        model=model, merged=with_adapter, merged_quantized=merged(quantized, quantized_adapter), results=results
+        model=model,
+        quantized=quantized,
+        merged=with_adapter,
+        merged_quantized=merged(quantized, quantized_adapter),
+        results=results,
     )
 
 
@@ -59,7 +67,8 @@ def runs(tmp_path_factory):
 def test_same_logprobs(runs, name):
     if name.startswith("speculative") and vllm.__version__.startswith("0.30."):
         pytest.skip("vLLM 0.30 cannot run a draft model on CPUs, dense ones included")
-    check(runs.model, runs.results[name], given=prompts())
+    model = runs.quantized if name.startswith("speculative") else runs.model
+    check(model, runs.results[name], given=prompts())
 
 
 def test_prefix_cache_was_used(runs):
