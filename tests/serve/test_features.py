@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
             "model": str(folder / "int4"),
             "engine": {"speculative_config": draft},
             "prompt_logprobs": False,
-        },  # fmt: skip
+        },
         # vLLM's LoRA on CPUs cannot give logprobs of prompts, for any base model
         "lora, adapter": {"engine": lora, "lora": str(folder / "adapter"), "prompt_logprobs": False},
         "lora, adapter on int4-g64": {
