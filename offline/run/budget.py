@@ -5,11 +5,12 @@ While everything is pruned, the held-out samples also go through the dense model
 one. So it is known what each loses by itself. Sublayers are then taken in the order of loss for each weight, which is
 that of loss for each second: the most whose loss the model can bear, as a bisection measures it, or the fewest that
 make it fast enough by the estimate of `ria-vllm plan`. These are pruned once more, in a run of their own, which makes
-up for what they lose and for no more.
+up for what they lose and for no more. If the result loses more than it may, that happens again with fewer, once.
 
 Sublayers are taken as a whole, because permutations fold, scales migrate and weights are trained inside of them.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -149,12 +150,45 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
         why = f"a step of decoding is {found['speed']} times as fast, estimated for {USERS} user"
     layers.monitor.say(f"{recipe.budget}: {len(choice.pruned)} of {len(losses)} sublayers are pruned; {why}")
     sublayers = {
-        f"{model.layer_prefix(unit[0])}{unit[1]}": {
+        _named(model, unit): {
             "kl": losses[unit]["kl"], "weights": weights[unit], "pruned": unit in choice.pruned,
         }
         for unit in losses
     }  # fmt: skip
     return {"pruned": sorted(choice.pruned), "sublayers": sublayers, "measured": choice.measured} | found
+
+
+def corrected(
+    model: StreamedModel, recipe: Recipe, record: Mapping[str, Any], loss: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What to choose instead if the result loses more than `--max-loss`: without the last sublayers in the order, as if
+    the loss were in proportion to the sum of what each loses by itself. None: it does not, or this is the second.
+
+    Args:
+        record: as `spend` returns it.
+        loss: of the result, as `held_out_loss` returns it.
+
+    Returns:
+        The record with other sublayers, and with "corrected", what was lost.
+    """
+    assert recipe.max_loss is not None
+    lost = loss["perplexity"] / loss["perplexity_dense"] - 1
+    if "corrected" in record or lost <= recipe.max_loss:
+        return None
+    found = {(index, name): record["sublayers"][_named(model, (index, name))] for index, name in record["pruned"]}
+    order = _in_order(found, {unit: one["weights"] for unit, one in found.items()})
+    share, least = math.log1p(recipe.max_loss) / math.log1p(lost), 0 if recipe.has_integers else 1
+    bearable = share * sum(one["kl"] for one in found.values())
+    while len(order) > least and sum(found[unit]["kl"] for unit in order) > bearable:
+        order.pop()
+    if len(order) == len(found):
+        return None
+    left = {_named(model, unit): found[unit] | {"pruned": False} for unit in found.keys() - set(order)}
+    return {**record, "pruned": sorted(order), "sublayers": record["sublayers"] | left, "corrected": round(lost, 6)}
+
+
+def _named(model: StreamedModel, unit: Unit) -> str:
+    return f"{model.layer_prefix(unit[0])}{unit[1]}"
 
 
 def _pruned_weights(model: StreamedModel, unit: Unit, topologies: Topologies, plan: Plan) -> int:

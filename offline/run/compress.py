@@ -175,16 +175,18 @@ class _Run:
             if self._kept(BUDGET_KEY) is None:
                 self._spend(layers, plan, store)
                 layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
-            chosen = frozenset((index, name) for index, name in self.writer.record(BUDGET_KEY)["pruned"])
-            plan = make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
+            plan = self._chosen(layers)
         for warning in plan.warnings:
             self.monitor.warn(warning)
         if self.model.is_wrapper:
             inside = f"{self.model.decoder_path}."
             beside = sum(not name.startswith(inside) for name in self.model.names.inside.values())
             self.monitor.say(f"{beside} tensors outside the text decoder are copied")
-        self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
-        self._measure(layers)
+        self._finish(layers, plan, store)
+        if self._correct():
+            layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+            plan = self._chosen(layers)
+            self._finish(layers, plan, store)
         self.ranks.barrier()
         if self.ranks.first:  # no run will go through these layers again
             for index in range(len(self.model.layers)):
@@ -229,11 +231,47 @@ class _Run:
         if self.ranks.first:
             self.writer.write(key, {}, record)
 
-    def _measure(self, layers: LayerPass) -> None:
-        """Measure how much is lost, unless an interrupted run has."""
-        if self.recipe.held_out and self._kept(HELD_OUT_KEY) is None:
-            found = held_out_loss(self.model, layers.streams, layers.embedded.held_out, self.ranks, self.monitor)
-            self._keep(HELD_OUT_KEY, found or {})
+    def _chosen(self, layers: LayerPass) -> Plan:
+        """The plan of the sublayers that the budget buys."""
+        chosen = frozenset((index, name) for index, name in self._kept(BUDGET_KEY)["pruned"])
+        return make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
+
+    def _finish(self, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
+        """Prune, and measure how much is lost, unless an interrupted run has; for `--max-loss` of what is written."""
+        start = None if self.recipe.max_loss is None else EachAlone(layers.streams).start
+        self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
+        if not self.recipe.held_out or self._kept(HELD_OUT_KEY) is not None:
+            return
+        streams = layers.streams
+        if start is not None:
+            self.ranks.barrier()  # the first one has written the last layer
+            layers.mixed(start, lambda index: self._finished(index, plan, True), plan)
+            streams = replace(streams, pruned=start)
+        found = held_out_loss(self.model, streams, layers.embedded.held_out, self.ranks, self.monitor)
+        self._keep(HELD_OUT_KEY, found or {})
+
+    def _correct(self) -> bool:
+        """Whether the result loses more than `--max-loss`; then fewer sublayers are chosen, once."""
+        most, record, loss = self.recipe.max_loss, self._kept(BUDGET_KEY), self._kept(HELD_OUT_KEY)
+        fewer = None if most is None or not loss else budget.corrected(self.model, self.recipe, record, loss)
+        if fewer is None:
+            return False
+        self.monitor.say(
+            f"--max-loss {most:.1%}: the result loses {fewer['corrected']:.1%}, so {len(fewer['pruned'])} instead of "
+            f"{len(record['pruned'])} sublayers are pruned, once more"
+        )
+        self._restart(fewer)
+        return True
+
+    def _restart(self, record: dict[str, Any]) -> None:
+        """Forget the layers that are finished, and keep what the budget buys."""
+        self.ranks.barrier()  # all have read them
+        if self.ranks.first:
+            self.writer.remove(HELD_OUT_KEY)
+            for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
+                self.writer.remove(layer_key(index))
+        self._keep(BUDGET_KEY, record)
+        self.ranks.barrier()
 
     def _spend(self, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
         """Prune everything, to find out what to leave dense."""
@@ -241,12 +279,7 @@ class _Run:
         layers.alone = EachAlone(layers.streams)
         self._prune_layers(layers, plan, self._replay_finished(layers, plan), store)
         record = budget.spend(layers, plan, lambda index: self._finished(index, plan, True))
-        self.ranks.barrier()  # all have read them
-        if self.ranks.first:
-            for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
-                self.writer.remove(layer_key(index))
-        self._keep(BUDGET_KEY, record)
-        self.ranks.barrier()
+        self._restart(record)
 
     def _finished(self, index: int, plan: Plan, written: bool = False) -> dict[str, torch.Tensor]:
         """The parameters of a finished layer that pruning has changed, by their names relative to it.

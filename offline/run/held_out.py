@@ -116,6 +116,8 @@ def advice(found: dict[str, Any], way: str) -> str:
 
 def not_rounded(recipe: Recipe) -> str:
     """What the measured model is spared that the folder's is not; empty if nothing."""
-    what = ["weights"] * recipe.continues_exactly + ["inputs"] * (recipe.activations != "none")
+    what = []
+    if recipe.max_loss is None:
+        what += ["weights"] * recipe.continues_exactly + ["inputs"] * (recipe.activations != "none")
     what += ["embeddings", "the head"] if recipe.has_integers else []
     return f"before {', '.join(what[:-1])}{' and ' if what[1:] else ''}{what[-1]} were rounded" if what else ""

@@ -88,15 +88,17 @@ class Result:
             )
         if recipe.budget is not None:
             record = writer.record(BUDGET_KEY)
-            found["budget"] = {key: record[key] for key in ("sublayers", "measured", "speed") if key in record}
+            found["budget"] = {
+                key: record[key] for key in ("sublayers", "measured", "speed", "corrected") if key in record
+            }
         judged = self._size_and_speed()
         if writer.has(HELD_OUT_KEY) and (loss := writer.record(HELD_OUT_KEY)):
             found[HELD_OUT] = loss
             lost = loss["perplexity"] / loss["perplexity_dense"] - 1
             if recipe.max_loss is not None and lost > recipe.max_loss:
                 monitor.warn(
-                    f"--max-loss {recipe.max_loss:.1%}: the result loses {lost:.1%}. Pruning once more what was "
-                    "chosen does not lose the same. Ask for less."
+                    f"--max-loss {recipe.max_loss:.1%}: the result loses {lost:.1%}. What is pruned is corrected once "
+                    "only. Ask for less."
                 )
             judged = verdict(loss, recipe) | judged
         elif not recipe.reads_text:

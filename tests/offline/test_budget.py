@@ -107,6 +107,53 @@ def test_losses_are_of_integers(tiny, text, tmp_path, monkeypatch):
     assert found["none"]["kl"] == pytest.approx(want["kl"], rel=0.3) and 0 < want["kl"] < found["all"]["kl"] / 10
 
 
+def test_what_loses_too_much_is_corrected_once(tiny, text, tmp_path, monkeypatch):
+    """The weights are those of a run that chooses the same at once; an interruption changes nothing."""
+
+    def run(name, chosen=None, settings=Settings(), **options):
+        patch.setattr(budget, "choose", lambda alone, *_: Choice(frozenset(alone if chosen is None else chosen), {}))
+        report, warnings = run_small(
+            tiny("llama"), tmp_path / name, text, settings, **UNROTATED, **SCHEMES["W8A8"], **options
+        )
+        return report, warnings, load_file(tmp_path / name / "model.safetensors")
+
+    def measured(*arguments):
+        found = held_out_loss(*arguments)  # a random model may predict a text better when it is pruned
+        return found | {"perplexity": found["perplexity_dense"] * math.exp(found["kl"])}
+
+    def interrupted(*arguments):
+        said.append(arguments)
+        if len(said) == 5:  # of two layers, three times
+            raise KeyboardInterrupt
+
+    held_out_loss, said, patch = compress.held_out_loss, [], monkeypatch
+    patch.setattr(compress, "held_out_loss", measured)
+    loss = run("all", max_loss=9.0)[0]["held_out"]
+    most, log = (
+        loss["perplexity"] / loss["perplexity_dense"] - 1,
+        math.log(loss["perplexity"] / loss["perplexity_dense"]),
+    )
+    report, warnings, tensors = run("out", max_loss=math.expm1(log * 0.7))
+    sublayers = report["budget"]["sublayers"]
+    order = sorted(sublayers, key=lambda name: sublayers[name]["kl"] / sublayers[name]["weights"])
+    costs = [sum(sublayers[name]["kl"] for name in order[:count]) for count in range(len(order) + 1)]
+    left = max(count for count, cost in enumerate(costs) if cost <= 0.7 * costs[-1])
+    assert [name for name in order if sublayers[name]["pruned"]] == order[:left] and 0 < left < len(order)
+    assert report["budget"]["corrected"] == pytest.approx(most, abs=1e-5)
+    lost = report["held_out"]["perplexity"] / report["held_out"]["perplexity_dense"] - 1
+    assert any("is corrected once only" in warning for warning in warnings) == (lost > math.expm1(log * 0.7))
+    units = [(int(name.split(".")[2]), name.split(".")[3]) for name in order[:left]]
+    at_once, _, same = run("at once", units, max_loss=9.0)
+    assert "corrected" not in at_once["budget"] and at_once["held_out"] == report["held_out"]
+    with monkeypatch.context() as inner, pytest.raises(KeyboardInterrupt):
+        inner.setattr(compress, "say_layer", interrupted)
+        run("resumed", max_loss=math.expm1(log * 0.7))
+    resumed, _, again = run("resumed", settings=Settings(resume=True), max_loss=math.expm1(log * 0.7))
+    assert resumed["budget"] == report["budget"]
+    for other in (same, again):
+        assert other.keys() == tensors.keys() and all(torch.equal(other[name], tensors[name]) for name in tensors)
+
+
 def test_a_resumed_run_chooses_and_writes_the_same(tiny, text, tmp_path):
     """What is not to be pruned is no candidate, in either."""
     options = UNROTATED | {"weights": "int8", "activations": "int8", "max_loss": 10.0, "ignore": (r"1\.self_attn",)}
