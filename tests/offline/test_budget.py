@@ -98,7 +98,8 @@ def test_losses_are_of_integers(tiny, text, tmp_path, monkeypatch):
     ):
         mine.weight.data = theirs.weight.data.to(mine.weight.dtype)
     want = losses_of(dense, pruned, found["tokens"])
-    assert found["all"]["kl"] == pytest.approx(want["kl"], rel=0.02)
+    assert found["all"]["kl"] == pytest.approx(want["kl"], rel=1e-2)
+    assert found["all"]["perplexity"] == pytest.approx(want["perplexity"], rel=4e-4)  # 9e-4 if no inputs were rounded
     for name, module in rounded.model.layers.named_modules():
         if name.endswith("_proj"):
             scale = module.weight.data.abs().amax(1, keepdim=True) / 127
@@ -140,6 +141,7 @@ def test_what_loses_too_much_is_corrected_once(tiny, text, tmp_path, monkeypatch
     left = max(count for count, cost in enumerate(costs) if cost <= 0.7 * costs[-1])
     assert [name for name in order if sublayers[name]["pruned"]] == order[:left] and 0 < left < len(order)
     assert report["budget"]["corrected"] == pytest.approx(most, abs=1e-5)
+    assert "before embeddings and the head were rounded" in report["verdict"]["quality"]
     lost = report["held_out"]["perplexity"] / report["held_out"]["perplexity_dense"] - 1
     assert any("is corrected once only" in warning for warning in warnings) == (lost > math.expm1(log * 0.7))
     units = [(int(name.split(".")[2]), name.split(".")[3]) for name in order[:left]]
