@@ -2,6 +2,7 @@
 linears in int8 to which vLLM gives no method of ours."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from vllm.distributed import get_pp_group
@@ -42,7 +43,7 @@ def match_heads(
         if places is None:  # another rank of the pipeline has it
             takers |= {f"{name}.{part}": None for part in TENSORS}
             continue
-        layer = model.get_submodule(places[0][0]) if len(places) == 1 and not reason else None
+        layer: Any = model.get_submodule(places[0][0]) if len(places) == 1 and not reason else None
         why = reason or _misfit(config, layer)
         if why is None:
             _serve(model, layer, name)
@@ -51,14 +52,15 @@ def match_heads(
         widened[name] = Int8Rows(dtype)
         say_widened(name, dtype, why)
         if name in config.schema.int8_linears:
-            scheme, reason = config.scheme(name), f"{name} and others like it are widened"
-            warn_of_inputs(scheme.activations, reason, scheme.format)
+            scheme = config.scheme(name)
+            warn_of_inputs(scheme.activations, f"{name} and others like it are widened", scheme.format)
     return takers, Translation(widened.get, lambda _: None) if widened else None
 
 
 def _misfit(config: RiaConfig, layer: torch.nn.Module | None) -> str | None:
     """Why a layer cannot serve a matrix in int8, or None."""
-    if type(getattr(layer, "quant_method", None)) is not UnquantizedEmbeddingMethod or config.scales_head:
+    plain = type(getattr(layer, "quant_method", None)) is UnquantizedEmbeddingMethod
+    if layer is None or not plain or config.scales_head:
         return "this rank has no layer that takes it as it is stored"
     if type(layer).forward not in (VocabParallelEmbedding.forward, ParallelLMHead.forward):
         return "the model does more with it than to look it up"

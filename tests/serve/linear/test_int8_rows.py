@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schema import RiaSchema, SparsityConfig
+from ria_vllm.format.schema import RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.serve.linear.int8_rows import Int8EmbeddingMethod
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.model.config import RiaConfig
@@ -146,6 +146,14 @@ def test_a_target_is_widened_only_for_a_draft_that_may_share_its_head(method, sh
     monkeypatch.setattr(get_current_vllm_config(), "speculative_config", speculative)
     takers, widened = match_heads(config, model, True)
     assert (widened is not None) == shares and len(takers) == (0 if shares else 4)
+
+
+def test_a_linear_that_is_widened_leaves_the_head_in_int8(become):
+    schema = RiaSchema(sparsity_config=SparsityConfig(), weights=WeightQuantization(), int8_linears=["elsewhere"])
+    config, model = RiaConfig(schema), Model(False, torch.float32)
+    config.int8 = {"elsewhere", "lm_head"}
+    takers, widened = match_heads(config, model, True)
+    assert widened is not None and set(takers) == {f"lm_head.{part}" for part in STORED}
 
 
 def test_a_draft_gets_a_plain_head(become):
