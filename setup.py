@@ -100,9 +100,11 @@ def run(command: list[str]) -> None:
 
 def load_cuda_build() -> ModuleType:
     """serve/kernels/cuda/build.py, loaded by its path, because its parent packages import torch."""
-    spec = spec_from_file_location("ria_vllm_cuda", Path("serve/kernels/cuda/__init__.py").resolve())
-    sys.modules[spec.name] = module_from_spec(spec)
-    return import_module(f"{spec.name}.build")
+    name = "ria_vllm_cuda"
+    spec = spec_from_file_location(name, Path("serve/kernels/cuda/__init__.py").resolve())
+    assert spec is not None
+    sys.modules[name] = module_from_spec(spec)
+    return import_module(f"{name}.build")
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -149,7 +149,7 @@ def variants(experts: int, hidden: int, intermediate: int, name: str) -> dict[st
         ops.cpu_fused_moe(out, x, *plain, None, None, weights, ids, "silu", isa)
         return out
 
-    sides = {"ours": ours, "cpu_fused_moe": cpu_fused_moe}
+    sides: dict[str, Experts] = {"ours": ours, "cpu_fused_moe": cpu_fused_moe}
     if not missing(name):
         sides["fused_experts_cpu"] = fused_experts_cpu([gate_up, down], [w13, w2], weight_format)
     check(list(sides.values()), permutation, experts, 0.02 if weight_format == FLOAT else 0.05)

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -88,10 +89,10 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
     for dtype in (torch.bfloat16, torch.float32):
         name, bits, same = str(dtype).removeprefix("torch."), 8 * dtype.itemsize, weight.to(dtype)
         parts = FLOAT.encode(same, None, None)
-        variants["dense", name] = dtype, copies(lambda same=same: cpu_dense.unquantized(same.clone()), bits)
+        variants["dense", name] = dtype, copies(partial(lambda one: cpu_dense.unquantized(one.clone()), same), bits)
         variants["sparse", name] = (
             dtype,
-            copies(lambda parts=parts, dtype=dtype: sparse(parts, FLOAT, dtype), FLOAT.bits_per_weight(dtype)),
+            copies(partial(sparse, parts, FLOAT, dtype), FLOAT.bits_per_weight(dtype)),
         )
     group_size = math.gcd(weight.shape[1], 128)
     for name, integers in (("int8", INT8), ("int4", IntFormat(4, group_size))):
@@ -99,7 +100,7 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
         parts, bits = integers.encode(rounded, None, scales), integers.bits_per_weight(torch.bfloat16)
         variants["sparse", name] = (
             torch.bfloat16,
-            copies(lambda parts=parts, integers=integers: sparse(parts, integers, torch.bfloat16), bits),
+            copies(partial(sparse, parts, integers, torch.bfloat16), bits),
         )
     if not cpu_dense.w4a16_left_out():
         variants["dense", "W4A16"] = torch.bfloat16, copies(lambda: cpu_dense.w4a16(weight, group_size), 4)
@@ -109,7 +110,7 @@ def variants_of(weight: torch.Tensor) -> dict[tuple[str, str], tuple[torch.dtype
         parts, bits = integers.encode(rounded, None, scales), integers.bits_per_weight(torch.bfloat16)
         variants["sparse", name] = (
             dtype,
-            copies(lambda parts=parts, one=integers: sparse(parts, one, dtype, torch.int8), bits),
+            copies(partial(sparse, parts, integers, dtype, torch.int8), bits),
         )
     variants["dense", "W8A8"] = dtype, copies(lambda: cpu_dense.w8a8(weight, dtype), 8)
     return variants

@@ -37,7 +37,7 @@ from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 
 # The kernels for GPUs, ours and torch's; a new one belongs here.
 FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)
-KERNELS = (*FAST, ReferenceKernel)
+KERNELS: tuple[type[LinearKernel], ...] = (*FAST, ReferenceKernel)
 NARROW = {fp8.DTYPE: "fp8", torch.int8: "int8"}
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
@@ -245,10 +245,10 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
         raise
 
 
-def reason_against_ours(dtype: torch.dtype, weight_format: WeightFormat, *sizes: int) -> str | None:
+def reason_against_ours(dtype: torch.dtype, weight_format: WeightFormat, rows: int, columns: int) -> str | None:
     """Why our own kernel cannot serve a layer on this GPU, or None."""
-    rounded = gpu_timing.config_of(*sizes, weight_format).input_dtype
-    config = LinearLayerConfig(DEVICE, dtype, weight_format, *sizes, rounded)
+    rounded = gpu_timing.config_of(rows, columns, weight_format).input_dtype
+    config = LinearLayerConfig(DEVICE, dtype, weight_format, rows, columns, rounded)
     return CutlassKernel.is_supported(DEVICE) or CutlassKernel.can_implement(config)
 
 

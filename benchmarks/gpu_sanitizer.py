@@ -197,7 +197,8 @@ def _process(command: list[str], environment: dict[str, str], stderr: IO[str]) -
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
             process.wait()
-        process.stdout.close()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def _lines(process: subprocess.Popen) -> Iterator[Row | None]:
@@ -205,6 +206,7 @@ def _lines(process: subprocess.Popen) -> Iterator[Row | None]:
     caller notices a deadline; None as the last if it was silent for SILENCE seconds.
     """
     buffer, heard = b"", time.monotonic()
+    assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while time.monotonic() < heard + SILENCE:

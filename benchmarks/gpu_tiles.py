@@ -142,7 +142,7 @@ def table_rows(tiles: Sequence[Row]) -> str:
         if row["tokens"] not in shape or row["us"] < shape[row["tokens"]]["us"]:
             shape[row["tokens"]] = row
     lines = []
-    for shape, by_tokens in best.items():
+    for sizes, by_tokens in best.items():
         entries = ", ".join(f'({tokens}, "{row["tile"]}", {row["split"]})' for tokens, row in sorted(by_tokens.items()))
-        lines.append(f"    {shape}: ({entries},),")
+        lines.append(f"    {sizes}: ({entries},),")
     return "\n".join(lines)

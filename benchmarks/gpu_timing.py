@@ -128,8 +128,8 @@ def time_kernel(kernel: type[LinearKernel], shape: tuple[int, int]) -> Iterator[
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
         row = sizes_of(shape, tokens) | {
             "kernel": kernel.name,
-            "us": microseconds([lambda p=p: kernel.apply(config, x, p, None, None) for p in packed]),
-            "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_weights]),
+            "us": microseconds([partial(kernel.apply, config, x, p, None, None) for p in packed]),
+            "dense_us": microseconds([partial(torch.nn.functional.linear, x, w) for w in dense_weights]),
         }
         traffic = out_features * in_features * 9 / 8 + 2 * tokens * (out_features + in_features)
         yield row | {"bytes": traffic, "flop": tokens * out_features * in_features}
@@ -154,7 +154,7 @@ def time_narrow(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[Row]:
         x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE)
         q, x_scales = backend.round_tokens(x, packed[0][0])
         common = sizes_of(shape, tokens) | {
-            "dense_us": microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in bfloat16]),
+            "dense_us": microseconds([partial(torch.nn.functional.linear, x, w) for w in bfloat16]),
             "bytes": out_features * in_features * 5 / 8 + tokens * (in_features + 2 * out_features),
             "flop": tokens * out_features * in_features / 2,
         }

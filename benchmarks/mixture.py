@@ -10,9 +10,13 @@ The default is the Qwen3-MoE of 1.1 billion bfloat16 weights whose figures are i
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
+
+if TYPE_CHECKING:
+    from transformers import Qwen3MoeConfig
 
 DTYPE = torch.bfloat16
 
@@ -31,7 +35,7 @@ class Mixture:
     head_dim: int = 64
     vocabulary: int = 32000
 
-    def config(self):
+    def config(self) -> "Qwen3MoeConfig":
         from transformers import Qwen3MoeConfig
 
         return Qwen3MoeConfig(

@@ -5,6 +5,7 @@ measures both sides of every comparison.
 """
 
 import time
+from collections.abc import Callable
 from itertools import product
 
 import click
@@ -37,7 +38,7 @@ def direct_gain_matrix(columns: torch.Tensor, index: torch.Tensor, position: int
     return score
 
 
-def seconds(work, repeats: int = 1) -> float:
+def seconds(work: Callable[[], object], repeats: int = 1) -> float:
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()

@@ -98,7 +98,7 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
             }
         return solved
 
-    layers.solve = watched
+    layers.solve = watched  # type: ignore[assignment]
     prune = layers.LayerPass.prune
 
     def first_only(self: Any, index: int, *others: Any) -> Any:
@@ -106,7 +106,7 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
             raise _Captured
         return prune(self, index, *others)
 
-    layers.LayerPass.prune = first_only  # type: ignore[method-assign]
+    layers.LayerPass.prune = first_only  # type: ignore[assignment, method-assign]
     # Where linears are trained afterwards, ADMM may be damped more than rounding is.
     recipe = Recipe(calibration=calibration, samples=samples, seq_len=seq_len, reconstruct="admm")
     with TemporaryDirectory() as folder:

@@ -17,12 +17,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import psutil
 
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.server import Server, api_key, ask, running_server
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this have from or had an".split()
 QUESTIONS = ("What is the capital of France?", "Name three animals.", "Write a sentence about the sea.", "2 + 2 is")
@@ -54,14 +58,14 @@ class Tally:
                 self.errors.append(f"{kind}: {type(error).__name__}: {error}")
 
 
-def client_of(server: Server):
+def client_of(server: Server) -> "OpenAI":
     from openai import DefaultHttpxClient, OpenAI
 
     direct = DefaultHttpxClient(trust_env=False)  # no proxy: the server is on this machine
     return OpenAI(base_url=f"{server.url}/v1", api_key=api_key(), max_retries=0, timeout=600, http_client=direct)
 
 
-def request(client, model: str, rng: random.Random, longest: int) -> tuple[str, int]:
+def request(client: "OpenAI", model: str, rng: random.Random, longest: int) -> tuple[str, int]:
     """Send one request of a random kind; returns (kind, tokens received)."""
     kind = rng.choice(("chat", "completion", "streamed", "left"))
     prompt = " ".join(rng.choices(WORDS, k=rng.choice((4, 30, longest // 4))))
@@ -122,7 +126,7 @@ def own_memory(server: Server) -> int:
     """Bytes of the server's processes that are neither pages of files nor shared: these do not depend on which other
     processes have loaded the same libraries."""
     total = 0
-    for process in server.process.processes():
+    for process in server.process.processes() if server.process else ():
         with contextlib.suppress(psutil.Error):  # it has ended
             memory = process.memory_info()
             total += memory.rss - memory.shared

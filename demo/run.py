@@ -3,6 +3,7 @@
 Everything is kept in .work/, where a second run finds the models.
 """
 
+import io
 import json
 import os
 import shlex
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from openai import APIError, OpenAI
@@ -193,8 +195,11 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
     """The table at the end, with columns dense, sparse and sparse / dense."""
     sizes = {side.name: side.bytes for side in sides}
     memory = {side: max(run.figures["memory_bytes"] for run in runs if run.side == side) for side in NAMES}
-    rows = [("perplexity, lower is better", perplexities, "{:.1f}".format)]
-    rows += [("weight files", sizes, results.size_text), ("memory of the server", memory, results.size_text)]
+    rows: list[tuple[str, Mapping[str, Any], Callable[[Any], str]]] = [
+        ("perplexity, lower is better", perplexities, "{:.1f}".format),
+        ("weight files", sizes, results.size_text),
+        ("memory of the server", memory, results.size_text),
+    ]
     for key, name, form in (
         (results.SPEED, "tokens/s", "{:.1f}".format),
         ("p50_ttft_ms", "time to the first token", "{:.0f} ms".format),
@@ -203,10 +208,10 @@ def summary(runs: Sequence[Run], sides: Sequence[Side], perplexities: dict[str, 
         for users in USERS:
             values = {run.side: run.figures[key] for run in runs if run.users == users}
             rows.append((f"{name}, {users} user{'s' * (users > 1)}", values, form))
-    cells = [("", *NAMES, "sparse / dense")]
-    for name, values, form in rows:
-        texts = [form(values[side]) for side in NAMES]
-        cells.append((name, *texts, f"{values['sparse'] / values['dense']:.2f}"))
+    cells: list[tuple[str, ...]] = [("", *NAMES, "sparse / dense")]
+    for name, found, text_of in rows:
+        texts = [text_of(found[side]) for side in NAMES]
+        cells.append((name, *texts, f"{found['sparse'] / found['dense']:.2f}"))
     return "\n".join(f"{name:<36}{a:>12}{b:>12}{c:>16}" for name, a, b, c in cells)
 
 
@@ -261,7 +266,8 @@ def everything() -> None:
 
 if __name__ == "__main__":
     BEGAN = time.monotonic()
-    sys.stdout.reconfigure(line_buffering=True)  # keeps its output and that of its commands in order
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # keeps its output and that of its commands in order
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is in .work
     WORK.mkdir(exist_ok=True)

@@ -33,7 +33,7 @@ def imported_names(source: str) -> Iterator[tuple[str, str]]:
                     modules[alias.asname or alias.name] = alias.name
                     parent, _, leaf = alias.name.rpartition(".")
                     yield parent, leaf
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm":
             for alias in node.names:
                 modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
                 yield node.module, alias.name
@@ -90,7 +90,8 @@ def _bound(body: list[ast.stmt]) -> set[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
             if isinstance(node.value, ast.Dict):
-                names |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+                keys = (key.value for key in node.value.keys if isinstance(key, ast.Constant))
+                names |= {key for key in keys if isinstance(key, str)}
         for block in ("body", "orelse", "finalbody"):
             if isinstance(node, (ast.If, ast.Try, ast.With)):
                 names |= _bound(getattr(node, block, []))

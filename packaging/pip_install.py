@@ -117,7 +117,8 @@ def certificates() -> dict[str, str]:
 def for_uv(arguments: list[str]) -> tuple[list[str], dict[str, str], list[str]]:
     """pip's arguments as uv takes them, the variables that tell uv what it has no option for, and the options left
     out."""
-    kept, told, left_out = [], {}, []
+    kept, left_out = [], []
+    told: dict[str, str] = {}
     for option, parts in options(arguments, (*PIPS_WITH_VALUE, *TOLD)):
         if option in TOLD:
             told |= variables(option.removeprefix("--"), parts[1] if parts[1:] else parts[0].partition("=")[2])

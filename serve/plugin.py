@@ -78,7 +78,8 @@ def models_being_built() -> list[Mapping[str, Any]]:
     from vllm.model_executor.model_loader import utils
 
     code = inspect.unwrap(utils.initialize_model).__code__
-    calls, frame = [], inspect.currentframe()
+    calls: list[Mapping[str, Any]] = []
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code:
             calls.append(dict(frame.f_locals))

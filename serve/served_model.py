@@ -19,6 +19,7 @@ from ria_vllm.serve.model import layer_matching, reload
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.int8_heads import match_heads
 from ria_vllm.serve.proving.layers import Prover
+from ria_vllm.serve.proving.proved import Vector
 
 
 class ServedModel:
@@ -172,7 +173,7 @@ class ServedModel:
         if from_files and self.config.compressed_tensors is None:
             schema, found = reload.proofs_of(self.config, present)
         if schema.proofs is not None:
-            vector = schema.proof_vector
+            vector: Vector = schema.proof_vector
         elif made is not None:
             vector = made[0]
         else:  # of which vector proofs would be that somebody has sent is not known

@@ -6,7 +6,7 @@ errors, and its text loader cuts texts into lines.
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,9 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
     if not path.is_file():
         names = ", ".join(hub.DATASETS)
         raise RiaError(f"--calibration {source}: no such file. Give self, a .txt or .jsonl file, or one of {names}.")
-    readers = {".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer)}
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {
+        ".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer),
+    }  # fmt: skip
     if path.suffix.lower() not in readers:
         raise RiaError(
             f"--calibration {source}: unknown file type. Give .txt or .jsonl; `datasets` writes the latter with "

@@ -102,7 +102,7 @@ class StatisticsSum:
         if self.gram is not None:
             with products_in(self.compute_dtype):
                 self.gram.add(X)
-        else:
+        if self.squares is not None:
             self.squares.add_(X.square().sum(0))
 
     def add_input_drift(self, X: torch.Tensor, dense: torch.Tensor) -> None:
@@ -143,6 +143,7 @@ class StatisticsSum:
             if total is not None:
                 ranks.all_reduce(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
+        assert squares is not None
         _check_finite(squares, place, "in its input activations", self.compute_dtype)
         # The pruned model may be finite where the dense one overflows: then no error would be smaller than another.
         for total in (self.cross, self.squared_norm, None if self.drift_gram is None else self.drift_gram.diagonal()):

@@ -124,6 +124,7 @@ class SublayerPass:
         """This rank's held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
         dense stream after the sublayer, if that one is advanced."""
         for index in self.streams.measured:
+            assert self.streams.dense is not None
             stream, call = self._read(self.streams.pruned, index)
             yield stream, call, self.streams.dense[index].to(self.runner.device)
 
@@ -152,7 +153,8 @@ class SublayerPass:
         """
         adds = joins and dense is not None
         after, inputs = self.runner.watch(*self._read(self.streams.pruned, index), list(sums), to_the_end=adds)
-        used, of_dense = list(inputs), {}
+        used = list(inputs)
+        of_dense: dict[str, torch.Tensor] = {}
         goal: torch.Tensor | None = None
         if dense is not None and first:
             goal, of_dense = self.runner.watch(*self._read(dense, index), list(sums), to_the_end=adds)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -63,7 +64,7 @@ from ria_vllm.offline.runtime import options
 @options.max_shard_size
 @options.overwrite
 @options.resume
-def distill(folder, teacher, out, device, max_shard_size, **recipe):
+def distill(folder: Path, teacher: str, out: Path, device: str, max_shard_size: str, **recipe: Any) -> None:
     """Train the weights that FOLDER keeps towards the predictions of the dense model, and write a better folder.
 
     FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and weight format stay.

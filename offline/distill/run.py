@@ -30,7 +30,7 @@ from ria_vllm.offline.distill.text import (
     training_text,
 )
 from ria_vllm.offline.distill.train import Training
-from ria_vllm.offline.model.run.architecture import output_head, text_config
+from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.run.work import begun_run, work_folder
@@ -159,7 +159,7 @@ class _Run:
             dense = self._loaded(folders[1]).requires_grad_(False)
         with self.monitor.phase("loading the pruned model"):
             student = Student(self.reader, self._loaded(folders[0]), self.settings.save_memory)
-        words, known = (output_head(model).weight.shape[0] for model in (student.model, dense))
+        words, known = (model.get_output_embeddings().weight.shape[0] for model in (student.model, dense))
         if words != known:
             raise RiaError(
                 f"{folders[0]}: predicts {words} tokens, but {self.teacher.name} {known}. Give the model that it was "

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -288,7 +289,7 @@ def window_length(configs: Mapping[str, Any], asked: int | None) -> int:
         RiaError: `asked` is longer than the context of one of them.
     """
     texts = {model: text_config(config) for model, config in configs.items()}
-    contexts = {model: getattr(text, "max_position_embeddings", None) or math.inf for model, text in texts.items()}
+    contexts = {model: getattr(text, "max_position_embeddings", None) or sys.maxsize for model, text in texts.items()}
     model, longest = min(contexts.items(), key=lambda entry: entry[1])
     if asked is None:
         return min(1024, longest)

@@ -97,7 +97,7 @@ def average(model: Mapping[str, TaskScores], dense: Mapping[str, TaskScores]) ->
 
 def cells(rows: Sequence[Score]) -> list[tuple[str, ...]]:
     """The rows of a table under TITLES."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for row in rows:
         shots = "" if row.shots is None else f", {row.shots}-shot"
         asked = "" if row.examples is None else f"{row.examples}{shots}"

@@ -98,11 +98,10 @@ def _solved(
 def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
     """The statistics of what gate and up read."""
     total = StatisticsSum(experts.layout.width, with_gram, experts.model.device, experts.model.dtype)
-    follows = with_gram and experts.tokens.dense is not None
     for X, dense in experts.tokens.of(expert):
         X = X.to(experts.model.device)
         total.add(X)
-        if follows:
+        if with_gram and dense is not None:
             total.add_input_drift(X, dense.to(experts.model.device))
     place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
     return total.finish(experts.ranks, place)
@@ -118,15 +117,14 @@ def _reads_of_down(
         pruned: those of gate and up.
     """
     layout, device, with_gram = experts.layout, experts.model.device, experts.recipe.needs_gram
-    follows, of_output = with_gram and experts.tokens.dense is not None, layout.width < layout.inner
     total = StatisticsSum(layout.inner, with_gram, device, experts.model.dtype)
     for X, in_dense in experts.tokens.of(expert):
         read = inner(experts.module, expert, X.to(device), pruned).float()
         total.add(read)
-        if not follows:
+        if not with_gram or in_dense is None:
             continue
         wanted = inner(experts.module, expert, in_dense.to(device), dense).float()
-        if of_output:  # the smaller of the two drifts
+        if layout.width < layout.inner:  # the smaller of the two drifts
             total.add_output_drift(read, (wanted - read) @ dense[DOWN].float().T)
         else:
             total.add_input_drift(read, wanted)

@@ -140,6 +140,7 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
         if recipe.max_loss is not None:
             choice = choose(losses, weights, with_pruned, recipe.max_loss)
         else:
+            assert recipe.min_speed is not None
             choice = reach(losses, weights, with_pruned, lambda units: speed(layers, plan, units), recipe.min_speed)
     if not choice.pruned and not recipe.has_integers:
         least = choice.measured[1]["perplexity"] / choice.measured[1]["perplexity_dense"] - 1

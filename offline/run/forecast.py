@@ -96,7 +96,8 @@ def _share(model: StreamedModel, experts: int) -> float:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The least of several runs; on a CPU its own time, so that other work on the machine does not count."""
-    clock, found = time.thread_time if device.type == "cpu" else time.perf_counter, []
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    found: list[float] = []
     while sum(found) < 0.1:
         begun = clock()
         work()

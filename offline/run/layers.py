@@ -289,7 +289,9 @@ class LayerPass:
             alone = [group for group in pruned if group.linears and not group.experts and group not in fixed]
             orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
-        for group in (group for group in pruned if group.experts):
+        for group in pruned:
+            if group.experts is None:
+                continue
             is_kept = group.experts in kept
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), is_kept)
             order = None

@@ -100,6 +100,7 @@ class Rotator:
         num_heads, num_kv_heads = fold.num_heads or 1, fold.num_kv_heads or 1
         d = consumer.in_features // num_heads
         rows = producer_rows(producer, fold.producers[0]).to(producer.weight.device)
+        assert of_values.gram is not None and of_outputs.gram is not None
         try:
             heads = rotation.Heads(
                 producer.weight.data[rows].float().view(num_kv_heads, d, -1),

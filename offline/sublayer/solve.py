@@ -53,7 +53,7 @@ def find_orders(
         linear -> int64 [in] on the CPU; None for the model's own order.
     """
     costs = [weights[group.linears[0]].shape[1] ** 2 * sum(len(weights[n]) for n in group.linears) for group in groups]
-    orders = {}
+    orders: dict[str, torch.Tensor | None] = {}
     for group, owner in zip(groups, ranks.partition_by_cost(costs), strict=True):
         p = None
         if owner == ranks.rank and recipe.permute != "none":
@@ -196,6 +196,7 @@ def _prune(
     del S  # as large as the weight, so it would raise the peak memory
     W, start, scales, weight_format = None, mask, None, recipe.weight_format
     if recipe.reconstruct != "none":
+        assert statistics.gram is not None
         cross_term = statistics.drift and statistics.drift.cross_term(weight)
         choose = _choice(weight, statistics, p, recipe)
         solver = solvers.of(statistics.gram, statistics.scales)

@@ -50,6 +50,7 @@ def train_sublayer(
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
     places = places_of(streams.total, ranks)
+    assert streams.dense is not None
     targets = AllChunks(places, ranks, streams.dense.__getitem__, lambda one: one.to(runner.device, torch.float32))
     chunks = recipe.schedule.chunks(streams.total, share)
     goals = Subset(targets, chunks)

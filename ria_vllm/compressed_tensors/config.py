@@ -89,8 +89,8 @@ class Selection:
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
 
-    def __contains__(self, name: str) -> bool:
-        return self._any(name, self.targets) and not self._any(name, self.ignore)
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._any(name, self.targets) and not self._any(name, self.ignore)
 
     @staticmethod
     def _any(name: str, entries: tuple[str, ...]) -> bool:
@@ -214,10 +214,8 @@ def _stored(where: str, group: Mapping[str, Any], of_all: Any, dense: bool) -> t
     # The writer of marlin-24 rounds scales to float16. Others have the dtype of the model that was quantized.
     scales = torch.float16 if form == MARLIN and weight_format.group_size else torch.float32
     scheme = WeightScheme(weight_format, dense and form != MARLIN, by_tensor, _rounded_inputs(inputs), scales)
-    if form == MARLIN:
-        return scheme, Marlin24(integers)
-    if form == PACKED:
-        return scheme, PackQuantized(integers)
+    if integers is not None and packs:
+        return scheme, Marlin24(integers) if form == MARLIN else PackQuantized(integers)
     if integers is not None and integers.num_bits == 4:
         raise RiaError(f"{where}: int4 weights are only served in pack-quantized and marlin-24.")
     return scheme, None

@@ -17,7 +17,6 @@ class Vllm:
 
     client_arguments: tuple[str, ...] = ()
     counts_tokens = True
-    gives_logprobs = True
 
     def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
         asked = [*arguments, "--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
@@ -47,7 +46,6 @@ class OpenAi:
 
     client_arguments: tuple[str, ...] = ()
     counts_tokens = True
-    gives_logprobs = False
 
     def arguments(self, of_vllm: Sequence[str], users: int, tokens: int) -> Sequence[str]:
         return []

@@ -48,7 +48,6 @@ class LlamaCpp:
     # already may keep prompts.
     client_arguments = ("--header", "Connection=close", "--extra-body", '{"cache_prompt": false}')
     counts_tokens = False  # the client splits the text again
-    gives_logprobs = True
 
     def command(self, model: str, port: int, arguments: Sequence[str]) -> list[str]:
         """With as many threads as vLLM has, and no cache of prompts.

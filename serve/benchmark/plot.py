@@ -1,6 +1,7 @@
 """bench.png: speed against the number of users, and against perplexity and divergence if they were measured."""
 
 from pathlib import Path
+from typing import Any
 
 from ria_vllm.serve.benchmark.results import Measured
 
@@ -24,7 +25,7 @@ def plot(path: Path, measured: Measured) -> None:
     pyplot.close(figure)
 
 
-def draw(pyplot, measured: Measured):
+def draw(pyplot: Any, measured: Measured) -> Any:
     """A panel for each of SPEEDS over the numbers of users, and with quality two more that have tokens/s over it, whose
     best corner is marked: for each side a line with a point for each number of users that has figures."""
     columns = len(SPEEDS) + (len(QUALITIES) if measured.quality else 0)

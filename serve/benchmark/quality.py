@@ -16,6 +16,7 @@ import numpy as np
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.progress import Monitor
+from ria_vllm.serve.benchmark.engines import OpenAi
 from ria_vllm.serve.benchmark.process import masked
 from ria_vllm.serve.benchmark.server import Server, ask
 
@@ -81,7 +82,7 @@ class TextQuality:
             RiaError: it gives other tokens than an earlier side's, the text is shorter than a window, or a window does
                 not fit the server's context.
         """
-        if not server.engine.gives_logprobs:
+        if isinstance(server.engine, OpenAi):
             raise Unanswered(f"{name}: only vLLM's and llama.cpp's servers give logprobs of a prompt.")
         ask = partial(answer_of, name, server)
         try:
@@ -135,6 +136,7 @@ class TextQuality:
 
     def _positions(self, name: str, server: Server, window: list[int]) -> list[Listed]:
         """What the server says of all positions of a window but the first."""
+        assert not isinstance(server.engine, OpenAi)
         ask = partial(answer_of, name, server)
         try:
             positions = server.engine.prompt_logprobs(ask, server.model_name, window, TOP)

@@ -127,6 +127,7 @@ def running_server(model: str, log: Path, arguments: Sequence[str], monitor: Mon
         yield found_running(model)
         return
     port, engine = free_port(), engine_of(model)
+    assert not isinstance(engine, OpenAi)
     url = f"http://127.0.0.1:{port}"
     command = engine.command(model, port, arguments)
     began = time.monotonic()

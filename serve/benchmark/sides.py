@@ -49,7 +49,7 @@ def sides_of(models: Sequence[str], arguments: Sequence[tuple[str, str]] = ()) -
     for text in models:
         name, named, model = text.partition("=")
         if not named or ("/" in name and not is_url(model)) or Path(text).exists():  # a path may contain "="
-            name, model = None if is_url(text) else Path(text).resolve().name, text
+            name, model = "" if is_url(text) else Path(text).resolve().name, text
         if is_url(model):
             model, host = _plain(model)  # before anything quotes it
             name = name or host

@@ -65,7 +65,7 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Pack the weights. vLLM packs them for CPUs on the first load only; a reload would copy them as they are."""
         if current_platform.is_cpu():
-            self.moe_kernel = None
+            self.moe_kernel: Any = None
         super().process_weights_after_loading(layer)
 
     def apply(

@@ -5,7 +5,7 @@ interleaved. None of that is right for compressed tensors. So these do not pass 
 to the layer that serves it, see `stream.left_to_the_model`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -111,7 +111,7 @@ class ExpertsLoader:
         parameter.weight_loader = self._weight_loader(name)
         layer.register_parameter(name, parameter)
 
-    def _weight_loader(self, parameter: str):
+    def _weight_loader(self, parameter: str) -> Callable[..., None]:
         """A plain function, whose signature vLLM inspects when it reloads."""
         part = parameter.removeprefix(GATE_UP).removeprefix(DOWN)
 

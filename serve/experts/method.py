@@ -172,10 +172,10 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
 
     def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
         """Serve with vLLM's own method, a new one each time: it packs weights for CPUs on its first load only."""
-        self.dense = DenseExpertsMethod(layer)
-        fill_dense(layer, self.dense, loaded, self.sizes)
-        self.dense.process_weights_after_loading(layer)
-        self.moe_kernel, self.moe_quant_config = self.dense.moe_kernel, self.dense.moe_quant_config
+        dense = self.dense = DenseExpertsMethod(layer)
+        fill_dense(layer, dense, loaded, self.sizes)
+        dense.process_weights_after_loading(layer)
+        self.moe_kernel, self.moe_quant_config = dense.moe_kernel, dense.moe_quant_config
         layer.ria_experts = None
 
     def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
@@ -242,6 +242,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         """x [tokens, H] -> [tokens, H]: the sum of each token's experts on this rank, weighted by vLLM's router."""
         if layer.ria_experts is not None:
             return layer.ria_experts.apply(layer, x, topk_weights, topk_ids)
+        assert self.dense is not None
         return self.dense.apply(
             layer=layer, x=x, topk_weights=topk_weights, topk_ids=topk_ids, shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
@@ -255,4 +256,5 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         input_ids: torch.Tensor | None = None,
     ) -> Any:
         """The same with vLLM's own router inside its kernel, where vLLM's method chose one of that kind."""
+        assert self.dense is not None
         return self.dense.apply_monolithic(layer, x, router_logits, input_ids)

@@ -198,8 +198,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             if self.dense is not None:
                 return
         set_parameter(layer, "weight", self.scheme.dense_weight(loaded, self.output_sizes, self.dtype))
-        self.dense = UnquantizedLinearMethod()
-        self.dense.process_weights_after_loading(layer)
+        dense = self.dense = UnquantizedLinearMethod()
+        dense.process_weights_after_loading(layer)
 
     def report(self, layer: LinearBase, report: LoadReport) -> None:
         """Say how the layer is served, and count it."""
@@ -228,6 +228,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def apply(self, layer: LinearBase, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., in] -> [..., out], both of this rank."""
         if layer.ria_packed is None:
+            assert self.dense is not None
             return self.dense.apply(layer, x, bias)
         return layer.ria_packed.apply(layer, x, bias)
 

@@ -68,14 +68,16 @@ class Agreement:
 
     def is_refused(self) -> bool:
         """Whether some rank has refused it."""
-        said = [] if self.store is None else [self._decision(stage) for stage in STAGES]
-        return any(self.store.check([key]) and self.store.get(key) == b"refused" for key in said)
+        store = self.store
+        said = map(self._decision, STAGES)
+        return store is not None and any(store.check([key]) and store.get(key) == b"refused" for key in said)
 
     def refuse(self) -> None:
         """Have the others refuse the reload, too. Then `leave`."""
-        for stage in STAGES if self.store is not None else ():
-            self.store.compare_set(self._decision(stage), "", "refused")
-            self.store.set(self._here(stage, self.rank), "")
+        if self.store is not None:
+            for stage in STAGES:
+                self.store.compare_set(self._decision(stage), "", "refused")
+                self.store.set(self._here(stage, self.rank), "")
         self.leave()
 
     def leave(self) -> None:

@@ -86,7 +86,7 @@ class LayerLoader:
             finally:
                 self._loading = False
 
-        load.ria_wrapped = loader
+        load.__dict__["ria_wrapped"] = loader
         return load
 
     def accept(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:

@@ -74,7 +74,8 @@ def _followed(model: torch.nn.Module, tensor: str) -> Place | None:
 
     A module with a loader of its own applies its own mapper to the rest of the name, as vLLM's loaders do.
     """
-    module, path, rest = model, [], tensor
+    module, rest = model, tensor
+    path: list[str] = []
     shard: Any = None
     while True:
         mapper = getattr(module, "hf_to_vllm_mapper", None)

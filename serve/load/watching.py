@@ -48,7 +48,7 @@ def _replace(owner: Any, name: str, around: Callable[..., Any]) -> None:
     def wrapper(*arguments: Any, **named: Any) -> Any:
         return around(function, *arguments, **named)
 
-    wrapper.ria_wrapped = function
+    wrapper.__dict__["ria_wrapped"] = function
     setattr(owner, name, wrapper)
 
 

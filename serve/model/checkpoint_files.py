@@ -53,10 +53,10 @@ def files_of(folder: Path) -> dict[str, Path]:
     """
     if not (folder / INDEX_FILE).is_file():
         files = unindexed_files(folder)
-        shards = [
+        named = [
             found.groups() for file in files if (found := re.fullmatch(r"(.*)-\d+-of-(\d{1,6})\.safetensors", file))
         ]
-        for (stem, total), count in Counter(shards).items():
+        for (stem, total), count in Counter(named).items():
             if count != int(total):  # norms in a missing one would stay as they are made
                 raise RiaError(
                     f"{folder}: {count} of the {int(total)} files {stem}-*-of-{total}.safetensors, and no "

@@ -99,7 +99,9 @@ class RiaConfig(QuantizationConfig):
         self.names: dict[str, str] = {}
         self.permutations: dict[str, np.ndarray] = {}
         self.folding = Folding()
-        self.translation = compressed_tensors and Translation(compressed_tensors.form, compressed_tensors.weight_format)
+        self.translation: Translation | None = None
+        if compressed_tensors is not None:
+            self.translation = Translation(compressed_tensors.form, compressed_tensors.weight_format)
         self.required: set[str] = set()
         self.experts: dict[str, LayerExperts] = {}
         self.expert_linears: set[str] = set()
@@ -308,7 +310,7 @@ class RiaConfig(QuantizationConfig):
         if self.compressed_tensors is None:
             if self.schema.proofs is None or not kinds:
                 return None
-            return FileProofs({}.get, kinds, self.schema.proof_vector, others=False)
+            return FileProofs(lambda _: None, kinds, self.schema.proof_vector, others=False)
         ours = {name: self.scheme(name) for name in self.required}
         signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
         return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))

@@ -162,4 +162,4 @@ def linears_by_path(
 def _position(shard: ShardId) -> int:
     """The place of a shard among its layer's outputs."""
     first = shard[0] if isinstance(shard, tuple) else shard
-    return first if isinstance(first, int) else {"q": 0, "k": 1, "v": 2}.get(first, 0)
+    return first if isinstance(first, int) else {None: 0, "q": 0, "k": 1, "v": 2}.get(first, 0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from math import log2
+from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -133,7 +134,8 @@ class ProvedExperts:
         # With the layer, so that a refused reload puts it back, too.
         before, found = self.layer.__dict__.get("ria_wanted", {}), dict[int, Sums]()
         self.layer.__dict__["ria_wanted"] = found
-        wrong, origin = [], ""
+        wrong: list[int] = []
+        origin = ""
         for expert in self._here:
             r, s, scales = self._asked(expert, vector(self._sizes.hidden), whole)
             x = (scales * r).to(device, dtype)
@@ -170,7 +172,9 @@ class ProvedExperts:
             before: what was expected of the weights before.
         """
         ranks = [rank for rank in range(self._sizes.ranks) if rank != self._sizes.rank]
-        others = {f"the weights of expert {one}": {"expert": one} for one in self._here if one != expert}
+        others: dict[str, dict[str, Any]] = {
+            f"the weights of expert {one}": {"expert": one} for one in self._here if one != expert
+        }
         others |= {f"the shard of rank {rank}": {"expert": expert, "rank": rank} for rank in ranks}
         if self.experts.is_gated:
             gate, up = (self.experts.linear(kind, expert) for kind in ("gate", "up"))
@@ -219,6 +223,7 @@ class ProvedExperts:
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
         added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
         activation, unit = activation_of(self.layer), torch.finfo(self.layer.moe_config.in_dtype)
+        assert activation is not None  # see `can_be_proved`
         # GPUs may multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = unit.dtype == "float32" and next(self.layer.parameters()).device.type == "cuda"
         eps = torch.finfo(torch.float16).eps if tf32 else unit.eps
@@ -270,7 +275,7 @@ class GivenExperts(ProvedExperts):
 
     def see(self, layer: RoutedExperts) -> None:
         experts, biases = self.experts, {}
-        made = FileProofs({}.get, {name: (kind, e) for name, kind, e in experts.linears()}, others=False)
+        made = FileProofs(lambda _: None, {name: (kind, e) for name, kind, e in experts.linears()}, others=False)
         here = self._sizes.here
         rows = rows_of_w13(layer, here, layer.w13_weight.shape[1], layer.w13_weight.device)
         places = dict(zip((kind for kind in experts.patterns if kind != "down"), rows))

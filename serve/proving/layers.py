@@ -8,6 +8,7 @@ learned by sending the proofs through the loaders that its weights came through.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -41,10 +42,11 @@ class Prover:
     def __init__(
         self, config: RiaConfig, model: torch.nn.Module, taken: Mapping[str, Taker | None], embeddings: bool = True
     ):
-        self.layers = list(_layers(config, model, taken, embeddings))
+        self.layers: list[Proved] = list(_layers(config, model, taken, embeddings))
         taken_apart = list(absorbed(model, self.layers))
         emptied = {id(one.layer) for one in taken_apart if one.is_packed}
-        self.layers = [one for one in self.layers if id(one.layer) not in emptied or one.is_pruned] + taken_apart
+        left = (one for one in self.layers if id(one.layer) not in emptied or one.is_pruned)
+        self.layers = [*left, *taken_apart]
         kinds = (LinearBase, VocabParallelEmbedding) if embeddings else LinearBase
         known = {id(one.layer) for one in self.layers}
         self.unknown = [
@@ -157,15 +159,12 @@ def _layers(
         if path in paths and shard is None
     }
     for path, layer in model.named_modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if isinstance(layer, LinearBase) and isinstance(method, Sparse24LinearMethod):
-            shards = zip(method.names, method.layer_loader.shards.shard_ids)
+            takes = map(taken.get, method.names)
             loads = tuple(
-                (
-                    name,
-                    partial(_take, taken[name], layer) if taken.get(name) else partial(_send, method.row_loader, shard),
-                )
-                for name, shard in shards
+                (name, partial(_take, take, layer) if take else partial(_send, method.row_loader, shard))
+                for name, take, shard in zip(method.names, takes, method.layer_loader.shards.shard_ids)
             )
             yield Proved(path, layer, loads, sum(method.output_sizes), layer.input_size, method.dtype)
         elif path in dense and is_in_int8(layer):

@@ -219,7 +219,8 @@ class Given(Proved):
     def watched(cls, path: str, layer: torch.nn.Module) -> "Given":
         """`layer`, of which a proof is made each time that its method packs it."""
         looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
-        found = cls(path, layer, (), *layer.weight.shape, layer.weight.dtype, looks_up)
+        rows, columns = layer.weight.shape
+        found = cls(path, layer, (), rows, columns, layer.weight.dtype, looks_up)
         watch_packing(layer, found.see)
         return found
 

@@ -89,7 +89,8 @@ def _groups(layer: nn.Module, seen: Sequence[Seen], dense: dict[str, str]) -> li
             called.add(call.name)
     found = []
     for names in readers.values():
-        first, *more = [name for name in names if name in experts] or [None]
+        read: list[str | None] = [name for name in names if name in experts]
+        first, *more = read or [None]
         found.append(Group(tuple(name for name in names if name in linears), experts=first))
         found += [Group((), experts=name) for name in more]
     return found
@@ -136,7 +137,7 @@ def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hi
 
     def within(group: Group, number: int) -> Group:
         fold = of.get(group.linears[0]) if len(group.linears) == 1 else None
-        if fold is not None and fold.coupling == "heads":
+        if fold is not None and fold.num_heads and fold.num_kv_heads:
             size = layer.get_submodule(fold.consumer).in_features // fold.num_heads
             return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, size))
         # What the first stage reads is the stream, which all ranks have.

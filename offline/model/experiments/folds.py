@@ -66,7 +66,8 @@ def confirmed(experiment: Experiment, folds: Sequence[Fold]) -> list[Fold]:
 def _hold_together(experiment: Experiment, folds: Iterable[Fold]) -> bool:
     """Whether the layer's output stays the same when all of them are permuted at once."""
     layer, draw = experiment.layer, torch.Generator().manual_seed(SEED)
-    layouts, parameters = experts_modules(layer), {}
+    layouts = experts_modules(layer)
+    parameters: dict[str, torch.Tensor] = {}
     with ExitStack() as changes:
         for fold in folds:
             path, _, of_expert = fold.consumer.partition(".{e}.")

@@ -52,7 +52,8 @@ def _into_producer(consumers: tuple[str, ...], fold: Fold, producer: Producer, l
 
 def producer_rows(linear: nn.Linear, producer: Producer) -> torch.Tensor:
     """Where a producer's rows are in its linear: int64, ascending."""
-    return permutation.places(linear.out_features, *(producer.rows or (0, linear.out_features)), producer.blocks)
+    start, end = producer.rows or (0, linear.out_features)
+    return permutation.places(linear.out_features, start, end, producer.blocks)
 
 
 def _candidates(layer: nn.Module, seen: Sequence[Seen], group: Group, folds: Sequence[Fold]) -> Iterator[Migration]:
@@ -76,7 +77,8 @@ def _change_nothing(experiment: Experiment, migrations: Sequence[Migration]) -> 
 
     They are powers of two, and reach far, so that a limit of what a producer returns comes into effect.
     """
-    layer, parameters = experiment.layer, {}
+    layer = experiment.layer
+    parameters: dict[str, torch.Tensor] = {}
     read: list[Change] = []
     returned: list[Change] = []
     for migration in migrations:

@@ -83,10 +83,11 @@ def how_it_adds(
     output = outputs[0].reshape(before.shape)
     after_it = (call for call in seen if call.read.numel() == output.numel())
     after_it = (call for call in after_it if equal(call.read.reshape(output.shape), output))
-    norms = {call.name: call.returned for call in after_it if is_rms_norm(experiment.layer, call)}
+    joins: dict[str | None, torch.Tensor] = {None: output}
+    joins |= {call.name: call.returned for call in after_it if is_rms_norm(experiment.layer, call)}
     tensors = (*experiment.layer.parameters(), *experiment.layer.buffers())
     has_scalars = any(one.numel() == 1 and one.is_floating_point() for one in tensors)
-    for norm, added in {None: output, **norms}.items():
+    for norm, added in joins.items():
         added = added.reshape(before.shape)
         factor = float(((after - before) * added).sum() / added.square().sum())
         factor = round(factor, 12)  # 1 is 1

@@ -156,8 +156,8 @@ class ExpertWeights:
         module = next(iter(stacked.values())).removesuffix(".weight").rpartition(".")[0]
         module = module if module.rpartition(".")[2] == "experts" else f"{module}.experts"
         leaves = {kind: f"{kind}_proj" for kind in layout.kinds}
-        biases = {name: self.names.direct.get(f"{prefix}{name}_bias") for name in layout.parameters}
-        biases = {name: bias for name, bias in biases.items() if bias is not None}
+        direct = self.names.direct
+        biases = {name: direct[bias] for name in layout.parameters if (bias := f"{prefix}{name}_bias") in direct}
         return ExpertFiles(layout, module, leaves, stacked, bool(transposed.pop()), biases)
 
     def _sources(self, inside: str) -> list[str]:

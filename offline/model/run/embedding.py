@@ -3,7 +3,7 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,8 +52,8 @@ class _Forward:
         by_name = "hidden_states" in kwargs
         stream = kwargs.pop("hidden_states") if by_name else args[0]
         args = args if by_name else args[1:]
-        given = {**dict(enumerate(args)), **kwargs}
-        mappings = {slot: self._number(value) for slot, value in given.items() if isinstance(value, MutableMapping)}
+        given: Iterable[tuple[int | str, Any]] = (*enumerate(args), *kwargs.items())
+        mappings = {slot: self._number(value) for slot, value in given if isinstance(value, MutableMapping)}
         call = LayerCall(args, kwargs, by_name, self.place(len(self.calls)), mappings=mappings)
         self.called.append(layer)
         self.streams.append(stream)
@@ -161,7 +161,7 @@ class Embedder:
         varying = {slot for call, other in zip(calls, expected, strict=True) for slot in call.differences(other)}
         for index, (call, other) in enumerate(zip(calls, expected, strict=True)):
             for slot in varying.intersection([*call.slots(), *other.slots()]):
-                both = [one.slots().count(slot) and one[slot] for one in (call, other)]
+                both: list[Any] = [one.slots().count(slot) and one[slot] for one in (call, other)]
                 if not all(isinstance(value, torch.Tensor) for value in both) or both[0].shape != both[1].shape:
                     raise RiaError(
                         f"{self._place(index)}: {type(self.model.model).__name__} passes its layers {_argument(slot)} "

@@ -185,11 +185,13 @@ def load_model(
     folder = folder_of(model)
     if not is_compressed(folder):
         meant_weights(folder, model)
-    stored = None if compute_dtype is None else stored_dtype(folder)
+    if compute_dtype is None:
+        return _load(folder, model, device, "auto")
+    stored = stored_dtype(folder)
     if stored is not None:
         return _load(folder, model, device, choose_dtype(stored, device, compute_dtype, training))
     loaded = _load(folder, model, device, "auto")
-    dtype = loaded.dtype if compute_dtype is None else choose_dtype(loaded.dtype, device, compute_dtype, training)
+    dtype = choose_dtype(loaded.dtype, device, compute_dtype, training)
     # Loaded again, not cast: what the model computes for itself during loading was rounded to the first dtype.
     return loaded if dtype == loaded.dtype else _load(folder, model, device, dtype)
 

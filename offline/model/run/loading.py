@@ -106,10 +106,10 @@ class Loader:
     def check_tied(self) -> None:
         """Tensors that config.json ties are one for vLLM, but two for transformers if the files hold two."""
         for name, other in self.model.all_tied_weights_keys.items():
-            both = [self.names.direct.get(name), self.names.direct.get(other)]
-            if None not in both and not torch.equal(*map(self.tensors.read, both)):
+            one, two = self.names.direct.get(name), self.names.direct.get(other)
+            if one and two and not torch.equal(self.tensors.read(one), self.tensors.read(two)):
                 raise RiaError(
-                    f"{self.folder}: config.json says that {both[0]} and {both[1]} are one tensor, but they differ in "
+                    f"{self.folder}: config.json says that {one} and {two} are one tensor, but they differ in "
                     'the files. If both are intended, put "tie_word_embeddings": false into config.json; otherwise get '
                     "the model again."
                 )

@@ -49,11 +49,11 @@ LOADED = _library is not None
 if LOADED:
 
     @torch.library.register_fake("ria::sparse24_linear.cpu")
-    def _fake_linear(x, packed, out_features, input_permutation, bias):
+    def _fake_linear(x: torch.Tensor, packed: object, out_features: int, *_: object) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], out_features)
 
     @torch.library.register_fake("ria::int8_rows_linear.cpu")
-    def _fake_int8_rows(x, integers, scales, bias):
+    def _fake_int8_rows(x: torch.Tensor, integers: torch.Tensor, *_: object) -> torch.Tensor:
         return x.new_empty(*x.shape[:-1], integers.shape[0])
 
 

@@ -16,7 +16,7 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglustep")
 if backend.LOADED:
 
     @torch.library.register_fake("ria::sparse24_experts.cpu")
-    def _fake_experts(x, *_):
+    def _fake_experts(x: torch.Tensor, *_: object) -> torch.Tensor:
         return x.new_empty(x.shape)
 
 

@@ -83,7 +83,15 @@ _library.impl("sparse24_linear.cutlass", _linear, "CUDA")
 
 
 @torch.library.register_fake("ria::sparse24_linear.cutlass")
-def _fake_linear(x, values, metadata, bias, x_scales=None, scales=None, dtype=None):
+def _fake_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scales: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0], dtype=dtype or x.dtype)
 
 

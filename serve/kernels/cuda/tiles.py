@@ -80,7 +80,9 @@ def balanced_split_k(tile: str, out_features: int, in_features: int, tokens: int
     each wave of thread blocks takes its steps and about one more to start, and the parts of a tile add their sums one
     after another, at about half a step each. Both numbers are guesses until they are measured.
     """
-    fp8, rows, columns = re.match(r"(fp8_|int8_)?(\d+)x(\d+)", tile).groups()
+    named = re.match(r"(fp8_|int8_)?(\d+)x(\d+)", tile)
+    assert named is not None
+    fp8, rows, columns = named.groups()
     tiles = -(-out_features // int(rows)) * -(-tokens // int(columns))
     steps = -(-in_features // (256 if fp8 else 128))
 

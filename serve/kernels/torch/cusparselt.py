@@ -37,7 +37,7 @@ _library.impl("sparse24_linear.cusparselt", _linear, "CUDA")
 
 
 @torch.library.register_fake("ria::sparse24_linear.cusparselt")
-def _fake_linear(x, packed, out_features, bias):
+def _fake_linear(x: torch.Tensor, packed: torch.Tensor, out_features: int, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features, dtype=torch.int32 if x.dtype == torch.int8 else x.dtype)
 
 
