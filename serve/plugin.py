@@ -30,6 +30,7 @@ def register() -> None:
         from ria_vllm.serve.model.config import RiaConfig
         from ria_vllm.serve.proving import served
 
+        vllm_names.check_names(vllm.__version__)
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(RiaConfig)
             watch_models()
@@ -47,9 +48,11 @@ def watch_models() -> None:
     vLLM has no hook for that. The last thing that `initialize_model` does with a model is to record its parameters.
     Models inside a model are built by the same function; only the outermost has the paths that the checkpoint knows.
     """
+    import vllm
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader import utils
 
+    from ria_vllm.serve import vllm_names
     from ria_vllm.serve.load.watching import watch_worker
     from ria_vllm.serve.model.config import RiaConfig
     from ria_vllm.serve.served_model import ServedModel
@@ -60,6 +63,7 @@ def watch_models() -> None:
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
         config, calls = get_current_vllm_config().quant_config, models_being_built()
         if isinstance(config, RiaConfig) and len(calls) == 1:
+            vllm_names.check_names(vllm.__version__)  # with modules that were imported since
             if "vllm.v1.worker.gpu_worker" in sys.modules:  # else it is no worker that builds the model
                 from vllm.v1.worker.gpu_worker import Worker
 

@@ -5,8 +5,16 @@ What vLLM's own quantization methods are written against counts as an interface:
 looks every name up in other versions.
 """
 
+import sys
+from functools import reduce
+from importlib.util import find_spec
+from inspect import isclass, isfunction
+from typing import Any
+
 from packaging.version import InvalidVersion, Version
 from vllm.logger import init_logger
+
+from ria_vllm.errors import RiaError
 
 OLDEST, NEWEST = (0, 30), (0, 32)
 
@@ -19,29 +27,76 @@ INTERFACE = (
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base",
     "vllm.model_executor.layers.fused_moe.routed_experts",
     "vllm.model_executor.layers.linear",
-    "vllm.model_executor.layers.quantization.base_config",
+    "vllm.model_executor.layers.quantization",
     "vllm.model_executor.layers.vocab_parallel_embedding",
     "vllm.model_executor.parameter",
     "vllm.platforms",
 )
 """Modules."""
 
-_RELOAD = "vllm.model_executor.model_loader.reload"
+_AMX = "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl"
+_LAYERS = "vllm.model_executor.layers"
+_LOADER = "vllm.model_executor.model_loader"
+_RELOAD = f"{_LOADER}.reload"
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
 
 NAMES = {
-    "vllm._custom_ops": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
-    "vllm.model_executor.kernels.linear.init_int8_linear_kernel": "the kernel of dense linears in int8",
-    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": "serves the experts that stay dense",
-    "vllm.model_executor.layers.quantization": "where a quantization method is registered",
-    "vllm.model_executor.model_loader": "its folder: which weights come from files",
-    f"{_RELOAD}.layerwise": "reloads are watched: the model has all of its new weights afterwards, or its old ones",
-    f"{_RELOAD}.meta": "what arrives for a layer is counted, as vLLM counts it",
-    "vllm.model_executor.model_loader.utils": "the only moment at which a model is complete and not loaded yet",
-    "vllm.utils.ompmultiprocessing.OMPProcessManager": "`bench` gives llama.cpp as many threads as vLLM takes",
-    "vllm.v1.worker.gpu_worker.Worker": "sleep level 2 drops all weights; after refused files it names the former ones",
-    "vllm.v1.worker.worker_base.WorkerBase": "`verify --served` asks each worker for its proofs",
+    "vllm._custom_ops:bmm_cpu": "what latent attention has packed for AMX is proved with the kernel that multiplies it",
+    "vllm.model_executor.kernels.linear:init_int8_linear_kernel": "the kernel of dense linears in int8",
+    f"{_LAYERS}.attention.mla_attention:MLAAttention._v_up_proj": "what latent attention absorbs is proved with it",
+    f"{_LAYERS}.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "serves experts that stay dense",
+    f"{_LOADER}:__file__": "its folder: which weights come from files",
+    f"{_LOADER}.utils:initialize_model": "whether a model is built inside another one",
+    f"{_LOADER}.utils:record_metadata_for_reloading": "the only moment at which a model is complete and not loaded yet",
+    f"{_RELOAD}.layerwise:_get_original_loader": "what arrives for a layer is counted, as vLLM counts it",
+    f"{_RELOAD}.layerwise:_layerwise_process": "former weights are kept before a layer is packed anew",
+    f"{_RELOAD}.layerwise:finalize_layerwise_processing": "a reload ends: it is proved, and served or refused",
+    f"{_RELOAD}.layerwise:get_layerwise_info": "which layers have got weights",
+    f"{_RELOAD}.layerwise:initialize_layerwise_reload": "a reload begins: former weights are kept",
+    f"{_RELOAD}.meta:SKIP_TENSORS": "what a reload writes at once, so that it has to be kept before",
+    f"{_RELOAD}.meta:get_numel_loaded": "as `_get_original_loader`",
+    "vllm.model_executor.models.utils:WeightsMapper._map_name_with_shard": "which layer loads a tensor, as which part",
+    f"{_AMX}._w_scale": "as `bmm_cpu`",
+    f"{_AMX}._w_uk_packed": "as `bmm_cpu`",
+    f"{_WORKER}._weight_update_active": "an update of weights that was refused does not stop the next one",
+    f"{_WORKER}.reload_weights": "after refused files the worker names the former ones",
+    f"{_WORKER}.sleep": "level 2 drops all weights",
+    f"{_WORKER}.start_draft_weight_update": "as `_weight_update_active`",
+    f"{_WORKER}.start_weight_update": "as `_weight_update_active`",
+    "vllm.utils.ompmultiprocessing:OMPProcessManager": "`bench` gives llama.cpp as many threads as vLLM takes",
+    "vllm.v1.worker.worker_base:WorkerBase": "`verify --served` asks each worker for its proofs",
 }
-"""Module, or name in one -> what it is used for. All names below one in this table are covered."""
+"""Module, a colon, and a name in it -> what it is used for."""
+
+
+def check_names(version: str) -> None:
+    """Look all of `NAMES` up; of modules that nobody has imported, which may be costly, only the modules.
+
+    Raises:
+        RiaError: this version lacks one.
+    """
+    for name, use in NAMES.items():
+        module, _, path = name.partition(":")
+        if not (_has(sys.modules[module], path) if module in sys.modules else _is_there(module)):
+            raise RiaError(f"vLLM {version} has no {name} ({use}). {way_out()}")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is not
+        return False
+
+
+def _has(module: Any, path: str) -> bool:
+    """Attributes of instances count, too: a method of their class names them."""
+    *owners, name = path.split(".")
+    try:
+        owner = reduce(getattr, owners, module)
+    except AttributeError:
+        return False
+    methods = filter(isfunction, vars(owner).values()) if isclass(owner) else ()
+    return hasattr(owner, name) or any(name in method.__code__.co_names for method in methods)
 
 
 def check_version(version: str) -> None:

@@ -78,8 +78,8 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `FusedMoEMethodBase.apply`."""
-        if current_platform.is_cpu() and layer._expert_map is not None:
-            here = layer._expert_map[topk_ids.long()]
+        if current_platform.is_cpu() and layer.expert_map is not None:
+            here = layer.expert_map[topk_ids.long()]
             topk_weights = topk_weights.masked_fill(here < 0, 0)
             topk_ids = here.clamp(min=0).to(topk_ids.dtype)
         return super().apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)

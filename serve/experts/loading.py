@@ -136,7 +136,7 @@ class ExpertsLoader:
         Raises:
             RiaError: a tensor that the experts do not have, or of the wrong shape or dtype.
         """
-        local_expert = layer._map_global_expert_id_to_local_expert_id(expert)
+        local_expert = layer.expert_map_manager.map_global_to_local(expert)
         if local_expert < 0:
             return
         name = f"{self.experts.linear(kind, expert)}.{part}"

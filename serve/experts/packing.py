@@ -88,7 +88,7 @@ class PackedExperts:
             topk_ids,
             [getattr(layer, name) for name in self.packed],
             None if self.input_permutation is None else getattr(layer, self.input_permutation),
-            layer._expert_map,
+            layer.expert_map,
         )
 
 

@@ -27,9 +27,8 @@ def watch_worker(worker: Any) -> None:
     """Watch what a class of vLLM's workers does with the weights of our models."""
     _replace(worker, "sleep", _sleep)
     _replace(worker, "reload_weights", _reload_weights)
-    for name in ("start_weight_update", "start_draft_weight_update"):
-        if hasattr(worker, name):
-            _replace(worker, name, _start_update)
+    _replace(worker, "start_weight_update", _start_update)
+    _replace(worker, "start_draft_weight_update", _start_update)
 
 
 def holders(function: Callable[..., Any]) -> list[ModuleType]:

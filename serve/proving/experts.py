@@ -280,7 +280,7 @@ class GivenExperts(ProvedExperts):
         rows = rows_of_w13(layer, here, layer.w13_weight.shape[1], layer.w13_weight.device)
         places = dict(zip((kind for kind in experts.patterns if kind != "down"), rows))
         for expert in self._here:
-            at = layer._map_global_expert_id_to_local_expert_id(expert)
+            at = layer.expert_map_manager.map_global_to_local(expert)
             for kind in experts.patterns:
                 weight, place = (layer.w2_weight, slice(None)) if kind == "down" else (layer.w13_weight, places[kind])
                 part = weight.data[at][place]

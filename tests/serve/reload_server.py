@@ -69,6 +69,10 @@ class Sleeper:
         self.model_config.model = weights_path
         server.reload(2)
 
+    def start_weight_update(self): ...
+
+    def start_draft_weight_update(self): ...
+
 
 watch_worker(Sleeper)
 
