@@ -88,9 +88,9 @@ def row(model: str, scheme: str, effort: str, runs: Sequence[dict[str, Any]]) ->
 @click.option("--samples", default=16, show_default=True)
 @click.option("--windows", default=8, show_default=True, help=f"Of {WINDOW} tokens, from the start of each text.")
 @click.option("--results", type=click.Path(path_type=Path), default="defaults.json", show_default=True)
-def main(  # noqa: PLR0913  # the options of the command line
-    models: Sequence[str], calibration: str, paths: Sequence[Path], schemes: Sequence[str], efforts: Sequence[str],
-    seeds: int, samples: int, windows: int, results: Path,
+def main(
+    models: Sequence[str], paths: Sequence[Path], schemes: Sequence[str], efforts: Sequence[str], seeds: int,
+    windows: int, results: Path, **common: Any,
 ) -> None:  # fmt: skip
     known = json.loads(results.read_text()) if results.exists() else {}
     titles = [f"{path.stem}: {what}" for path in paths for what in ("perplexity", "KL")]
@@ -102,8 +102,7 @@ def main(  # noqa: PLR0913  # the options of the command line
         texts = {name: tokens.view(-1, WINDOW) for name, tokens in texts.items()}
         for scheme in schemes:
             for effort in efforts:
-                asked = {"calibration": calibration, "samples": samples, "seq_len": 512}
-                options = EFFORTS[effort] | SCHEMES[scheme] | asked
+                options = EFFORTS[effort] | SCHEMES[scheme] | common | {"seq_len": 512}
                 runs = []
                 for seed in range(seeds):
                     recipe = Recipe.of_options(options | {"seed": seed})

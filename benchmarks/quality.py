@@ -78,14 +78,12 @@ def row(way: str, found: dict[str, Any]) -> str:
 @click.option("--windows", default=24, show_default=True, help="Number of windows of 1024 tokens of the text.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default="quality.json", show_default=True)
-def main(  # noqa: PLR0913  # the options of the command line
-    model: str, ways: tuple[str, ...], calibration: str, text: Path, samples: int, seq_len: int, windows: int,
-    device: str, results: Path,
-) -> None:  # fmt: skip
+def main(
+    model: str, ways: tuple[str, ...], text: Path, windows: int, device: str, results: Path, **common: Any
+) -> None:
     place = choose_device(device)
     tokens = read_tokens(model, text, windows * 1024)
     known = json.loads(results.read_text()) if results.exists() else {}
-    common = {"calibration": calibration, "samples": samples, "seq_len": seq_len}
     recipes = {way: Recipe.of_options(common | options_of(way)) for way in ways or WAYS}
     click.echo("| options | perplexity | time | calibration passes | weights |\n| --- | --- | --- | --- | --- |")
     for way, recipe in recipes.items():

@@ -40,7 +40,7 @@ def refuse_unread_weights(reader: type) -> None:
             _check_dense(given.get("model"), given.get("state_dict") or ())
         return load(*args, **kwargs)
 
-    setattr(checked, "ria_checks", True)  # noqa: B010
+    checked.__dict__["ria_checks"] = True
     for module in (core_model_loading, *(sys.modules[name] for name in USERS if name in sys.modules)):
         if getattr(module, LOADER, None) is load:
             setattr(module, LOADER, checked)
