@@ -34,7 +34,6 @@ INTERFACE = (
 )
 """Modules."""
 
-_AMX = "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl"
 _LAYERS = "vllm.model_executor.layers"
 _LOADER = "vllm.model_executor.model_loader"
 _RELOAD = f"{_LOADER}.reload"
@@ -56,8 +55,7 @@ NAMES = {
     f"{_RELOAD}.meta:SKIP_TENSORS": "what a reload writes at once, so that it has to be kept before",
     f"{_RELOAD}.meta:get_numel_loaded": "as `_get_original_loader`",
     "vllm.model_executor.models.utils:WeightsMapper._map_name_with_shard": "which layer loads a tensor, as which part",
-    f"{_AMX}._w_scale": "as `bmm_cpu`",
-    f"{_AMX}._w_uk_packed": "as `bmm_cpu`",
+    "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl._w_uk_packed": "as `bmm_cpu`",
     f"{_WORKER}._weight_update_active": "an update of weights that was refused does not stop the next one",
     f"{_WORKER}.reload_weights": "after refused files the worker names the former ones",
     f"{_WORKER}.sleep": "level 2 drops all weights",

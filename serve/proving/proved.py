@@ -186,7 +186,7 @@ class Absorbed(Proved):
             from vllm import _custom_ops as ops
 
             taken = x.new_empty(heads, keys, width)
-            ops.bmm_cpu(taken, queries.contiguous(), one.impl._w_uk_packed, True, one.impl._w_scale)
+            ops.bmm_cpu(taken, queries.contiguous(), one.impl._w_uk_packed, True)  # no scale: ours is bfloat16
         else:
             taken = torch.bmm(queries, one.W_UK_T)
         values = x.new_empty(len(x), heads * one.v_head_dim)
