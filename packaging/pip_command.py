@@ -9,7 +9,7 @@ PIP_ARGS is for `pip install`. The other commands of pip refuse the options that
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 FLAGS = {
     "--user", "--no-user", "--break-system-packages", "--upgrade", "-U", "--force-reinstall", "--ignore-installed",
@@ -47,14 +47,14 @@ def without_install_options(command: str, arguments: list[str]) -> list[str]:
 
 
 def shows_bars(arguments: list[str]) -> bool:
-    """Whether pip and uv show with these arguments how far they are."""
+    """Whether pip shows with these arguments how far it is."""
     return sys.stdout.isatty() and not any(option in ("-q", "--quiet") for option, _ in options(arguments, ()))
 
 
-def run(command: list[str], name: str, environment: Mapping[str, str] | None = None) -> int:
+def run(command: list[str], name: str) -> int:
     """The command's exit status. Where it shows no bars, a line says every few seconds that it still runs."""
     pause, began = None if shows_bars(command) else EVERY, time.monotonic()
-    with subprocess.Popen(command, env=environment) as process:
+    with subprocess.Popen(command) as process:
         while True:
             try:
                 return process.wait(pause)
