@@ -168,30 +168,6 @@ def test_another_matrix_is_not(change, dtype, size):
         assert wrong.float().mean() > 0.8
 
 
-@pytest.mark.parametrize("start", [0, 16, 63])
-def test_rows_of_another_shard_are_told_from_other_weights(start):
-    weight, r = normal(96, 512), proofs.vector(512, SEED)
-    whole, rank_1 = proofs.proof(weight, r), slice(32, 64)
-
-    def fault(found):
-        y = proofs.tokens_of(r, 3) @ found.T
-        return proofs.fault(y, whole[rank_1], 512, torch.float32, whole=whole)
-
-    assert fault(weight[rank_1]) is None
-    assert fault(weight[start : start + 32]).endswith("those of other rows of the matrix, as of a shifted shard")
-    assert "shard" not in fault(weight[start : start + 32] + normal(32, 512, seed=1) * 1e-3)
-
-
-def test_one_wrong_row_is_no_shifted_shard():
-    """In bfloat16, its product is near that of some other row."""
-    weight, r = normal(4096, 64).bfloat16(), proofs.vector(64, SEED)
-    whole, found = proofs.proof(weight, r), weight[:2048].float()
-    found[7] = normal(1, 64, seed=1)[0]
-    y = proofs.tokens_of(r, 1) @ found.T
-    message = proofs.fault(y, whole[:2048], 64, torch.bfloat16, whole=whole)
-    assert message.startswith("1 of its 2048 rows") and "shard" not in message
-
-
 def test_proofs_agree_however_they_were_summed():
     weight, r = normal(200, 4096).bfloat16(), proofs.vector(4096, SEED)
     found = proofs.proof(weight, r)

@@ -11,10 +11,8 @@ rest of both is zero.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import chain
+from functools import cached_property
 from math import log2
-from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -33,7 +31,6 @@ from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import layers_of
 
 Vector = Callable[[int], torch.Tensor]
-Sums = tuple[torch.Tensor, torch.Tensor]
 
 # Powers of two, for int8 rounds r under any of them exactly; the activation bends differently for each.
 SCALES = (2.0**-7, 2.0**-9, 2.0**-5, 2.0**-11)
@@ -131,21 +128,14 @@ class ProvedExperts:
         device = next(tensor.device for tensor in self.layer.parameters() if tensor.numel())
         # Kernels read float32, whatever the default is while a model is loaded.
         ones = torch.ones(len(SCALES), 1, dtype=torch.float32, device=device)
-        # With the layer, so that a refused reload puts it back, too.
-        before, found = self.layer.__dict__.get("ria_wanted", {}), dict[int, Sums]()
-        self.layer.__dict__["ria_wanted"] = found
         wrong: list[int] = []
-        origin = ""
         for expert in self._here:
             r, s, scales = self._asked(expert, vector(self._sizes.hidden), whole)
             x = (scales * r).to(device, dtype)
             ids = torch.full((len(SCALES), 1), expert, dtype=torch.int32, device=device)
             y = method.apply(self.layer, x, ones.clone(), ids, None, None).cpu().double() * s.abs().bool()
-            expected = partial(self._expected, stored=stored, y=y, s=s, scales=scales.double())
-            found[expert] = expected(expert)
-            if not _agree(y @ s, *found[expert]):
-                if not wrong:
-                    origin = self._origin(expert, stored, y @ s, expected, before.get(expert))
+            wanted, limit = self._expected(expert, stored, y, s, scales.double())
+            if not bool((((y @ s - wanted).abs() <= limit) | limit.isinf()).all()):
                 wrong.append(expert)
         if not wrong:
             return None
@@ -153,38 +143,8 @@ class ProvedExperts:
         how = "vLLM's own kernel" if ours is None else str(ours.choice)
         return (
             f"{self.experts.name} ({how}): {len(wrong)} of {len(self._here)} experts, the first of which is "
-            f"{wrong[0]}, do not compute what the checkpoint says{origin}"
+            f"{wrong[0]}, do not compute what the checkpoint says"
         )
-
-    def _origin(
-        self,
-        expert: int,
-        stored: Mapping[str, torch.Tensor],
-        sums: torch.Tensor,
-        expected: Callable[..., Sums],
-        before: Sums | None,
-    ) -> str:
-        """What an expert has in place of its weights, in words that follow that it is wrong; empty if nothing tells.
-
-        Args:
-            sums: what it computes, float64 [scales].
-            expected: `_expected` of any expert.
-            before: what was expected of the weights before.
-        """
-        ranks = [rank for rank in range(self._sizes.ranks) if rank != self._sizes.rank]
-        others: dict[str, dict[str, Any]] = {
-            f"the weights of expert {one}": {"expert": one} for one in self._here if one != expert
-        }
-        others |= {f"the shard of rank {rank}": {"expert": expert, "rank": rank} for rank in ranks}
-        if self.experts.is_gated:
-            gate, up = (self.experts.linear(kind, expert) for kind in ("gate", "up"))
-            swapped = {**stored, gate: stored[up], up: stored[gate]}
-            others["gate and up in each other's place"] = {"expert": expert, "stored": swapped}
-        found = [] if before is None else [("the weights before this reload", before)]
-        for what, (wanted, limit) in chain(found, ((what, expected(**which)) for what, which in others.items())):
-            if bool(limit.isfinite().any()) and _agree(sums, wanted, limit):
-                return f": it has {what}"
-        return ""
 
     def _asked(self, expert: int, r: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(r of the input, float32 [H]; s of the output, float64 [H]; scales of r, float32 [scales, 1])."""
@@ -204,21 +164,18 @@ class ProvedExperts:
         y: torch.Tensor,
         s: torch.Tensor,
         scales: torch.Tensor,
-        rank: int | None = None,
-    ) -> Sums:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(s y, how far it may be off), both float64 [scales], of what this rank adds.
 
         Args:
             y: float64 [scales, H], for the rounding of it.
             s: float64 [H].
             scales: float64 [scales, 1].
-            rank: whose shard; None: this one's.
         """
         sizes, experts, biases = self._sizes, self.experts, self._biases
         order = self.layer.quant_method.orders.rows[expert] if self.is_stored else None
         mine = torch.arange(sizes.intermediate) if order is None else torch.from_numpy(order).long()
-        rank = sizes.rank if rank is None else rank
-        mine = mine[rank * sizes.here : (rank + 1) * sizes.here]
+        mine = mine[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
         kinds = [kind for kind in ("gate", "up") if kind in experts.patterns]
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]
         added = [biases[kind, expert].double()[mine] if biases else torch.zeros(len(mine)) for kind in kinds]
@@ -251,10 +208,6 @@ class ProvedExperts:
         # Nothing is known of what float16 cannot hold: h, or a channel of y, of which the columns of D say how large.
         too_large = (h.abs() * down[:, 1].clamp(min=1)).sum(1) > unit.max / 4
         return wanted, (SURE * total.sqrt()).masked_fill(too_large, torch.inf)
-
-
-def _agree(sums: torch.Tensor, wanted: torch.Tensor, limit: torch.Tensor) -> bool:
-    return bool((((sums - wanted).abs() <= limit) | limit.isinf()).all())
 
 
 @dataclass(frozen=True)

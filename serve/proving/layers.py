@@ -94,11 +94,11 @@ class Prover:
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
-            problems.append(self._problem(layer, vector, expected, tokens, stored))
+            problems.append(layer.problem(vector, expected, tokens))
             proved.update(layer.matrices or [layer.path])
         for layer in self.given:
             if (expected := layer.expected(stored)) is not None and _is_new(layer.layer):
-                problems.append(self._problem(layer, vector, expected, 1, {}))
+                problems.append(layer.problem(vector, expected, 1))
                 given += 1
         for experts in self.experts:
             if experts.can_be_proved(stored):
@@ -125,15 +125,6 @@ class Prover:
         left += f"; of these, {given} layers compute what was loaded into them" if given else ""
         logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", len(proved), took, left)
         return len(proved)
-
-    def _problem(
-        self, layer: Proved, vector: Vector, expected: torch.Tensor, tokens: int, stored: Mapping[str, torch.Tensor]
-    ) -> str | None:
-        # With the layer, so that a refused reload puts it back, too.
-        held, key = layer.layer.__dict__, f"ria_proof of {layer.path}{' looked up' * layer.looks_up}"
-        before, held[key] = held.get(key), expected
-        whole = [stored[name] for name in layer.matrices if name in stored]
-        return layer.problem(vector, expected, tokens, before, torch.cat(whole) if whole else None)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:

@@ -114,20 +114,11 @@ class Proved:
             return getattr(dense, "kernel_name", None) or f"vLLM's {type(dense or method).__name__}"
         return str(packed.choice)
 
-    def problem(
-        self,
-        vector: Vector,
-        expected: torch.Tensor,
-        tokens: int,
-        before: torch.Tensor | None = None,
-        whole: torch.Tensor | None = None,
-    ) -> str | None:
+    def problem(self, vector: Vector, expected: torch.Tensor, tokens: int) -> str | None:
         """What is wrong with the layer, in a sentence; None if it computes what is `expected`, float32 [rows, 2].
 
         Args:
             tokens: so many rows r, -r, r, ... are multiplied.
-            before: what was expected of the weights before.
-            whole: the proofs of all rows of its matrices, float32 [any, 2].
         """
         device = self._device
         expected = expected.cpu()
@@ -136,8 +127,7 @@ class Proved:
         y = y if self.looks_up else y[:, known]
         # GPUs may be told to multiply float32 with the mantissa of TF32, which is that of float16.
         tf32 = device.type == "cuda" and self.dtype == torch.float32
-        before = None if before is None else before[known]
-        fault = proofs.fault(y, expected[known], self.columns, torch.float16 if tf32 else self.dtype, before, whole)
+        fault = proofs.fault(y, expected[known], self.columns, torch.float16 if tf32 else self.dtype)
         matrices = ", ".join(self.matrices) or f"vLLM's layer {self.path}"
         return fault and f"{matrices} ({self.kernels}): {fault}"
 

@@ -1,8 +1,5 @@
 """`python -m benchmarks.cpu_kernels`: its dense baselines are correct, and it compares with the fastest of them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import int8_products
@@ -35,24 +32,6 @@ def test_tables_name_the_fastest_dense_baseline():
     assert cpu_kernels.table(RESULT, "int4", "W4A16").splitlines()[-1] == "| some (8 x 64) | 1 | 18.00 | 18.00 |"
     line = cpu_kernels.describe(RESULT["rows"][1], 1e9)
     assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
-
-
-def test_a_baseline_that_was_left_out_is_in_no_table():
-    row = RESULT["rows"][0] | {"dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": 6.0}}
-    row |= {"sparse_seconds": dict.fromkeys(cpu_kernels.SPARSE, 1.0)}
-    assert "int4 1000.000 (4.00x best)" in cpu_kernels.describe(row, 1e9)
-    assert "int8 1000.000 (4.00x best, 6.00x W8A8)" in cpu_kernels.describe(row, 1e9)
-    tables = cpu_kernels.tables({"rows": [row]})
-    assert "int4 against the fastest dense baseline" in tables and "dense W4A16" not in tables
-    assert "int8 against dense W8A8" in tables
-
-
-@pytest.mark.parametrize("limit", cpu_dense.LIMITS)
-def test_no_limit_applies_to_w4a16(limit, monkeypatch):
-    monkeypatch.setattr(cpu_dense, "limit", lambda: limit)  # oneDNN would keep the variables for all tests after this
-    monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
-    dense = [kind for side, kind in cpu_kernels.variants_of(torch.randn(64, 128)) if side == "dense"]
-    assert dense == ["bfloat16", "float32", "W8A8"]
 
 
 def product(weight, x):
@@ -110,21 +89,3 @@ def test_every_variant_is_measured_and_a_slow_baseline_only_twice(monkeypatch):
     assert set(row["dense_seconds"]) == dense and set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
     assert all(seconds > 0 for kind in ("dense_seconds", "sparse_seconds") for seconds in row[kind].values())
     assert len(calls) == 2 and cpu_kernels.best_dense(row) != "W8A8"
-
-
-@pytest.mark.slow
-def test_limit_reaches_every_library():
-    code = """
-import torch
-from benchmarks import cpu_dense
-from ria_vllm.serve.kernels.cpu import backend as cpu
-cpu_dense.unquantized(torch.ones(64, 64))(torch.ones(2, 64))
-print(cpu.instruction_set(), cpu_dense.limit(), torch.backends.cpu.get_cpu_capability())
-"""
-    environment = {**os.environ, **cpu_dense.LIMITS["avx2"], "ONEDNN_VERBOSE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "this machine lacks these instructions" in done.stderr:
-        pytest.skip("this machine has no AVX2")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "avx2 avx2 AVX2"
-    assert "isa:Intel AVX2\n" in done.stdout and "brg_matmul:avx2," in done.stdout

@@ -1,7 +1,5 @@
 """The Llama model of gpu_session, dense and sparse, on a mocked Hopper; and the targets that times are judged by."""
 
-from functools import partial
-
 import pytest
 import torch
 import transformers
@@ -78,19 +76,6 @@ def test_dense_and_sparse_agree_and_are_timed(small):
             assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
 
 
-@pytest.mark.slow
-def test_compiled_layers_agree_and_are_timed(small, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend="aot_eager"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch.compile would ask the GPU for more
-    counters.clear()
-    for found in (gpu_decode.time_layer(gpu_decode.LAYERS[0]), gpu_decode.time_model(gpu_decode.MODELS[0])):
-        rows = rows_of(found)
-        assert all(row["ok"] for row in rows[::2]) and [row["tokens"] for row in rows[::2]] == list(gpu_decode.TOKENS)
-        assert [row["not_compiled"] for row in rows[1::2]] == [None] * len(gpu_decode.TOKENS)
-    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("name", ["qkv", "down"])
 def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     """Its input's channels in a wrong order."""
@@ -105,26 +90,6 @@ def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     monkeypatch.setattr(DecoderLayer, "__init__", spoiled)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
     assert rows and not any(row["ok"] for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (RuntimeError("no Triton\nmore"), "no Triton more"),
-        (AssertionError(), "AssertionError"),
-    ],
-)
-def test_a_machine_without_a_compiler_is_timed_without(small, monkeypatch, error, said):
-    def refuses(function, **options):
-        def call(*_):
-            raise error
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", refuses)
-    rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
-    assert rows[0]["ok"] and rows[1]["not_compiled"] == said
-    assert "not compiled" in gpu_decode.line(rows[1])
 
 
 def test_all_layers_share_a_compiled_function_without_graph_breaks(mocked):

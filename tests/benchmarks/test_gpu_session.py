@@ -8,15 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from pretend_hopper import TILES, PretendLibrary
-from sanitizer_stand_in import NO_ERRORS
+from pretend_hopper import PretendLibrary
 
-from benchmarks import gpu_bundle, gpu_check, gpu_sanitizer, gpu_session
+from benchmarks import gpu_bundle, gpu_check, gpu_session
 from benchmarks.gpu_check import Part
 from benchmarks.gpu_record import Record
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
-from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -37,54 +34,6 @@ def session(step, *arguments):
 
 def outcomes(step):
     return Record(Path("out") / f"{step}.jsonl").outcomes
-
-
-def test_check_report_and_fill(ready, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_session, "TILES", Path("tiles.py"))
-    shutil.copy(ROOT / "serve" / "kernels" / "cuda" / "tiles.py", "tiles.py")
-    assert session("check") == 0
-    record = Record(Path("out/check.jsonl"))
-    names = [part.name for part in gpu_check.parts_of(gpu_check.Options())]
-    assert record.outcomes == dict.fromkeys(names, "passed") and len(names) == len(set(names))
-    assert {row["tile"] for row in record.rows("tiles")} == set(TILES)
-    checked = {row["check"] for row in record.rows("checks") if "check" in row}
-    assert {f"tile {row['tile']} split_k {row['split']}" for row in record.rows("tiles")} <= checked
-    assert [row["products"] for row in record.rows("concurrent")] == [8, 8]
-    assert json.loads(Path("out/gpu_check.json").read_text())["tiles"] == record.rows("tiles")
-
-    capsys.readouterr()
-    assert session("report") == 0 and session("fill") == 0
-    said = capsys.readouterr().out
-    for text in (
-        "cutlass against torch's dense bf16, up to 64 tokens (at most 1.78x): 1.5x wanted",
-        "two streams at once",
-        "with the times that `check` found",
-    ):
-        assert text in said
-    assert json.loads(Path("out/session.json").read_text())["check"]["outcomes"] == record.outcomes
-
-    filled = {}
-    exec(Path("tiles.py").read_text(), filled)
-    for tokens in {row["tokens"] for row in record.rows("tiles")}:
-        times = {
-            (r["tile"], r["split"]): r["us"]
-            for r in record.rows("tiles")
-            if r["tokens"] == tokens and r["value_bits"] == 16
-        }
-        ((name, split),) = filled["preferred_tiles"](90, 132, 16, 192, 64, tokens)
-        assert times[name, split] == min(times.values())
-
-    assert session("times") == 0 and session("report") == 0
-    assert "with the times that `times` found" in capsys.readouterr().out
-    found = Record(Path("out/times.jsonl"))
-    assert found.rows("times") and {section for section, _ in found.rows_by_section()} == {"limits", "times"}
-    assert json.loads(Path("out/session.json").read_text())["times_of"] == "times"
-
-    # All has passed, so nothing runs again.
-    before = Path("out/check.jsonl").read_text()
-    monkeypatch.setattr(gpu_session, "first_products", list)
-    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: pytest.fail("ran again") if _[0] else iter(()))
-    assert session("check") == 0 and Path("out/check.jsonl").read_text() == before
 
 
 @pytest.fixture
@@ -138,44 +87,6 @@ def test_a_failed_part_is_run_again(parts, capsys):
     assert session("check") == 0 and started == ["first"]
 
 
-def test_a_later_machine_continues_with_what_an_earlier_one_found(parts):
-    started, broken = parts
-    broken["third", 0] = killed
-    with pytest.raises(KeyboardInterrupt):
-        session("check")
-    broken.clear(), started.clear()
-    assert gpu_session.main(["check", "--out", "elsewhere", "--earlier", "out"]) == 0
-    assert started == ["third"] and len(Record(Path("elsewhere/check.jsonl")).rows()) == 6
-
-
-def test_a_number_that_json_does_not_have_fails_its_part_alone(parts):
-    _, broken = parts
-    broken["second", 1] = lambda: {"excess": float("nan"), "ok": True}
-    assert session("check") == 1
-    assert outcomes("check") == {"first": "passed", "second": "failed", "third": "passed"}
-    (row,) = [row for row in Record(Path("out/check.jsonl")).rows() if not row["ok"]]
-    assert "nan" in row["row"] and row["error"] == "a number that JSON does not have"
-    assert json.loads(Path("out/gpu_check.json").read_text())["checks"][3] == row
-
-
-def test_without_a_library_no_time_is_spent(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv(LIBRARY_FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(gpu_check, "parts_of", lambda options: pytest.fail("started"))
-    assert session("check") == 1
-    assert "there is no _cuda_sm90a.so" in capsys.readouterr().out
-    (tmp_path / HOPPER.library).touch()
-    (tmp_path / "manifest.json").write_text('{"sources": "of another commit"}')
-    assert session("check") == 1
-    assert "was not packed from the sources of this checkout" in capsys.readouterr().out
-    gpu_bundle.write_manifest(tmp_path, HOPPER, "13.0")
-    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: "it does not load"))
-    assert session("check") == 1
-    assert "it does not load" in capsys.readouterr().out
-    (tmp_path / HOPPER.library).write_bytes(b"half of it")
-    assert session("check") == 1
-    assert f"{HOPPER.library} in {tmp_path} is not as it was packed: copy" in capsys.readouterr().out
-
-
 def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, capsys):
     started, _ = parts
     right = PretendLibrary.linear
@@ -194,31 +105,6 @@ def test_a_product_that_fails_ends_a_step_before_it_starts(parts, monkeypatch, c
     assert "first product torch.bfloat16: out of time" in put(right)
     monkeypatch.setattr(gpu_check, "supervise", lambda *_: iter([(0, {"error": "the driver is too old", "ok": False})]))
     assert "first product torch.bfloat16: the driver is too old" in put(right)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu(in_tmp, capsys):
-    assert session("decode") == 1 and "torch sees no CUDA GPU" in capsys.readouterr().out
-
-
-def test_the_sanitizer_step_is_cut_short_and_continued(ready, sanitizer):
-    """The deadline passes while a tool runs: the tool is killed, and its group is the first to run later."""
-    slow = "time.sleep(0.3)\n" + 'say(at="a step"); say(ok=True); time.sleep(0.1)\n' * 50
-    found = 'print("========= Invalid read", file=log, flush=True); print("a warning", file=sys.stderr, flush=True)'
-    sanitizer(f'open("pid", "w").write(str(os.getpid()))\n{found}\n{slow}' + NO_ERRORS)
-    assert session("sanitize", "--seconds", "3") == gpu_session.UNFINISHED
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(Path("pid").read_text()), 0)
-    assert outcomes("sanitize")["memcheck bfloat16"] == "cut"
-    log = Path("out/sanitizer.log").read_text()
-    for text in ("memcheck, bfloat16, cut short:\n", "Invalid read", "a warning"):
-        assert text in log
-    sanitizer(NO_ERRORS)
-    assert session("sanitize") == 0
-    expected = {f"{tool} {group}" for tool in gpu_sanitizer.TOOLS for group in gpu_sanitizer.GROUPS}
-    assert outcomes("sanitize") == dict.fromkeys(expected, "passed")
-    sanitizer("sys.exit(1)")
-    assert session("sanitize") == 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import quality
-from benchmarks.quality import main, options_of
+from benchmarks.quality import main
 from ria_vllm.offline.evaluation.evaluate import perplexity, read_tokens
 from ria_vllm.offline.model.run.hf import load_model
 
@@ -30,9 +30,3 @@ def test_every_way_has_a_row_and_finished_rows_are_kept(tiny, text, tmp_path, mo
     assert dense.perplexity < default < magnitude
     monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("measured again"))
     assert run(tiny, text, tmp_path, *ways) == first
-
-
-def test_a_group_size_is_a_number_or_a_row():
-    assert options_of("weights=int4 group_size=64") == {"weights": "int4", "group_size": 64}
-    assert options_of("weights=int8 smooth=0.5") == {"weights": "int8", "smooth": 0.5}
-    assert options_of("group_size=row") == {"group_size": "row"}

@@ -3,16 +3,13 @@
 import json
 import math
 import random
-import re
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.text_tasks import main, read_documents, sentences
-from ria_vllm.errors import RiaError
+from benchmarks.text_tasks import main
 from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer
 
@@ -45,68 +42,12 @@ def make(text: Path, out: Path, *options: str) -> dict[str, list[dict]]:
     return {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in out.glob("*.jsonl")}
 
 
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[A-Za-z]+", text)
-
-
-def test_the_last_word_stands_earlier_in_the_passage(prose, tmp_path):
-    found = make(prose, tmp_path, "--examples", "20")["my_text_last_word"]
-    whole = prose.read_text()
-    assert len(found) == 20 == len({example["context"] for example in found})
-    for example in found:
-        assert f"{example['context']} {example['word']}." in whole  # the passage as it stands in the text
-        earlier, _, last = example["context"].rpartition(".")  # up to the last sentence
-        assert example["word"] in words_of(earlier) and 50 <= len(earlier.split()) <= 120 and "." not in last
-
-
-def test_the_others_stand_elsewhere_in_the_same_document(prose, tmp_path):
-    found = make(prose, tmp_path, "--examples", "60")["my_text_continuation"]
-    documents, gaps = prose.read_text().split("\n\n"), []
-    for example in found:
-        right = example["choices"][example["answer"]]
-        home = [d for d in documents if f"{example['context']} {right}" in d or f"{example['context']}\n{right}" in d]
-        assert len(home) == 1 and len(set(example["choices"])) == 4
-        gaps += [abs(len(choice) - len(right)) for choice in example["choices"] if choice != right]
-        for choice in set(example["choices"]) - {right}:
-            assert choice in home[0] and choice not in example["context"]
-            assert len(choice.split()) > 7  # headings and exclamations are not offered
-    assert {example["answer"] for example in found} == {0, 1, 2, 3}
-    assert statistics.median(gaps) <= 2  # of sentences with 40 to 80 characters
-
-
 def test_the_same_seed_gives_the_same_bytes(prose, tmp_path):
     for folder, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         make(prose, tmp_path / folder, "--examples", "10", "--seed", seed)
     for name in ("my_text_last_word.jsonl", "my_text_continuation.jsonl"):
         a, b, c = ((tmp_path / folder / name).read_bytes() for folder in "abc")
         assert a == b != c
-
-
-def test_documents_of_the_calibration_text_are_left_out(prose, tmp_path):
-    documents = prose.read_text().strip().split("\n\n")
-    other = tmp_path / "calibration.txt"
-    other.write_text("Anna.\n" + documents[2].splitlines()[7] + "\n")
-    kept = read_documents(prose, [other])
-    assert len(kept) == 3 and len(read_documents(prose, [])) == 4
-    found = make(prose, tmp_path / "out", "--examples", "20", "--apart-from", str(other))
-    for example in [*found["my_text_last_word"], *found["my_text_continuation"]]:
-        assert example["context"] not in documents[2] and example["context"] in prose.read_text()
-    with pytest.raises(RiaError, match="0 passages for last_word"):
-        make(prose, tmp_path / "none", "--apart-from", str(prose))
-
-
-@pytest.mark.parametrize(
-    "text, found",
-    [
-        ("He went home. It was late.", ["He went home.", "It was late."]),
-        ("`` Go '' ! ! He left . '' So did she .", ["`` Go '' ! !", "He left . ''", "So did she ."]),
-        ("Gov. Price spoke to Mr. Hale. Nobody heard.", ["Gov. Price spoke to Mr. Hale. Nobody heard."]),
-        ("On Aug. 31 it rained in 3.5 hours. Then not.", ["On Aug. 31 it rained in 3.5 hours.", "Then not."]),
-        ("no end", ["no end"]),
-    ],
-)
-def test_sentences(text, found):
-    assert sentences(text) == found
 
 
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:

@@ -1,16 +1,12 @@
 """`make demo` with a tiny model instead of SmolLM2."""
 
-import json
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
 
-import openai
 import pytest
 
 from ria_vllm.checkpoint.reader import Reader
@@ -69,48 +65,6 @@ def test_what_more_effort_brings_is_what_was_measured(demo):
     found = re.findall(r"\d+\.\d", demo.LESS_IS_LOST)
     assert len(found) == 9 and all(figure in pages for figure in found)
     assert max(map(len, demo.LESS_IS_LOST.splitlines())) <= 81
-
-
-def test_a_folder_that_cannot_be_read_is_made_again(demo, pruned_llama, monkeypatch, capfd):
-    """Such as one by an older version, whose config.json has no digest of the permutations."""
-    shutil.copytree(pruned_llama.folder, demo.SPARSE)
-    config = json.loads((demo.SPARSE / "config.json").read_text())
-    del config["quantization_config"]["permutations_digest"]
-    (demo.SPARSE / "config.json").write_text(json.dumps(config))
-    demo.RIA_VLLM = [sys.executable, "-c", "import sys; print(sys.argv[1:])"]
-    demo.compress()
-    said = capfd.readouterr().out
-    assert "exists already" not in said and "'--overwrite'" in said and "permutations_digest" in said
-
-
-def test_the_message_about_a_server_that_does_not_answer_names_its_log(demo, monkeypatch):
-    @contextmanager
-    def server(*_, **__):
-        yield SimpleNamespace(startup=1.0, url="http://127.0.0.1:1", model_name="m")
-
-    def continuation(server):
-        raise openai.APIConnectionError(message="Connection error.", request=None)
-
-    monkeypatch.setattr(demo, "running_server", server)
-    monkeypatch.setattr(demo, "continuation", continuation)
-    monkeypatch.setattr(demo, "everything", lambda: demo.serve("sparse", demo.SPARSE, demo.WORK, print))
-    with pytest.raises(SystemExit, match=r"Connection error.*logs/sparse-server\.log"):
-        demo.main()
-
-
-def test_the_download_of_the_model_gets_pip_args(demo, monkeypatch):
-    """The download fails here, and ends in a message."""
-    commands = []
-
-    def run(command, check):
-        commands.append(command)
-        raise subprocess.CalledProcessError(1, command)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setenv("PIP_ARGS", "--find-links '/a folder' -q")
-    with pytest.raises(SystemExit, match="pip"):
-        demo.main()
-    assert commands[0][-4:] == ["--find-links", "/a folder", "-q", demo.PACKAGE]
 
 
 def test_both_servers_are_measured_and_continue_the_text(demo, pruned_llama, monkeypatch, capfd):

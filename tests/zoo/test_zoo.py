@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from zoo.agreement import agreement_of_two
 from zoo.check import problems
 from zoo.run import run_batch, versions
 from zoo.table import PAGE, RESULTS, page
-from zoo.toy import Toy, fingerprint, merged
+from zoo.toy import Toy, fingerprint
 from zoo.toys import TOYS
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
@@ -43,22 +42,6 @@ def test_the_results_are_of_the_installed_versions():
         pytest.skip(f"transformers is in {transformers.__file__}: make test-versions puts another one there")
     minor = installed["transformers"].rpartition(".")[0]
     assert recorded["vllm"] == installed["vllm"] and recorded["transformers"].startswith(f"{minor}."), "make test-zoo"
-
-
-@pytest.mark.parametrize(
-    "changed, other",
-    [
-        ({"settings": {"hidden_size": 256}}, True),
-        ({"model_type": "mistral"}, True),
-        ({"dtype": "bfloat16"}, True),
-        ({"stays_dense": {"conv": "odd-sized"}}, True),
-        ({"shaped": "without biases"}, False),
-        ({"not_served": "no kernel"}, True),
-    ],
-)
-def test_a_fingerprint_changes_with_what_can_come_out_differently(changed, other):
-    assert (fingerprint("llama", Toy(**changed)) != fingerprint("llama", Toy())) == other
-    assert fingerprint("llama", Toy(not_served="one reason")) == fingerprint("llama", Toy(not_served="the other"))
 
 
 @pytest.fixture(scope="module")
@@ -101,47 +84,3 @@ GOOD = {
 def test_what_is_wrong_is_said(change, said):
     found = problems(Toy(), GOOD | change)
     assert not found if said is None else said in found[0]
-
-
-def test_a_toy_says_what_it_cannot_do():
-    unfolded = GOOD | {"compress": GOOD["compress"] | {"folded": []}}
-    assert not problems(Toy(no_fold="a convolution"), unfolded)
-    gathered = GOOD | {"compress": GOOD["compress"] | {"gathered": ["layers.*.self_attn.o_proj"]}}
-    named = Toy(gathers={"self_attn.o_proj": "a norm"})
-    assert problems(Toy(), gathered) and not problems(named, gathered) and problems(named, GOOD)
-    alone = {"compress": GOOD["compress"]}
-    assert problems(Toy(), alone) and not problems(Toy(not_served="no kernel"), alone)
-
-
-def test_a_toy_says_why_it_differs_from_transformers():
-    def dense(largest):
-        return GOOD | {"dense": {"text": {"median": 1e-6, "largest": largest, "same": 1.0}}}
-
-    assert "differs" in problems(Toy(), dense(2e-4))[0] and not problems(Toy(differs="rounding"), dense(2e-4))
-    assert "no longer" in problems(Toy(differs="rounding"), dense(9e-5))[0] and not problems(Toy(), dense(9e-5))
-    far = {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}
-    assert problems(Toy(differs="rounding"), GOOD | {"dense": far})
-    ended = GOOD | {"dense": {"error": "RuntimeError: ended"}}
-    assert not any("no longer" in problem for problem in problems(Toy(differs="rounding"), ended))
-
-
-def test_a_toy_in_bfloat16_is_compared_within_vllm_too():
-    toy, far = Toy(dtype="bfloat16", differs="rounding"), {"text": {"median": 0.01, "largest": 0.04, "same": 1.0}}
-    record = GOOD | {"dense": far, "served": far}
-    assert not problems(toy, record | {"exported": GOOD["dense"]})
-    assert "not run" in problems(toy, record)[0]
-    assert "pruned folder and the exported one: text" in problems(toy, record | {"exported": far})[0]
-
-
-def test_two_runs_of_vllm_are_compared_until_they_choose_another_token():
-    def results(tokens, logprobs):
-        return [{"prompt_ids": [3, 4, 5], "prompt": [-1.0, -2.0], "tokens": tokens, "logprobs": logprobs}] * 4
-
-    found = agreement_of_two(results([6, 7, 8], [-1.0, -3.0, -1.0]), results([6, 9, 8], [-1.0, -3.5, -9.0]))
-    numbers = {"median": 0.0, "largest": 0.5, "same": 0.33}
-    assert found == {"text": numbers, "image": numbers}
-
-
-def test_edits_reach_nested_configs():
-    config = {"a": 1, "text_config": {"b": 2, "c": 3}}
-    assert merged(config, {"d": 4, "text_config": {"c": 5}}) == {"a": 1, "d": 4, "text_config": {"b": 2, "c": 5}}

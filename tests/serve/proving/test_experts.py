@@ -139,46 +139,6 @@ BUGS = {
 }
 
 
-# What an error says of where wrong weights come from.
-ORIGINS = {
-    "two experts swapped": "the weights of expert 2",
-    "gate and up swapped": "gate and up in each other's place",
-    "rows of gate in another order": None,
-}
-
-
-@pytest.mark.parametrize("bug", ORIGINS)
-def test_an_error_says_what_an_expert_has_instead(bug):
-    stored = StoredMixture(permuted=False)
-    end = "" if ORIGINS[bug] is None else f": it has {ORIGINS[bug]}"
-    assert problem(stored, BUGS[bug](stored.tensors)).endswith(f"do not compute what the checkpoint says{end}")
-
-
-def test_weights_that_were_not_packed_again_are_named():
-    stored, others = StoredMixture(), StoredMixture(seed=1)
-    config = stored.config()
-    model = attached(config, Model(config))
-    model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
-    model.experts.quant_method.process_weights_after_loading(model.experts)
-    (experts,) = proved_experts(config, model)
-    assert experts.problem(vector, of_checkpoint(stored), True) is None
-    assert experts.problem(vector, of_checkpoint(others), True).endswith(": it has the weights before this reload")
-
-
-def test_the_shard_of_another_rank_is_named(monkeypatch):
-    stored = StoredMixture(permuted=False)
-    loaded = {
-        name: tensor
-        if name.endswith("shape")
-        else tensor.roll(*((tensor.shape[1] // 2, 1) if "down" in name else (INNER // 2, 0)))
-        for name, tensor in stored.tensors.items()
-    }
-    play_rank(monkeypatch, 0, 2)
-    assert problem(stored, loaded, tp_size=2).endswith(
-        "4 of 4 experts, the first of which is 0, do not compute what the checkpoint says: it has the shard of rank 1"
-    )
-
-
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("kind", ["pruned", "pruned with biases", "dense"])
 def test_each_bug_is_found(kind, bug, monkeypatch):

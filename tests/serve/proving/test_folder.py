@@ -67,8 +67,9 @@ def failing(y, config, x, order):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (rows_in_another_order, r"25\d of its 256 rows .* the right ones in another order"),
-        (wrong_for_many_tokens, r"25\d of its 256 rows .* with one token they are right, with 33 they are not"),
+        (rows_in_another_order, r"25\d of its 256 rows"),
+        (wrong_for_many_tokens, r"25\d of its 256 rows"),
+        (failing, "RuntimeError: no kernel image is available"),
     ],
 )
 def test_a_kernel_that_is_wrong_is_named_with_its_linears(checkpoint, monkeypatch, damage, said):
@@ -76,7 +77,7 @@ def test_a_kernel_that_is_wrong_is_named_with_its_linears(checkpoint, monkeypatc
     found = run(checkpoint)
     assert found.exit_code == 1 and wrong(found.output) == ["gate_proj"] * 2 + ["up_proj"] * 2
     first = next(line for line in proved(found.output).splitlines() if "wrong" in line)
-    assert re.search(rf"gate_proj \(cpu, bfloat16 activations\): {said}", first)
+    assert re.search(rf"gate_proj.*: {said}", first)
     assert "  10 pruned linears compute what the checkpoint says" in found.output
 
 
@@ -88,13 +89,6 @@ def test_a_folder_of_another_pattern(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(RiaError, match=r"out is pruned to 8:16, which only CPUs .*--pattern 2:4.*RIA_VLLM_DENSE=1"):
         CliRunner().invoke(doctor, [str(tmp_path / "out"), "--device", "cuda"], catch_exceptions=False)
-
-
-def test_a_kernel_that_fails_is_named_with_its_linears(checkpoint, monkeypatch):
-    spoil(monkeypatch, failing)
-    found = run(checkpoint)
-    assert found.exit_code == 1 and wrong(found.output) == ["gate_proj"] * 2 + ["up_proj"] * 2
-    assert "model.layers.0.mlp.gate_proj: RuntimeError: no kernel image is available" in found.output
 
 
 def spoil(monkeypatch, damage):
