@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import Damage
+from families import save_tokenizer
 
 # The hooks for runs in several processes.
 from processes import pytest_collection_modifyitems, pytest_configure, pytest_xdist_auto_num_workers  # noqa: F401
@@ -42,17 +43,11 @@ class PrunedLlama:
 
 def save_tiny_llama(folder: Path, seed: int = 0) -> None:
     """A random bf16 Llama with grouped-query attention and a byte-level tokenizer, as a Hugging Face folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=258,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=LAYERS,
@@ -64,9 +59,7 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> None:
         eos_token_id=1,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    wrapped.save_pretrained(folder)
+    save_tokenizer(folder, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 def head_permutation(generator: torch.Generator) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tiny random models of every family, as Hugging Face folders with a byte-level tokenizer."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def config_of(family: str, **changes: Any) -> Any:
     return kind(**base | own | changes)
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, **settings: str) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,7 +95,8 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **settings)
+    fast.save_pretrained(folder)
 
 
 def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -102,13 +104,17 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, **changes)).to(dtype)
+    return save_scaled(AutoModelForCausalLM.from_config(config_of(family, **changes)).to(dtype), folder)
+
+
+def save_scaled(model: Any, folder: Path) -> Path:
+    """Save a model, with channels of different scales."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
-                parameter.mul_(torch.rand(parameter.shape[1]).add(0.2).to(dtype))
+                parameter.mul_(torch.rand(parameter.shape[1]).add(0.2).to(parameter.dtype))
             elif parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape).mul(0.1).to(dtype))
+                parameter.add_(torch.randn(parameter.shape).mul(0.1).to(parameter.dtype))
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder
@@ -123,14 +129,7 @@ def make_model() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """family -> folder of a float32 model. Do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_model(tmp_path_factory.mktemp(family) / "dense", family)
-        return made[family]
-
-    return get
+    return cache(lambda family: save_model(tmp_path_factory.mktemp(family) / "dense", family))
 
 
 @pytest.fixture(scope="session")

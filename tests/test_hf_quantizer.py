@@ -17,8 +17,6 @@ from transformers import (
     LlamaModel,
 )
 from transformers.quantizers import auto as quantizers
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
@@ -181,23 +179,6 @@ def test_a_pruned_linear_more_than_the_model_has_places_for(damage, place):
         AutoModelForCausalLM.from_pretrained(damage.folder)
 
 
-def test_linears_that_transformers_merges(tmp_path):
-    """Its Mixtral has all experts in one tensor; experts stored one by one would be left out, and random ones used."""
-    model = tiny_model("mixtral", num_local_experts=2, num_hidden_layers=1)
-    pruned = ["model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj"]
-    state = model.state_dict()
-    state = {n: t for n, t in state.items() if ".experts." not in n and n.removesuffix(".weight") not in pruned}
-    linear = "model.layers.0.block_sparse_moe.experts.0.w1"
-    model = tiny_model("llama", num_hidden_layers=1)
-    store(model, tmp_path / "out", pruned, [("model.layers.0.mlp.gate_proj", linear)])
-    rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors.update(state))
-    changes = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2}
-    config = json.loads((tmp_path / "out" / "config.json").read_text()) | changes
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RiaError, match=f"{linear} is stored compressed, but .* no place .*ria-vllm export"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
 Q = "model.layers.1.self_attn.q_proj"
 
 
@@ -220,16 +201,6 @@ def test_dense_and_compressed_at_once(damage):
     rewrite(damage.file_of(f"{Q}.bitmask"), lambda tensors: tensors.update({f"{Q}.weight": torch.zeros(128, 128)}))
     with pytest.raises(RiaError, match=f"{Q}.weight.*not the tensors of one pruned linear"):
         AutoModelForCausalLM.from_pretrained(damage.folder)
-
-
-def test_two_linears_for_one_weight(damage):
-    def double(tensors):
-        twice = {n.removeprefix("model."): t.clone() for n, t in tensors.items() if n.startswith(f"{Q}.")}
-        tensors.update(twice)
-
-    rewrite(damage.file_of(f"{Q}.bitmask"), double)
-    with pytest.raises(RiaError, match=f"{Q}.weight.*both stored, but they are one weight"):
-        AutoModel.from_pretrained(damage.folder)
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
@@ -314,35 +285,6 @@ def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_ll
     del config.quantization_config
     with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* has no quantization_config"):
         AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
-
-
-class OtherConfig(QuantizationConfigMixin):
-    def __init__(self, quant_method="other"):
-        self.quant_method = quant_method
-
-
-class OtherQuantizer(HfQuantizer):
-    """Leaves all weights as they are; `bitsandbytes` would round them as they load."""
-
-    is_trainable = True
-
-    def is_serializable(self):
-        return True
-
-
-@pytest.mark.parametrize("place", ["argument", "configuration"])
-def test_another_quantizer_than_ours(pruned_llama, monkeypatch, place):
-    """transformers takes it if the configuration has lost ours. The model's weights would be random."""
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "other", OtherConfig)
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "other", OtherQuantizer)
-    config = AutoConfig.from_pretrained(pruned_llama.folder)
-    del config.quantization_config
-    options = {"quantization_config": OtherConfig()} if place == "argument" else {}
-    if place == "configuration":
-        config.quantization_config = {"quant_method": "other"}
-    with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* no quantization_config of"):
-        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config, **options)
-    AutoModelForCausalLM.from_pretrained(pruned_llama.source, config=config, **options)
 
 
 def test_what_later_versions_ask_the_quantizer(pruned_llama):

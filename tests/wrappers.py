@@ -1,12 +1,15 @@
 """Tiny random models that read images or sound besides text, as Hugging Face folders."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import save_tokenizer
+from compressing import run_small
+from families import TEXT as SENTENCE
+from families import save_scaled
 
 # Token ids beyond those of the tokenizer stand for images, sound and their borders.
 VOCABULARY = 272
@@ -111,29 +114,21 @@ def save_wrapper(folder: Path, name: str, dtype: torch.dtype = torch.float32, **
     from transformers import AutoModelForMultimodalLM
 
     torch.manual_seed(0)
-    model = AutoModelForMultimodalLM.from_config(wrapper_config(name, **text)).to(dtype)
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in path:
-                parameter.mul_(torch.rand(parameter.shape[1]).add(0.2).to(dtype))
-            elif parameter.dim() == 1:
-                parameter.add_(torch.randn(parameter.shape).mul(0.1).to(dtype))
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_scaled(AutoModelForMultimodalLM.from_config(wrapper_config(name, **text)).to(dtype), folder)
     for file, content in PROCESSOR.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(content)
     return folder
 
 
+def compressed_wrapper(place: Path, name: str) -> Path:
+    """A folder in `place` with a model whose text decoder is pruned."""
+    (place / "words.txt").write_text(SENTENCE * 40)
+    run_small(save_wrapper(place / "wrapper", name), place / "out", place / "words.txt")
+    return place / "out"
+
+
 @pytest.fixture(scope="session")
 def tiny_wrapper(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """family -> folder of a float32 model. Do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = save_wrapper(tmp_path_factory.mktemp(name) / "dense", name)
-        return made[name]
-
-    return get
+    return cache(lambda name: save_wrapper(tmp_path_factory.mktemp(name) / "dense", name))

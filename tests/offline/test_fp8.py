@@ -111,18 +111,6 @@ def test_what_max_loss_leaves_dense_stays_in_the_models_dtype(tiny, text, tmp_pa
         run_small(tiny("llama"), tmp_path / "none", text, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"group_size": 64}, "--group-size: for integer weights only"),
-        ({"activations": "none"}, "no --scheme has fp8 weights and none activations"),
-    ],
-)
-def test_what_fp8_does_not_have_is_refused(options, words, tiny, text, tmp_path):
-    with pytest.raises(RiaError, match=words):
-        run_small(tiny("llama"), tmp_path / "out", text, **(FP8 | options))
-
-
 @needs_writer
 @pytest.mark.parametrize("scheme", ["FP8", "W8A8", "BF16"])
 def test_compressed_tensors_reads_what_export_writes_for_it(scheme, tiny, text, tmp_path):

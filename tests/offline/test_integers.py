@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from compressing import WarningRecorder, interrupted_after_a_layer
+from compressing import WarningRecorder
 from damage import rewrite
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,8 +20,6 @@ from ria_vllm.format.schema import INT8_TOKENS
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
 
-NAME = "model.layers.1.mlp.gate_proj"  # 192 x 128
-DOWN = "model.layers.1.mlp.down_proj"  # 128 x 192
 HEADS = {"model.embed_tokens", "lm_head"}
 
 # Options -> bits, columns of a group in this model.
@@ -217,38 +215,6 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
     assert Reader(out).schema.weight_format.name == "int4-g128"
 
 
-@pytest.mark.parametrize(
-    "before, after, what",
-    [
-        ({"weights": "int4"}, {"weights": "int4", "group_size": 32}, r"with another group-size \(64\)"),
-        ({"weights": "int8", "group_size": 64}, {"weights": "int8"}, r"with another group-size \(64\)"),
-        ({"weights": "int8", "activations": "int8"}, {"weights": "int8"}, r"with another scheme \(W8A8\)"),
-        ({"weights": "int8"}, {"weights": "int8", "activations": "int8"}, r"with another scheme \(W8A16\)"),
-    ],
-    ids=["size", "groups or rows", "inputs or none", "none or inputs"],
-)
-def test_an_interrupted_run_is_not_resumed_with_others(before, after, what, tiny, text, tmp_path):
-    with interrupted_after_a_layer():
-        run(tiny("llama"), tmp_path / "out", text, reconstruct="none", **before)
-    with pytest.raises(RiaError, match=f"is from a run {what}"):
-        run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **after)
-    run(tiny("llama"), tmp_path / "out", text, Settings(resume=True), reconstruct="none", **before)
-
-
-SCALE, VALUES, MASK = f"{NAME}.weight_scale", f"{NAME}.compressed", f"{NAME}.bitmask"
-DAMAGE = [
-    (lambda t: t.pop(SCALE), "weight_scale is missing"),
-    (lambda t: t.update({SCALE: t[SCALE][:-1].clone()}), "weight_scale has"),
-    (lambda t: t.update({SCALE: t[SCALE].double()}), "weight_scale has"),
-    (lambda t: t[SCALE].fill_(float("nan")), "not positive and finite"),
-    (lambda t: t[SCALE][-1, -1:].neg_(), "not positive and finite"),
-    (lambda t: t[SCALE][7, :1].zero_(), "not positive and finite"),
-    (lambda t: t.update({VALUES: t[VALUES].float()}), "dtype float32, expected"),
-    (lambda t: t.update({VALUES: t[VALUES].short()}), "dtype int16"),
-    (lambda t: t.update({VALUES: t[VALUES][:, 1:].clone()}), "compressed has shape"),
-    (lambda t: t[MASK][3, :1].fill_(255), "row 3, columns 0 to 7: a group of 4 without"),
-    (lambda t: t.update({f"{NAME}.shape": torch.tensor([[192], [64]])}), "expected 192 x 64"),
-]
 
 
 HEAD = "lm_head.integers"
@@ -271,40 +237,3 @@ def test_a_damaged_head_is_found(change, words, pruned, tmp_path):
     assert any(words in problem for problem in Reader(tmp_path / "out").problems())
     with pytest.raises((RiaError, ValueError), match="lm_head"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-@pytest.mark.parametrize("change, words", DAMAGE)
-@pytest.mark.parametrize("way", ["int8", "int4"])
-def test_damage_is_found_by_layer(change, words, pruned, way, tmp_path):
-    shutil.copytree(pruned(way), tmp_path / "out")
-    rewrite(tmp_path / "out" / "model.safetensors", change)
-    with pytest.raises(RiaError, match=words) as found:
-        Reader(tmp_path / "out").linear(NAME)
-    assert NAME in str(found.value)
-    assert any(NAME in problem for problem in Reader(tmp_path / "out").problems())
-
-
-def config(**changes):
-    def change(content):
-        content["quantization_config"]["weights"].update(changes)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (config(group_size=32), "weight_scale has shape"),
-        (config(group_size=128), "the matrix has 192 columns, not a multiple of 128 as in int4-g128"),
-        (config(num_bits=8), "compressed has dtype uint8"),
-        (lambda content: content["quantization_config"].pop("weights"), "lm_head is stored in int8, which config.json"),
-    ],
-    ids=["smaller groups", "larger groups", "other bits", "no words"],
-)
-def test_a_config_json_of_another_run_is_found(change, words, pruned, tmp_path):
-    out = shutil.copytree(pruned("int4"), tmp_path / "out")
-    content = json.loads((out / "config.json").read_text())
-    change(content)
-    (out / "config.json").write_text(json.dumps(content))
-    with pytest.raises(RiaError, match=words):
-        Reader(out).linear(DOWN)

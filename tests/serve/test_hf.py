@@ -4,7 +4,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import image_models
 import mixtures
 import pytest
 import tiny
@@ -16,9 +15,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3TextModel,
-    Llama4ForCausalLM,
     LlamaPreTrainedModel,
 )
+from wrappers import compressed_wrapper
 
 from ria_vllm.errors import RiaError
 
@@ -57,18 +56,6 @@ def test_a_head_and_an_embedding_in_int8_are_widened(name, tmp_path):
         want = tensors[f"{one}.integers"] * tensors[f"{one}.weight_scale"]
         assert torch.equal(loaded.get_submodule(one).weight, want)
     torch.testing.assert_close(logits(loaded), logits(pruned), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("weights", ["float", "int4-g32"])
-@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
-def test_a_wrapper_loads(name, weights, tmp_path):
-    """Its files have other names than its modules."""
-    pruned, tokens = image_models.write(name, tmp_path / "out", weights=weights), torch.arange(3, 20)[None]
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    kinds = {"token_type_ids": torch.zeros_like(tokens)} if name == "gemma3" else {}
-    with torch.no_grad():
-        got, want = loaded(input_ids=tokens, **kinds).logits, pruned(input_ids=tokens, **kinds).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "weights"), [("gpt_oss", "int4-g32"), ("granitemoe", "int8")])
@@ -127,14 +114,12 @@ def test_experts_that_nothing_maps(tmp_path):
 
 def test_the_text_decoder_of_a_wrapper(tmp_path):
     """transformers takes its configuration out of the wrapper's, and leaves `quantization_config` behind."""
-    for name, kind in (("gemma3", Gemma3TextModel), ("llama4", Llama4ForCausalLM)):
-        pruned = image_models.write(name, tmp_path / name)
-        with pytest.raises(RiaError, match=f"is stored compressed, but the .*Text.* that this {kind.__name__} is load"):
-            kind.from_pretrained(tmp_path / name)
-        whole = AutoModel.from_pretrained(tmp_path / name)
-        inside = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith("language_model.")}
-        want = pruned.state_dict()
-        assert inside and all(torch.equal(t, want.get(n, want.get(f"model.{n}"))) for n, t in inside.items())
+    out = compressed_wrapper(tmp_path, "gemma3")
+    with pytest.raises(RiaError, match="is stored compressed, but the .*Text.* that this Gemma3TextModel is load"):
+        Gemma3TextModel.from_pretrained(out)
+    whole, want = (kind.from_pretrained(out).state_dict() for kind in (AutoModel, AutoModelForImageTextToText))
+    inside = {name: tensor for name, tensor in whole.items() if name.startswith("language_model.")}
+    assert inside and all(torch.equal(tensor, want[f"model.{name}"]) for name, tensor in inside.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

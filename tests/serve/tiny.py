@@ -4,14 +4,12 @@ They do not depend on the offline stage. The oracle is Hugging Face's own model 
 own order.
 """
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter
@@ -30,9 +28,7 @@ Rows = tuple[str, tuple[int, int] | None]  # of each of `value_blocks` blocks, f
 class Family:
     """A model type with the names that its folds need, and `kv` key-value heads.
 
-    `settings` are values of the config; None leaves a key out. `auto` builds the model. `wrapper` is the type of a
-    model with more than a text decoder, which then is its `text_config`, and `outer` are the wrapper's own values.
-    `older` are two prefixes of names: that of this transformers, and that in the files on the hub.
+    `settings` are values of the config; None leaves a key out. `auto` builds the model.
     """
 
     model_type: str
@@ -48,15 +44,6 @@ class Family:
     down: str = "mlp.down_proj"
     settings: tuple[tuple[str, object], ...] = ()
     auto: type = AutoModelForCausalLM
-    wrapper: str | None = None
-    outer: tuple[tuple[str, object], ...] = ()
-    older: tuple[str, str] = ("", "")
-
-    def config(self, values: dict[str, object]) -> PreTrainedConfig:
-        if self.wrapper is None:
-            return AutoConfig.for_model(self.model_type, **values)
-        text = values | {"model_type": self.model_type}
-        return AutoConfig.for_model(self.wrapper, text_config=text, **dict(self.outer))
 
     def folds(self) -> list[Fold]:
         def absolute(name: str, rows: tuple[int, int] | None, blocks: int = 1) -> Producer:
@@ -140,7 +127,7 @@ def model_of(family: Family, layers: int = 2, seed: int = 0, **settings: object)
         "max_position_embeddings": 256, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
         "attn_implementation": "eager",
     } | dict(family.settings) | settings  # fmt: skip
-    config = family.config({key: value for key, value in values.items() if value is not None})
+    config = AutoConfig.for_model(family.model_type, **{key: v for key, v in values.items() if v is not None})
     torch.manual_seed(seed)
     model = family.auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -208,20 +195,19 @@ def write(
         if reader not in shared:
             shared[reader] = random_order(module.in_features, blocks, blocks)
         orders[name] = shared[reader]
-    disk = names_on_disk(model, *family.older) if family.wrapper else {}
     weight_format = FORMATS[weights]
     quantization = weight_format.quantization
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
         p = orders[name].long() if permuted else torch.arange(module.in_features)
-        stored, stem = module.weight.detach().to(dtype)[:, p], disk.get(name, name)
+        stored = module.weight.detach().to(dtype)[:, p]
         mask = sparse24.mask_from_bitmask(sparse24.compress(stored, None, PATTERNS[pattern])[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)
         parts = weight_format.encode(stored, mask, scales, PATTERNS[pattern])
-        units |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
-        units[f"{stem}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
+        units |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        units[f"{name}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if permuted:
-            units[f"{stem}.input_permutation"] = orders[name].clone()
+            units[f"{name}.input_permutation"] = orders[name].clone()
         module.weight.data = stored[:, permutation.invert(p)].float()
         if rounded:
             module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))
@@ -231,21 +217,20 @@ def write(
     rows = {f"{name}.weight" for name in in_int8} | ({"model.embed_tokens.weight", "lm_head.weight"} if head else set())
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in pruned and not (name == "lm_head.weight" and tied(model)):
-            module, _, part = name.rpartition(".")
-            stem = disk.get(module, module)
             if name in rows:
+                stem = name.removesuffix(".weight")
                 scales = tensor.to(dtype).float().abs().amax(1, keepdim=True) / 127
                 integers = (tensor.to(dtype).float() / scales).round()
                 units |= {f"{stem}.integers": integers.to(torch.int8), f"{stem}.weight_scale": scales}
                 tensor.copy_((integers * scales).to(dtype))
                 continue
-            units[f"{stem}.{part}" if module else name] = tensor.to(dtype)
+            units[name] = tensor.to(dtype)
             tensor.copy_(tensor.to(dtype))
-    ignore = [disk.get(n, n) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
+    ignore = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n not in pruned]
     schema = RiaSchema(
         sparsity_config=SparsityConfig(ignore=ignore, sparsity_structure=pattern),
         folds=family.folds() if folds else [],
-        int8_linears=[disk.get(name, name) for name in in_int8],
+        int8_linears=list(in_int8),
         weights=None if quantization is None else WeightQuantization(**quantization, dtype=name_of(dtype)),
         input_activations=INT8_TOKENS if rounded else None,
         recipe={"method": "magnitude", "permute": "lsa" if permuted else "none"},
@@ -258,25 +243,6 @@ def write(
     writer.write("all", units)
     writer.finish(["all"], {"config.json": config}, {}, 1 << 40)
     return model
-
-
-def names_on_disk(model: PreTrainedModel, newer: str = "", older: str = "") -> dict[str, str]:
-    """Module -> its name in the files that transformers writes, which may be older than that in the model.
-
-    There, `older` replaces a prefix `newer`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        saved = load_file(Path(folder) / "model.safetensors")
-    found = {}
-    for name, tensor in model.state_dict().items():
-        same = [
-            other for other, stored in saved.items() if stored.shape == tensor.shape and torch.equal(stored, tensor)
-        ]
-        assert len(same) == 1, (name, same)
-        written = older + same[0].removeprefix(newer) if same[0].startswith(newer) else same[0]
-        found[name.rpartition(".")[0]] = written.rpartition(".")[0]
-    return found
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -300,10 +266,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def add_tokenizer(folder: Path) -> None:
-    tokenizer().save_pretrained(folder)
-
-
-def tokenizer(**settings: object) -> PreTrainedTokenizerFast:
     """One token for each byte, so that the ids of any text are in the small models' vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -312,8 +274,6 @@ def tokenizer(**settings: object) -> PreTrainedTokenizerFast:
     bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **settings
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return fast
+    fast.save_pretrained(folder)

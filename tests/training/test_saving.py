@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import image_models
 import pytest
 import tiny
 import torch
@@ -13,6 +12,7 @@ from moe import save_moe
 from safetensors.torch import load_file
 from sparse_llama import load, masks, train
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from wrappers import compressed_wrapper
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
@@ -122,7 +122,7 @@ def test_families(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
 def test_a_wrapper(name, tmp_path):
-    image_models.write(name, tmp_path / "out")
+    compressed_wrapper(tmp_path, name)
     model = trained(tmp_path / "out", auto=AutoModelForImageTextToText)
     save(model, tmp_path / "new", like=tmp_path / "out")
     check_like(tmp_path / "new", tmp_path / "out")

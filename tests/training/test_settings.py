@@ -3,11 +3,11 @@
 import json
 import shutil
 
-import image_models
 import pytest
 import torch
 from sparse_llama import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from wrappers import compressed_wrapper
 
 from ria_vllm.errors import RiaError
 from ria_vllm.training import save
@@ -63,7 +63,7 @@ def test_tokens_that_a_trainer_has_set(like, tmp_path, generation):
 
 def test_the_text_model_of_a_wrapper(tmp_path):
     """Its settings are in a part of config.json, whichever class has loaded it."""
-    image_models.write("gemma3", tmp_path / "out")
+    compressed_wrapper(tmp_path, "gemma3")
     for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
         model = auto.from_pretrained(tmp_path / "out", dtype=torch.float32)
         new = tmp_path / auto.__name__

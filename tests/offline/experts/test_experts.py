@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,14 +49,7 @@ FAMILIES = (*SHARED_EXPERT, "mixtral", "granitemoe", "gemma4_text", "gpt_oss")  
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     """kind -> folder of a tiny float32 model. Do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_moe(tmp_path_factory.mktemp(kind) / "dense", kind)
-        return made[kind]
-
-    return get
+    return cache(lambda kind: save_moe(tmp_path_factory.mktemp(kind) / "dense", kind))
 
 
 def logits(folder: Path) -> torch.Tensor:

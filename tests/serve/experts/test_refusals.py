@@ -137,14 +137,3 @@ def test_biases_of_the_wrong_shape():
     stored.tensors[f"{LAYER}.gate_up_proj_bias"] = torch.zeros(EXPERTS, INNER)
     with pytest.raises(RiaError, match="gate_up_proj_bias"):
         served(stored, activation="swigluoai", has_bias=True)
-
-
-def test_experts_that_are_partly_pruned():
-    stored = StoredMixture()
-    del stored.tensors[f"{LAYER}.2.up_proj.compressed"]
-    with pytest.raises(RiaError, match="2.up_proj is missing"):
-        stored.config()
-    stored = StoredMixture()
-    stored.tensors[f"{LAYER}.{EXPERTS}.up_proj.compressed"] = torch.zeros(1)
-    with pytest.raises(RiaError, match=f"none of the {EXPERTS} experts"):
-        stored.config()

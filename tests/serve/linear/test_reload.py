@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressed_tensors_layers import BY_TENSOR, BY_TOKEN, FLOAT, INT, Checkpoint
-from test_marlin24 import tensors as marlin_tensors
+from compressed_tensors_layers import Checkpoint
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.model_loader.reload import (
@@ -32,32 +31,6 @@ def fused(checkpoint, dtype=torch.float32):
         return_bias=False,
     )  # fmt: skip
     return layer, {"gate": (0, 64), "up": (1, 32)}
-
-
-def check(layer, checkpoint, dtype=torch.float32):
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).to(dtype)
-    plain = torch.cat([checkpoint.plain["gate"], checkpoint.plain["up"]])
-    torch.testing.assert_close(layer(x).double(), x.double() @ plain.T, rtol=2e-6, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("quantized", "dense", "two_of_four"),
-    [
-        ({"weights": FLOAT, "inputs": BY_TOKEN}, False, True),
-        ({"weights": FLOAT, "inputs": BY_TENSOR, "strategy": "tensor"}, True, True),
-        ({"weights": INT, "inputs": None}, True, False),
-        ({"weights": INT, "inputs": None, "strategy": "tensor"}, False, True),
-    ],
-)
-def test_quantized_weights_are_scaled_again(quantized, dense, two_of_four):
-    checkpoint = Checkpoint(dense=dense, **quantized)
-    layer, linears = fused(checkpoint)
-    model = torch.nn.Sequential(layer)
-    record_metadata_for_reloading(model)
-    check(checkpoint.load(layer, linears, two_of_four=two_of_four), checkpoint)
-    for seed in (1, 2):
-        reload(model, lambda: checkpoint.stream(layer, linears, seed=seed, two_of_four=two_of_four))
-        check(layer, checkpoint)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -103,22 +76,6 @@ def stream_packed(model, config, tensors):
 @pytest.fixture
 def dummies(ranks):
     get_current_vllm_config().load_config.load_format = "dummy"
-
-
-def test_dummies_of_marlin_have_the_scales_of_real_weights(dummies):
-    model, config = in_groups("marlin-24", 128)
-    model[0].quant_method.process_weights_after_loading(model[0])
-    stored = marlin_tensors(bits=4, size=128, rows=64, columns=256)
-    stored["weight_packed"] = torch.randint(-(2**31), 2**31, stored["weight_packed"].shape).int()
-    stored["scale_packed"] = torch.rand(2, 64).half() / 100
-    reload(model, lambda: stream_packed(model, config, stored))
-    other, config = in_groups("marlin-24", 128)
-    stream_packed(other, config, stored)
-    other[0].quant_method.process_weights_after_loading(other[0])
-    x = torch.randn(3, 256).bfloat16()
-    assert torch.equal(model[0](x), other[0](x))
-    for name in other[0].ria_packed.parameters:
-        assert torch.equal(getattr(model[0], name), getattr(other[0], name))
 
 
 @pytest.mark.parametrize("files", [torch.bfloat16, torch.float16, torch.float32])
