@@ -12,8 +12,8 @@ import click
 import torch
 
 from ria_vllm.offline.model.run.dtypes import fast_bf16
-from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, retained_score
-from ria_vllm.offline.transforms.permute import search, search_heads
+from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, levels, retained_score
+from ria_vllm.offline.pruning.permute import search, search_heads
 
 # Linears that share an input: name, rows stacked, channels; None where heads restrict the channels.
 LLAMA_7B = {"qkv": (12288, 4096), "o": (4096, None), "gate+up": (22016, 4096), "down": (4096, 11008)}

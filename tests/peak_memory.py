@@ -18,10 +18,10 @@ def peak_memory(small: Path, large: Path, out: Path, **options: Any) -> int:
 
 def _measure(small: Path, large: Path, out: Path, options: dict[str, Any]) -> None:
     """Print the peak above what the process holds after a small model: libraries, their tables and thread buffers."""
+    from ria_vllm.offline.pruning import permute
     from ria_vllm.offline.pruning.admm import AdmmSolver
     from ria_vllm.offline.recipe import Recipe, Schedule
     from ria_vllm.offline.run.compress import Settings, compress
-    from ria_vllm.offline.transforms import permute
     from ria_vllm.progress import Monitor
 
     # What repeats takes as much memory the second time as the last: two iterations of ADMM are enough, two passes of

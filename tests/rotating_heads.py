@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ria_vllm.offline.transforms import rotation
+from ria_vllm.offline.sublayer import rotating
 
 Tensors = dict[str, torch.Tensor]
 
@@ -72,7 +72,7 @@ FAMILIES = {
 WITH_BIAS = ("opt", "qwen2", "gpt-neox")
 
 
-def random_rotations(heads: rotation.Heads, seed: int) -> torch.Tensor:
+def random_rotations(heads: rotating.Heads, seed: int) -> torch.Tensor:
     kv, d = heads.values.shape[:2]
     draw = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(kv, d, d, dtype=torch.float64, generator=draw)).Q
@@ -83,9 +83,9 @@ def by_hand(monkeypatch) -> list[torch.Tensor]:
     """Random matrices in the place of learned ones, in the order of the layers."""
     given: list[torch.Tensor] = []
 
-    def random(heads: rotation.Heads, *_: object) -> torch.Tensor:
+    def random(heads: rotating.Heads, *_: object) -> torch.Tensor:
         given.append(random_rotations(heads, len(given)))
         return given[-1]
 
-    monkeypatch.setattr(rotation, "learned", random)
+    monkeypatch.setattr(rotating, "learned", random)
     return given

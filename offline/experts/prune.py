@@ -11,10 +11,10 @@ from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.model.experts.run import inner
 from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.pruning import permute
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, score, solve
-from ria_vllm.offline.transforms import permute
 
 # The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
 # are taken, evenly spread over the linears.

@@ -14,14 +14,13 @@ from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.topology import Group
-from ria_vllm.offline.pruning import masks, scores
+from ria_vllm.offline.pruning import masks, permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import DENSE, Pruned, packed, stored_weight
-from ria_vllm.offline.transforms import permute
 
 
 @contextmanager

@@ -215,8 +215,6 @@ def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, t
     assert Reader(out).schema.weight_format.name == "int4-g128"
 
 
-
-
 HEAD = "lm_head.integers"
 
 

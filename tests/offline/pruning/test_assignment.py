@@ -3,7 +3,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from ria_vllm.offline.transforms.assignment import (
+from ria_vllm.offline.pruning.assignment import (
     coded_gain_matrix,
     gain_matrix,
     largest,

@@ -6,7 +6,7 @@ import torch
 from ria_vllm.format import permutation
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.offline.pruning.masks import mask
-from ria_vllm.offline.transforms.permute import deal, search, search_heads
+from ria_vllm.offline.pruning.permute import deal, search, search_heads
 
 
 def scores(rows, channels, seed):

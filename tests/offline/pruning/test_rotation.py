@@ -8,7 +8,7 @@ import torch
 
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
-from ria_vllm.offline.transforms import rotation
+from ria_vllm.offline.sublayer import rotating
 
 KV, SHARE, D, IN, OUT = 2, 2, 8, 24, 20
 
@@ -26,16 +26,16 @@ def inverse_of(width: int, seed: int) -> torch.Tensor:
     return torch.linalg.inv(X.T @ X)
 
 
-def heads_in_other_channels(rotations: torch.Tensor) -> rotation.Heads:
+def heads_in_other_channels(rotations: torch.Tensor) -> rotating.Heads:
     """Heads whose weights have few large entries, seen from channels that were turned by `rotations` [KV, D, D]."""
     sparse = draw(KV, D, IN) * (draw(KV, D, IN, seed=1) > 0.3)
     outputs = draw(KV * SHARE, D, OUT, seed=2) * (draw(KV * SHARE, D, OUT, seed=3) > 0.3)
-    heads = rotation.Heads(sparse, torch.ones(IN), outputs, torch.eye(D).expand(KV * SHARE, D, D))
+    heads = rotating.Heads(sparse, torch.ones(IN), outputs, torch.eye(D).expand(KV * SHARE, D, D))
     values, outputs = heads.rotated(rotations.float())
     return replace(heads, values=values, outputs=outputs)
 
 
-def lost(heads: rotation.Heads, rotations: torch.Tensor, draws: int = 20) -> float:
+def lost(heads: rotating.Heads, rotations: torch.Tensor, draws: int = 20) -> float:
     """What the mask loses in v and o, as shares of whole groups. A removed entry costs w^2 over its diagonal entry
     of the inverse."""
     v = {
@@ -62,7 +62,7 @@ def lost(heads: rotation.Heads, rotations: torch.Tensor, draws: int = 20) -> flo
 
 def test_what_is_learned_is_orthogonal_and_loses_less():
     heads = heads_in_other_channels(orthogonal(KV, 7))
-    found = rotation.learned(heads, 0)
+    found = rotating.learned(heads, 0)
     assert found.dtype == torch.float64 and found.shape == (KV, D, D)
     torch.testing.assert_close(found @ found.mT, torch.eye(D).double().expand(KV, D, D), rtol=0, atol=1e-12)
     before, after = (lost(heads, one) for one in (torch.eye(D).double().expand(KV, D, D), found))
@@ -70,21 +70,21 @@ def test_what_is_learned_is_orthogonal_and_loses_less():
 
 
 def test_the_loss_is_that_of_every_entry():
-    heads = rotation.Heads(
+    heads = rotating.Heads(
         draw(KV, D, IN), inverse_of(IN, 3).diagonal(), draw(KV * SHARE, D, OUT, seed=4),
         torch.stack([inverse_of(D, 10 + head) for head in range(KV * SHARE)]),
     )  # fmt: skip
     rotations = orthogonal(KV, 8)
     generator = torch.Generator().manual_seed(6)
-    mean = sum(float(rotation._lost(heads, rotations.float(), generator, TWO_OF_FOUR)) for _ in range(60)) / 60
+    mean = sum(float(rotating._lost(heads, rotations.float(), generator, TWO_OF_FOUR)) for _ in range(60)) / 60
     assert mean == pytest.approx(lost(heads, rotations, 60), rel=0.01)
 
 
 def test_a_part_of_large_linears_is_looked_at(monkeypatch):
-    monkeypatch.setattr(rotation, "SAMPLED", 12)
+    monkeypatch.setattr(rotating, "SAMPLED", 12)
     heads = heads_in_other_channels(orthogonal(KV, 7))
     identity = torch.eye(D).double().expand(KV, D, D)
-    assert lost(heads, rotation.learned(heads, 0)) < 0.9 * lost(heads, identity)
+    assert lost(heads, rotating.learned(heads, 0)) < 0.9 * lost(heads, identity)
 
 
 def test_rotated_weights_are_the_same_function():
@@ -103,7 +103,7 @@ def test_rotated_weights_are_the_same_function():
 
 def test_the_same_for_the_same_seed():
     heads = heads_in_other_channels(orthogonal(KV, 7))
-    assert torch.equal(rotation.learned(heads, 1), rotation.learned(heads, 1))
+    assert torch.equal(rotating.learned(heads, 1), rotating.learned(heads, 1))
 
 
 @pytest.mark.parametrize("values", [torch.zeros(KV, D, IN), None], ids=["zeros", "already sparse"])
@@ -113,10 +113,10 @@ def test_nothing_to_gain(values):
     kept[:, :, :2] = draw(KV, D, 2)
     outputs = torch.zeros(KV * SHARE, D, OUT)
     outputs[0, :2] = draw(2, OUT)
-    heads = rotation.Heads(
+    heads = rotating.Heads(
         kept if values is None else values, torch.ones(IN), outputs, torch.eye(D).expand(KV * SHARE, D, D)
     )
-    assert rotation.learned(heads, 0) is None
+    assert rotating.learned(heads, 0) is None
 
 
 def test_the_inverse_of_a_gram_matrix():
@@ -124,6 +124,6 @@ def test_the_inverse_of_a_gram_matrix():
     gram = SymmetricMatrix.of(X.T @ X)
     damped = (X.T @ X).double()
     damped.diagonal().add_(0.1 * damped.diagonal().mean())
-    torch.testing.assert_close(rotation.inverse_of(gram).double() @ damped, torch.eye(300).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(rotating.inverse_of(gram).double() @ damped, torch.eye(300).double(), rtol=0, atol=1e-3)
     nothing = SymmetricMatrix.of(torch.zeros(8, 8))
-    assert torch.equal(rotation.inverse_of(nothing), torch.eye(8))
+    assert torch.equal(rotating.inverse_of(nothing), torch.eye(8))

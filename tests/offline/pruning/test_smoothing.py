@@ -5,7 +5,7 @@ from math import log2
 import pytest
 import torch
 
-from ria_vllm.offline.transforms.scales import divided, migration_scales
+from ria_vllm.offline.sublayer.smoothing import divided, migration_scales
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])

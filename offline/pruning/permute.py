@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
-from ria_vllm.offline.transforms.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
+from ria_vllm.offline.pruning.assignment import coded_gain_matrix, gain_matrix, levels, reassign, retained_score
 
 # After a round that raises the retained score by a smaller fraction than this, another is not worthwhile.
 WORTHWHILE = 2e-4

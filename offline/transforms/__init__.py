@@ -1,1 +1,0 @@
-"""Mathematics of what is done before pruning: permutations, rotations, SmoothQuant's scales."""
