@@ -159,7 +159,7 @@ def test_fp8_tensors_are_checked_too(damage, dtype):
     ("file", "content"),
     [
         ("config.json", b""), ("config.json", b"[]"), ("config.json", b"[" * 100_000), (INDEX, b"\xff\xfe"),
-        (INDEX, b'{"a": ' + b"9" * 5000 + b"}"), (INDEX, b'{"a": ' * 60 + b"1" + b"}" * 60),
+        (INDEX, b'{"a": ' + b"9" * 5000 + b"}"),
     ],
 )  # fmt: skip
 def test_files_that_are_not_json_objects(damage, file, content):

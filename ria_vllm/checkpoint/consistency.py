@@ -50,16 +50,11 @@ def check_digests(
     """
     expected = schema.permutations_digest
     again = "Get all files of one run, or compress the model again."
-    if schema.permutes and expected is None:
-        raise RiaError(
-            f"{where}: config.json has no permutations_digest (older versions did not write one), so nothing shows "
-            "that the permutations belong to the weights. Compress the model again."
-        )
     if not schema.permutes and (expected is not None or permutations):
         raise RiaError(
             f"{where}: it has permutations, though the recipe in config.json says that there are none. {again}"
         )
-    if expected is not None and permutation.digest(permutations) != expected:
+    if schema.permutes and permutation.digest(permutations) != expected:
         raise RiaError(f"{where}: {PERMUTATIONS_FILE} is from another run than config.json. {again}")
     for path in sorted(set(files)):
         check_file_digest(schema, file_metadata(path), path)

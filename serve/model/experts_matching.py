@@ -4,6 +4,8 @@ vLLM's models load experts each in its own way, but all of them keep them in a `
 names of the experts lead. `match_experts` finds it, and says who takes each tensor of an expert.
 """
 
+from functools import partial
+
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -113,15 +115,11 @@ def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]
         # Asked once, not per linear: vLLM's map may be on the GPU, and each look-up would wait for it.
         local = set() if layer is None else set(layer.expert_map_manager.get_local_expert_ids())
         for linear, kind, expert in experts.linears():
-            found[linear] = _taker_of_linear(layer, kind, expert) if expert in local else None
+            give = None if expert not in local else layer.quant_method.loader.give
+            found[linear] = give and partial(give, layer, kind=kind, expert=expert)
         for bias, stacked in experts.biases.items():
             found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
     return found
-
-
-def _taker_of_linear(layer: RoutedExperts, kind: str, expert: int) -> Taker:
-    loader = layer.quant_method.loader
-    return lambda part, tensor: loader.give(layer, part, tensor, kind, expert)
 
 
 def _taker_of_biases(layer: RoutedExperts, name: str, stacked: Stacked) -> Taker:

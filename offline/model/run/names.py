@@ -46,7 +46,12 @@ class Names:
     def __init__(self, model: PreTrainedModel, in_files: Iterable[str], folder: Path):
         self.folder = folder
         # In the order in which transformers renames: some renamings depend on what they have seen before.
-        in_files = sorted(in_files, key=lambda name: _natural_order(name, folder))
+        in_files = sorted(in_files, key=dot_natural_key)
+        if reserved := next((name for name in in_files if name.rpartition(".")[2] in COMPRESSED), None):
+            raise RiaError(
+                f"{folder}: {reserved} is in the files, which is a name that only compressed models have. Give the "
+                "original, uncompressed model."
+            )
         self._known = known = model.state_dict()
         self._prefix = prefix = model.base_model_prefix
         self.mapping = get_model_conversion_mapping(model)
@@ -106,18 +111,3 @@ def _two_of(name: str, other: str, folder: Path) -> RiaError:
         f"{folder}: {name} and {other} are both in the files, and mean the same tensor. Get the model again, or save "
         "it with only one of them."
     )
-
-
-def _natural_order(name: str, folder: Path) -> list:
-    if name.rpartition(".")[2] in COMPRESSED:
-        raise RiaError(
-            f"{folder}: {name} is in the files, which is a name that only compressed models have. Give the original, "
-            "uncompressed model."
-        )
-    try:
-        return dot_natural_key(name)
-    except ValueError as error:
-        raise RiaError(
-            f"{folder}: {name[:60]!r} is in the files, and transformers cannot read such a name ({error}). Get the "
-            "model again, or save it without this tensor."
-        ) from None
