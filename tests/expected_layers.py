@@ -15,16 +15,13 @@ GEMMA_2 = LLAMA.replace("post_attention_layernorm +", "pre_feedforward_layernorm
 )
 # Each layer multiplies its output by a number of its own.
 GEMMA_4 = GEMMA_2.replace(" + post_feedforward_layernorm", "")
-PHI_3 = """
-attention until post_attention_layernorm +
-  self_attn.qkv_proj
-  self_attn.o_proj heads 4/2x16
-mlp without self_attn/2 +
-  mlp.gate_up_proj
-  mlp.down_proj
-  self_attn.o_proj <- self_attn.qkv_proj[96:128] 4/2
-  mlp.down_proj <- mlp.gate_up_proj[0:96], mlp.gate_up_proj[96:192]
-"""
+# One linear for gate and up.
+GLM = LLAMA.replace("mlp.gate_proj mlp.up_proj", "mlp.gate_up_proj").replace(
+    "mlp.gate_proj, mlp.up_proj", "mlp.gate_up_proj[0:96], mlp.gate_up_proj[96:192]"
+)
+PHI_3 = GLM.replace("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.qkv_proj").replace(
+    "<- self_attn.v_proj", "<- self_attn.qkv_proj[96:128]"
+)
 OPT = """
 attention until final_layer_norm +
   self_attn.q_proj self_attn.k_proj self_attn.v_proj
@@ -43,16 +40,6 @@ TABLE |= {"gemma2": GEMMA_2, "gemma3_text": GEMMA_2, "phi3": PHI_3, "opt": OPT}
 AFTER_NORM = LLAMA.replace("post_attention_layernorm +", "mlp + post_attention_layernorm").replace(
     "/2 +", "/2 + post_feedforward_layernorm"
 )
-GLM = """
-attention until post_attention_layernorm +
-  self_attn.q_proj self_attn.k_proj self_attn.v_proj
-  self_attn.o_proj heads 4/2x16
-mlp without self_attn/2 +
-  mlp.gate_up_proj
-  mlp.down_proj
-  self_attn.o_proj <- self_attn.v_proj 4/2
-  mlp.down_proj <- mlp.gate_up_proj[0:96], mlp.gate_up_proj[96:192]
-"""
 NO_GATE = LLAMA.replace("mlp.gate_proj mlp.up_proj", "mlp.up_proj").replace("mlp.gate_proj, mlp.up_proj", "mlp.up_proj")
 PARALLEL = """
 layer
@@ -81,17 +68,27 @@ EXPERTS_FOLD = "  mlp.experts.{e}.down_proj <- mlp.experts.{e}.gate_proj, mlp.ex
 SHARED_FOLDS = (
     "  mlp.shared_expert.down_proj <- mlp.shared_expert.gate_proj, mlp.shared_expert.up_proj\n" + EXPERTS_FOLD
 )
-GATED_DELTA = """
+MIXER = """
 attention until post_attention_layernorm +
-  linear_attn.in_proj_qkv linear_attn.in_proj_z linear_attn.in_proj_b linear_attn.in_proj_a
-  linear_attn.out_proj blocks 8
-mlp without linear_attn/0 +
+  mixer.in_proj
+  mixer.out_proj blocks 8
+mlp without mixer/0 +
   mlp.gate_proj mlp.up_proj
   mlp.down_proj
   mlp.down_proj <- mlp.gate_proj, mlp.up_proj
 """
+GATED_DELTA = MIXER.replace(
+    "mixer.in_proj", "mixer.in_proj_qkv mixer.in_proj_z mixer.in_proj_b mixer.in_proj_a"
+).replace("mixer", "linear_attn")
 # The gate on attention's output is in the rows of q_proj, head by head, behind each head's queries.
 GATED = LLAMA.replace("self_attn.v_proj 4/2", "self_attn.v_proj, self_attn.q_proj[16:32]x4 4/2")
+
+
+def renamed(layers, **names):
+    for name, other in names.items():
+        layers = layers.replace(name, other)
+    return layers
+
 
 OTHERS = dict.fromkeys(
     ("granite", "smollm3", "stablelm", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "helium", "ministral3"), LLAMA
@@ -169,33 +166,18 @@ mlp without self_attn/2 +
   mlp.down_proj blocks 8
 """,
     "qwen3_5_text": GATED_DELTA + GATED,
-    "lfm2": """
-attention until ffn_norm +
-  conv.in_proj
-  conv.out_proj blocks 8
-mlp without conv/0 +
-  feed_forward.w1 feed_forward.w3
-  feed_forward.w2
-  feed_forward.w2 <- feed_forward.w1, feed_forward.w3
-attention until ffn_norm +
-  self_attn.q_proj self_attn.k_proj self_attn.v_proj
-  self_attn.out_proj heads 4/2x16
-mlp without self_attn/2 +
-  feed_forward.w1 feed_forward.w3
-  feed_forward.w2
-  self_attn.out_proj <- self_attn.v_proj 4/2
-  feed_forward.w2 <- feed_forward.w1, feed_forward.w3
-""",
-    "bamba": """
-attention until pre_ff_layernorm +
-  mamba.in_proj
-  mamba.out_proj blocks 8
-mlp without mamba/0 +
-  feed_forward.gate_proj feed_forward.up_proj
-  feed_forward.down_proj
-  feed_forward.down_proj <- feed_forward.gate_proj, feed_forward.up_proj
-"""
-    + LLAMA.replace("mlp.", "feed_forward.").replace("post_attention_layernorm", "pre_ff_layernorm"),
+    "lfm2": renamed(
+        MIXER + LLAMA,
+        mixer="conv",
+        post_attention_layernorm="ffn_norm",
+        o_proj="out_proj",
+        gate_proj="w1",
+        up_proj="w3",
+        down_proj="w2",
+    ).replace("mlp.", "feed_forward."),
+    "bamba": renamed(MIXER + LLAMA, mixer="mamba", post_attention_layernorm="pre_ff_layernorm").replace(
+        "mlp.", "feed_forward."
+    ),
     "falcon_h1": """
 attention until pre_ff_layernorm
   mamba.in_proj | self_attn.q_proj self_attn.k_proj self_attn.v_proj

@@ -1,6 +1,7 @@
 """What is packed for a GPU, and what is written into MEASURED after it."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -21,24 +22,24 @@ HOPPER = ARCHITECTURES["90a"]
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """Compiling is replaced; returns the tiles that were compiled, and the size that the library gets."""
-    calls, size = [], [1000]
+    """Compiling is replaced; returns the tiles that were compiled."""
+    calls = []
 
     def compile_library(target, folder, tiles):
         calls.append([tile.name for tile in tiles])
         with (folder / target.library).open("wb") as file:
-            file.truncate(size[0])
+            file.truncate(1000)
         return folder / target.library
 
     monkeypatch.setattr(build, "compile_library", compile_library)
     monkeypatch.setattr(gpu_bundle, "cuda_version", lambda: "13.0")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(subprocess, "run", lambda *_: subprocess.CompletedProcess([], 1))
-    return calls, size
+    return calls
 
 
 def test_pack(compiled, tmp_path, capsys, monkeypatch):
-    calls, _ = compiled
+    calls = compiled
     gpu_bundle.pack(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     assert calls == [TILES] and gpu_bundle.reason_against(tmp_path, HOPPER) is None
@@ -51,30 +52,13 @@ def test_pack(compiled, tmp_path, capsys, monkeypatch):
     assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
     gpu_bundle.pack(tmp_path, HOPPER)
     assert len(calls) == 2
-    for manifest in ("{}", '{"sources": "', json.dumps({"sources": gpu_bundle.sources_hash(HOPPER)})):
-        (tmp_path / "manifest.json").write_text(manifest)
-        assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
-    gpu_bundle.pack(tmp_path, HOPPER)
     packed = json.loads((tmp_path / "manifest.json").read_text())["files"]
     assert packed == {HOPPER.library: hashlib.sha256(bytes(1000)).hexdigest()}
     needed = "\n".join(gpu_bundle.needs(tmp_path, HOPPER))
     assert "one of sm_90a" in needed and "CUDA 13.0 or newer" in needed and HOPPER.library in needed
     with (tmp_path / HOPPER.library).open("r+b") as file:
         file.write(b"1")
-    assert f"{HOPPER.library} in {tmp_path} is not as it was packed: copy" in "".join(
-        gpu_bundle.needs(tmp_path, HOPPER)
-    )
-    assert "there is no _cuda_sm90a.so" in "".join(gpu_bundle.needs(tmp_path / "none", HOPPER))
-    gpu_bundle.pack(tmp_path, HOPPER)
-    assert len(calls) == 4 and gpu_bundle.reason_against(tmp_path, HOPPER) is None
-    changed = tmp_path / "other" / "build.py"
-    changed.parent.mkdir()
-    changed.write_text(Path(build.__file__).read_text().replace("-O3", "-O1"))
-    monkeypatch.setattr(build, "__file__", str(changed))
-    assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
-    gpu_bundle.pack(tmp_path, HOPPER)
-    monkeypatch.setattr(build, "CUTLASS_PACKAGE", "nvidia-cutlass==0")
-    assert "was not packed from the sources" in gpu_bundle.reason_against(tmp_path, HOPPER)
+    assert "is not as it was packed: copy" in "".join(gpu_bundle.needs(tmp_path, HOPPER))
 
 
 def measured(tile, us, tokens, **changed):
@@ -116,17 +100,12 @@ def record(monkeypatch, tmp_path):
             record.add(part, "checks", {"part": part, "at": "split_k 2", "error": "no answer for 20 s", "ok": False})
         record.end(part, "passed" if name == "right" else "failed")
     for name, us in (("right", 3.0), ("wrong", 2.0), ("crashed", 1.0)):
-        put_times(record, name, us)
-    return record
-
-
-def put_times(record, name, us, tokens=(1, 16), outcome="passed"):
-    part = gpu_tiles.part_name((64, 128), torch.bfloat16, name)
-    record.start(part)
-    for count in tokens:
-        for split in (1, 2):
+        part = gpu_tiles.part_name((64, 128), torch.bfloat16, name)
+        record.start(part)
+        for count, split in itertools.product((1, 16), (1, 2)):
             record.add(part, "tiles", measured(name, us / split, count, split=split))
-    record.end(part, outcome)
+        record.end(part, "passed")
+    return record
 
 
 def test_tiles_that_are_wrong_or_crash_do_not_enter_measured(record):
@@ -134,28 +113,3 @@ def test_tiles_that_are_wrong_or_crash_do_not_enter_measured(record):
     assert {(row["tile"], row["split"]) for row in rows} == {("right", 1), ("right", 2), ("wrong", 1)}
     assert gpu_measured.table_of(rows) == {(90, 132, 16, 64, 128): ((16, "right", 2),)}
     assert [line.split(":")[0] for line in left_out] == ["crashed", "tile wrong split_k 2"]
-
-
-def test_a_tile_that_crashes_when_it_is_timed_does_not_enter_measured(record):
-    part = gpu_tiles.part_name((8, 64), torch.bfloat16, "right")
-    record.start(part)
-    record.add(part, "tiles", {"part": part, "at": "1 token", "error": "illegal access", "ok": False})
-    record.end(part, "failed")
-    rows, left_out = gpu_measured.trusted(record)
-    assert {row["tile"] for row in rows} == {"wrong"} and "right: it crashed, hung or was refused" in left_out
-
-
-def test_a_shape_that_is_not_timed_to_the_end_does_not_enter_measured(record):
-    part = "tile slow torch.bfloat16"
-    record.start(part)
-    record.add(part, "checks", {"check": "tile slow split_k 1", "tokens": 1, "ok": True})
-    record.end(part, "passed")
-    unfinished = [], ["(90, 132, 16, 64, 128): not all times of slow"]
-    rows, left_out = gpu_measured.trusted(record)
-    assert (rows, left_out[-1:]) == unfinished
-    put_times(record, "slow", 9.0, tokens=(1,), outcome="cut")
-    rows, left_out = gpu_measured.trusted(record)
-    assert (rows, left_out[-1:]) == unfinished
-    put_times(record, "slow", 9.0, tokens=(1,))  # it cannot run with more tokens
-    rows, left_out = gpu_measured.trusted(record)
-    assert {row["tile"] for row in rows} == {"right", "wrong", "slow"} and len(left_out) == 2

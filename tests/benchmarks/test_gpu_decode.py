@@ -3,13 +3,11 @@
 import pytest
 import torch
 import transformers
-from torch._dynamo.utils import counters
 from transformers.cache_utils import DynamicCache
 
 from benchmarks import gpu_decode, gpu_targets, llama
 from benchmarks.llama import Caches, DecoderLayer, Model, Shape, SparseLinear
 
-COMPILE = torch.compile
 SHAPE = Shape("tiny", 128, 192, 4, 2, 32, 2, 96, 16)
 
 
@@ -90,22 +88,6 @@ def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     monkeypatch.setattr(DecoderLayer, "__init__", spoiled)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
     assert rows and not any(row["ok"] for row in rows)
-
-
-def test_all_layers_share_a_compiled_function_without_graph_breaks(mocked):
-    g = generator()
-    pairs = [llama.random_layers(SHAPE, g) for _ in range(3)]
-    torch.compiler.reset()
-    counters.clear()
-    function = torch.compile(DecoderLayer.forward, backend="aot_eager", fullgraph=True, dynamic=False)
-    caches = [Caches(SHAPE, 2, g) for _ in pairs]
-    words, norm = torch.randn(SHAPE.vocabulary, SHAPE.hidden, dtype=llama.DTYPE, generator=g), torch.ones(SHAPE.hidden)
-    for which in (0, 1):
-        model = Model([pair[which] for pair in pairs], caches, words, norm)
-        ids = torch.tensor([1, 2])
-        assert torch.allclose(model.step(ids, function), model.step(ids, DecoderLayer.forward), rtol=0.05, atol=0.05)
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    torch.compiler.reset()
 
 
 def product(kernel, tokens, us, dense_us):

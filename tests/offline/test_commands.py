@@ -56,28 +56,6 @@ def test_options_of_integers(size, tiny, text, tmp_path):
     assert schema.input_dtype == torch.int8
 
 
-def test_interrupted_it_says_how_to_continue(tiny, text, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    options = [tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--samples", 4, "--seq-len", 32]
-    with monkeypatch.context() as patch:
-        patch.setattr("ria_vllm.offline.run.compress.say_layer", interrupt)
-        result = invoke(*options)
-    assert isinstance(result.exception, RiaError) and "--resume" in str(result.exception)
-    result = invoke(*options, "--resume")
-    assert result.exit_code == 0 and "resuming: 1 of 2 layers" in result.stderr
-
-
-def test_overwrite_replaces(tiny, text, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").touch()
-    options = ["--calibration", text, "--samples", 4, "--seq-len", 32, "--overwrite"]
-    assert invoke(tiny("llama"), "-o", out, *options).exit_code == 0
-    assert not (out / "old").exists() and list(Reader(out).problems()) == []
-
-
 def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
     result = invoke(
         tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast"

@@ -95,22 +95,6 @@ class Masked(nn.Module):
         return weight * self.mask
 
 
-def test_under_autocast_with_accumulation(pruned_llama):
-    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
-    keep_sparse(model)
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    for step in range(2):
-        for part in range(2):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss_of(model, TOKENS[2 * step + part :][:1]).backward()
-            for name, mask in kept.items():
-                grad = model.get_parameter(name).grad
-                assert not grad[~mask].any() and grad[mask].any(), name
-        optimizer.step()
-        check_zeros(model, kept)
-        optimizer.zero_grad()
-
-
 def test_with_a_gradient_scaler(pruned_llama):
     """A step that it skips, because of an infinite gradient, changes nothing."""
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)

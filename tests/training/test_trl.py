@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from compare import check, generate
 from datasets import Dataset
 from safetensors.torch import load_file
-from sparse_llama import TOKENS, load, loss_of, masks, outside
+from sparse_llama import load, loss_of, masks, outside
 from transformers import AutoTokenizer
 
 from ria_vllm.checkpoint.reader import Reader
@@ -136,16 +136,6 @@ def test_lora_beside_frozen_sparse_weights(pruned_llama, tmp_path, first):
     assert saved.changed == 0 and saved.relative_change == 0
     left, right = Reader(pruned_llama.folder), Reader(tmp_path / "new")
     assert all(torch.equal(left.tensor(name), right.tensor(name)) for name in left.files)
-
-
-def test_a_merged_adapter_is_refused(pruned_llama, tmp_path):
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    merged = peft.get_peft_model(model, peft.LoraConfig(**LORA)).merge_and_unload()
-    assert loss_of(merged, TOKENS).isfinite()
-    with pytest.raises(RiaError, match=r"model.layers.0.mlp.down_proj: .*adapter was merged.*save_pretrained"):
-        save(merged, tmp_path / "new", like=pruned_llama.folder)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy])

@@ -8,7 +8,7 @@ from pathlib import Path
 import preloaded
 import pytest
 from compressing import digests, edit_config
-from distilling import command, has_reached, run, stop_at
+from distilling import command, has_reached, run
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.run import Settings
@@ -84,15 +84,6 @@ def test_killed_at_any_moment_and_resumed_it_writes_the_same_bytes(pruned, text,
     preloaded.run(log, preloaded.ria_vllm, *again)
     assert digests(tmp_path / "whole") == digests(out)
     assert not units.parent.exists()
-
-
-def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    stop_at(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
-        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
-    with pytest.raises(RiaError, match=r"is from a run with another lr \(0.0001\)"):
-        run(dense, folder, tmp_path / "out", text, Settings(resume=True), lr=2e-4)
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run_and_nothing_of_it_is_kept(pruned, text, tmp_path, monkeypatch):

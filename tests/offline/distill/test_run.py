@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import WarningRecorder, edit_config, edit_weights, run_small, weight_digests
+from compressing import WarningRecorder, edit_config, edit_weights, run_small
 from distilling import run
 
 from ria_vllm.checkpoint.reader import Reader
@@ -163,22 +163,6 @@ def test_the_curve_holds_the_means_of_what_is_trained_on(pruned, text, tmp_path)
     assert {key: last[key] for key in point} == pytest.approx(point, rel=1e-4)
     said = f"perplexity {own:.2f}, dense {teachers:.2f}; KL {wanted:.3f}"
     assert report["verdict"]["quality"] == f"on the last 1024 tokens, before they were trained on: {said}"
-
-
-def test_it_keeps_the_best_step(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    scores = iter([3.0, 3.5, 2.0, 2.5, 1.5, 1.6, 1.7, 1.8, 1.9])
-    monkeypatch.setattr(
-        Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "perplexity_dense": 4.0, "kl": next(scores)}}
-    )
-    more = {"eval_text": (str(text),), "eval_tokens": 128, "evals": 8, "lr": 1e-3}
-    report = run(dense, folder, tmp_path / "out", text, **more)
-    story = report["recipe"]["distill"][0]
-    assert story["steps"] == 8 and story["kept_step"] == 4
-    scores = iter([3.0, 2.9, 2.0, 2.5, 1.5, 1.4, 1.3, 1.2, 1.1])
-    report = run(dense, folder, tmp_path / "whole", text, **more)
-    assert report["recipe"]["distill"][0]["kept_step"] == report["recipe"]["distill"][0]["steps"] == 8
-    assert weight_digests(tmp_path / "out") != weight_digests(tmp_path / "whole")
 
 
 def test_training_that_never_gets_better_than_the_start_is_said_and_not_kept(pruned, text, tmp_path, monkeypatch):

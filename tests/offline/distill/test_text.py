@@ -7,7 +7,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.text import held_out_texts, held_out_windows, training_text
 from ria_vllm.offline.model.run.hf import load_tokenizer
-from ria_vllm.offline.self_written import check_vocabulary, written_of
+from ria_vllm.offline.self_written import check_vocabulary
 from ria_vllm.progress import Monitor
 
 
@@ -22,13 +22,6 @@ def test_training_windows_are_parts_of_the_text(tiny, text):
     content = text.read_text()
     assert all(tokenizer.decode(window) in content for window in windows)
     assert len({tuple(window.tolist()) for window in windows}) == 20
-
-
-@pytest.mark.parametrize(("share", "written"), [(0.5, 10), (0.99, 19)])
-def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, text):
-    tokenizer = load_tokenizer(str(tiny("llama")))
-    recipe = Distillation(tokens=640, seq_len=32, batch=2, text=str(text), self_written=share)
-    assert written_of(recipe.windows, share) == written and len(drawn(recipe, tokenizer)) == 20 - written
 
 
 def test_held_out_windows_follow_each_other_from_the_start(tiny, text):

@@ -117,13 +117,3 @@ def test_weights_that_arrive_outside_a_reload_are_refused(ranks, stored):
             model.load_weights([(name, tensor)])
     x = torch.randn(3, HIDDEN)
     torch.testing.assert_close(model.layers[0](x).double(), expected(stored, x), atol=1e-4, rtol=1e-4)
-
-
-def test_a_missing_output_is_named(ranks, stored):
-    """Even if the files do not have it, so that no linear of that name is expected."""
-    del stored.tensors[f"{PREFIX}.up"]
-    config = stored.config()
-    model = attached(config, Model(config))
-    model.load_weights(tensors(stored))
-    with pytest.raises(RiaError, match=r"model\.layers\.0\.gate\.compressed is in none"):
-        finished(model)

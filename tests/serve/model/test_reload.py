@@ -184,19 +184,3 @@ def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
         reload_from(config, copy)
     (copy / SINGLE_FILE).unlink()
     reload_from(config, copy)  # a trainer sends them
-
-
-@pytest.mark.parametrize(
-    ("name", "instead", "message"),
-    [
-        ("model.norm.weight", None, r"model\.norm\.weight is in the folder or on this server, but not on both"),
-        ("1.mlp.down_proj.", "weight", r"model\.layers\.1\.mlp\.down_proj.* is in the folder or on this server"),
-    ],
-)
-def test_a_reload_of_other_peoples_weights_of_other_names(theirs, tmp_path, name, instead, message):
-    folder = shutil.copytree(theirs, tmp_path / "other")
-    tensors = {key: tensor for key, tensor in load_file(folder / SINGLE_FILE).items() if name not in key}
-    tensors |= {f"model.layers.{name}{instead}": torch.ones(1)} if instead else {}
-    save_file(tensors, folder / SINGLE_FILE)
-    with pytest.raises(RiaError, match=message):
-        reload_from(config_of(theirs), folder)
