@@ -10,7 +10,7 @@ import pytest
 from click.shell_completion import BashComplete
 from click.testing import CliRunner
 
-from ria_vllm.cli import COMMANDS, group, main
+from ria_vllm.cli import COMMANDS, group
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,13 +30,6 @@ def test_a_bad_folder_is_one_line_and_status_2(tmp_path):
     found = run("inspect", str(tmp_path / "nowhere"))
     assert found.returncode == 2 and found.stdout == ""
     assert found.stderr.startswith("ria-vllm: ") and "nowhere" in found.stderr and len(found.stderr.splitlines()) == 1
-
-
-def test_main_exits_with_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["ria-vllm", "inspect", "/nowhere"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "ria-vllm: /nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -84,7 +83,6 @@ def test_both_servers_are_measured_and_continue_the_text(demo, pruned_llama, mon
 
 @pytest.mark.slow
 def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, monkeypatch, capfd):
-    """A second run reuses the models."""
     demo.DENSE.symlink_to(tiny_llama)
     demo.COMPRESS_ARGUMENTS = ["--samples", "2", "--seq-len", "64"]
     demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--eval-tokens", "512", "--json"]
@@ -111,13 +109,3 @@ def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, 
     assert float(found["perplexity, lower is better"][0]) > 1
     assert Path(last.split(";")[0]).is_file() and last.endswith("all figures and logs are in the same folder\n")
     assert first.count("healthy after") == 2 and "\ndense: ... " in first and "\nsparse: ... " in first
-
-    # Making the models again starts no program.
-    def refuse(*arguments, **_):
-        raise AssertionError(arguments)
-
-    monkeypatch.setattr(subprocess, "run", refuse)
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    demo.fetch_model()
-    demo.compress()
-    assert capfd.readouterr().out.count("exists already") == 2
