@@ -131,16 +131,6 @@ def test_a_file_that_the_hubs_cache_gets_again_is_the_same(tmp_path):
         inputs.check()
 
 
-def test_the_first_stamps_count(folder):
-    inputs = Inputs(folder)
-    first = inputs.stamps(folder)
-    rewrite(folder / "config.json")
-    assert inputs.stamps(folder) == first != Inputs(folder).stamps(folder)
-    assert json.loads(json.dumps(first)) == first
-    with pytest.raises(ChangedInput):
-        inputs.check()
-
-
 def test_another_error_is_a_consequence_if_an_input_has_changed(folder, tmp_path):
     def run(change):
         inputs = Inputs(folder)

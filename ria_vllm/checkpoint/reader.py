@@ -46,17 +46,11 @@ def is_compressed(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def _what_works(quantization: Any) -> str:
-    """What can be done with a folder that another program wrote, in one sentence or none."""
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
-        return ""
-    return (
-        " It is one of compressed-tensors: `vllm serve` takes it with ria-vllm's plugin, if it is 2:4 in a format that "
-        "README.md lists, but `inspect`, `verify` and `export` do not read it."
-    )
-
-
 BLOCK = 1 << 22  # numbers of a large matrix that are read at a time
+OF_OTHERS = (
+    " It is one of compressed-tensors: `vllm serve` takes it with ria-vllm's plugin, if it is 2:4 in a format that "
+    "README.md lists, but `inspect`, `verify` and `export` do not read it."
+)
 
 
 class Reader:
@@ -78,8 +72,10 @@ class Reader:
         self._open = OpenFiles(most_bytes)
         self.config = read_json(self.folder / "config.json")
         quantization = self.config.get("quantization_config")
-        if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{_what_works(quantization)}")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        if method != QUANT_METHOD:
+            theirs = method == "compressed-tensors"
+            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{OF_OTHERS if theirs else ''}")
         self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
         self.files = weight_files(self.folder)
         self._check_strays()

@@ -256,6 +256,6 @@ def proofs(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     reader = Reader(folder)
     if reader.schema.proofs is None:
-        raise RiaError(f"{reader.folder}: an older version wrote it, without proofs. Save the model again.")
+        raise RiaError(f"{reader.folder}: it has no proofs. Save the model again.")
     for name, proof in reader.proofs().items():
         yield f"{name}{PROOF_SUFFIX}", proof

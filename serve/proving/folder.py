@@ -53,8 +53,8 @@ def prove_folder(reader: Reader, device: torch.device, dtype: torch.dtype | None
     schema = reader.schema
     if schema.proofs is None:
         raise RiaError(
-            f"{reader.folder}: it has no proofs ({PROOFS_FILE}), because an older version wrote it. Compress the model "
-            "again, or run `ria-vllm doctor` without a folder."
+            f"{reader.folder}: it has no proofs ({PROOFS_FILE}). Compress the model again, or run `ria-vllm doctor` "
+            "without a folder."
         )
     stored, start, found = reader.proofs(), time.perf_counter(), Findings()
     folded = {name for name, *_ in schema.active_folds(reader.permutations, set(reader.sparse_names))}

@@ -281,7 +281,7 @@ def test_proofs_to_send(pruned_llama, damage, tmp_path):
         assert bool(((found[f"{name}.proof"] - exact).abs() <= 2.0**-22 * exact.abs().sum(1, keepdim=True)).all())
         assert not torch.equal(found[f"{name}.proof"], before[f"{name}.proof"])
     damage.edit_json("config.json", lambda config: config["quantization_config"].pop("proofs"))
-    with pytest.raises(RiaError, match="without proofs. Save the model again"):
+    with pytest.raises(RiaError, match="no proofs. Save the model again"):
         list(proofs(damage.folder))
 
 

@@ -65,12 +65,6 @@ def test_the_recipe_has_digests_of_local_files(pruned, text, tmp_path):
     check_shown(tmp_path / "out", text, report["distill"][0]["curve"])
 
 
-def test_text_that_the_teacher_writes_has_no_digest(pruned, text, tmp_path):
-    dense, folder = pruned()
-    report = run(dense, folder, tmp_path / "out", Path("self"), Monitor(shown=False), eval_text=())
-    assert FIELDS & report["recipe"]["distill"][0].keys() == {"student_weights_digest", "teacher_weights_digest"}
-
-
 def test_a_streamed_data_set_is_read_as_far_as_needed_and_has_its_commit(pruned, tmp_path, monkeypatch):
     """A run that is resumed goes on with the text that it has begun with, whatever has become of the data set."""
     dense, folder = pruned()
