@@ -71,11 +71,12 @@ class Reader:
         self.inputs = Inputs(self.folder)
         self._open = OpenFiles(most_bytes)
         self.config = read_json(self.folder / "config.json")
-        quantization = self.config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        found = self.config.get("quantization_config")
+        quantization: dict[str, Any] = found if isinstance(found, dict) else {}
+        method = quantization.get("quant_method")
         if method != QUANT_METHOD:
-            theirs = method == "compressed-tensors"
-            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{OF_OTHERS if theirs else ''}")
+            theirs = OF_OTHERS if method == "compressed-tensors" else ""
+            raise RiaError(f"{self.folder}: not a folder that `ria-vllm compress` wrote.{theirs}")
         self.schema = RiaSchema.parse(quantization, str(self.folder / "config.json"))
         self.files = weight_files(self.folder)
         self._check_strays()
