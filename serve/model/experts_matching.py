@@ -115,7 +115,7 @@ def takers(config: RiaConfig, model: torch.nn.Module) -> dict[str, Taker | None]
         # Asked once, not per linear: vLLM's map may be on the GPU, and each look-up would wait for it.
         local = set() if layer is None else set(layer.expert_map_manager.get_local_expert_ids())
         for linear, kind, expert in experts.linears():
-            give = None if expert not in local else layer.quant_method.loader.give
+            give = layer.quant_method.loader.give if layer is not None and expert in local else None
             found[linear] = give and partial(give, layer, kind=kind, expert=expert)
         for bias, stacked in experts.biases.items():
             found[bias] = None if layer is None else _taker_of_biases(layer, bias, stacked)
