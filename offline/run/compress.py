@@ -233,7 +233,9 @@ class _Run:
 
     def _chosen(self, layers: LayerPass) -> Plan:
         """The plan of the sublayers that the budget buys."""
-        chosen = frozenset((index, name) for index, name in self._kept(BUDGET_KEY)["pruned"])
+        record = self._kept(BUDGET_KEY)
+        assert record is not None  # `_spend` has written it
+        chosen = frozenset((index, name) for index, name in record["pruned"])
         return make_plan(self.model, layers.topologies, self.recipe, self.kept, chosen)
 
     def _finish(self, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
@@ -253,7 +255,9 @@ class _Run:
     def _correct(self) -> bool:
         """Whether the result loses more than `--max-loss`; then fewer sublayers are chosen, once."""
         most, record, loss = self.recipe.max_loss, self._kept(BUDGET_KEY), self._kept(HELD_OUT_KEY)
-        fewer = None if most is None or not loss else budget.corrected(self.model, self.recipe, record, loss)
+        if most is None or record is None or not loss:
+            return False
+        fewer = budget.corrected(self.model, self.recipe, record, loss)
         if fewer is None:
             return False
         self.monitor.say(
@@ -297,9 +301,9 @@ class _Run:
         # What stays dense may have been changed, too: scales migrate, and biases are rotated.
         prefix = self.model.layer_prefix(index)
         for name, _ in self.model.layers[index].named_parameters():
-            written = self.model.names.direct.get(prefix + name)
-            if written in stored:
-                found[name] = stored[written]
+            stored_name = self.model.names.direct.get(prefix + name)
+            if stored_name in stored:
+                found[name] = stored[stored_name]
         return found
 
     def _replay_finished(self, layers: LayerPass, plan: Plan) -> int:

@@ -1,7 +1,7 @@
 """One pass over the decoder layers: the embedded calibration tokens go in, pruned layers come out one by one."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -146,13 +146,13 @@ class LayerPass:
             for sublayer_pass in sublayer_passes:
                 sublayer = sublayer_pass.runner.sublayer
                 linears = plan.changed(index).intersection(sublayer.linears)
+                inputs: AbstractContextManager[None] = nullcontext()
                 if finished is None or (index, sublayer.name) in finished:
                     _set_parameters(layer, found)
                     inputs = _rounded_inputs(layer, linears, self.recipe.activations)
                 else:
                     _set_parameters(layer, own)
                     _set_parameters(layer, self._rounded(layer, linears))
-                    inputs = nullcontext()
                 with inputs:
                     for chunk in self.streams.measured:
                         stream[chunk] = sublayer_pass.run(stream, chunk)
