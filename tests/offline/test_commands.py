@@ -56,17 +56,6 @@ def test_options_of_integers(size, tiny, text, tmp_path):
     assert schema.input_dtype == torch.int8
 
 
-def test_one_word_for_the_scheme_and_one_for_the_effort(tiny, text, tmp_path):
-    result = invoke(
-        tiny("llama"), "-o", tmp_path / "out", "--calibration", text, "--scheme", "w8a8", "--effort", "fast"
-    )
-    assert result.exit_code == 0, result.output
-    schema = Reader(tmp_path / "out").schema
-    assert (
-        schema.scheme == schema.recipe["scheme"] == "W8A8"
-        and schema.recipe["reconstruct"] == "admm"
-        and schema.recipe["samples"] == 32
-    )
 
 
 def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):

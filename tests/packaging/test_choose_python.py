@@ -1,6 +1,7 @@
 """Which Python `make` chooses, before there is an environment."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,22 +83,12 @@ def test_the_oldest_one_is_the_oldest_that_pip_accepts_and_that_the_types_are_ch
     assert machine.choose().returncode
 
 
-@pytest.mark.parametrize(
-    "lacking, wanted",
-    [
-        ({"without": ("venv",)}, ["python3.13-venv"]),
-        ({"header": False}, ["python3.13-dev"]),
-        ({"without": ("ensurepip",), "header": False}, ["python3.13-venv", "python3.13-dev"]),
-    ],
-)
-def test_the_message_names_the_package_that_is_missing(machine, lacking, wanted):
+@pytest.mark.parametrize("lacking, package", [({"without": ("venv",)}, "venv"), ({"header": False}, "dev")])
+def test_the_message_names_the_package_that_is_missing(machine, lacking, package):
     path = machine.add("python3", "3.13", **lacking)
     found = machine.choose()
-    assert found.returncode and not found.stdout
-    assert f"{path}: Python 3.13 lacks" in found.stderr
-    assert [
-        package for package in ("python3.13-venv", "python3.13-dev") if f"apt install {package})" in found.stderr
-    ] == wanted
+    assert found.returncode and not found.stdout and f"{path}: Python 3.13 lacks" in found.stderr
+    assert re.findall(r"apt install (\S+)\)", found.stderr) == [f"python3.13-{package}"]
 
 
 def test_no_python_at_all(machine):
