@@ -22,10 +22,8 @@ from benchmarks.gpu_bundle import BUNDLE, ROOT
 from benchmarks.gpu_check import Options, Part
 from benchmarks.gpu_record import CUT, FAILED, Record, missing, run_missing
 from benchmarks.gpu_report import Report
-from benchmarks.gpu_timing import Row
+from benchmarks.gpu_timing import FORMATS, Row
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
-from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.serve.kernels.cuda.architectures import Architecture, find_architecture, for_capability
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
@@ -166,10 +164,9 @@ def reason_against_running() -> str | None:
 
 def first_products() -> list[Part]:
     """A small product of each kind that our library has for this GPU."""
-    formats = {torch.bfloat16: FLOAT, fp8.DTYPE: FP8}
     return [
         Part(f"first product {dtype}", "checks", partial(_first_product, dtype))
-        for dtype, one in formats.items()
+        for dtype, one in FORMATS.items()
         if gpu_check.reason_against_ours(torch.bfloat16, one, *_FIRST_SHAPE) is None
     ]
 

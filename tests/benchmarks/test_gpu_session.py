@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_gpu import use_library
 
 from benchmarks import gpu_bundle, gpu_check, gpu_session
 from benchmarks.gpu_check import Part
@@ -69,6 +70,17 @@ def test_an_interrupted_step_is_continued(parts):
     assert started == ["second", "third"]
     record = Record(Path("out/check.jsonl"))
     assert set(record.outcomes.values()) == {"passed"} and [row["number"] for row in record.rows()] == [0, 1] * 3
+
+
+def test_an_ampere_tries_int8_first_too(ampere_layers, monkeypatch):
+    use_library(monkeypatch, ampere_layers)
+    parts = gpu_session.first_products()
+    assert [part.name for part in parts] == ["first product torch.bfloat16", "first product torch.int8"]
+    used = []
+    for part in parts:
+        assert [row["ok"] for row in part.rows() if "at" not in row] == [True]
+        used.append(ampere_layers.used)
+    assert used == ["128x32", "int8_128x32"]
 
 
 @pytest.mark.slow
