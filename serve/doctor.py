@@ -132,7 +132,10 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
         elif name == os.environ.get(registry.KERNEL_VARIABLE):
             note = f"chosen{choice.how}: RIA_VLLM_BACKEND asks for it"
         elif experts and choice.kernel.is_fallback:
-            note = f"chosen{choice.how} only where vLLM has no experts of its own, which get the weights decompressed"
+            note = (
+                f"chosen{choice.how} only where vLLM has no experts of its own, which get the weights decompressed, or "
+                f"with {registry.KERNEL_VARIABLE}={name}"
+            )
         else:
             note = f"chosen{choice.how}: the first that can serve this layer"
         lines.append(f"{name:14} {note}")

@@ -45,10 +45,10 @@ class RandomExperts:
     def packed(self, kernel):
         return kernel.pack(self.config, self.gate_up, self.down, *(self.biases or (None, None)))
 
-    def exact(self, x, weights, ids, permutation=None):
+    def exact(self, x, weights, ids, permutation=None, products_rounded=False):
         """What the layer should give in float64, and how far off rounding may put a kernel. ids: numbers on this rank.
 
-        The kernel multiplies and adds in float32, and rounds h to the activations' dtype.
+        The kernel multiplies and adds in float32, and rounds h to the activations' dtype, and products if they say so.
         """
         activation, eps = self.config.activation, torch.finfo(self.config.act_dtype).eps
         x64 = x.double() if permutation is None else x.double()[:, permutation.long()]
@@ -61,10 +61,16 @@ class RandomExperts:
             if self.biases:
                 a, b = a + self.biases[0][e].double(), self.biases[1][e].double()
                 a_error = a_error + 2.0**-23 * self.biases[0][e].double().abs()
+            if products_rounded:
+                a_error = a_error + a.abs() * eps / 2 * 1.01
             h, h_error = activated(activation, a, a_error)
             h_error = h_error + h.abs() * eps / 2 * 1.01
-            y += share * (h @ second.T + b)
+            result = h @ second.T + b
+            y += share * result
             magnitude = (h.abs() @ second.abs().T + b.abs()) * (_float32_error(second) + 2.0**-22)
+            if products_rounded:
+                h_sum = h_error @ second.abs().T
+                magnitude = magnitude + (result.abs() + h_sum + magnitude) * eps / 2 * 1.01
             error += (share * (h_error @ second.abs().T + magnitude)).abs()
         return y, error + eps / 2 * 1.01 * y.abs() + 1e-9
 

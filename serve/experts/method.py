@@ -214,8 +214,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         dense_bytes = sizes.local * outputs * sizes.hidden * sizes.here * moe.in_dtype.itemsize
         if packed is None:
             logger.warning_once(
-                "Pruned experts are served dense: their weights were decompressed, because no kernel of ria-vllm "
-                "serves them as they are on %s. The answers are right, without the savings.", moe.device,
+                "Pruned experts are served dense: their weights were decompressed, because no fast kernel of "
+                "ria-vllm serves them as they are on %s. The answers are right, without the savings; `ria-vllm doctor` "
+                "says which slow one serves them compressed.", moe.device,
             )  # fmt: skip
             warn_of_inputs(self.scheme.activations, "the experts are served dense", self.scheme.format)
             kernel, bytes_here = f"dense experts ({type(self.moe_kernel.fused_experts).__name__})", dense_bytes

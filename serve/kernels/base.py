@@ -223,7 +223,10 @@ class ExpertsKernel(AnyKernel, Protocol):
 
     Products and the sum accumulate in float32; between the products the channels are rounded to `act_dtype`. With an
     `input_dtype`, each token is rounded before the first product, and the channels between the products before the
-    second.
+    second. A kernel for GPUs may round the products to `act_dtype`, too, as vLLM's own experts do.
+
+    Attributes:
+        linears: the kernel for linears that it multiplies with, to be tested in its place, if there is one.
     """
 
     @staticmethod

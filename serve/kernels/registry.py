@@ -21,6 +21,7 @@ from ria_vllm.serve.kernels.choice import KERNEL_VARIABLE, Choice, Config, Kerne
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, check_forced_instruction_set
 from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
+from ria_vllm.serve.kernels.cuda.experts import CutlassExpertsKernel
 from ria_vllm.serve.kernels.dense import DenseKernel
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
@@ -34,7 +35,11 @@ ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
 
 OWN_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
 
-EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = (CpuExpertsKernel, ReferenceExpertsKernel)
+EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = (
+    CpuExpertsKernel,
+    CutlassExpertsKernel,
+    ReferenceExpertsKernel,
+)
 
 # Sides of the square weight in `self_test`, which uses the first that the kernel takes.
 _SELF_TEST_SIDES = (64, 128, 256)
@@ -106,9 +111,10 @@ def reason_against(kernel: Any, config: LinearLayerConfig | ExpertsLayerConfig) 
     if config.pattern not in patterns:
         return f"no {config.pattern} weights; {', '.join(map(str, patterns))} only"
     reason = kernel.can_implement(config)
-    if reason is not None or isinstance(config, ExpertsLayerConfig):
+    tested = getattr(kernel, "linears", None) if isinstance(config, ExpertsLayerConfig) else kernel
+    if reason is not None or tested is None:
         return reason
-    return self_test(kernel, config.device, config.act_dtype, config.weight_format, config.input_dtype, config.pattern)
+    return self_test(tested, config.device, config.act_dtype, config.weight_format, config.input_dtype, config.pattern)
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from math import log2
 import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from ria_vllm.format.formats import FP8
 from ria_vllm.format.proofs import TRANSPOSED
 from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
@@ -24,7 +25,7 @@ from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import ExpertSizes
 from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of, rows_of_w13
-from ria_vllm.serve.kernels.reference_experts import activate
+from ria_vllm.serve.kernels.routing import activate
 from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
 from ria_vllm.serve.load.layerwise import watch_packing
 from ria_vllm.serve.model.config import RiaConfig
@@ -199,6 +200,9 @@ class ProvedExperts:
             variance += (activate(activation, torch.cat(off, 1)) - h) ** 2
         if self.scheme.input_dtype is not None:  # h is rounded by its largest
             variance += (h.abs().amax(1, keepdim=True) / 254) ** 2
+        packed = self.layer.ria_experts if self.is_stored else None
+        if packed is not None and packed.choice.config.weight_format == FP8:  # kernels round h to 4 bits
+            variance += (h / 16) ** 2
         total = ((down[:, 0] * variance.sqrt()) ** 2 + ((eps + sums[1]) * down[:, 1] * h) ** 2).sum(1)
         total += (127 * eps / 2) ** 2 * (y**2).sum(1)
         wanted = h @ down[:, 0]

@@ -8,10 +8,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from ria_vllm.checkpoint.folding import fold
 from ria_vllm.format import permutation
-from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.formats import FLOAT, FP8
 from ria_vllm.format.layer_schema import Experts, Fold, Producer, Stacked
 from ria_vllm.format.pattern import PATTERNS
-from ria_vllm.format.schema import INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
+from ria_vllm.format.schema import FP8_TOKENS, INT8_TOKENS, RiaSchema, SparsityConfig, WeightQuantization
 from ria_vllm.format.sparse24 import compress, mask_from_bitmask
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.served_model import ServedModel
@@ -89,7 +89,7 @@ class StoredMixture:
             sparsity_config=SparsityConfig(sparsity_structure=str(self.pattern)),
             experts=[experts], folds=[rule] if self.folds else [],
             weights=None if quantization is None else WeightQuantization(**quantization, dtype="float32"),
-            input_activations=INT8_TOKENS if self.rounded else None,
+            input_activations=(FP8_TOKENS if self.weight_format == FP8 else INT8_TOKENS) if self.rounded else None,
         )  # fmt: skip
         config = RiaConfig(schema)
         config._read_names(list(self.tensors))

@@ -116,6 +116,15 @@ def round_tokens(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, t
     return integers, scales.squeeze(-1)
 
 
+def product(x: torch.Tensor, packed: Sequence[torch.Tensor], bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., K] times what `CutlassKernel.pack` returned, and a bias [N] or None; [..., N], in x's dtype."""
+    values, metadata, *scales = packed
+    if not scales:
+        return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
+    quantized, x_scales = round_tokens(x, values)
+    return torch.ops.ria.sparse24_linear.cutlass(quantized, values, metadata, bias, x_scales, *scales, x.dtype)
+
+
 class CutlassKernel:
     """See `LinearKernel`. With fp8 weights, each token of x is rounded to fp8 too, with a scale of its own."""
 
@@ -183,11 +192,7 @@ class CutlassKernel:
     ) -> torch.Tensor:
         if input_permutation is not None:
             x = x.index_select(-1, input_permutation)
-        values, metadata, *scales = packed
-        if not scales:
-            return torch.ops.ria.sparse24_linear.cutlass(x, values, metadata, bias)
-        quantized, x_scales = round_tokens(x, values)
-        return torch.ops.ria.sparse24_linear.cutlass(quantized, values, metadata, bias, x_scales, *scales, x.dtype)
+        return product(x, packed, bias)
 
 
 def _index(device: torch.device) -> int:

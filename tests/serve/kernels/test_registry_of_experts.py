@@ -48,7 +48,9 @@ def test_a_forced_kernel(monkeypatch):
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpu cannot serve a layer of 2 experts .*: dtype float64"):
         registry.choose(replace(CONFIG, act_dtype=torch.float64))
     monkeypatch.setenv(registry.KERNEL_VARIABLE, "cpuu")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel for .* choose from cpu, reference"):
+    with pytest.raises(
+        RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel for .* choose from cpu, cutlass, reference"
+    ):
         registry.choose(CONFIG)
-    monkeypatch.setenv(registry.KERNEL_VARIABLE, "cutlass")  # for linears alone
+    monkeypatch.setenv(registry.KERNEL_VARIABLE, "cusparselt")  # for linears alone
     assert registry.choose(CONFIG).kernel is CpuExpertsKernel

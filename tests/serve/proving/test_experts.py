@@ -1,6 +1,8 @@
 """Experts that prove themselves, as any of our kernels and vLLM's own compute them: nothing that is right is refused,
 and whatever they have of another expert, another order or another scale is found."""
 
+from functools import partial
+
 import mixture_layers
 import pytest
 import torch
@@ -186,6 +188,27 @@ def test_nothing_that_is_right_is_refused(experts_path, monkeypatch, name, size,
         play_rank(monkeypatch, rank, size)
         with set_current_vllm_config(current):
             assert problem(stored, tp_size=size, **OAI) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"), [("hopper_layers", "float"), ("hopper_layers", "fp8"), ("ampere_layers", "int8")]
+)
+def test_experts_that_a_gpu_keeps_compressed(request, monkeypatch, gpu, name):
+    """Products, and the inputs of 8-bit weights, are rounded."""
+    request.getfixturevalue(gpu)
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
+    signs = partial(proofs.vector, seed=SEED, signs_only=name == "fp8")
+    monkeypatch.setitem(globals(), "vector", signs)
+    stored = StoredMixture(weight_format=FORMATS[name], rounded=name != "float", bias=True)
+    if name == "float":
+        stored.tensors = {
+            key: one.bfloat16() if one.is_floating_point() else one for key, one in stored.tensors.items()
+        }
+    settings = OAI | {"params_dtype": torch.bfloat16}
+    with set_default_torch_dtype(torch.bfloat16):
+        assert problem(stored, **settings) is None
+        for bug in ("two experts swapped", "the down of another expert", "rows of gate in another order"):
+            assert "(cutlass" in problem(stored, BUGS[bug](stored.tensors), **settings)
 
 
 def test_layers_of_many_channels(monkeypatch):
