@@ -202,7 +202,7 @@ class ProvedExperts:
             variance += (h.abs().amax(1, keepdim=True) / 254) ** 2
         packed = self.layer.ria_experts if self.is_stored else None
         if packed is not None and packed.choice.config.weight_format == FP8:  # kernels round h to 4 bits
-            variance += (h / 16) ** 2
+            variance += (h / 32) ** 2
         total = ((down[:, 0] * variance.sqrt()) ** 2 + ((eps + sums[1]) * down[:, 1] * h) ** 2).sum(1)
         total += (127 * eps / 2) ** 2 * (y**2).sum(1)
         wanted = h @ down[:, 0]

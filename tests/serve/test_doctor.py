@@ -20,14 +20,16 @@ def test_names_versions_and_the_chosen_kernel():
     assert re.search(r"^vllm\s+vllm\S* \d+\.\d+.*plugin found$", output, re.M)
     linears, experts = output.split("kernels for ")[1:]
     assert len(re.findall("chosen: the first", linears)) == 1
-    assert re.match("32 experts of 2048 x 768 .*:\n  cpu +chosen: the first .*\n  reference +could serve it", experts)
+    lines = "cpu +chosen: the first .*\n  cutlass +no: the layer is on cpu\n  reference +could serve it"
+    assert re.match(f"32 experts of 2048 x 768 .*:\n  {lines}", experts)
 
 
 def test_says_why_a_kernel_is_left_out(monkeypatch):
     monkeypatch.setattr(CpuExpertsKernel, "is_supported", staticmethod(lambda device: "not here"))
     linears, experts = run_doctor("--device", "cpu").split("kernels for ")[1:]
     assert re.search("^  cusparselt +no: the layer is on cpu$", linears, re.M)
-    assert re.search("^  cpu +no: not here\n  reference +chosen only where vLLM has no experts", experts, re.M)
+    lines = "cpu +no: not here\n  cutlass +no: the layer is on cpu\n  reference +chosen only where vLLM has no experts"
+    assert re.search(f"^  {lines}", experts, re.M)
 
 
 def test_quantized_weights_and_rounded_inputs():
@@ -44,8 +46,10 @@ def test_quantized_weights_and_rounded_inputs():
 
 
 def test_an_ampere_takes_w8a8(ampere_layers):
-    linears = run_doctor("--device", "cpu", "--scheme", "W8A8").split("kernels for ")[1]
+    linears, experts = run_doctor("--device", "cpu", "--scheme", "W8A8").split("kernels for ")[1:]
     assert re.search("^  cutlass +chosen with inputs rounded to int8: the first that can serve ", linears, re.M)
+    said = "cutlass +chosen with inputs rounded to int8 only where vLLM has no .*, or with RIA_VLLM_BACKEND=cutlass\n"
+    assert re.search(f"^  {said}", experts, re.M)
 
 
 def test_forced_kernel():

@@ -14,7 +14,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT, FP8, INT4, INT8
 from ria_vllm.format.pattern import PATTERNS
 from ria_vllm.serve.kernels import registry
-from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 from ria_vllm.serve.kernels.cuda import experts as cuda_experts
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.experts import CutlassExpertsKernel
@@ -78,7 +77,7 @@ def test_experts_against_float64(cutlass_on_cpu, hopper, experts, format, biased
 @pytest.mark.slow
 @GPU_FORMATS
 def test_experts_in_the_emulator(cutlass_on_cpu, experts, format):
-    """Each expert's own part of the stacked weights and metadata, at its address, by the tiles that the rules choose."""
+    """Each expert's part of the stacked weights and metadata at its own address, by tiles that the rules choose."""
     library = emulated("90a" if format == FP8 else "80")
     library.seed = 3
     cutlass_on_cpu(library, library.num_sms, torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8))
@@ -105,7 +104,6 @@ def test_a_graph_can_capture_experts(hopper, format, tokens):
 def test_which_experts_it_takes(hopper_layers, monkeypatch):
     """vLLM's own experts go first, see `experts.choice`. It is asked as the kernel that multiplies."""
     monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
-    monkeypatch.setattr(CpuExpertsKernel, "is_supported", staticmethod(lambda device: "the layer is on cuda"))
     registry.self_test.cache_clear()
     config = random_experts(EXPERTS, 128, 64).config
     assert str(registry.choose(config)) == "cutlass" and registry.choose(config).kernel.is_fallback
