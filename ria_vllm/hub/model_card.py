@@ -37,6 +37,7 @@ _METHODS = {
     "magnitude": "magnitude pruning",
 }
 ANOTHER_PROGRAM = "another program's"  # the method in the recipe of a folder that somebody else pruned
+_PREVIEW = "(preview: kernels checked in an emulator only)"
 
 
 def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) -> str:
@@ -100,15 +101,15 @@ def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) 
 
 def _use(recipe: dict[str, Any]) -> list[str]:
     """How to serve a folder that this recipe made."""
-    where, pattern = f"which `{FOR_GPUS}` installs (preview: not measured), or on a CPU:", recipe["pattern"]
+    where, pattern = f"which `{FOR_GPUS}` installs {_PREVIEW}, or on a CPU:", recipe["pattern"]
     is_kept = recipe.get("only_keeps") or recipe.get("prune_rest")
     may_be_eight = pattern == str(TWO_OF_FOUR) and recipe["scheme"] != "FP8" and not is_kept
     if pattern != str(TWO_OF_FOUR):
         where = f"on CPUs; GPUs do not multiply {plain(pattern)}:"
     elif recipe["scheme"] == "FP8":
         where = (
-            f"which `{FOR_GPUS}` installs. GPUs of compute capability 9.0 multiply FP8 (preview: not measured); other "
-            "GPUs and CPUs serve the weights in 16 bits, and round no inputs:"
+            f"which `{FOR_GPUS}` installs. GPUs of compute capability 9.0 multiply FP8 {_PREVIEW}; other GPUs and CPUs "
+            "serve the weights in 16 bits, and round no inputs:"
         )
     return [
         "## Serve",
