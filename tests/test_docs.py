@@ -8,7 +8,7 @@ import pytest
 from manifests import manifests
 
 from ria_vllm.cli import COMMANDS
-from ria_vllm.installing import FOR_CPUS, FOR_GPUS
+from ria_vllm.installing import FOR_CPUS, FOR_GPUS, FROM_PYPI, VLLM, WHEEL
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = "benchmarks|demo|docs|offline|packaging|ria_vllm|serve|tests"
@@ -45,17 +45,21 @@ def test_files_modules_and_commands_exist(page):
 
 
 def in_a_clone(step: str) -> str:
-    return step.replace("ria-vllm[", ".[")
+    return re.sub("ria-vllm(?=\\[|$)", ".", step)
 
 
 def test_commands_and_cards_name_the_steps_of_an_installation_that_the_readme_has():
-    """The README's reader has a clone."""
+    """The README's reader has a clone. vLLM's own wheel goes first."""
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"```\n(python3 -m venv .*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert block is not None and f"`{in_a_clone(FOR_GPUS)}`" in block[1]
     lines = [re.split(r"\s+#", line)[0] for line in block[1].splitlines()]
     assert lines[1 : 1 + len(FOR_CPUS)] == [in_a_clone(step) for step in FOR_CPUS]
     assert lines[1 + len(FOR_CPUS)].startswith("ria-vllm compress")
+    page = (ROOT / "docs" / "install.md").read_text().replace("$V", VLLM)
+    assert f"\nV={VLLM}\nURL={WHEEL}\n" in page
+    assert page.index(FOR_CPUS[1].replace(WHEEL, "$URL").replace("ria-vllm", ".")) < page.index(in_a_clone(FROM_PYPI))
+    assert f"\nVLLM_VERSION := {VLLM}\n" in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow

@@ -84,7 +84,9 @@ def test_what_it_says(tmp_path):
     assert "| dense in int8 | `layers.1.up` |" in text
     assert "| samples | `128` |" in text and "| calibration | `text.txt` |" in text and r"`a\|b`" in text
     assert '`pip install "ria-vllm[cuda]"` installs' in text and "\nvllm serve .\n" in text
-    assert '\nuv pip install --torch-backend cpu "ria-vllm[cpu]"\n' in text
+    wheel = "https://github.com/vllm-project/vllm/releases/download/v0.32.0/vllm-0.32.0+cpu-cp38-abi3-manylinux"
+    official = text.index(f"\nuv pip install --torch-backend cpu {wheel}_2_34_x86_64.whl ria-vllm\n")
+    assert official < text.index('uv pip install --torch-backend cpu "ria-vllm[cpu]"\n')
     assert '".[' not in text and "clone" not in text  # strangers have none
     assert "/home" not in text and "private" not in text
 

