@@ -51,6 +51,12 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "or self: text that the dense model writes itself, for which the whole model has to fit into memory.",
 )
 @quality(
+    "--self-written",
+    default=0.0,
+    show_default=True,
+    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
+)
+@quality(
     "--max-loss",
     metavar="PERCENT",
     callback=parse_percent,
@@ -84,11 +90,6 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 )
 @expert(
     "--permute", type=click.Choice(["lsa", "none"]), default="lsa", help="Channel permutation: linear sum assignment."
-)
-@expert(
-    "--self-written",
-    default=0.0,
-    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
 )
 @expert("--samples", type=int, show_default="by --effort", help="Number of calibration sequences.")
 @expert("--seq-len", type=int, show_default="by --effort", help="Tokens in each sequence; at most the model's context.")

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -116,11 +117,18 @@ def reserved_line(cores: int) -> str:
 
 
 def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
-    """One line for each kernel, in order of preference: chosen, usable, or the reason why not."""
+    """One line for each kernel, in order of preference: chosen, usable, or the reason why not; and the schemes that it
+    takes as they are stored."""
     experts = isinstance(config, ExpertsLayerConfig)
     reasons, choice, lines = [], None, []
+    taken: dict[str, list[str]] = {}
     try:
         reasons = registry.explain(config)
+        for scheme, (weight_format, input_dtype) in STORED.items():
+            stored = replace(config, weight_format=weight_format, input_dtype=input_dtype)
+            for name, reason in registry.explain(stored):
+                if reason is None:
+                    taken.setdefault(name, []).append(scheme)
         choice = registry.choose(config)
     except RiaError as error:  # none can serve the layer, or another package's kernel cannot be used
         lines.append(f"none: {error}")
@@ -138,7 +146,8 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
             )
         else:
             note = f"chosen{choice.how}: the first that can serve this layer"
-        lines.append(f"{name:14} {note}")
+        takes = f"; takes {', '.join(taken[name])}" if name in taken else ""
+        lines.append(f"{name:14} {note}{takes}")
     return lines
 
 
@@ -235,7 +244,8 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
     kinds += f", inputs rounded to {name_of(fp8.DTYPE)} where these stay fp8" if weight_format == FP8 else ""
     here = f"{kind} (preview: not measured)" if kind == "cuda" else kind
-    click.echo(f"\nkernels for a {SIDE} x {SIDE} linear of {kinds} on {here}, in order of preference:")
+    word = scheme or ("BF16" if reader is None else reader.schema.scheme)
+    click.echo(f"\nkernels for a {SIDE} x {SIDE} {word} linear of {kinds} on {here}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")
     if eight := eight_line(linear):

@@ -19,8 +19,11 @@ def test_names_versions_and_the_chosen_kernel():
     assert re.search(rf"^torch\s+{re.escape(torch.__version__)}$", output, re.M)
     assert re.search(r"^vllm\s+vllm\S* \d+\.\d+.*plugin found$", output, re.M)
     linears, experts = output.split("kernels for ")[1:]
-    assert len(re.findall("chosen: the first", linears)) == 1
-    lines = "cpu +chosen: the first .*\n  cutlass +no: the layer is on cpu\n  reference +could serve it"
+    assert len(re.findall("chosen: the first", linears)) == 1 and linears.startswith("a 4096 x 4096 BF16 linear of ")
+    for lines in (linears, experts):
+        assert re.search("^  cpu +chosen: .*; takes BF16, W8A16, W8A8, W4A16, W4A8$", lines, re.M)
+        assert re.search("^  reference .*; takes BF16, W8A16, W8A8, W4A16, W4A8, FP8$", lines, re.M)
+    lines = "cpu +chosen: the first .*\n  cutlass +no: the layer is on cpu.*\n  reference +could serve it"
     assert re.match(f"32 experts of 2048 x 768 .*:\n  {lines}", experts)
 
 
@@ -36,6 +39,7 @@ def test_quantized_weights_and_rounded_inputs():
     """Which kernel takes them depends on the machine; how it does is said."""
     output = run_doctor("--device", "cpu", "--scheme", "W4A8", "--dtype", "float16")
     assert "linear of float16, int4-g32 weights, inputs rounded to int8 on cpu" in output
+    assert " W4A8 linear of " in output
     output = run_doctor("--device", "cpu", "--scheme", "w8a8", env={"RIA_VLLM_BACKEND": "reference"})
     assert output.count("chosen with inputs rounded to int8: RIA_VLLM_BACKEND asks for it") == 2
     output = run_doctor("--device", "cpu", "--scheme", "FP8")
