@@ -60,12 +60,13 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
         for effort, chosen in EFFORTS.items():
             asked = replace(recipe, **chosen).within(longest)
             asked = asked.keeping() if recipe.only_keeps else asked
-            seconds, peak = forecast.pruning_seconds(streamed, asked), forecast.peak_bytes(streamed, asked)
+            writing = forecast.writing_seconds(streamed, asked)
+            seconds, peak = writing + forecast.pruning_seconds(streamed, asked), forecast.peak_bytes(streamed, asked)
             if effort == "best" and not recipe.only_keeps and lacking is None:
                 seconds += forecast.distilling_seconds(streamed, asked)
                 peak = max(peak, forecast.distilling_bytes(streamed))
-            time = forecast.about(seconds) if asked.reads_text else "that of copying"
-            rows.append((effort, time, human_size(round(peak))))
+            times = (forecast.about(seconds), forecast.about(writing)) if asked.reads_text else ("that of copying", "")
+            rows.append((effort, *times, human_size(round(peak))))
     for warning in found.warnings:
         monitor.warn(warning)
     click.echo(f"model:   {printable(model)}, {human_size(dense)}")
@@ -84,10 +85,10 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
     if eight:
         click.echo(f"8:16:    {eight}")
     whole = human_size(round(forecast.LIBRARIES + forecast.weights_of(streamed) * streamed.dtype.itemsize))
-    click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory, and some more time")
+    click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory; a file saves that")
     if lacking is not None:
         click.echo(f"best:    would not be distilled here, because {lacking}")
-    print_table(("--effort", "time", "memory"), rows)
+    print_table(("--effort", "time", "of it, calibration text", "memory"), rows)
 
 
 def _say_linears(topologies: Topologies, found: Plan) -> None:

@@ -29,7 +29,7 @@ from ria_vllm.progress import Monitor
 
 def of_best(recipe: Recipe) -> Distillation:
     """How `--effort best` trains what this recipe prunes."""
-    own = 0.0 if recipe.calibration == "self" else 0.5
+    own = 0.0 if recipe.calibration == "self" else forecast.OWN
     dtype = "auto" if recipe.compute_dtype == "float16" else recipe.compute_dtype
     return Distillation(
         tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed

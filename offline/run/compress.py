@@ -156,11 +156,7 @@ class _Run:
         if self.recipe.budget is not None and self._kept(BUDGET_KEY) is None:
             budget.check_budget(self.model, self.recipe, self.ranks)
         if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
-            passes = 1 if self.recipe.budget is None else 2
-            taken = forecast.about(passes * forecast.pruning_seconds(self.model, self.recipe))
-            self.monitor.say(
-                f"pruning takes about {taken}, estimated from how fast this machine multiplies; the ETA is measured"
-            )
+            self._say_estimate()
         tokens = self._tokens()
         store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
         store.forget_dense()
@@ -201,6 +197,38 @@ class _Run:
                 result.write(report, others, self.settings.max_shard_size)
         self.ranks.barrier()
         return report
+
+    def _say_estimate(self) -> None:
+        """How long everything should take, before anything is computed."""
+        model, recipe = self.model, self.recipe
+        seconds = {
+            "writing text": forecast.writing_seconds(model, recipe),
+            "pruning": self._passes * forecast.pruning_seconds(model, recipe),
+            "distilling": self._distilling,
+        }
+        parts = ", ".join(f"{part} {forecast.about(one)}" for part, one in seconds.items() if one)
+        self.monitor.say(
+            f"this takes about {forecast.about(sum(seconds.values()))} ({parts}), estimated from how fast this machine "
+            "multiplies; the first layer will be measured"
+        )
+
+    def _say_measured(self, index: int, seconds: float) -> None:
+        """The same once layer `index`, the first one of this run, took so long to prune."""
+        layers = (range(index, index + 1), range(index, len(self.model.layers)))
+        one, left = (forecast.pruning_seconds(self.model, self.recipe, some) for some in layers)
+        if one and self.recipe.reads_text:
+            taken = f"{forecast.about(self._passes * seconds * left / one)}{' from there on' if index else ''}"
+            then = f", and distilling, as estimated, {forecast.about(self._distilling)}" if self._distilling else ""
+            self.monitor.say(f"as measured on layer {index}, pruning takes about {taken}{then}")
+
+    @property
+    def _distilling(self) -> float:
+        return forecast.distilling_seconds(self.model, self.recipe) if self.settings.is_half else 0.0
+
+    @property
+    def _passes(self) -> int:
+        """How many times layers are pruned: twice where a budget is to be spent."""
+        return 1 if self.recipe.budget is None else 2
 
     def _tokens(self) -> torch.Tensor:
         tokens = None
@@ -322,6 +350,7 @@ class _Run:
     def _prune_layers(self, layers: LayerPass, plan: Plan, finished: int, store: ExpertStore) -> None:
         total = len(self.model.layers)
         for index in self.monitor.layers(range(finished, total), total):
+            began = self.monitor.clock()
             pruned, changed = layers.prune(index, plan)
             self.source.inputs.check()  # now, and not only after the hours that the other layers take
             records = {name: linear.record for name, linear in pruned.items()}
@@ -333,6 +362,9 @@ class _Run:
                     self.writer.write(layer_key(index), tensors, records)
                     del tensors
             del pruned, changed  # before the next layer is loaded
+            seconds = self.monitor.clock() - began
             say_layer(records, self.recipe.pattern, self.monitor)
             for path in sorted(plan.experts[index]):
                 say_experts(self.model.experts[index][path].module, store.records(index, [path]), self.monitor)
+            if index == finished and not self.writer.has(BUDGET_KEY):  # which leaves more of some layers than of others
+                self._say_measured(index, seconds)

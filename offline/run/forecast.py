@@ -24,18 +24,25 @@ PASSED, GRAMS, TOUCHED, AROUND = 5, 1.7, 40, 1024
 ORDERED, SOLVED, SEARCHED = 20, 22, 30_000
 # and in training for each token and weight, channel, and for each weight in a step.
 TRAINED, FELT, STEPPED = 3, 23, 300
-# Tokens that `--effort best` distils on; for each of them, multiply-adds a weight, and bytes a channel of the linears.
-DISTILLED, TAUGHT, RETURNED = 262_144, 5, 170
+# Tokens that `--effort best` distils on, and how many of them the dense model writes beside a text; for each of them,
+# multiply-adds a weight, and bytes a channel of the linears.
+DISTILLED, OWN, TAUGHT, RETURNED = 262_144, 0.5, 5, 170
+# Those bytes for a token that the dense model writes, and those for each token that it may choose.
+WRITTEN, CHOSEN = 80, 330
 # Bytes of the process before it has loaded anything; layers in memory at the peak, in bfloat16 and float32.
 LIBRARIES, LAYERS, WIDE_LAYERS = 700e6, 6.75, 8.5
 
 
-def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
-    """What `compress` takes on the model's device where it reads text, but for text that the model writes."""
+def pruning_seconds(model: StreamedModel, recipe: Recipe, layers: range | None = None) -> float:
+    """What `compress` takes on the model's device where it reads text, but for text that the model writes.
+
+    Args:
+        layers: only these; None: all.
+    """
     tokens, trained = recipe.drawn * recipe.seq_len, RECONSTRUCTIONS[recipe.reconstruct]
     trained = max(trained, 2 * recipe.samples * recipe.seq_len) if trained else 0  # it passes twice at least
     fast = exact = grams = memory = 0.0
-    for rows, columns, copies, share in _shapes(model, recipe):
+    for rows, columns, copies, share in _shapes(model, recipe, layers):
         weights, reached, taught = rows * columns, copies * share, trained * (copies == 1 or recipe.trains_experts)
         fast += weights * (reached * (PASSED * tokens + TRAINED * taught) + copies * ORDERED * columns)
         grams += recipe.needs_gram * GRAMS * tokens * reached * columns**2
@@ -50,14 +57,22 @@ def pruning_seconds(model: StreamedModel, recipe: Recipe) -> float:
     return fast / rates[0] + grams / mean + exact / rates[1] + memory / rates[2]
 
 
+def writing_seconds(model: StreamedModel, recipe: Recipe) -> float:
+    """What the dense model takes to write its part of the calibration text."""
+    samples = recipe.drawn if recipe.calibration == "self" else recipe.samples_written
+    return samples * recipe.seq_len * _written(model, recipe)
+
+
 def distilling_seconds(model: StreamedModel, recipe: Recipe) -> float:
-    """What distilling on DISTILLED tokens takes, but for what the dense model writes of them."""
-    channels, reached = 0.0, float(weights_of(model))
-    for rows, columns, copies, share in _shapes(model, recipe):
-        channels += (rows + columns) * copies * share
-        reached -= rows * columns * copies * (1 - share)
-    fast, _, memory = _rates(model.device, model.dtype)
-    return DISTILLED * (TAUGHT * reached / fast + 4 * RETURNED * channels / memory)
+    """What distilling on DISTILLED tokens takes, with what the dense model writes of them."""
+    own = 1.0 if recipe.calibration == "self" else OWN
+    return DISTILLED * (_of_token(model, recipe, TAUGHT, RETURNED) + own * _written(model, recipe))
+
+
+def _written(model: StreamedModel, recipe: Recipe) -> float:
+    """Seconds for a token that the dense model writes."""
+    chosen = 4 * CHOSEN * model.vocabulary / _rates(model.device, model.dtype)[2]
+    return _of_token(model, recipe, 1, WRITTEN) + chosen
 
 
 def distilling_bytes(model: StreamedModel) -> float:
@@ -79,9 +94,19 @@ def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float, floa
     return size / fast, size / exact, 2 * long.nbytes / _seconds(lambda: long.mul_(1.0), device)
 
 
-def _shapes(model: StreamedModel, recipe: Recipe) -> Iterator[tuple[int, int, int, float]]:
+def _of_token(model: StreamedModel, recipe: Recipe, multiplied: int, touched: int) -> float:
+    """Seconds, if each weight is multiplied and each channel of the linears touched so many times."""
+    channels, reached = 0.0, float(weights_of(model))
+    for rows, columns, copies, share in _shapes(model, recipe):
+        channels += (rows + columns) * copies * share
+        reached -= rows * columns * copies * (1 - share)
+    fast, _, memory = _rates(model.device, model.dtype)
+    return multiplied * reached / fast + 4 * touched * channels / memory
+
+
+def _shapes(model: StreamedModel, recipe: Recipe, layers: range | None = None) -> Iterator[tuple[int, int, int, float]]:
     """(out, in, copies, share of the tokens that reach each) of what may be pruned. Linears of experts have copies."""
-    for index in range(len(model.layers)):
+    for index in range(len(model.layers)) if layers is None else layers:
         for linear in linears_to_prune(model, index, recipe).values():
             yield linear.out_features, linear.in_features, 1, 1.0
         for files in experts_to_prune(model, index, recipe).values():

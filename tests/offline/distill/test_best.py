@@ -39,6 +39,7 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     done = invoke(compress, *options, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert re.search(r"this takes about \d+ s \(pruning \d+ s, distilling \d+ s\)", done.stderr)
     apart = [*options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "pruned"]
     hint = invoke(compress, *apart).stderr
     trained = ["--teacher", options[0], "--calibration", text, "--self-written", 0.5, "--tokens", TOKENS]
