@@ -57,6 +57,11 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
 )
 @quality(
+    "--eval-text",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A .txt file to measure on how much is lost; else a part of the calibration text to which nothing is fitted.",
+)
+@quality(
     "--max-loss",
     metavar="PERCENT",
     callback=parse_percent,

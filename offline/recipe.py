@@ -53,6 +53,7 @@ class Recipe:
     prune_rest: of a model of which some linears have the pattern already, the others are pruned, and do not stay dense.
     only_keeps: all that is pruned has the pattern already; see `keeping`.
     max_loss, min_speed: a budget, one or the other; see `ria_vllm.offline.run.budget`.
+    eval_text: a .txt file that the held-out samples are drawn from; None: from the calibration text.
 
     Raises:
         pydantic.ValidationError: a value that an option cannot have.
@@ -63,6 +64,7 @@ class Recipe:
     permute: Literal["lsa", "none"] = "lsa"
     calibration: str = "self"
     self_written: float = 0.0
+    eval_text: str | None = None
     samples: Annotated[int, Field(ge=1)] = 32
     seq_len: Annotated[int, Field(ge=2)] = 512
     seed: int = 0
@@ -139,6 +141,10 @@ class Recipe:
         if self.smooth and self.activations == "none":
             raise RiaError("--smooth is for rounded inputs; give --scheme W8A8, W4A8 or FP8.")
         check_fraction(self.self_written, self.samples, self.calibration)
+        if self.eval_text is not None and (not self.follows_dense or Path(self.eval_text).suffix.lower() != ".txt"):
+            raise RiaError(
+                "--eval-text: takes a .txt file, and weights that are reconstructed (not --reconstruct none)."
+            )
         for expression in self.ignore:
             try:
                 re.compile(expression)
@@ -197,6 +203,7 @@ class Recipe:
             reconstruct="admm" if reads and self.trains else self.reconstruct if reads else "none",
             calibration=self.calibration if reads else "self",
             self_written=self.self_written if reads else 0.0,
+            eval_text=self.eval_text if reads else None,
         )
 
     @property
@@ -337,6 +344,7 @@ class Recipe:
         chosen = {"smooth": self.migration_strength, "rotate": "heads" if self.rotates_heads else "none"}
         plain: dict[str, Any] = {"pattern": str(self.pattern), "ignore": list(self.ignore), "held_out": self.held_out}
         plain["calibration"] = Path(self.calibration).name if self.reads_text else "none"
+        plain["eval_text"] = None if self.eval_text is None else Path(self.eval_text).name
         if self.only_keeps:
             plain["method"] = ANOTHER_PROGRAM
         options = {"scheme": self.scheme} | {k: v for k, v in asdict(self).items() if k not in self._words}

@@ -99,7 +99,7 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
     try:
         yield from readers[path.suffix.lower()](path)
     except (OSError, UnicodeDecodeError) as error:
-        raise RiaError(f"--calibration {source}: cannot be read ({error}).") from None
+        raise RiaError(f"{source}: cannot be read ({error}).") from None
 
 
 def _prompt_start(tokenizer: Any) -> list[int]:

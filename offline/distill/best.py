@@ -11,7 +11,7 @@ from ria_vllm.checkpoint.writer import check_free, check_place, delete
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import run as distillation
 from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.text import training_text
+from ria_vllm.offline.distill.text import context_of, held_out_texts, training_text
 from ria_vllm.offline.model.run.architecture import output_head
 from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import text_tokenizer
@@ -31,9 +31,11 @@ def of_best(recipe: Recipe) -> Distillation:
     """How `--effort best` trains what this recipe prunes."""
     own = 0.0 if recipe.calibration == "self" else forecast.OWN
     dtype = "auto" if recipe.compute_dtype == "float16" else recipe.compute_dtype
+    held_out = () if recipe.eval_text is None else (recipe.eval_text,)
     return Distillation(
-        tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, compute_dtype=dtype, seed=recipe.seed
-    )
+        tokens=forecast.DISTILLED, text=recipe.calibration, self_written=own, eval_text=held_out, compute_dtype=dtype,
+        seed=recipe.seed,
+    )  # fmt: skip
 
 
 def repeated(saved: dict[str, Any], before: Recipe, now: Recipe) -> Distillation | None:
@@ -125,7 +127,10 @@ def _obstacle(model: str, recipe: Recipe, how: Distillation, device: torch.devic
             return why
         if any(find_kept(streamed, recipe, monitor).names.values()):
             return f"it has linears that are {recipe.pattern} already."
-        if how.text != "self":  # that it does not suffice must not be found out after hours
+        # That text does not suffice must not be found out after hours.
+        if how.eval_text:
+            held_out_texts(how, text_tokenizer(source.folder), context_of([str(source.folder)]))
+        if how.text != "self":
             try:
                 training_text(how, text_tokenizer(source.folder), monitor)
             except RiaError as error:

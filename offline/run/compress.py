@@ -9,6 +9,7 @@ import torch
 from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_free, check_place
+from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline import digests
@@ -72,9 +73,12 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     logging.disable_progress_bar()
     check_place(out, Path(model))
     inputs = Inputs()
-    if Path(recipe.calibration).is_file():
-        check_place(out, Path(recipe.calibration))
-        inputs.stamps(Path(recipe.calibration))
+    if recipe.eval_text is not None and not Path(recipe.eval_text).is_file():
+        raise RiaError(f"--eval-text {recipe.eval_text}: no such file.")
+    for text in map(Path, filter(None, (recipe.calibration, recipe.eval_text))):
+        if text.is_file():
+            check_place(out, text)
+            inputs.stamps(text)
     map_large_blocks()
     with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
         check_free(out, settings.overwrite)
@@ -245,8 +249,14 @@ class _Run:
         return self.ranks.broadcast(tokens)
 
     def _digests(self, text: str | HubText) -> dict[str, str]:
-        """Of the text, as it was opened, and of the model's local files."""
-        found, source = digests.of_text(text, "calibration"), self.source
+        """Of the texts, as they were opened, and of the model's local files."""
+        found, source, held_out = digests.of_text(text, "calibration"), self.source, self.recipe.eval_text
+        if held_out is not None:
+            found |= digests.of_text(held_out, "eval_text")
+            if found["eval_text_sha256"] == found.get("calibration_sha256"):
+                raise RiaError(
+                    f"--eval-text {held_out}: weights are fitted to this text. Give another, or leave it out."
+                )
         if source.revision is None:
             found["source_weights_digest"] = digests.of_weights(source.folder)
         return found

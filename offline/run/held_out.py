@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,8 +90,9 @@ def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pr
 
 def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """What `compress` says of it at the end: what was measured, and what to think of that."""
+    text = "the calibration text" if recipe.eval_text is None else Path(recipe.eval_text).name
     text = (
-        f"on {found['tokens']} tokens of the calibration text to which nothing was fitted"
+        f"on {found['tokens']} tokens of {text} to which nothing was fitted"
         f"{'' if recipe.budget is None else ', but that chose what is pruned'}: perplexity "
         f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
     )

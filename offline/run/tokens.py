@@ -24,7 +24,8 @@ def calibration_tokens(
     source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText, origin: dict[str, Any]
 ) -> torch.Tensor:
     """The tokens that the recipe asks for: int64 [drawn, seq_len], on the CPU, the held-out samples last. Those that
-    the dense model writes beside a text are spread evenly among the others, in both parts.
+    the dense model writes beside a text are spread evenly among the others, in both parts. With an `eval_text`, the
+    held-out ones are replaced by its own; all others are as without.
 
     Args:
         text: the recipe's, opened.
@@ -36,6 +37,20 @@ def calibration_tokens(
     if not recipe.reads_text:  # layers are run all the same, but any tokens will do
         count = (recipe.samples, min(recipe.seq_len, UNREAD))
         return torch.randint(model.vocabulary, count, generator=torch.Generator().manual_seed(recipe.seed))
+    if recipe.eval_text is None:
+        return _calibration(source, model, recipe, monitor, text, origin)
+    tokenizer = text_tokenizer(source.folder)
+    held_out = data.from_text(recipe.eval_text, tokenizer, recipe.held_out, recipe.seq_len, recipe.seed)
+    check_vocabulary([held_out], model.vocabulary, source.name)
+    tokens = _calibration(source, model, recipe, monitor, text, origin)
+    tokens[recipe.samples :] = held_out
+    return tokens
+
+
+def _calibration(
+    source: Source, model: StreamedModel, recipe: Recipe, monitor: Monitor, text: str | HubText, origin: dict[str, Any]
+) -> torch.Tensor:
+    """The same of the calibration text alone."""
     if recipe.calibration == "self":
         return _sample_model(source, model, recipe, recipe.drawn, monitor, origin)
     written = recipe.samples_written

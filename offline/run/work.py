@@ -24,13 +24,16 @@ HALF_FILE = ".run.json"
 
 def fingerprint(recipe: Recipe, source: Source) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as read back from JSON."""
-    text = Path(recipe.calibration)
+    text, held_out = Path(recipe.calibration), recipe.eval_text
     stamps = {
         CONFIG: {"sha256": source.config_digest},  # it may be written otherwise
         "state of the model": {name: stamp for name, stamp in source.stamps.items() if name != CONFIG},
         "state of the calibration text": source.inputs.stamps(text) if text.is_file() else None,
     }
-    names = {"source": source.name, "calibration": recipe.calibration}  # full paths: this stays in the work folder
+    if held_out is not None:
+        stamps["state of the eval text"] = source.inputs.stamps(Path(held_out))
+    # Full paths: this stays in the work folder.
+    names = {"source": source.name, "calibration": recipe.calibration, "eval_text": held_out}
     return json.loads(json.dumps(recipe.dump(source.name) | names | stamps))
 
 

@@ -1,10 +1,16 @@
 """How much `compress` says is lost, against transformers' own forward pass of both models on the held-out samples."""
 
+import hashlib
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from ria_vllm.errors import RiaError
+from ria_vllm.offline.calibration.data import from_text
+from ria_vllm.offline.model.run.hf import load_tokenizer
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress as compressing
 from ria_vllm.offline.run.compress import Settings, compress
@@ -40,6 +46,39 @@ def test_it_is_what_transformers_computes(family, ignore, tiny, text, tmp_path, 
     assert found["tokens"] == 9 * 31
     assert [found["perplexity"], found["perplexity_dense"]] == pytest.approx([float(p) for p in perplexity], rel=1e-3)
     assert found["kl"] == pytest.approx(float(divergence), rel=2e-2, abs=5e-6) and found["kl"] > 0
+
+
+@pytest.mark.parametrize("calibration", ["file", "self"])
+def test_they_are_of_another_text_if_there_is_one(calibration, tiny, text, tmp_path, drawn):
+    """What is fitted to is as without."""
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(reversed(text.read_text().split())))
+    recipe = Recipe(
+        calibration=str(text) if calibration == "file" else "self", samples=8, seq_len=32, reconstruct="admm"
+    )
+    for chosen, out in ((recipe, "plain"), (replace(recipe, eval_text=str(other)), "out")):
+        report = compress(str(tiny("llama")), tmp_path / out, chosen, Settings(), Monitor(shown=False))
+    assert torch.equal(drawn[1][:8], drawn[0][:8])
+    assert torch.equal(drawn[1][8:], from_text(str(other), load_tokenizer(str(tiny("llama"))), 8, 32, 0))
+    dense = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    loss = dense(drawn[1][8:], labels=drawn[1][8:]).loss
+    assert report["held_out"]["perplexity_dense"] == pytest.approx(float(loss.exp()), rel=1e-3)
+    assert f"on {8 * 31} tokens of other.txt to which nothing was fitted: " in report["verdict"]["quality"]
+    assert report["recipe"]["eval_text"] == "other.txt"
+    assert report["recipe"]["eval_text_sha256"] == hashlib.sha256(other.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [("same.txt", {}, "weights are fitted to this text"), ("absent.txt", {}, "no such file"),
+     ("a.jsonl", {}, "takes a .txt file"), ("same.txt", {"reconstruct": "none"}, "weights that are reconstructed")],
+)  # fmt: skip
+def test_texts_that_it_cannot_be_measured_on(name, options, said, tiny, text, tmp_path):
+    (tmp_path / "same.txt").write_bytes(text.read_bytes())
+    words = {"calibration": str(text), "samples": 8, "seq_len": 32, "eval_text": str(tmp_path / name)} | options
+    with pytest.raises(RiaError, match=f"--eval-text.*{said}"):
+        compress(str(tiny("llama")), tmp_path / "out", Recipe(**words), Settings(), Monitor(shown=False))
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_fitted_to_them(tiny, text, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import best
 from ria_vllm.offline.distill.command import distill
+from ria_vllm.offline.recipe import Recipe
 
 TOKENS = 4096
 
@@ -61,6 +62,17 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     asked = distill.make_context(command, words).params
     assert program == "ria-vllm" and asked["folder"] == tmp_path / "pruned" and asked["teacher"] == str(options[0])
     assert asked["text"] == str(text) and asked["self_written"] == 0.5
+
+
+def test_another_text_says_how_much_is_lost(options, text, tmp_path):
+    other, out = tmp_path / "other.txt", tmp_path / "out"
+    other.write_text(" ".join(reversed(text.read_text().split())))
+    assert invoke(compress, *options, "--eval-text", other, "-o", out).exit_code == 0
+    report = json.loads((out / "ria_report.json").read_text())
+    assert report["verdict"]["quality"].startswith("on other.txt, which only chose the step that is kept: perplexity")
+    assert "| eval_text | `other.txt` |" in (out / "README.md").read_text()
+    saved = Recipe.of_options(Recipe.saved(out / "ria_report.json"))
+    assert best.repeated(report["recipe"], saved, saved) is not None
 
 
 @pytest.mark.parametrize("change", [{"lr": 1e-3}, {"teacher": "another"}, {"eval_text": ["a.txt"]}, "twice", "none"])
