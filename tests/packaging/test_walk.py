@@ -1,9 +1,9 @@
 """A stranger's walk: the README's commands as they stand, in a fresh clone, until a server sends its first token.
 
-RIA_VLLM_WALK=1 runs it. It installs some 150 packages, compiles the kernels, compresses, and compiles the model, which
-takes tens of minutes of two cores. If this machine does not reach the hub, the model is the same one of PyPI; if it
-does not reach PyTorch's index, torch is what pip finds in PIP_FIND_LINKS; and if it does not reach GitHub, vLLM is what
-PyPI has.
+RIA_VLLM_WALK=1 runs it. It installs some 150 packages, compiles the kernels, compresses, and compiles the model: 16
+minutes of two cores, 10 of them for `compress` as the README has it, which is too long for every run of the suite. If
+this machine does not reach the hub, the model is the same one of PyPI; if it does not reach PyTorch's index, torch is
+what pip finds in PIP_FIND_LINKS; and if it does not reach GitHub, vLLM is what PyPI has.
 """
 
 import os
