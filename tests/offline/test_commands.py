@@ -59,8 +59,6 @@ def test_options_of_integers(size, tiny, text, tmp_path):
     assert schema.input_dtype == torch.int8
 
 
-
-
 def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     common = [tiny("llama"), "--calibration", text]
     first = ["--scheme", "W4A16", "--group-size", 32, "--samples", 3, "--seq-len", 32, "--reconstruct", "none"]
