@@ -113,6 +113,8 @@ def _checks(
     parts = [part(kernel.name, partial(gpu_products.check_kernel, kernel, tokens=tokens), shapes) for kernel in kernels]
     if reason_against_ours(dtype, gpu_timing.FORMATS.get(weights, FLOAT), *TILE_SHAPES[0]) is None:
         parts.append(part("packing", gpu_products.check_packing, TILE_SHAPES))
+        if not options.quick:
+            parts.append(Part(f"experts {kind}", "checks", partial(gpu_products.check_experts, dtype, weights)))
         for name in library_of(DEVICE.index).tile_names:
             parts.append(part(f"tile {name}", partial(gpu_products.check_tile, name, tokens=tokens), TILE_SHAPES))
     for kernel in fast:

@@ -13,10 +13,11 @@ from ria_vllm.format import fp8, sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8
 from ria_vllm.format.token_rounding import quantize_tokens
 from ria_vllm.format.weight_format import Parts, WeightFormat
-from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
+from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
+from ria_vllm.serve.kernels.cuda.experts import CutlassExpertsKernel
 from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, can_run
 
 TOKENS = (1, 7, 16, 64, 333, 2048)
@@ -206,6 +207,47 @@ def try_concurrent(layer: Layer) -> Iterator[Row]:
         clean = not bool(workspace[:COUNTER_BYTES].any())
         workspace.zero_()
         yield {"tokens": tokens, "products": 2 * TURNS, "wrong": wrong, "counters_are_zero": clean}
+
+
+def check_experts(dtype: torch.dtype, weights: torch.dtype | None) -> Iterator[Row]:
+    """Experts of a layer against float64: eagerly, and from a CUDA graph that gets other tokens and other choices.
+
+    There one token is computed with copies of its experts' weights; of 64, all experts compute all.
+    """
+    experts, hidden, intermediate, most = 8, 256, 128, 0.1 if weights else 0.02
+    gate_up = random_layer(experts * 2 * intermediate, hidden, dtype, weights)
+    down = random_layer(experts * hidden, intermediate, dtype, weights)
+    of_each = [{key: one.unflatten(0, (experts, -1)) for key, one in layer.parts.items()} for layer in (gate_up, down)]
+    config = ExpertsLayerConfig(
+        DEVICE, dtype, gate_up.config.weight_format, experts, hidden, intermediate, Activation("silu"),
+        input_dtype=gate_up.config.input_dtype,
+    )  # fmt: skip
+    packed = CutlassExpertsKernel.pack(config, *of_each, None, None)
+    for tokens in (1, 64):
+        yield {"at": f"experts, {tokens} tokens"}
+        x = gate_up.activations(tokens)
+        shares, ids = torch.rand(tokens, experts, device=DEVICE).topk(2)
+
+        def apply() -> torch.Tensor:
+            return CutlassExpertsKernel.apply(config, x, shares, ids, packed, None, None)
+
+        def off(y: torch.Tensor) -> float:
+            gates, ups = (x.double() @ gate_up.stored.t()).unflatten(1, (experts, 2, -1)).unbind(2)
+            of_all = torch.einsum(
+                "tei,ehi->teh", torch.nn.functional.silu(gates) * ups, down.stored.unflatten(0, (experts, -1))
+            )
+            exact = (of_all.take_along_dim(ids[..., None], 1) * shares[..., None]).sum(1)
+            return float((y.double() - exact).norm() / exact.norm())
+
+        eager = off(apply())
+        graph, (y,) = gpu_timing.capture([apply])
+        x.copy_(gate_up.activations(tokens + 1)[:tokens])
+        ids.copy_((ids + 1) % experts)
+        graph.replay()
+        error = max(eager, off(y))
+        row = {"check": "experts", "kernel": CutlassExpertsKernel.name, "layer": gate_up.name, "dtype": str(dtype)}
+        ok = error < most  # no NaN is
+        yield row | {"tokens": tokens, "excess": error / most if ok else sys.float_info.max, "ok": ok}
 
 
 def check_packing(layer: Layer) -> Iterator[Row]:

@@ -44,6 +44,25 @@ def test_right_products_of_integers_pass_and_wrong_ones_fail(ampere_layers, monk
     assert not any(row["ok"] for row in rows(torch.int8, tiles=names) if "excess" in row)
 
 
+@pytest.mark.parametrize("weights", [None, fp8.DTYPE, torch.int8])
+def test_experts_pass_and_wrong_ones_fail(request, monkeypatch, weights):
+    use_library(monkeypatch, request.getfixturevalue("ampere_layers" if weights == torch.int8 else "hopper_layers"))
+
+    def checked():
+        found = [row for row in gpu_products.check_experts(torch.bfloat16, weights) if "at" not in row]
+        assert [row["tokens"] for row in found] == [1, 64]
+        return [row["ok"] for row in found]
+
+    assert checked() == [True, True]
+    right = PretendLibrary.linear
+
+    def wrong(self, tile, split_k, x, values, *rest):
+        right(self, tile, split_k, x, values.roll(2, 0), *rest)
+
+    monkeypatch.setattr(PretendLibrary, "linear", wrong)
+    assert checked() == [False, False]
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
