@@ -52,7 +52,7 @@ def test_quantized_weights_and_rounded_inputs():
 def test_an_ampere_takes_w8a8(ampere_layers):
     linears, experts = run_doctor("--device", "cpu", "--scheme", "W8A8").split("kernels for ")[1:]
     assert re.search("^  cutlass +chosen with inputs rounded to int8: the first that can serve ", linears, re.M)
-    said = "cutlass +chosen with inputs rounded to int8 only where vLLM has no .*, or with RIA_VLLM_BACKEND=cutlass\n"
+    said = "cutlass +chosen with inputs rounded to int8 only where vLLM has no .*, or with RIA_VLLM_BACKEND=cutlass;"
     assert re.search(f"^  {said}", experts, re.M)
 
 
