@@ -217,12 +217,14 @@ def check_experts(dtype: torch.dtype, weights: torch.dtype | None) -> Iterator[R
     experts, hidden, intermediate, most = 8, 256, 128, 0.1 if weights else 0.02
     gate_up = random_layer(experts * 2 * intermediate, hidden, dtype, weights)
     down = random_layer(experts * hidden, intermediate, dtype, weights)
-    of_each = [{key: one.unflatten(0, (experts, -1)) for key, one in layer.parts.items()} for layer in (gate_up, down)]
+    first, second = (
+        {key: one.unflatten(0, (experts, -1)) for key, one in layer.parts.items()} for layer in (gate_up, down)
+    )
     config = ExpertsLayerConfig(
         DEVICE, dtype, gate_up.config.weight_format, experts, hidden, intermediate, Activation("silu"),
         input_dtype=gate_up.config.input_dtype,
     )  # fmt: skip
-    packed = CutlassExpertsKernel.pack(config, *of_each, None, None)
+    packed = CutlassExpertsKernel.pack(config, first, second, None, None)
     for tokens in (1, 64):
         yield {"at": f"experts, {tokens} tokens"}
         x = gate_up.activations(tokens)
