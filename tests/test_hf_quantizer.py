@@ -17,6 +17,8 @@ from transformers import (
     LlamaModel,
 )
 from transformers.quantizers import auto as quantizers
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
@@ -300,3 +302,32 @@ def test_a_model_that_transformers_divides_among_processes(pruned_llama):
     config.distributed_config = {"tp_plan": "auto"}
     with pytest.raises(RiaError, match="before they are decompressed.*ria-vllm export"):
         AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
+
+
+class OtherConfig(QuantizationConfigMixin):
+    def __init__(self, quant_method="other"):
+        self.quant_method = quant_method
+
+
+class OtherQuantizer(HfQuantizer):
+    """Leaves all weights as they are; `bitsandbytes` would round them as they load."""
+
+    is_trainable = True
+
+    def is_serializable(self):
+        return True
+
+
+@pytest.mark.parametrize("place", ["argument", "configuration"])
+def test_another_quantizer_than_ours(pruned_llama, monkeypatch, place):
+    """transformers takes it if the configuration has lost ours. The model's weights would be random."""
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "other", OtherConfig)
+    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "other", OtherQuantizer)
+    config = AutoConfig.from_pretrained(pruned_llama.folder)
+    del config.quantization_config
+    options = {"quantization_config": OtherConfig()} if place == "argument" else {}
+    if place == "configuration":
+        config.quantization_config = {"quant_method": "other"}
+    with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* no quantization_config of"):
+        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config, **options)
+    AutoModelForCausalLM.from_pretrained(pruned_llama.source, config=config, **options)

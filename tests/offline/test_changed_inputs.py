@@ -24,6 +24,8 @@ from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.offline.distill.run import Settings as DistillSettings
+from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.evaluation.evaluate import evaluate
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
@@ -196,3 +198,22 @@ def test_a_model_on_the_hub_is_one_commit_whatever_is_pushed_meanwhile(place, wo
         for model in ("user/model", str(place / "dense"))
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["folder/permutations.safetensors", "dense/tokenizer.json", "held_out.txt"],
+)
+def test_what_changes_in_training_is_noticed_when_a_state_is_saved(file, place, tmp_path, monkeypatch):
+    step, numbers = Training._step, []
+
+    def changing(self, number):
+        numbers.append(number)
+        if number == 0:
+            touch(place / file)
+        return step(self, number)
+
+    monkeypatch.setattr(Training, "_step", changing)
+    with pytest.raises(RiaError, match=f"^{place / file}: has changed .*The text and the steps so far are kept"):
+        run_distill(place, tmp_path / "out", settings=DistillSettings(save_every=0))
+    assert numbers == [0] and not (tmp_path / "out").exists()

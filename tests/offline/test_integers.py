@@ -235,3 +235,12 @@ def test_a_damaged_head_is_found(change, words, pruned, tmp_path):
     assert any(words in problem for problem in Reader(tmp_path / "out").problems())
     with pytest.raises((RiaError, ValueError), match="lm_head"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_config_json_that_does_not_mention_the_head_is_found(pruned, tmp_path):
+    out = shutil.copytree(pruned("int4"), tmp_path / "out")
+    content = json.loads((out / "config.json").read_text())
+    del content["quantization_config"]["weights"]
+    (out / "config.json").write_text(json.dumps(content))
+    with pytest.raises(RiaError, match="lm_head is stored in int8, which config.json"):
+        Reader(out).linear("model.layers.0.mlp.down_proj")

@@ -314,3 +314,19 @@ def test_a_dense_checkpoint_rounds_its_inputs_as_the_folder_does(pruned_llama, t
         rounded, unrounded = whole(tokens).logits, again(tokens).logits
         keep_sparse(again, like=folder)
         assert torch.equal(again(tokens).logits, rounded) and not torch.equal(unrounded, rounded)
+
+
+def test_under_autocast_with_accumulation(pruned_llama):
+    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
+    keep_sparse(model)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    for step in range(2):
+        for part in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss_of(model, TOKENS[2 * step + part :][:1]).backward()
+            for name, mask in kept.items():
+                grad = model.get_parameter(name).grad
+                assert not grad[~mask].any() and grad[mask].any(), name
+        optimizer.step()
+        check_zeros(model, kept)
+        optimizer.zero_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import preloaded
 import pytest
 from compressing import digests, edit_config
-from distilling import command, has_reached, run
+from distilling import command, has_reached, run, stop_at
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.run import Settings
@@ -129,3 +129,12 @@ def test_a_run_whose_teacher_has_another_configuration_by_now_is_not_resumed(pru
     edit_config(teacher, rope_theta=5000.0)
     with pytest.raises(RiaError, match="from a run with another state of the teacher"):
         run(teacher, folder, tmp_path / "out", text, Settings(resume=True))
+
+
+def test_another_run_is_not_resumed(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(dense, folder, tmp_path / "out", text, Settings(save_every=0))
+    with pytest.raises(RiaError, match=r"is from a run with another lr \(0.0001\)"):
+        run(dense, folder, tmp_path / "out", text, Settings(resume=True), lr=2e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import WarningRecorder, edit_config, edit_weights, run_small
+from compressing import WarningRecorder, edit_config, edit_weights, run_small, weight_digests
 from distilling import run
 
 from ria_vllm.checkpoint.reader import Reader
@@ -244,3 +244,19 @@ def test_a_teacher_that_computes_nan_is_not_taken_for_training_that_diverges(pru
     edit_weights(broken, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * torch.nan})
     with pytest.raises(RiaError, match="the teacher itself computes NaN"):
         run(broken, folder, tmp_path / "out", text)
+
+
+def test_it_keeps_the_best_step(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    scores = iter([3.0, 3.5, 2.0, 2.5, 1.5, 1.6, 1.7, 1.8, 1.9])
+    monkeypatch.setattr(
+        Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "perplexity_dense": 4.0, "kl": next(scores)}}
+    )
+    more = {"eval_text": (str(text),), "eval_tokens": 128, "evals": 8, "lr": 1e-3}
+    report = run(dense, folder, tmp_path / "out", text, **more)
+    story = report["recipe"]["distill"][0]
+    assert story["steps"] == 8 and story["kept_step"] == 4
+    scores = iter([3.0, 2.9, 2.0, 2.5, 1.5, 1.4, 1.3, 1.2, 1.1])
+    report = run(dense, folder, tmp_path / "whole", text, **more)
+    assert report["recipe"]["distill"][0]["kept_step"] == report["recipe"]["distill"][0]["steps"] == 8
+    assert weight_digests(tmp_path / "out") != weight_digests(tmp_path / "whole")

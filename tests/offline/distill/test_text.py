@@ -7,7 +7,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.text import held_out_texts, held_out_windows, training_text
 from ria_vllm.offline.model.run.hf import load_tokenizer
-from ria_vllm.offline.self_written import check_vocabulary
+from ria_vllm.offline.self_written import check_vocabulary, written_of
 from ria_vllm.progress import Monitor
 
 
@@ -52,3 +52,10 @@ def test_a_text_shorter_than_a_window_is_refused(tiny, tmp_path):
 def test_a_token_that_the_model_does_not_know_is_refused():
     with pytest.raises(RiaError, match="token 300, but the model knows only 258"):
         check_vocabulary([torch.tensor([1, 2]), torch.tensor([300])], 258, "model")
+
+
+@pytest.mark.parametrize(("share", "written"), [(0.5, 10), (0.99, 19)])
+def test_a_share_of_the_windows_is_left_to_the_teacher(share, written, tiny, text):
+    tokenizer = load_tokenizer(str(tiny("llama")))
+    recipe = Distillation(tokens=640, seq_len=32, batch=2, text=str(text), self_written=share)
+    assert written_of(recipe.windows, share) == written and len(drawn(recipe, tokenizer)) == 20 - written

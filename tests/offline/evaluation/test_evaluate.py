@@ -141,3 +141,10 @@ def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch)
     assert found["perplexity"] == found["baseline"]["perplexity"]  # the same values, computed alike
     with pytest.raises(RiaError, match="--seq-len 200: the context is 100 tokens .*short"):
         run(tiny_llama, "--eval-text", text, "--baseline", tmp_path / "short", "--seq-len", 200)
+
+
+def test_missing_weights_are_not_made_up(damage, text):
+    damage.replace("model.norm.weight", lambda t: None)
+    damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop("model.norm.weight"))
+    with pytest.raises(RiaError, match="model.norm.weight"):
+        run(damage.folder, "--eval-text", text)

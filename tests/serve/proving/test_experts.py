@@ -272,3 +272,15 @@ def test_dense_experts_that_vllm_alone_loads(monkeypatch, dtype, settings, store
         experts = of(vllms)
         assert loaded(experts, 1) is None
         assert "4 of 4 experts" in loaded(experts, 2)
+
+
+def test_the_shard_of_another_rank_is_found(monkeypatch):
+    stored = StoredMixture(permuted=False)
+    loaded = {
+        name: tensor
+        if name.endswith("shape")
+        else tensor.roll(*((tensor.shape[1] // 2, 1) if "down" in name else (INNER // 2, 0)))
+        for name, tensor in stored.tensors.items()
+    }
+    play_rank(monkeypatch, 0, 2)
+    assert "do not compute what the checkpoint says" in problem(stored, loaded, tp_size=2)
