@@ -104,7 +104,7 @@ def compress() -> None:
     if SPARSE.exists():
         try:
             Reader(SPARSE)
-        except RiaError as error:  # written by an older version, or damaged
+        except RiaError as error:  # damaged
             print(f"{error}\nCompressing again.")
             again = ["--overwrite"]
         else:

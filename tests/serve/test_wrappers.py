@@ -36,9 +36,10 @@ def continued(model: torch.nn.Module, inputs: dict, tokens: list[int]) -> tuple[
     return ids[0].tolist(), found[:-1].gather(-1, sequence[0, 1:, None])[:, 0]
 
 
-def test_what_compress_writes_through_the_api(tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen2_5_vl"])
+def test_what_compress_writes_through_the_api(name, tmp_path):
     """With an image and with text alone, against transformers on what `export` makes of the folder."""
-    name, toy = "qwen3_vl_moe", TOYS["qwen3_vl_moe"]
+    toy = TOYS[name]
     (dense_folder(name, toy, tmp_path) / "chat_template.jinja").write_text(TEMPLATE % toy.processor.placeholder)
     out, exported, _ = pruned_folders(name, toy, tmp_path)
     file = picture(tmp_path)
