@@ -6,6 +6,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from ria_vllm.errors import RiaError
+from ria_vllm.format.formats import FLOAT
 from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
@@ -37,7 +38,7 @@ def choose(
         config = ExpertsLayerConfig(
             device=torch.device(moe.device),
             act_dtype=moe.in_dtype,
-            weight_format=scheme.format,
+            weight_format=scheme.format if scheme.keeps_format else FLOAT,
             num_experts=sizes.local,
             hidden_size=sizes.hidden,
             intermediate_size=sizes.here,

@@ -13,7 +13,7 @@ from mixture_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from ria_vllm.format.formats import FORMATS
+from ria_vllm.format.formats import FORMATS, FP8
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 from ria_vllm.serve.load.load_report import LoadReport
@@ -117,6 +117,14 @@ def test_rounded_inputs(monkeypatch, name, kernel):
     assert str(model.experts.ria_experts.choice) == f"{kernel} with inputs rounded to int8"
     off = (run(model, x, weights, ids).double() - want).norm() / want.norm()
     assert 1e-3 < off < 3e-2
+
+
+def test_fp8_weights_whose_inputs_are_not_rounded_are_widened_for_a_kernel(monkeypatch):
+    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
+    stored = StoredMixture(weight_format=FP8)
+    model = served(stored)
+    assert str(model.experts.ria_experts.choice) == "reference"
+    check(stored, model)
 
 
 def test_a_kernel_for_other_weights_and_unrounded_inputs(monkeypatch):
