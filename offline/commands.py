@@ -59,7 +59,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
 @quality(
     "--eval-text",
     type=click.Path(exists=True, dir_okay=False),
-    help="A .txt file to measure on how much is lost; else a part of the calibration text to which nothing is fitted.",
+    help="A .txt file to measure on how much is lost, and whether the training of a sublayer is kept; else a part of "
+    "the calibration text to which nothing is fitted.",
 )
 @quality(
     "--max-loss",

@@ -117,11 +117,11 @@ class Recipe:
         found |= SCHEMES[found["scheme"]]
         derived = {"only_keeps"}
         if found.get("only_keeps"):  # what follows from a model that has the pattern already
-            derived |= {"method", "permute", "rotate", "reconstruct", "calibration", "self_written"}
+            derived |= {"method", "permute", "rotate", "reconstruct", "calibration", "self_written", "eval_text"}
         if "weights" in given:
             derived |= {"smooth", "group_size"}
         if "reconstruct" in given:
-            derived.add("rotate")
+            derived |= {"rotate", "eval_text"}
         if BUDGETS.keys() & given:
             derived |= BUDGETS.keys()
         options = {field.name: found[field.name] for field in fields(cls) if field.name in found.keys() - derived}

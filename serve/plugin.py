@@ -30,7 +30,6 @@ def register() -> None:
         from ria_vllm.serve.model.config import RiaConfig
         from ria_vllm.serve.proving import served
 
-        vllm_names.check_names(vllm.__version__)
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(RiaConfig)
             watch_models()

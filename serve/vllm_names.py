@@ -9,6 +9,7 @@ import sys
 from functools import reduce
 from importlib.util import find_spec
 from inspect import isclass, isfunction
+from itertools import chain
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -61,10 +62,12 @@ NAMES = {
     f"{_WORKER}.sleep": "level 2 drops all weights",
     f"{_WORKER}.start_draft_weight_update": "as `_weight_update_active`",
     f"{_WORKER}.start_weight_update": "as `_weight_update_active`",
-    "vllm.utils.ompmultiprocessing:OMPProcessManager": "`bench` gives llama.cpp as many threads as vLLM takes",
     "vllm.v1.worker.worker_base:WorkerBase": "`verify --served` asks each worker for its proofs",
 }
 """Module, a colon, and a name in it -> what it is used for."""
+
+OF_BENCH = {"vllm.utils.ompmultiprocessing:OMPProcessManager": "llama.cpp gets as many threads as vLLM takes"}
+"""The same of what no server needs."""
 
 
 def check_names(version: str) -> None:
@@ -93,7 +96,8 @@ def _has(module: Any, path: str) -> bool:
         owner = reduce(getattr, owners, module)
     except AttributeError:
         return False
-    methods = filter(isfunction, vars(owner).values()) if isclass(owner) else ()
+    classes = owner.__mro__ if isclass(owner) else ()
+    methods = filter(isfunction, chain.from_iterable(vars(one).values() for one in classes))
     return hasattr(owner, name) or any(name in method.__code__.co_names for method in methods)
 
 

@@ -218,10 +218,12 @@ class _Run:
 
     def _say_measured(self, index: int, seconds: float) -> None:
         """The same once layer `index`, the first one of this run, took so long to prune."""
-        layers = (range(index, index + 1), range(index, len(self.model.layers)))
-        one, left = (forecast.pruning_seconds(self.model, self.recipe, some) for some in layers)
+        total = len(self.model.layers)
+        layers = (range(index, index + 1), range(index, total), range(total))
+        one, left, whole = (forecast.pruning_seconds(self.model, self.recipe, some) for some in layers)
         if one and self.recipe.reads_text:
-            taken = f"{forecast.about(self._passes * seconds * left / one)}{' from there on' if index else ''}"
+            left += (self._passes - 1) * whole
+            taken = f"{forecast.about(seconds * left / one)}{' from there on' if index else ''}"
             then = f", and distilling, as estimated, {forecast.about(self._distilling)}" if self._distilling else ""
             self.monitor.say(f"as measured on layer {index}, pruning takes about {taken}{then}")
 

@@ -166,8 +166,8 @@ def choose(config: ExpertsLayerConfig) -> ExpertsChoice: ...
 def choose(config: Any) -> Any:
     """The first kernel that serves a layer as it is; else the first that serves it without rounding its inputs, which
     is more exact; else the first that serves its weights widened to the activations' dtype; else a fallback, in the
-    same three ways. RIA_VLLM_BACKEND forces a kernel instead; one for linears leaves that of experts free.
-    RIA_VLLM_DENSE=1 leaves linears no kernel but the dense one.
+    same three ways. RIA_VLLM_BACKEND forces a kernel instead; one for linears leaves that of experts free where it
+    does not serve them. RIA_VLLM_DENSE=1 leaves linears no kernel but the dense one.
 
     Raises:
         RiaError: RIA_VLLM_BACKEND names no kernel, or one that cannot serve the layer; or none can. Or the layer is on
@@ -177,7 +177,10 @@ def choose(config: Any) -> Any:
         check_forced_instruction_set()
     candidates, forced = _candidates(config), os.environ.get(KERNEL_VARIABLE)
     named = {kernel.name: kernel for kernel in candidates}
-    if forced and (forced in named or forced not in [kernel.name for kernel in kernels()]):
+    free = isinstance(config, ExpertsLayerConfig) and forced in [kernel.name for kernel in kernels()]
+    if free and forced in named:
+        free = named[forced].is_fallback and _first([named[forced]], config) is None
+    if forced and not free:
         return _forced(config, forced, named)
     fast = [kernel for kernel in candidates if not kernel.is_fallback]
     fallbacks = [kernel for kernel in candidates if kernel.is_fallback]

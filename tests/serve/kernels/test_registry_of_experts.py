@@ -52,5 +52,6 @@ def test_a_forced_kernel(monkeypatch):
         RiaError, match="RIA_VLLM_BACKEND=cpuu is not a kernel for .* choose from cpu, cutlass, reference"
     ):
         registry.choose(CONFIG)
-    monkeypatch.setenv(registry.KERNEL_VARIABLE, "cusparselt")  # for linears alone
-    assert registry.choose(CONFIG).kernel is CpuExpertsKernel
+    for name in ("cusparselt", "cutlass"):  # for linears alone; for experts on GPUs
+        monkeypatch.setenv(registry.KERNEL_VARIABLE, name)
+        assert registry.choose(CONFIG).kernel is CpuExpertsKernel
