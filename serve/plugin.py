@@ -62,7 +62,7 @@ def watch_models() -> None:
     def record_metadata_for_reloading(model: torch.nn.Module) -> None:
         config, calls = get_current_vllm_config().quant_config, models_being_built()
         if isinstance(config, RiaConfig) and len(calls) == 1:
-            vllm_names.check_names(vllm.__version__)  # with modules that were imported since
+            vllm_names.check_names(vllm.__version__)
             if "vllm.v1.worker.gpu_worker" in sys.modules:  # else it is no worker that builds the model
                 from vllm.v1.worker.gpu_worker import Worker
 

@@ -11,7 +11,7 @@ from ria_vllm.offline.calibration.activations import Streams
 from ria_vllm.offline.model.run.architecture import output_head
 from ria_vllm.offline.model.run.embedding import Embedder
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
@@ -90,12 +90,12 @@ def _of_sample(embedder: Embedder, tokens: torch.Tensor, dense: torch.Tensor, pr
 
 def verdict(found: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """What `compress` says of it at the end: what was measured, and what to think of that."""
-    text = "the calibration text" if recipe.eval_text is None else Path(recipe.eval_text).name
+    source = "the calibration text" if recipe.eval_text is None else Path(recipe.eval_text).name
     chose = "what is pruned" if recipe.budget is not None else ""
-    if recipe.eval_text is not None and RECONSTRUCTIONS[recipe.reconstruct]:
+    if recipe.eval_text is not None and recipe.trains:
         chose = f"{chose}{' and ' if chose else ''}whose training is kept"
     text = (
-        f"on {found['tokens']} tokens of {text} to which nothing was fitted"
+        f"on {found['tokens']} tokens of {source} to which nothing was fitted"
         f"{f', but that chose {chose}' if chose else ''}: perplexity "
         f"{found['perplexity']:.2f}, dense {found['perplexity_dense']:.2f}; KL {found['kl']:.3f}"
     )

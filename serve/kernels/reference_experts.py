@@ -9,7 +9,7 @@ from ria_vllm.format.formats import FORMATS
 from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, cannot_decode
-from ria_vllm.serve.kernels.routing import activate, of_expert, sum_of_experts
+from ria_vllm.serve.kernels.routing import of_expert, sum_of_experts, two_products
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -48,10 +48,7 @@ def _experts(  # noqa: PLR0913  # the schema of the operator
         bias = of_expert(biases[which], expert) if biases else None
         return int8_inputs.product(inputs, weight_format, parts, bias, rounds_input)
 
-    def compute(rows: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
-        return product(activate(function, product(rows, 0, expert)).to(x.dtype), 1, expert)
-
-    experts = len(packed[0])
+    experts, compute = len(packed[0]), two_products(function, product)
     return sum_of_experts(given, topk_weights, topk_ids, expert_map, experts, compute, fixed_shapes).to(x.dtype)
 
 

@@ -177,11 +177,9 @@ def choose(config: Any) -> Any:
         check_forced_instruction_set()
     candidates, forced = _candidates(config), os.environ.get(KERNEL_VARIABLE)
     named = {kernel.name: kernel for kernel in candidates}
-    free = isinstance(config, ExpertsLayerConfig) and forced in [kernel.name for kernel in kernels()]
-    if free and forced in named:
-        free = named[forced].is_fallback and _first([named[forced]], config) is None
-    if forced and not free:
-        return _forced(config, forced, named)
+    choice = _forced(config, forced, named) if forced else None
+    if choice is not None:
+        return choice
     fast = [kernel for kernel in candidates if not kernel.is_fallback]
     fallbacks = [kernel for kernel in candidates if kernel.is_fallback]
     choice = _first(fast, config) or _first(fallbacks, config)
@@ -210,10 +208,14 @@ def _first(candidates: Sequence[type[Kernel]], config: Config) -> Choice[Kernel,
 
 
 def _forced(config: Any, name: str, named: dict[str, Any]) -> Any:
+    """The choice of this kernel; None if it is one for linears, and leaves these experts free."""
+    for_linears = isinstance(config, ExpertsLayerConfig) and name in [kernel.name for kernel in kernels()]
+    if name not in named and for_linears:
+        return None
     if name not in named:
         raise RiaError(f"{KERNEL_VARIABLE}={name} is not a kernel for {config}; choose from {', '.join(named)}.")
     choice = _first([named[name]], config)
-    if choice is None:
+    if choice is None and not (for_linears and named[name].is_fallback):
         # It cannot serve the widened weights either, and that reason is what matters.
         reason = reason_against(named[name], widened(config))
         raise RiaError(f"{KERNEL_VARIABLE}={name} cannot serve {config}: {reason}")

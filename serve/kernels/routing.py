@@ -36,6 +36,21 @@ def _function(activation: Activation, x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(activation.alpha * x)
 
 
+def two_products(
+    activation: Activation, product: Callable[[torch.Tensor, int, int | torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor, int | torch.Tensor], torch.Tensor]:
+    """What `sum_of_experts` takes as `compute`. The activation is computed in float32, and rounded to the rows' dtype.
+
+    Args:
+        product: (rows, 0 or 1, an expert as in `of_expert`) -> their product with its gate and up, or its down.
+    """
+
+    def compute(rows: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
+        return product(activate(activation, product(rows, 0, expert).float()).to(rows.dtype), 1, expert)
+
+    return compute
+
+
 def of_expert(stacked: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
     """The part [...] of one expert in [E, ...]; a copy if its number is a tensor [1], which the host does not read."""
     if isinstance(expert, int):

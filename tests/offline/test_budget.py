@@ -39,20 +39,26 @@ def losses_of(dense, mixed, tokens):
     return {"perplexity": math.exp(-likelihood), "kl": float((p.exp() * (p - q)).sum(-1).mean())}
 
 
-def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypatch):
-    found = {}
+@pytest.fixture
+def found(monkeypatch):
+    """The "tokens" that a budget's losses are measured on, once they are; a test adds what it sees."""
+    seen = {}
 
+    def measured(model, streams, tokens, *others):
+        seen["tokens"] = torch.cat(list(tokens))
+        return held_out_loss(model, streams, tokens, *others)
+
+    held_out_loss = budget.held_out_loss
+    monkeypatch.setattr(budget, "held_out_loss", measured)
+    return seen
+
+
+def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypatch, found):
     def chosen(alone, weights, measure, max_loss):
         found.update(alone=alone, weights=weights, mixed=measure(frozenset({FIRST_MLP, (1, "attention")})))
         return Choice(frozenset({FIRST_MLP}), {})
 
-    def measured(model, streams, tokens, *others):
-        found["tokens"] = torch.cat(list(tokens))
-        return held_out_loss(model, streams, tokens, *others)
-
-    held_out_loss = budget.held_out_loss
     monkeypatch.setattr(budget, "choose", chosen)
-    monkeypatch.setattr(budget, "held_out_loss", measured)
     run_small(tiny("llama"), tmp_path / "all", text, **UNROTATED)
     report, _ = run_small(tiny("llama"), tmp_path / "out", text, max_loss=0.1, **UNROTATED)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "all").state_dict()
@@ -72,22 +78,15 @@ def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypa
     assert found["weights"][FIRST_MLP] == sum(math.prod(entry["shape"]) for entry in report["linears"].values())
 
 
-def test_losses_are_of_integers(tiny, text, tmp_path, monkeypatch):
+def test_losses_are_of_integers(tiny, text, tmp_path, monkeypatch, found):
     """With everything pruned the loss is the folder's, as transformers reads it, but for its embeddings and its head;
     with nothing pruned that of the dense model in int8."""
-    found = {}
 
     def chosen(alone, weights, measure, max_loss):
         found.update(all=measure(frozenset(alone)), none=measure(frozenset()))
         return Choice(frozenset(alone), {})
 
-    def measured(model, streams, tokens, *others):
-        found["tokens"] = torch.cat(list(tokens))
-        return held_out_loss(model, streams, tokens, *others)
-
-    held_out_loss = budget.held_out_loss
     monkeypatch.setattr(budget, "choose", chosen)
-    monkeypatch.setattr(budget, "held_out_loss", measured)
     options = {"reconstruct": "short", "samples": 8, "seq_len": 32, "max_loss": 9.0}
     run_small(tiny("llama"), tmp_path / "out", text, **options, **SCHEMES["W8A8"])
     dense, rounded = (AutoModelForCausalLM.from_pretrained(tiny("llama")) for _ in range(2))

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from ria_vllm.format.sparse24 import IN_FEATURES_MULTIPLE
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel, product
-from ria_vllm.serve.kernels.routing import activate, of_expert, sum_of_experts
+from ria_vllm.serve.kernels.routing import of_expert, sum_of_experts, two_products
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -50,10 +50,7 @@ def _experts(  # noqa: PLR0913  # the schema of the operator
         rows = pad(rows, (0, 2 * weight[0].shape[1] - rows.shape[1]))
         return product(rows, weight, of_expert(biases[which], expert) if biases else None)
 
-    def compute(rows: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
-        return multiply(activate(function, multiply(rows, 0, expert).float()).to(x.dtype), 1, expert)
-
-    experts = len(gate_up[0])
+    experts, compute = len(gate_up[0]), two_products(function, multiply)
     return sum_of_experts(given, topk_weights, topk_ids, expert_map, experts, compute, fixed_shapes).to(x.dtype)
 
 
