@@ -18,7 +18,7 @@ import click
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import SCHEMES
 from ria_vllm.offline.commands import EFFORTS
 from ria_vllm.offline.distill.divergence import divergence
 from ria_vllm.offline.evaluation.evaluate import read_tokens

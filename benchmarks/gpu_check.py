@@ -25,8 +25,8 @@ import torch
 from benchmarks import gpu_products, gpu_tiles, gpu_timing
 from benchmarks.gpu_report import Report
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import architectures
@@ -38,7 +38,7 @@ from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 # The kernels for GPUs, ours and torch's; a new one belongs here.
 FAST: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel)
 KERNELS: tuple[type[LinearKernel], ...] = (*FAST, ReferenceKernel)
-NARROW = {fp8.DTYPE: "fp8", torch.int8: "int8"}
+NARROW = {FP8_DTYPE: "fp8", torch.int8: "int8"}
 SMALL_SHAPES = ((64, 64), (136, 192), (1000, 576))
 SHAPES_7B = ((4096, 4096), (11008, 4096), (4096, 11008), (12288, 4096))
 TILE_SHAPES = ((136, 192), (1000, 1024))

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import gpu_tiles, gpu_timing
 from benchmarks.gpu_timing import DEVICE, Row
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8
-from ria_vllm.format.token_rounding import quantize_tokens
+from ria_vllm.format.token_rounding import quantize_fp8, quantize_tokens
 from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
@@ -76,7 +76,7 @@ def dequantized(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.int8:
         integers, scales = quantize_tokens(x)
         return integers.double() * scales.double()
-    values, scales = fp8.quantize(x)
+    values, scales = quantize_fp8(x)
     return values.double() * scales.double()[:, None]
 
 

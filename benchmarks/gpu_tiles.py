@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 from benchmarks.gpu_timing import DEVICE, FORMATS, Row, config_of, microseconds, random_weights, sizes_of
-from ria_vllm.format import fp8
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 from ria_vllm.serve.kernels.cuda.bindings import CudaLibrary, library_of, num_sms_of
@@ -32,7 +32,7 @@ def names_for(dtype: torch.dtype) -> list[str]:
 
 def dtype_of(tile: str) -> torch.dtype:
     """The dtype of the values that a tile of this name multiplies; bfloat16 stands for all 16-bit ones."""
-    return {"fp8": fp8.DTYPE, "int8": torch.int8}.get(tile.split("_")[0], torch.bfloat16)
+    return {"fp8": FP8_DTYPE, "int8": torch.int8}.get(tile.split("_")[0], torch.bfloat16)
 
 
 def timed_splits(name: str) -> list[int]:

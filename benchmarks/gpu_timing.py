@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import Parts, WeightFormat
 from ria_vllm.serve.kernels.base import LinearKernel, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
@@ -26,7 +27,7 @@ LAYERS = {
 }
 
 # The dtype in which our kernel multiplies: how weights are stored for it. Inputs of int8 are rounded to int8.
-FORMATS: dict[torch.dtype, WeightFormat] = {torch.bfloat16: FLOAT, fp8.DTYPE: FP8, torch.int8: INT8}
+FORMATS: dict[torch.dtype, WeightFormat] = {torch.bfloat16: FLOAT, FP8_DTYPE: FP8, torch.int8: INT8}
 
 # Products cycle through copies of their weight that together exceed any L2 cache, so that each reads its weight from
 # memory, as it does in a model.

@@ -23,8 +23,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run.dtypes import fast_bf16
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import load, results
-from ria_vllm.serve.benchmark.plot import plot
-from ria_vllm.serve.benchmark.results import Measured, Run, machine
+from ria_vllm.serve.benchmark.results import Measured, Run, machine, plot
 from ria_vllm.serve.benchmark.server import Server, api_key, running_server
 from ria_vllm.serve.benchmark.sides import Side, sides_of
 

@@ -9,10 +9,9 @@ import click
 from click.core import ParameterSource
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
-from ria_vllm.format.schemes import SCHEMES
-from ria_vllm.grouped_help import GroupedCommand, expert, quality
+from ria_vllm.format.pattern import PATTERNS, SCHEMES, TWO_OF_FOUR
 from ria_vllm.offline.runtime import options as shared
+from ria_vllm.terminal import GroupedCommand, expert, quality
 
 # What `--effort` stands for.
 EFFORTS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,7 @@ import torch
 
 from ria_vllm.errors import printable
 from ria_vllm.files.sizes import human_size
-from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import PATTERNS, SCHEMES, TWO_OF_FOUR
 from ria_vllm.offline.calibration.embed import embed
 from ria_vllm.offline.commands import EFFORTS
 from ria_vllm.offline.distill.best import obstacle
@@ -28,7 +27,7 @@ from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.speed import expected, measured_here, of_eight, served_by
-from ria_vllm.table import print_table
+from ria_vllm.terminal import print_table
 
 
 @click.command()

@@ -14,8 +14,7 @@ from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.format import formats
-from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR, Pattern
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import PATTERNS, SCHEMES, TWO_OF_FOUR, Pattern
 from ria_vllm.format.weight_format import WeightFormat
 from ria_vllm.hub.model_card import ANOTHER_PROGRAM
 from ria_vllm.offline.pruning.admm import DAMPING

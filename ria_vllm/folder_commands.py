@@ -18,7 +18,7 @@ from ria_vllm.errors import RiaError, printable
 from ria_vllm.export import export_dense
 from ria_vllm.files.sizes import human_size, parse_size
 from ria_vllm.progress import Monitor
-from ria_vllm.table import print_table
+from ria_vllm.terminal import print_table
 
 FOLDER = click.Path(path_type=Path)
 

@@ -17,9 +17,9 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.installing import IN_A_LINE
@@ -242,7 +242,7 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
     kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
     kinds += f" in {pattern}" if pattern != TWO_OF_FOUR else ""
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
-    kinds += f", inputs rounded to {name_of(fp8.DTYPE)} where these stay fp8" if weight_format == FP8 else ""
+    kinds += f", inputs rounded to {name_of(FP8_DTYPE)} where these stay fp8" if weight_format == FP8 else ""
     here = f"{kind} (preview: not measured)" if kind == "cuda" else kind
     word = scheme or ("BF16" if reader is None else reader.schema.scheme)
     click.echo(f"\nkernels for a {SIDE} x {SIDE} {word} linear of {kinds} on {here}, in order of preference:")

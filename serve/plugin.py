@@ -26,9 +26,9 @@ def register() -> None:
         from vllm.v1.worker.worker_base import WorkerBase
 
         from ria_vllm.format.schema import QUANT_METHOD
-        from ria_vllm.serve.load.watching import watch_reloads
         from ria_vllm.serve.model.config import RiaConfig
         from ria_vllm.serve.proving import served
+        from ria_vllm.serve.reload.watching import watch_reloads
 
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(RiaConfig)
@@ -52,8 +52,8 @@ def watch_models() -> None:
     from vllm.model_executor.model_loader import utils
 
     from ria_vllm.serve import vllm_names
-    from ria_vllm.serve.load.watching import watch_worker
     from ria_vllm.serve.model.config import RiaConfig
+    from ria_vllm.serve.reload.watching import watch_worker
     from ria_vllm.serve.served_model import ServedModel
 
     record = utils.record_metadata_for_reloading

@@ -12,7 +12,6 @@ from ria_vllm.serve.load import stream
 from ria_vllm.serve.load.completeness import check_loaded, empty_weights
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import foreign_vector
-from ria_vllm.serve.load.layerwise import Reloads
 from ria_vllm.serve.load.load_report import LoadReport
 from ria_vllm.serve.load.stream import Taker, Weights
 from ria_vllm.serve.model import layer_matching, reload
@@ -20,6 +19,7 @@ from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.int8_heads import match_heads
 from ria_vllm.serve.proving.layers import Prover
 from ria_vllm.serve.proving.proved import Vector
+from ria_vllm.serve.reload.layerwise import Reloads
 
 
 class ServedModel:

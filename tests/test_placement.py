@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.errors import RiaError
+from ria_vllm.hf.placement import Placement
 
 NAMES = tuple((f"{expert}.gate", f"{expert}.up") for expert in range(3))
 

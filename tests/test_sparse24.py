@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ria_vllm.format import plain24, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=str)
@@ -27,7 +27,7 @@ def test_round_trip_is_exact(dtype, shape, pattern):
     assert sparse24.check_bitmask(bitmask, shape, pattern) is None
     assert torch.equal(sparse24.decompress(compressed, bitmask), dense * mask)
     assert torch.equal(sparse24.mask_from_bitmask(bitmask), mask)
-    assert torch.equal(plain24.bitmask_of(dense * mask, pattern), bitmask)
+    assert torch.equal(sparse24.bitmask_of(dense * mask, pattern), bitmask)
 
 
 @each_pattern

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ria_vllm.errors import RiaError
-from ria_vllm.grouped_help import GroupedCommand, expert, quality
 from ria_vllm.offline.runtime import options
+from ria_vllm.terminal import GroupedCommand, expert, quality
 
 
 @click.command(cls=GroupedCommand)

@@ -17,7 +17,6 @@ from ria_vllm.checkpoint.inputs import Inputs
 from ria_vllm.errors import RiaError
 from ria_vllm.files.text_file import read_text
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.grouped_help import GroupedCommand, grouped
 from ria_vllm.hub.facts import PERPLEXITY, TASKS, add, add_speed, check_card
 from ria_vllm.offline.evaluation.recovery import EXPLAINED, TITLES, average, cells, compare, comparison
 from ria_vllm.offline.evaluation.tasks import Harness, run_tasks
@@ -34,7 +33,7 @@ from ria_vllm.offline.model.run.hf import (
 from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
-from ria_vllm.table import print_table
+from ria_vllm.terminal import GroupedCommand, grouped, print_table
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import plain24
+from ria_vllm.format import sparse24
 from ria_vllm.format.pattern import PATTERNS, Pattern
 from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -93,7 +93,7 @@ def _share(weights: Iterable[torch.Tensor], pattern: Pattern) -> float | None:
     """The values that are not zero, in those that the pattern can keep; None if some matrix does not fit."""
     values = size = 0
     for weight in weights:
-        if plain24.bitmask_of(weight, pattern) is None:
+        if sparse24.bitmask_of(weight, pattern) is None:
             return None
         values += int(weight.count_nonzero())
         size += weight.numel()

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ria_vllm.format import fp8
-from ria_vllm.format.token_rounding import round_tokens
+from ria_vllm.format.token_rounding import FP8_DTYPE, round_tokens
 from ria_vllm.offline.calibration.activations import Activations
 from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.embed import embed
@@ -328,7 +327,7 @@ def _set_parameters(layer: nn.Module, values: Mapping[str, torch.Tensor]) -> Non
 @contextmanager
 def _rounded_inputs(layer: nn.Module, linears: Iterable[str], activations: str) -> Iterator[None]:
     """Round each token of what these linears of a layer read, as the recipe's `activations` say."""
-    dtype = {"int8": torch.int8, "fp8": fp8.DTYPE}.get(activations)
+    dtype = {"int8": torch.int8, "fp8": FP8_DTYPE}.get(activations)
     modules = [] if dtype is None else [layer.get_submodule(name) for name in linears]
     hooks = [
         one.register_forward_pre_hook(lambda _, read: (round_tokens(read[0], dtype), *read[1:])) for one in modules

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import click
 
-from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
-from ria_vllm.format.schemes import SCHEMES
-from ria_vllm.grouped_help import expert, grouped, quality
+from ria_vllm.format.pattern import PATTERNS, SCHEMES, TWO_OF_FOUR
+from ria_vllm.terminal import expert, grouped, quality
 
 RUN = "This run"
 

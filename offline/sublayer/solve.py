@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import permutation, plain24, sparse24
+from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
@@ -223,7 +223,7 @@ def _keep(weight: torch.Tensor, statistics: Statistics, dtype: torch.dtype, reci
     if dense:
         mask, recipe = torch.ones_like(weight, dtype=torch.bool), recipe.of_dense
     else:
-        bitmask = plain24.bitmask_of(weight, recipe.pattern)
+        bitmask = sparse24.bitmask_of(weight, recipe.pattern)
         assert bitmask is not None
         mask = sparse24.mask_from_bitmask(bitmask)
     W, scales, weight_format, gram = weight, None, recipe.weight_format, statistics.gram

@@ -1,4 +1,8 @@
-"""Patterns: of each so many neighbouring stored columns, every row keeps half."""
+"""What `--pattern` and `--scheme` choose: what of each row is kept, and in how many bits.
+
+A pattern keeps half of each so many neighbouring stored columns. Schemes are in the words of llm-compressor and vLLM:
+bits of weights and of activations.
+"""
 
 from dataclasses import dataclass
 
@@ -24,3 +28,14 @@ TWO_OF_FOUR = Pattern(2, 4)
 
 PATTERNS = {str(one): one for one in (TWO_OF_FOUR, Pattern(4, 8), Pattern(8, 16))}
 """By what `--pattern` and config.json call them."""
+
+SCHEMES: dict[str, dict[str, str]] = {
+    "BF16": {"weights": "float", "activations": "none"},
+    "W8A16": {"weights": "int8", "activations": "none"},
+    "W8A8": {"weights": "int8", "activations": "int8"},
+    "W4A16": {"weights": "int4", "activations": "none"},
+    "W4A8": {"weights": "int4", "activations": "int8"},
+    "FP8": {"weights": "fp8", "activations": "fp8"},
+}
+"""Scheme -> what the kept weights are stored as, and to what linears round their inputs. BF16 is the model's own dtype,
+whatever it is."""

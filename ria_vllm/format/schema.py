@@ -23,10 +23,11 @@ from pydantic import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8, proofs
+from ria_vllm.format import proofs
 from ria_vllm.format.formats import of_quantization
 from ria_vllm.format.layer_schema import Experts, Fold, Producer, numbers_in
 from ria_vllm.format.pattern import PATTERNS, Pattern
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import WeightFormat
 
 FORMAT: Final = "sparse-24-bitmask"
@@ -100,7 +101,7 @@ class InputQuantization(BaseModel):
 
 INT8_TOKENS: Final = InputQuantization(num_bits=8, type="int", strategy="token", dynamic=True, symmetric=True)
 FP8_TOKENS: Final = INT8_TOKENS.model_copy(update={"type": "float"})
-TOKENS: Final = {torch.int8: INT8_TOKENS, fp8.DTYPE: FP8_TOKENS}
+TOKENS: Final = {torch.int8: INT8_TOKENS, FP8_DTYPE: FP8_TOKENS}
 
 
 class Proofs(BaseModel):
@@ -187,7 +188,7 @@ class RiaSchema(BaseModel):
 
     @property
     def scheme(self) -> str:
-        """In the words of `ria_vllm.format.schemes`; "FP8", too, if inputs are not rounded."""
+        """In the words of `ria_vllm.format.pattern`; "FP8", too, if inputs are not rounded."""
         words = self.weight_format.quantization
         if words is None:
             return "BF16"
@@ -200,7 +201,7 @@ class RiaSchema(BaseModel):
     def proof_vector(self, size: int) -> torch.Tensor:
         """float32 [size], what proofs are products with."""
         assert self.proofs is not None
-        return proofs.vector(size, self.proofs.seed, signs_only=self.input_dtype == fp8.DTYPE)
+        return proofs.vector(size, self.proofs.seed, signs_only=self.input_dtype == FP8_DTYPE)
 
     @classmethod
     def parse(cls, config: dict[str, Any], where: str) -> "RiaSchema":

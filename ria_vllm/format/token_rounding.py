@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.format import fp8
-
 LARGEST = 127
+FP8_DTYPE = torch.float8_e4m3fn
+LARGEST_FP8 = torch.finfo(FP8_DTYPE).max  # 448
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +30,22 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return integers, torch.where(largest == 0, 1.0, largest / whole)
 
 
+def quantize_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x ~ values * scales with one scale per row, which maps the row's largest magnitude to 448 (e4m3's largest).
+
+    Args:
+        x: [..., in], any floating dtype. A row with an infinity or a NaN becomes NaN.
+
+    Returns:
+        values float8_e4m3fn [..., in] and scales float32 [...], positive.
+    """
+    x = x.float()
+    scales = (x.abs().amax(-1, keepdim=True) / LARGEST_FP8).clamp(min=torch.finfo(torch.float32).tiny)
+    # Rounding may take the quotient past 448, and devices differ in how they cast such values.
+    values = (x / scales).clamp(-LARGEST_FP8, LARGEST_FP8).to(FP8_DTYPE)
+    return values, scales.squeeze(-1)
+
+
 def round_tokens(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """Each token [K] of x as its values in `dtype` (int8 or float8_e4m3fn) and its scale give it back, in x's dtype.
 
@@ -41,8 +57,8 @@ def round_tokens(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> torch.Tens
 class _RoundTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        if dtype == fp8.DTYPE:
-            values, scales = fp8.quantize(x)
+        if dtype == FP8_DTYPE:
+            values, scales = quantize_fp8(x)
             return (values.float() * scales[..., None]).to(x.dtype)
         integers, scales = quantize_tokens(x)
         return (integers * scales).to(x.dtype)

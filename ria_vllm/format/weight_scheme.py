@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ria_vllm.format import plain24, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
@@ -219,7 +219,7 @@ class WeightScheme:
                 values = self.format.integers({"compressed": values})
             if dummy:
                 values.view(torch.uint8).unflatten(1, (-1, 4, values.itemsize))[:, :, 2:] = 0
-            found = plain24.compress(values)
+            found = sparse24.compress_pruned(values)
             if found is None:
                 return None
             compressed, parts["bitmask"] = found

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import RiaSchema
 from ria_vllm.hf.experts_layout import layout_of
+from ria_vllm.hf.placement import Placement
 
 # (the names in the checkpoint of a linear's tensors, the tensors by the last part of their names) -> dense [out, in].
 Decoded = Callable[[Collection[str], Mapping[str, torch.Tensor]], torch.Tensor]

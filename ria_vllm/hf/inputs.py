@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ria_vllm.checkpoint.placement import inside_adapters
 from ria_vllm.errors import RiaError
 from ria_vllm.format.token_rounding import round_tokens
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.hf.experts_layout import ExpertsLayout, layout_of
+from ria_vllm.hf.placement import inside_adapters
 
 EXPERTS_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 INPUT_NAMES = ("input", "hidden_states")

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ria_vllm.checkpoint.placement import Placement
 from ria_vllm.format import proofs
 from ria_vllm.format.schema import RiaSchema
+from ria_vllm.hf.placement import Placement
 
 Rounded = Mapping[str, torch.dtype]
 """Pruned linear -> the dtype to which its weights were rounded as they were loaded; float32 if they were not."""

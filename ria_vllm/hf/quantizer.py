@@ -21,7 +21,6 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint.consistency import check_digests, check_prefix
-from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.sparse_linear import checked_linear
 from ria_vllm.checkpoint.weight_files import tensor_names
@@ -32,6 +31,7 @@ from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, QUANT_METHOD,
 from ria_vllm.hf.dtypes import kept_dtypes
 from ria_vllm.hf.experts import ExpertsConverter, expert_converters
 from ria_vllm.hf.inputs import round_inputs
+from ria_vllm.hf.placement import ORIGIN_ATTRIBUTE, Origin, Placement
 from ria_vllm.hf.proofs import disproved
 from ria_vllm.hf.unread import refuse_unread_weights
 

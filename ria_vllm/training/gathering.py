@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ria_vllm.checkpoint.placement import Origin, Placement
 from ria_vllm.errors import RiaError
+from ria_vllm.hf.placement import Origin, Placement
 from ria_vllm.training.adapters import clean_name, refuse_adapters
 from ria_vllm.training.masks import holder, origin_of
 from ria_vllm.training.ranks import is_first

@@ -27,10 +27,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ria_vllm.checkpoint.companions import companions
-from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.hf.inputs import round_inputs
+from ria_vllm.hf.placement import ORIGIN_ATTRIBUTE, Origin
 from ria_vllm.training.adapters import clean_name, has_adapters
 from ria_vllm.training.kept_weight import KeptWeight
 from ria_vllm.training.masks import holder, mask_of, origin_of

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE, Origin, inside_adapters
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.format import permutation, sparse24
+from ria_vllm.hf.placement import ORIGIN_ATTRIBUTE, Origin, inside_adapters
 
 
 def mask_of(reader: Reader, name: str) -> torch.Tensor:

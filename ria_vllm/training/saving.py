@@ -12,12 +12,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ria_vllm.checkpoint.companions import companions
-from ria_vllm.checkpoint.placement import Origin, Placement
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.errors import RiaError, printable
 from ria_vllm.format.proofs import PROOF_SUFFIX
 from ria_vllm.format.schema import REPORT_FILE
+from ria_vllm.hf.placement import Origin, Placement
 from ria_vllm.hub.model_card import CARD_FILE, trained_card
 from ria_vllm.progress import Monitor
 from ria_vllm.report import without_errors

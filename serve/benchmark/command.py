@@ -11,19 +11,18 @@ from typing import Any
 import click
 
 from ria_vllm.errors import RiaError
-from ria_vllm.grouped_help import GroupedCommand, expert, grouped, quality
 from ria_vllm.hub.facts import CARD_FILE, add_speed
 from ria_vllm.installing import IN_A_LINE
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark.comparison import Comparison
 from ria_vllm.serve.benchmark.engines import Vllm, engine_of, is_url
 from ria_vllm.serve.benchmark.load import Workload
-from ria_vllm.serve.benchmark.plot import plot
 from ria_vllm.serve.benchmark.quality import TOP, TextQuality
 from ria_vllm.serve.benchmark.quantize import quantized
-from ria_vllm.serve.benchmark.results import summary
+from ria_vllm.serve.benchmark.results import plot, summary
 from ria_vllm.serve.benchmark.server import found_running
 from ria_vllm.serve.benchmark.sides import sides_of
+from ria_vllm.terminal import GroupedCommand, expert, grouped, quality
 
 # Such as --api-key, --hf_token and --header.
 SECRET = re.compile(r"(--?|\")[\w.-]*\b(key?|token|secret|password|headers?)", re.IGNORECASE)

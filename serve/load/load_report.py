@@ -15,8 +15,7 @@ from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.choice import DENSE_VARIABLE, KERNEL_VARIABLE, Choice
 from ria_vllm.serve.kernels.dense import DenseKernel
-from ria_vllm.serve.load.arrived import stored_method
-from ria_vllm.serve.load.completeness import is_in_int8
+from ria_vllm.serve.load.completeness import is_in_int8, stored_method
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")

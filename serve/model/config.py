@@ -19,10 +19,10 @@ from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.stacks import LayerExperts
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_plain, plain_experts
 from ria_vllm.serve.experts.stored import ExpertOrders, stored_experts
@@ -312,7 +312,7 @@ class RiaConfig(QuantizationConfig):
                 return None
             return FileProofs(lambda _: None, kinds, self.schema.proof_vector, others=False)
         ours = {name: self.scheme(name) for name in self.required}
-        signs_only = any(scheme.activations == fp8.DTYPE for scheme in ours.values())
+        signs_only = any(scheme.activations == FP8_DTYPE for scheme in ours.values())
         return FileProofs(ours.get, kinds, partial(foreign_vector, signs_only=signs_only))
 
     def dense_experts(self) -> dict[str, LayerExperts]:

@@ -27,9 +27,9 @@ from ria_vllm.serve.experts.method import Sparse24MoEMethod
 from ria_vllm.serve.experts.packing import activation_of, rows_of_w13
 from ria_vllm.serve.kernels.routing import activate
 from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
-from ria_vllm.serve.load.layerwise import watch_packing
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import layers_of
+from ria_vllm.serve.reload.layerwise import watch_packing
 
 Vector = Callable[[int], torch.Tensor]
 

@@ -183,7 +183,7 @@ def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]
 
 
 def _is_new(layer: torch.nn.Module) -> bool:
-    """Whether its weights came in the load that has just ended, see `ria_vllm.serve.load.layerwise.Reloads`."""
+    """Whether its weights came in the load that has just ended, see `ria_vllm.serve.reload.layerwise.Reloads`."""
     return layer.__dict__.get("ria_renewed", True)
 
 

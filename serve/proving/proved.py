@@ -16,7 +16,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.load.file_proofs import foreign_vector, rows_of
-from ria_vllm.serve.load.layerwise import watch_packing
+from ria_vllm.serve.reload.layerwise import watch_packing
 
 # Rows of an embedding that are looked up at a time.
 LOOKED_UP = 4096

@@ -10,7 +10,7 @@ from small_gpu import MockStream, use_library
 
 from benchmarks import gpu_check, gpu_products
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 
@@ -21,7 +21,7 @@ def rows(weights, dtype=torch.bfloat16, tiles=TILES):
     return [row for row in found if "at" not in row]
 
 
-@pytest.mark.parametrize("weights, dtype", [(None, torch.bfloat16), (fp8.DTYPE, torch.float16)])
+@pytest.mark.parametrize("weights, dtype", [(None, torch.bfloat16), (FP8_DTYPE, torch.float16)])
 def test_right_products_pass_at_every_number_of_tokens(mocked, weights, dtype):
     found = rows(weights, dtype)
     assert all(row["ok"] for row in found)
@@ -44,7 +44,7 @@ def test_right_products_of_integers_pass_and_wrong_ones_fail(ampere_layers, monk
     assert not any(row["ok"] for row in rows(torch.int8, tiles=names) if "excess" in row)
 
 
-@pytest.mark.parametrize("weights", [None, fp8.DTYPE, torch.int8])
+@pytest.mark.parametrize("weights", [None, FP8_DTYPE, torch.int8])
 def test_experts_pass_and_wrong_ones_fail(request, monkeypatch, weights):
     use_library(monkeypatch, request.getfixturevalue("ampere_layers" if weights == torch.int8 else "hopper_layers"))
 
@@ -82,7 +82,7 @@ def test_wrong_products_fail(mocked, monkeypatch, spoil):
         right(self, tile, split_k, x, values, metadata, bias, y, workspace, scales)
 
     monkeypatch.setattr(PretendLibrary, "linear", wrong)
-    assert not any(row["ok"] for row in rows(fp8.DTYPE) if "excess" in row)
+    assert not any(row["ok"] for row in rows(FP8_DTYPE) if "excess" in row)
 
 
 def test_two_streams_without_an_order_fail(mocked, monkeypatch):

@@ -16,8 +16,7 @@ from ria_vllm import speed
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.format.pattern import PATTERNS
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import PATTERNS, SCHEMES
 from ria_vllm.offline.commands import compress as command
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import budget, compress

@@ -11,7 +11,7 @@ from compressing import WarningRecorder, interrupted_after_a_layer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.files.sizes import human_size
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import SCHEMES
 from ria_vllm.offline.commands import EFFORTS
 from ria_vllm.offline.experts.plan import experts_to_prune
 from ria_vllm.offline.model.run.loading import Loader

@@ -15,8 +15,8 @@ from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
+from ria_vllm.format.pattern import SCHEMES
 from ria_vllm.format.schema import FP8_TOKENS
-from ria_vllm.format.schemes import SCHEMES
 from ria_vllm.offline.run import budget
 from ria_vllm.offline.run.budget import Choice
 from ria_vllm.offline.run.compress import Settings

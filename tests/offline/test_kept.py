@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import SCHEMES
 from ria_vllm.format.sparse24 import mask_from_bitmask
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.run.compress import Settings

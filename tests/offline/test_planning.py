@@ -11,8 +11,7 @@ from recovered import is_linear, save_recovered
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.format.pattern import PATTERNS
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import PATTERNS, SCHEMES
 from ria_vllm.offline.planning import plan
 
 

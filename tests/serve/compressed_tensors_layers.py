@@ -3,7 +3,8 @@
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
+from ria_vllm.format.token_rounding import FP8_DTYPE, LARGEST_FP8
 from ria_vllm.serve.model.config import RiaConfig
 
 FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -48,9 +49,9 @@ class Checkpoint:
             compressed.abs().amax(1, keepdim=True) if self.strategy == "channel" else compressed.abs().amax()[None]
         )
         whole = self.weights["type"] == "int"
-        scale = largest / (127 if whole else fp8.LARGEST)
+        scale = largest / (127 if whole else LARGEST_FP8)
         values = compressed / scale
-        values = values.round().to(torch.int8) if whole else values.to(fp8.DTYPE)
+        values = values.round().to(torch.int8) if whole else values.to(FP8_DTYPE)
         self.plain[name] = _spread(values.double() * scale.double(), bitmask)
         stored = {"compressed": values, "bitmask": bitmask}
         if self.dense:

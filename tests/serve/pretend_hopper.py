@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
@@ -24,7 +25,7 @@ class PretendLibrary(SimpleNamespace):
         return id(self)
 
     def can_implement(self, tile, dtype, *_):
-        narrow = {"fp8": fp8.DTYPE, "int8": torch.int8}.get(self.tile_names[tile].split("_")[0])
+        narrow = {"fp8": FP8_DTYPE, "int8": torch.int8}.get(self.tile_names[tile].split("_")[0])
         return dtype == narrow if narrow else dtype.itemsize == 2
 
     def workspace_bytes(self, *_):

@@ -16,8 +16,8 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.watching import holders, watch_reloads, watch_worker
 from ria_vllm.serve.model import reload
+from ria_vllm.serve.reload.watching import holders, watch_reloads, watch_worker
 
 IDS = torch.arange(11)
 BEGIN = "initialize_layerwise_reload"

@@ -13,9 +13,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import INTEGERS
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
 from ria_vllm.serve import plugin
-from ria_vllm.serve.load.watching import holders, watch_reloads
 from ria_vllm.serve.model import layer_matching
 from ria_vllm.serve.model.config import RiaConfig
+from ria_vllm.serve.reload.watching import holders, watch_reloads
 from ria_vllm.serve.served_model import ServedModel
 
 

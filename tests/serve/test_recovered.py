@@ -7,7 +7,7 @@ from families import TEXT
 from recovered import save_recovered
 from transformers import AutoModelForCausalLM
 
-from ria_vllm.format.schemes import SCHEMES
+from ria_vllm.format.pattern import SCHEMES
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ria_vllm.checkpoint.placement import ORIGIN_ATTRIBUTE
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.sparse_linear import SparseLinear
 from ria_vllm.format.formats import RoundedFormat
+from ria_vllm.hf.placement import ORIGIN_ATTRIBUTE
 from ria_vllm.offline.distill.student.layouts import Kept, Part
 from ria_vllm.offline.distill.student.parameters import DEFAULTS, AdamW, Pace, TrainedParameter, step_in_backward
 from ria_vllm.offline.distill.student.rounding import StraightThrough

@@ -14,9 +14,8 @@ from typing import ClassVar
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT, FP8, INT8
-from ria_vllm.format.token_rounding import quantize_tokens
+from ria_vllm.format.token_rounding import FP8_DTYPE, quantize_fp8, quantize_tokens
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.serve.kernels.base import LinearLayerConfig, no_such_product
 from ria_vllm.serve.kernels.cuda.bindings import library_of, num_sms_of
@@ -107,8 +106,8 @@ def round_tokens(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, t
 
     int8 values may have more columns: x gets zeros there.
     """
-    if values.dtype == fp8.DTYPE:
-        return fp8.quantize(x)
+    if values.dtype == FP8_DTYPE:
+        return quantize_fp8(x)
     integers, scales = quantize_tokens(x)
     integers, padding = integers.to(torch.int8), 2 * values.shape[1] - x.shape[-1]
     if padding:  # else it would copy
@@ -145,7 +144,7 @@ class CutlassKernel:
 
     @staticmethod
     def can_implement(config: LinearLayerConfig) -> str | None:
-        operands = {(FLOAT, None): config.act_dtype, (FP8, None): fp8.DTYPE, (INT8, torch.int8): torch.int8}
+        operands = {(FLOAT, None): config.act_dtype, (FP8, None): FP8_DTYPE, (INT8, torch.int8): torch.int8}
         dtype = operands.get((config.weight_format, config.input_dtype))
         if dtype is None:
             return no_such_product(config)

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from ria_vllm.serve.benchmark.plot import draw, plot
 from ria_vllm.serve.benchmark.quality import Quality
-from ria_vllm.serve.benchmark.results import Measured, Run, summary, table, write
+from ria_vllm.serve.benchmark.results import Measured, Run, draw, plot, summary, table, write
 from ria_vllm.serve.benchmark.sides import Side
 
 SIDES = [

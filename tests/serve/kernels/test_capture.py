@@ -9,8 +9,8 @@ import pytest
 import torch
 from graph_capture import GraphCapture
 
-from ria_vllm.format import fp8
 from ria_vllm.format.formats import FLOAT, FP8, INT4, INT8, INTEGERS
+from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.serve.kernels import reference, reference_experts
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
@@ -84,7 +84,7 @@ LAYERS = {
         INT8,
         lambda rows, columns: (on_gpu(rows, columns * 5 // 8, dtype=torch.int8), on_gpu(rows, dtype=torch.float32)),
     ),
-    "cutlass, fp8": (CutlassKernel, FP8, functools.partial(for_cutlass, fp8.DTYPE)),
+    "cutlass, fp8": (CutlassKernel, FP8, functools.partial(for_cutlass, FP8_DTYPE)),
     "cutlass, int8": (CutlassKernel, INT8, functools.partial(for_cutlass, torch.int8)),
 }
 

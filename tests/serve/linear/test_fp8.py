@@ -8,8 +8,8 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, Replic
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8
 from ria_vllm.format.formats import FP8
+from ria_vllm.format.token_rounding import FP8_DTYPE, quantize_fp8
 
 pytestmark = pytest.mark.usefixtures("ranks")
 
@@ -21,9 +21,9 @@ def packed(layer):
 def check_kept(layer, plain):
     """Its values are fp8, and its result is that of inputs rounded to fp8, up to one ulp."""
     values, _, scales = packed(layer)
-    assert values.dtype == fp8.DTYPE and scales.dtype == torch.float32 and scales.shape == (plain.shape[0],)
+    assert values.dtype == FP8_DTYPE and scales.dtype == torch.float32 and scales.shape == (plain.shape[0],)
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).bfloat16()
-    rounded, x_scales = fp8.quantize(x)
+    rounded, x_scales = quantize_fp8(x)
     exact = (rounded.double() * x_scales.double()[:, None]) @ plain.T
     y = layer(x)
     assert y.dtype == x.dtype
@@ -54,7 +54,7 @@ def test_a_folder_of_ours_is_kept_if_it_rounds_inputs(hopper_layers, rounded):
         layer.bias.data.zero_()
         check_kept(layer, stored.plain["fc"].double())
     else:
-        assert packed(layer)[0].dtype != fp8.DTYPE
+        assert packed(layer)[0].dtype != FP8_DTYPE
 
 
 def test_fused_linears_keep_their_own_scales(hopper_layers):
@@ -102,7 +102,7 @@ def test_scales_keep_their_precision_in_a_bfloat16_model(strategy):
 
 
 def check_dequantized(layer, plain, dtype):
-    assert [tensor.dtype for tensor in packed(layer) if tensor.dtype == fp8.DTYPE] == []
+    assert [tensor.dtype for tensor in packed(layer) if tensor.dtype == FP8_DTYPE] == []
     x = torch.randn(5, plain.shape[1], generator=torch.Generator().manual_seed(7)).to(dtype)
     exact = x.double() @ plain.to(dtype).double().T
     torch.testing.assert_close(layer(x).double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
@@ -133,7 +133,7 @@ def test_the_reference_keeps_fp8_weights_and_does_not_round_its_inputs(hopper_la
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
     checkpoint = Checkpoint()
     layer = checkpoint.single()
-    assert packed(layer)[0].dtype == fp8.DTYPE
+    assert packed(layer)[0].dtype == FP8_DTYPE
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).bfloat16()
     exact = x.double() @ checkpoint.plain["fc"].double().T
     torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)

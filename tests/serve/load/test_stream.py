@@ -10,8 +10,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.watching import holders, watch_reloads
 from ria_vllm.serve.model import reload
+from ria_vllm.serve.reload.watching import holders, watch_reloads
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from ria_vllm.checkpoint.folding import RowOrder
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear import packing
-from ria_vllm.serve.load import layerwise
 from ria_vllm.serve.load.loading import LayerLoader
 from ria_vllm.serve.proving import proved
+from ria_vllm.serve.reload import layerwise
 
 ALL = 3 + 3 * 4 + 6  # gate, up, down; twelve of experts; q, k, o, embedding, head, a convolution
 

@@ -11,8 +11,9 @@ from graph_capture import GraphCapture
 from packed_layers import pack
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FLOAT, FP8, INT8
+from ria_vllm.format.token_rounding import FP8_DTYPE, quantize_fp8
 from ria_vllm.serve.kernels import int8_inputs
 from ria_vllm.serve.kernels.cuda import backend as cutlass
 from ria_vllm.serve.kernels.cuda.tiles import (
@@ -42,9 +43,9 @@ class Product:
         x = torch.randn(tokens, in_features, generator=generator).to(output)
         self.compressed, self.bitmask = sparse24.compress(dense)
         self.values, self.x, self.scales = self.compressed, x, None
-        if dtype == fp8.DTYPE:
-            self.values, weight_scales = fp8.quantize(self.compressed)
-            self.x, x_scales = fp8.quantize(x)
+        if dtype == FP8_DTYPE:
+            self.values, weight_scales = quantize_fp8(self.compressed)
+            self.x, x_scales = quantize_fp8(x)
             self.scales = (weight_scales, x_scales)
         if dtype == torch.int8:
             drawn = {"generator": generator, "dtype": torch.int8}
@@ -74,7 +75,7 @@ class Product:
 
 def dtypes_of(tile):
     """The (operand dtype, output dtype) pairs that the tile multiplies."""
-    narrow = {"fp8": fp8.DTYPE, "int8": torch.int8}.get(tile.split("_")[0])
+    narrow = {"fp8": FP8_DTYPE, "int8": torch.int8}.get(tile.split("_")[0])
     return [(narrow or output, output) for output in (torch.bfloat16, torch.float16)]
 
 
@@ -197,7 +198,7 @@ def on_emulated_gpu(cutlass_on_cpu, workspace, dtype):
     ("dtype", "leading", "gathered"),
     [
         *((torch.bfloat16, (2, 3), True), (torch.float16, (65,), False)),
-        *((fp8.DTYPE, (1,), True), (fp8.DTYPE, (0,), False)),
+        *((FP8_DTYPE, (1,), True), (FP8_DTYPE, (0,), False)),
         *((torch.int8, (2, 3), True), (torch.int8, (65,), False)),
     ],
 )
@@ -210,7 +211,7 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_gpu, dtype, l
     if product.scales:
         parts["weight_scale"] = product.scales[0][:, None]
     rounded = torch.int8 if dtype == torch.int8 else None
-    layer = pack(cutlass.CutlassKernel, parts, {fp8.DTYPE: FP8, torch.int8: INT8}.get(dtype, FLOAT), output, rounded)
+    layer = pack(cutlass.CutlassKernel, parts, {FP8_DTYPE: FP8, torch.int8: INT8}.get(dtype, FLOAT), output, rounded)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(*leading, 577, generator=generator).to(output)[..., 1:]
     assert x.data_ptr() % 16 or not x.numel()
@@ -223,7 +224,7 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_gpu, dtype, l
         return
     product.inputs = rows.double()
     if product.scales:
-        values, scales = fp8.quantize(rows)
+        values, scales = quantize_fp8(rows)
         product.inputs = values.double() * scales.double()[:, None]
     product.check(y.reshape(-1, 200), product.bias)
 
@@ -255,24 +256,24 @@ def test_few_rows_keep_the_sms_busy(library, shape, least, workspace):
 OPERATORS = {torch.ops.ria.sparse24_linear.cutlass: cutlass._linear}
 
 
-@pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (fp8.DTYPE, False)])
+@pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (FP8_DTYPE, False)])
 def test_a_graph_can_capture_the_operators(on_emulated_gpu, dtype, gathered):
     """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
-    output = torch.bfloat16 if dtype == fp8.DTYPE else dtype
+    output = torch.bfloat16 if dtype == FP8_DTYPE else dtype
     product = Product(200, 576, 5, dtype, output)
     metadata = on_emulated_gpu.pack_metadata(product.bitmask, product.values.itemsize * 8)
     x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
     order = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
     with GraphCapture("cpu", OPERATORS) as capture:
         rows = x if order is None else x.index_select(-1, order)
-        if dtype == fp8.DTYPE:
-            rows, x_scales = fp8.quantize(rows)
+        if dtype == FP8_DTYPE:
+            rows, x_scales = quantize_fp8(rows)
             operands = (rows, product.values, metadata, product.bias, x_scales, product.scales[0], output)
         else:
             operands = (rows, product.values, metadata, product.bias)
         y = torch.ops.ria.sparse24_linear.cutlass(*operands)
     assert not capture.kept(y, rows, *(operand for operand in operands if isinstance(operand, torch.Tensor)))
     product.inputs = operands[0].double()
-    if dtype == fp8.DTYPE:
+    if dtype == FP8_DTYPE:
         product.inputs = product.inputs * operands[4].double()[:, None]
     product.check(y, product.bias)

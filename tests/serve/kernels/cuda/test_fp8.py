@@ -5,8 +5,9 @@ import torch
 from packed_layers import pack
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import fp8, sparse24
+from ria_vllm.format import sparse24
 from ria_vllm.format.formats import FP8
+from ria_vllm.format.token_rounding import FP8_DTYPE, quantize_fp8
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 CUDA = torch.device("cuda", 0)
@@ -17,7 +18,7 @@ CUDA = torch.device("cuda", 0)
 def test_quantized_activations_are_as_near_as_e4m3_allows(dtype, magnitude):
     """e4m3 has three mantissa bits: an error of 1/16 of the value, and below 2^-6 of 2^-10, times the scale."""
     x = (torch.randn(9, 4, 192, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * magnitude).to(dtype)
-    values, scales = fp8.quantize(x)
+    values, scales = quantize_fp8(x)
     assert values.dtype == torch.float8_e4m3fn and values.shape == x.shape and values.is_contiguous()
     assert scales.dtype == torch.float32 and scales.shape == (9, 4)
     largest = x.double().abs().amax(-1)
@@ -30,7 +31,7 @@ def test_quantized_activations_are_as_near_as_e4m3_allows(dtype, magnitude):
 def test_rows_are_rounded_one_by_one():
     x = torch.zeros(4, 64)
     x[1, 3], x[2, 0], x[3] = 5.0, float("inf"), torch.finfo(torch.float32).tiny / 4
-    values, scales = fp8.quantize(x)
+    values, scales = quantize_fp8(x)
     dequantized = values.float() * scales[:, None]
     assert bool((dequantized[0] == 0).all()) and bool((scales > 0).all())
     assert dequantized[1, 3] == pytest.approx(5.0) and dequantized[1].sum() == dequantized[1, 3]
@@ -40,7 +41,7 @@ def test_rows_are_rounded_one_by_one():
 def random_weight(out_features, in_features):
     dense = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     compressed, bitmask = sparse24.compress(dense)
-    values, scales = fp8.quantize(compressed)
+    values, scales = quantize_fp8(compressed)
     stored = sparse24.decompress(values.double(), bitmask) * scales.double()[:, None]
     return {"compressed": values, "bitmask": bitmask, "weight_scale": scales[:, None]}, stored
 
@@ -71,7 +72,7 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
     y = layer(x, order, bias)
     assert y.dtype == dtype and y.shape == (*leading, 72) and y.is_contiguous()
     taken = x if order is None else x[..., order.long()]
-    values, scales = fp8.quantize(taken)
+    values, scales = quantize_fp8(taken)
     exact = (values.double() * scales.double()[..., None]) @ stored.T + (0 if bias is None else bias.double())
     assert bool(((y.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 * 1.01).all())
     if leading != (0,):
@@ -94,7 +95,7 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
 )
 def test_operands_that_do_not_fit_are_named(hopper, change, message):
     values, metadata, scales = packed_layer(72, 192).packed
-    given = {"x": torch.ones(3, 192).to(fp8.DTYPE), "x_scales": torch.ones(3), "values": values, "metadata": metadata}
+    given = {"x": torch.ones(3, 192).to(FP8_DTYPE), "x_scales": torch.ones(3), "values": values, "metadata": metadata}
     given |= {"scales": scales, "bias": None, "dtype": torch.bfloat16}
     with pytest.raises(RiaError, match=message):
         torch.ops.ria.sparse24_linear.cutlass(**given | change)

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, get_numel_loaded
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.completeness import dense_layers
+from ria_vllm.serve.load.completeness import dense_layers, stored_method
 
 
 def check_arrived(path: str, layer: torch.nn.Module, info: Any) -> None:
@@ -56,12 +56,6 @@ def check_arrived(path: str, layer: torch.nn.Module, info: Any) -> None:
 def _numbers_of(tensor: torch.Tensor) -> int:
     """How many numbers of a parameter are loaded; a parameter that takes none says so."""
     return getattr(tensor, "weight_loader_numel", tensor.numel())
-
-
-def stored_method(layer: torch.nn.Module) -> Any:
-    """The method of a layer with stored weights, `Sparse24LinearMethod` or `Sparse24MoEMethod`; None for others."""
-    method = getattr(layer, "quant_method", None)
-    return method if hasattr(method, "forget") else None
 
 
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

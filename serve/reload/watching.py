@@ -10,8 +10,8 @@ import torch
 from vllm.model_executor.model_loader.reload import layerwise
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.arrived import check_arrived
-from ria_vllm.serve.load.layerwise import Reloads, keep
+from ria_vllm.serve.reload.arrived import check_arrived
+from ria_vllm.serve.reload.layerwise import Reloads, keep
 
 
 def watch_reloads() -> None:

@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load import agreement
-from ria_vllm.serve.load.agreement import PROVED, SERVED, Agreement
+from ria_vllm.serve.reload import agreement
+from ria_vllm.serve.reload.agreement import PROVED, SERVED, Agreement
 
 RANKS = range(2, 5)  # the second engine
 WAYS = ("serves", "refuses at once", "refuses what it has proved", "comes when the others have given up")

@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader import reload as vllm_reload
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
-from ria_vllm.serve.load.layerwise import _reason_against_reloads
+from ria_vllm.serve.reload.layerwise import _reason_against_reloads
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,19 @@
-"""Help in groups: first what most people need; what only experts need is behind `--help-all`."""
+"""What commands print: tables, and help in groups.
 
+First comes what most people need; what only experts need is behind `--help-all`.
+"""
+
+import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ria_vllm.errors import printable
 
 MOST = "What most people need"
 EXPERTS = "For experts"
@@ -59,3 +69,16 @@ def _show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 grouped = partial(click.option, cls=GroupedOption)
 quality = partial(grouped, group="Quality")
 expert = partial(grouped, group=EXPERTS, show_default=True)
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], heading: str = "") -> None:
+    """Print a table whose first column is folded where it is too wide. Columns without an entry are left out."""
+    # A file or a pager has no width to fit, so be wide enough that no name is cut.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(title=Text(printable(heading)), title_justify="left", box=None, header_style="bold")
+    shown = [number for number in range(len(titles)) if any(row[number] for row in rows)]
+    for number in shown:
+        table.add_column(titles[number], justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(row[number])) for number in shown))
+    console.print(table, highlight=False)

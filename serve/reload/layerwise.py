@@ -11,7 +11,7 @@ care of
 - models that have lost their weights, because the server has slept at level 2, or never had any but dummies. These
   compute nothing until they have got all weights.
 
-vLLM has no hooks for this, see `ria_vllm.serve.load.watching`.
+vLLM has no hooks for this, see `ria_vllm.serve.reload.watching`.
 """
 
 import itertools
@@ -24,10 +24,10 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.load.agreement import PROVED, SERVED, WAY_OUT, Agreement
-from ria_vllm.serve.load.arrived import left_out, stored_method, tied_layers
-from ria_vllm.serve.load.completeness import EMPTY
-from ria_vllm.serve.load.former import Former
+from ria_vllm.serve.load.completeness import EMPTY, stored_method
+from ria_vllm.serve.reload.agreement import PROVED, SERVED, WAY_OUT, Agreement
+from ria_vllm.serve.reload.arrived import left_out, tied_layers
+from ria_vllm.serve.reload.former import Former
 
 # Of reloads. All ranks begin the same ones of a model.
 _NUMBERS = {True: itertools.count(1), False: itertools.count(1)}
