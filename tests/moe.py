@@ -1,4 +1,4 @@
-"""Tiny random mixtures of experts, as Hugging Face folders with a byte-level tokenizer."""
+"""Tiny random MoE models, as Hugging Face folders with a byte-level tokenizer."""
 
 from pathlib import Path
 from typing import Any

@@ -17,7 +17,7 @@ LONGEST = (
     "tests/offline/runtime/test_memory.py",
     "tests/serve/test_vllm.py",
     "tests/serve/benchmark/test_served_quality.py",
-    "tests/serve/test_mixtures.py",
+    "tests/serve/test_moe.py",
     "tests/offline/experts/test_peak_memory.py",
     "tests/offline/test_interruptions.py",
     "tests/demo/test_run.py",

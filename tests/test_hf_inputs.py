@@ -134,8 +134,8 @@ def test_experts_round_both_of_their_inputs(kind, text, tmp_path):  # noqa: F811
     eager = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
     experts = type(next(m for n, m in model.named_modules() if n.rpartition(".")[2] == "experts"))
     found = recorded(model, experts)
-    mixtures = {name.partition(".experts.")[0] for name in reader.sparse_names if ".experts." in name}
-    assert len(found) == len(mixtures) > 0
+    modules = {name.partition(".experts.")[0] for name in reader.sparse_names if ".experts." in name}
+    assert len(found) == len(modules) > 0
     for name, ((x, ids, shares), y) in found.items():
         module = model.get_submodule(name)
         expected = torch.zeros_like(x, dtype=torch.float64)

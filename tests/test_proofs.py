@@ -296,7 +296,7 @@ def test_a_row_that_is_not_finite_does_not_make_the_folder_unreadable(damage, tm
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
-def mixture(request, tmp_path_factory):
+def moe(request, tmp_path_factory):
     place = tmp_path_factory.mktemp(request.param)
     (place / "text.txt").write_text("Many words are written here, and then some more of them. " * 40)
     run_small(save_moe(place / "in", request.param), place / "out", place / "text.txt")
@@ -318,20 +318,20 @@ def one_by_one(dense: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -
     return found
 
 
-def test_each_expert_has_its_own(mixture, tmp_path):
-    export_dense(mixture, tmp_path / "dense", 1 << 40)
+def test_each_expert_has_its_own(moe, tmp_path):
+    export_dense(moe, tmp_path / "dense", 1 << 40)
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float64).state_dict()
     dense = {
         name.removesuffix(".weight"): weight
         for name, weight in state.items()
         if weight.dim() == 2 and name.endswith(".weight")
     }
-    check_folder(mixture, one_by_one(dense, state))
-    assert list(mixture.problems()) == []
+    check_folder(moe, one_by_one(dense, state))
+    assert list(moe.problems()) == []
 
 
-def test_transformers_refuses_experts_in_each_others_places(mixture, tmp_path):
-    shutil.copytree(mixture.folder, tmp_path / "out")
+def test_transformers_refuses_experts_in_each_others_places(moe, tmp_path):
+    shutil.copytree(moe.folder, tmp_path / "out")
 
     def exchange(tensors):
         names = [name for name in tensors if ".layers.1." in name and ".experts.2.down_proj." in name]

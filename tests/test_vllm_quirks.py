@@ -14,7 +14,7 @@ from ria_vllm.offline.model.run.architecture import decoder_layers
 from ria_vllm.offline.model.topology import linears_of
 from ria_vllm.vllm_quirks import FUSED, fused_sets, rearranged, served_dense
 
-MIXTURES = (
+MOES = (
     "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
     "ernie4_5_moe", "exaone_moe", "flex_olmo", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss",
     "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "inkling_text", "jamba", "jetmoe",
@@ -24,7 +24,7 @@ MIXTURES = (
 EXPERTS = 6
 
 
-def small_mixture(model_type: str):
+def small_moe(model_type: str):
     """A model of three layers on the meta device. Only its routers are as wide as the number of its experts."""
     config = AutoConfig.for_model(model_type)
     settings = {
@@ -46,10 +46,10 @@ def small_mixture(model_type: str):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_routers_stay_dense_in_every_mixture_of_experts(model_type):
+@pytest.mark.parametrize("model_type", MOES)
+def test_routers_stay_dense_in_every_moe(model_type):
     """Whatever they are called: they are the linears with one output per expert, or one for the shared expert."""
-    model = small_mixture(model_type)
+    model = small_moe(model_type)
     found = 0
     for layer in model.get_submodule(decoder_layers(model, model.config.num_hidden_layers)):
         widths = {

@@ -1,1 +1,1 @@
-"""vLLM's mixture-of-experts layers with pruned or quantized experts."""
+"""vLLM's MoE layers with pruned or quantized experts."""

@@ -8,7 +8,7 @@ import pytest
 # The processes that the tests start import these modules too.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from mixture_paths import experts_path  # noqa: F401
+from moe_paths import experts_path  # noqa: F401
 from pretend_hopper import ampere_layers, cutlass_on_cpu, hopper, hopper_layers  # noqa: F401
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import mixtures
+import pruned_moe
 import pytest
 import tiny
 import torch
@@ -61,7 +61,7 @@ def test_a_head_and_an_embedding_in_int8_are_widened(name, tmp_path):
 @pytest.mark.parametrize(("name", "weights"), [("gpt_oss", "int4-g32"), ("granitemoe", "int8")])
 def test_experts_without_a_head(name, weights, tmp_path):
     """transformers strips the base model's prefix from the names of experts, too."""
-    folder, dense = mixtures.write(mixtures.FAMILIES[name], tmp_path, weights=weights)
+    folder, dense = pruned_moe.write(pruned_moe.FAMILIES[name], tmp_path, weights=weights)
     want = AutoModel.from_pretrained(dense, dtype=torch.float32).state_dict()
     found = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert want.keys() == found.keys() and any("experts" in name for name in want)
@@ -69,15 +69,15 @@ def test_experts_without_a_head(name, weights, tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
-MIXTRAL = mixtures.FAMILIES["mixtral"]
+MIXTRAL = pruned_moe.FAMILIES["mixtral"]
 
 
 @pytest.mark.parametrize("weights", ["int8"])
 @pytest.mark.parametrize("name", ["mixtral", "minimax_m2", "granitemoe", "llama4"])
 def test_experts_are_saved_as_in_the_dense_files(name, weights, tmp_path):
     """Not as transformers holds them, which other programs do not read."""
-    family = mixtures.FAMILIES.get(name) or replace(MIXTRAL, model_type=name)
-    folder, dense = mixtures.write(family, tmp_path, weights=weights)
+    family = pruned_moe.FAMILIES.get(name) or replace(MIXTRAL, model_type=name)
+    folder, dense = pruned_moe.write(family, tmp_path, weights=weights)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
     check_files(tmp_path / "saved", dense)
 
@@ -91,14 +91,14 @@ def check_files(found, want):
 
 def test_saved_with_experts_that_are_not_pruned(tmp_path):
     """For them, transformers has used its own conversions already."""
-    folder, dense = mixtures.write(MIXTRAL, tmp_path, dense_layer=1)
+    folder, dense = pruned_moe.write(MIXTRAL, tmp_path, dense_layer=1)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "saved")
     check_files(tmp_path / "saved", dense)
 
 
 def test_experts_that_nothing_maps(tmp_path):
     """Nothing else is pruned here, and transformers would give the layer random ones."""
-    folder, _ = mixtures.write(mixtures.FAMILIES["qwen3_moe"], tmp_path)
+    folder, _ = pruned_moe.write(pruned_moe.FAMILIES["qwen3_moe"], tmp_path)
     renamed = ("layers.1.mlp.experts.", "layers.1.mlp.others.")
 
     def rename(tensors):

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-import mixtures
+import pruned_moe
 import pytest
 import tiny
 import torch
@@ -40,8 +40,8 @@ def plain(family, **settings):
     return write
 
 
-def mixture(family):
-    return lambda out, seed: mixtures.write(mixtures.FAMILIES[family], out, permuted=False, seed=seed)[0]
+def moe(family):
+    return lambda out, seed: pruned_moe.write(pruned_moe.FAMILIES[family], out, permuted=False, seed=seed)[0]
 
 
 def hybrid(out, seed):
@@ -64,8 +64,8 @@ FAMILIES = {
     "untied, with dense linears": plain("qwen2", dense=("o_proj", "down_proj")),
     "dense linears in int8": plain("qwen2", dense=("o_proj", "down_proj"), weights="int8", rounded=True, int8=True),
     "latent attention": plain("deepseek-v3"),
-    "experts": mixture("qwen3_moe"),
-    "experts, rearranged rows": mixture("llama4"),
+    "experts": moe("qwen3_moe"),
+    "experts, rearranged rows": moe("llama4"),
 }
 
 

@@ -3,7 +3,7 @@
 import copy
 import pickle
 
-import mixtures
+import pruned_moe
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,8 +24,8 @@ def written(pruned_llama, tmp_path):
         auto = AutoModelForImageTextToText if name == "gemma3" else AutoModelForCausalLM
         if name == "llama":
             folder = pruned_llama.folder
-        elif name in mixtures.FAMILIES:
-            folder, _ = mixtures.write(mixtures.FAMILIES[name], tmp_path)
+        elif name in pruned_moe.FAMILIES:
+            folder, _ = pruned_moe.write(pruned_moe.FAMILIES[name], tmp_path)
         else:
             folder = compressed_wrapper(tmp_path, name)
         return folder, lambda path: auto.from_pretrained(path, dtype=torch.float32)
@@ -69,7 +69,7 @@ def test_transformers_trainer_resumes_to_the_same_weights(name, written, tmp_pat
         found.append(model.state_dict())
     assert equal(*found)
     pruned = [weight for weight in found[0] if not torch.equal(found[0][weight], before[weight]) and "proj" in weight]
-    assert any(".experts." in weight for weight in pruned) == (name in mixtures.FAMILIES)
+    assert any(".experts." in weight for weight in pruned) == (name in pruned_moe.FAMILIES)
     for weight in pruned:
         assert not found[0][weight][before[weight] == 0].any(), weight
     if name == "llama":
@@ -145,7 +145,7 @@ def test_a_checkpoint_under_the_names_of_the_files(name, written, tmp_path):
 
 
 def test_experts_that_are_not_pruned_under_the_names_of_the_files(tmp_path):
-    folder, _ = mixtures.write(mixtures.FAMILIES["mixtral"], tmp_path, dense_layer=0)
+    folder, _ = pruned_moe.write(pruned_moe.FAMILIES["mixtral"], tmp_path, dense_layer=0)
     model = load(folder)
     model.save_pretrained(tmp_path / "checkpoint-1")
     keep_sparse(model)

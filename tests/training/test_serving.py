@@ -27,24 +27,24 @@ def trained(folder, steps=3):
 
 @pytest.mark.slow
 def test_vllm_computes_what_the_trained_model_does(tmp_path):
-    """A dense model with folds and gathers, in floats and integers, and a mixture whose experts are stacked; the
-    mixture also as `distill` trains it."""
+    """A dense model with folds and gathers, in floats and integers, and an MoE whose experts are stacked; the
+    MoE also as `distill` trains it."""
     tiny.write(tiny.FAMILIES["llama-gqa"], tmp_path / "llama")
     quantized(tmp_path / "llama", tmp_path / "int4", "int4-g32")
     text = tmp_path / "text.txt"
     text.write_text("Many words are written here, and then some more of them. " * 40)
-    run_small(save_moe(tmp_path / "moe", "qwen3_moe", head_dim=32), tmp_path / "mixture", text)
+    run_small(save_moe(tmp_path / "moe", "qwen3_moe", head_dim=32), tmp_path / "pruned-moe", text)
     folders, models = [], []
-    for name in ("llama", "int4", "mixture"):
+    for name in ("llama", "int4", "pruned-moe"):
         models.append(trained(tmp_path / name))
         save(models[-1], tmp_path / f"{name}-new", like=tmp_path / name)
         if name == "int4":  # rounded, as test_formats checks
             models[-1] = AutoModelForCausalLM.from_pretrained(tmp_path / "int4-new", dtype=torch.float32)
         folders.append((tmp_path / name, tmp_path / f"{name}-new"))
     # The server is started for the others anyway.
-    distill(tmp_path / "moe", tmp_path / "mixture", tmp_path / "distilled", text, tokens=512, lr=1e-2)
+    distill(tmp_path / "moe", tmp_path / "pruned-moe", tmp_path / "distilled", text, tokens=512, lr=1e-2)
     models.append(AutoModelForCausalLM.from_pretrained(tmp_path / "distilled", dtype=torch.float32))
-    folders.append((tmp_path / "mixture", tmp_path / "distilled"))
+    folders.append((tmp_path / "pruned-moe", tmp_path / "distilled"))
     prompts = [[token % 250 for token in prompt] for prompt in compare.prompts()]
     engine = {"dtype": "float32", "max_model_len": 64}
     jobs = [{"model": str(folder), "prompts": prompts, "engine": engine} for _, folder in folders]

@@ -1,4 +1,4 @@
-"""Text models with mixtures of experts."""
+"""Text models with experts (MoE)."""
 
 from families import LATENT_ATTENTION
 from zoo.text import GEMMA4, LATENT, WHOLE, WIDE, WINDOW
@@ -33,7 +33,7 @@ LATENT_RUN = (
 )
 NO_SIGMOID = "vLLM's CPU router takes sigmoids only with groups"
 
-MIXTURES = {
+MOES = {
     "afmoe": Toy(FIRST_DENSE | WINDOW | {"global_attn_every_n_layers": 2},
                  edits={"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}),
     "axk1": Toy(FIRST_DENSE | LATENT | GROUPS | NOAUX,

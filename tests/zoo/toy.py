@@ -63,7 +63,7 @@ class Toy:
         settings: of its config, on top of `BASE`; None leaves a key of `BASE` out.
         mechanism: what it stands for in the tests that CI runs; "" if only `make test-zoo` runs it.
         not_served: why vLLM's CPU build cannot run even the dense model; such a toy is only pruned and exported
-            (mixtures: see test_built.py).
+            (MoE: see test_built.py).
         text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
         stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.

@@ -1,10 +1,10 @@
 """Dense experts in a checkpoint that has pruned experts or linears elsewhere."""
 
-import mixture_layers
+import moe_layers
 import pytest
 import torch
-from mixture_layers import LAYER, Model, StoredMixture, attached, play_rank, route
-from mixture_paths import close
+from moe_layers import LAYER, Model, StoredMoE, attached, play_rank, route
+from moe_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from ria_vllm.errors import RiaError
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 
 
 def dense_beside_pruned(config, **settings):
-    """A model whose only mixture layer has dense experts, though its prefix is that of pruned ones."""
+    """A model whose only MoE layer has dense experts, though its prefix is that of pruned ones."""
     model = Model(config, **settings)
     model.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity(), model.layers[1]])
     config.packed_modules_mapping = {}
@@ -26,14 +26,14 @@ def dense_beside_pruned(config, **settings):
 
 
 def test_dense_experts_stay_with_vllm():
-    config = StoredMixture().config()
+    config = StoredMoE().config()
     experts = dense_beside_pruned(config)
     assert type(experts.quant_method) is DenseExpertsMethod
     assert {"w13_weight", "w2_weight"} == set(experts._parameters)
 
 
 def ours_with_pruned_experts_elsewhere():
-    return StoredMixture().config()
+    return StoredMoE().config()
 
 
 def ours_with_dense_experts():
@@ -56,7 +56,7 @@ def stacks_of_compressed_tensors():
 @pytest.mark.parametrize("config", [ours_with_dense_experts, stacks_of_compressed_tensors])
 def test_dense_experts_on_ranks_of_expert_parallel(monkeypatch, config):
     """vLLM's own experts for CPUs would take an expert's global number for the one on this rank."""
-    stored = StoredMixture()
+    stored = StoredMoE()
     x, weights, ids = route()
     total = 0
     current = VllmConfig()
@@ -66,7 +66,7 @@ def test_dense_experts_on_ranks_of_expert_parallel(monkeypatch, config):
         with set_current_vllm_config(current):
             experts = dense_beside_pruned(config(), tp_size=2)
         for here, e in enumerate(range(2 * rank, 2 * rank + 2)):
-            gate, up, down = (stored.plain[f"{LAYER}.{e}.{end}"] for end in mixture_layers.KINDS.values())
+            gate, up, down = (stored.plain[f"{LAYER}.{e}.{end}"] for end in moe_layers.KINDS.values())
             experts.w13_weight.data[here], experts.w2_weight.data[here] = torch.cat([gate, up]).float(), down.float()
         experts.quant_method.process_weights_after_loading(experts)
         copies = [tensor.clone() for tensor in (x, weights, ids)]
@@ -88,7 +88,7 @@ def test_a_draft_with_experts_where_its_target_has_pruned_ones():
     class Draft(Model):
         pass
 
-    config = StoredMixture().config()
+    config = StoredMoE().config()
     target = attached(config, Model(config))
     config.served_by = dict.fromkeys(config.experts, Model)
     draft = Draft(config)

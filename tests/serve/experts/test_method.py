@@ -5,11 +5,11 @@ Without a kernel, vLLM's own experts compute.
 
 import functools
 
-import mixture_layers
+import moe_layers
 import pytest
 import torch
-from mixture_layers import EXPERTS, Model, StoredMixture, attached, play_rank, route, run, served
-from mixture_paths import close
+from moe_layers import EXPERTS, Model, StoredMoE, attached, play_rank, route, run, served
+from moe_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 OAI = {"activation": "swigluoai", "has_bias": True}
 
 
-def check(stored, model, act=mixture_layers.silu):
+def check(stored, model, act=moe_layers.silu):
     x, weights, ids = route()
     close(run(model, x, weights, ids), stored.expected(x, weights, ids, act))
 
@@ -51,7 +51,7 @@ def over_ranks(monkeypatch, stored, size, placement=None, **settings):
     ],
 )  # fmt: skip
 def test_every_format_and_order(experts_path, permuted, weight_format, pattern):
-    stored = StoredMixture(permuted, FORMATS[weight_format], pattern=pattern)
+    stored = StoredMoE(permuted, FORMATS[weight_format], pattern=pattern)
     model = served(stored)
     check(stored, model)
     packed = model.experts.ria_experts
@@ -65,7 +65,7 @@ def test_every_format_and_order(experts_path, permuted, weight_format, pattern):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
     """They have more digits than bfloat16 has."""
-    stored = StoredMixture(False, FORMATS["int8-g32"])
+    stored = StoredMoE(False, FORMATS["int8-g32"])
     for name in stored.plain:
         parts = {part: stored.tensors[f"{name}.{part}"] for part in ("compressed", "bitmask", "weight_scale")}
         parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(dtype)
@@ -84,31 +84,31 @@ def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
 def test_ranks(experts_path, monkeypatch, size, placement, weight_format, folds):
     """Rows of gate and up are cut after they were put into the order of down's columns, with a fold and without. Each
     rank has the scales of its own rows and columns."""
-    stored = StoredMixture(weight_format=FORMATS[weight_format], bias=True, folds=folds)
+    stored = StoredMoE(weight_format=FORMATS[weight_format], bias=True, folds=folds)
     assert bool(stored.config().folding.folded) == folds
     x, weights, ids = route()
-    want = stored.expected(x, weights, ids, mixture_layers.swigluoai)
+    want = stored.expected(x, weights, ids, moe_layers.swigluoai)
     close(over_ranks(monkeypatch, stored, size, placement, **OAI), want)
 
 
 def test_ranks_with_few_channels(experts_path, monkeypatch):
     """Each holds 8, which no kernel takes without padding."""
-    stored = StoredMixture()
+    stored = StoredMoE()
     close(over_ranks(monkeypatch, stored, 16), stored.expected(*route()))
 
 
 def test_experts_that_vllm_does_not_have(monkeypatch):
     """Its experts for CPUs need 32 channels of gpt-oss's activation on each rank."""
     monkeypatch.setattr(registry, "EXPERTS_KERNELS", (ReferenceExpertsKernel,))
-    stored = StoredMixture()
+    stored = StoredMoE()
     total = over_ranks(monkeypatch, stored, 8, activation="swigluoai")
-    close(total, stored.expected(*route(), mixture_layers.swigluoai))
+    close(total, stored.expected(*route(), moe_layers.swigluoai))
 
 
 @pytest.mark.parametrize(("kernel", "name"), [("cpu", "int4-g32"), ("reference", "int8"), ("cpu", "int4-g128")])
 def test_rounded_inputs(monkeypatch, name, kernel):
     """The config says so, and the kernel rounds."""
-    stored = StoredMixture(weight_format=FORMATS[name], rounded=True)
+    stored = StoredMoE(weight_format=FORMATS[name], rounded=True)
     x, weights, ids = route()
     want = stored.expected(x, weights, ids)
     if kernel == "reference":
@@ -121,7 +121,7 @@ def test_rounded_inputs(monkeypatch, name, kernel):
 
 def test_fp8_weights_whose_inputs_are_not_rounded_are_widened_for_a_kernel(monkeypatch):
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    stored = StoredMixture(weight_format=FP8)
+    stored = StoredMoE(weight_format=FP8)
     model = served(stored)
     assert str(model.experts.ria_experts.choice) == "reference"
     check(stored, model)
@@ -138,7 +138,7 @@ def test_a_kernel_for_other_weights_and_unrounded_inputs(monkeypatch):
             return None if config.weight_format.name == "float" and config.input_dtype is None else "floats only"
 
     monkeypatch.setattr(registry, "EXPERTS_KERNELS", (Floats,))
-    stored = StoredMixture(weight_format=FORMATS["int8"], rounded=True)
+    stored = StoredMoE(weight_format=FORMATS["int8"], rounded=True)
     model = served(stored)
     choice = str(model.experts.ria_experts.choice)
     assert "int8 widened" in choice and choice.endswith("inputs not rounded to int8")
@@ -146,8 +146,8 @@ def test_a_kernel_for_other_weights_and_unrounded_inputs(monkeypatch):
 
 
 def test_router_weights_on_the_input(experts_path, monkeypatch):
-    monkeypatch.setattr(mixture_layers, "TOP", 1)
-    stored = StoredMixture()
+    monkeypatch.setattr(moe_layers, "TOP", 1)
+    stored = StoredMoE()
     model = served(stored, apply_router_weight_on_input=True, top_k=1)
     x, weights, ids = route()
     close(run(model, x, weights, ids), stored.expected(x, weights, ids, on_input=True))
@@ -156,7 +156,7 @@ def test_router_weights_on_the_input(experts_path, monkeypatch):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_activations(experts_path, approximate):
     function = functools.partial(torch.nn.functional.gelu, approximate=approximate)
-    stored = StoredMixture()
+    stored = StoredMoE()
     model = served(stored, activation="gelu" if approximate == "none" else "gelu_pytorch_tanh")
     x, weights, ids = route()
     want = stored.expected(3 * x, weights, ids, lambda gate, up: function(gate) * up)
@@ -165,19 +165,17 @@ def test_activations(experts_path, approximate):
 
 def test_a_limit_of_the_gate(experts_path):
     """vLLM's experts for CPUs do not clamp, and so serve none that have a limit."""
-    stored = StoredMixture()
+    stored = StoredMoE()
     model = served(stored, swiglu_limit=0.7)
     assert model.experts.ria_experts is not None
     x, weights, ids = route()
-    want = stored.expected(
-        x, weights, ids, lambda gate, up: mixture_layers.silu(gate.clamp(max=0.7), up.clamp(-0.7, 0.7))
-    )
+    want = stored.expected(x, weights, ids, lambda gate, up: moe_layers.silu(gate.clamp(max=0.7), up.clamp(-0.7, 0.7)))
     torch.testing.assert_close(run(model, x, weights, ids).double(), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("prefix", ["wrong", ""])
 def test_the_layer_is_found_by_its_path(prefix):
-    stored = StoredMixture()
+    stored = StoredMoE()
     config = stored.config()
     model = attached(config, Model(config, prefix=prefix))
     model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
@@ -187,7 +185,7 @@ def test_the_layer_is_found_by_its_path(prefix):
 
 
 def test_experts_of_another_pipeline_stage():
-    stored = StoredMixture()
+    stored = StoredMoE()
     config = stored.config()
     model = Model(config)
     model.layers[1] = PPMissingLayer()
@@ -206,7 +204,7 @@ def test_a_draft_leaves_the_experts_of_its_target_alone():
         def load_weights(self, weights):
             return [name for name, _ in weights]
 
-    stored = StoredMixture()
+    stored = StoredMoE()
     config = stored.config()
     model = attached(config, Model(config))
     draft = attached(config, Draft())

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from mixture_layers import Model
+from moe_layers import Model
 
 from ria_vllm.errors import RiaError
 from ria_vllm.serve.experts.dense import DenseExpertsMethod

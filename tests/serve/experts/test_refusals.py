@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixture_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMixture, attached, play_rank, served
+from moe_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMoE, attached, play_rank, served
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
@@ -18,32 +18,32 @@ INT4_G64, INT4_G128 = INTEGERS[4, 64], INTEGERS[4, 128]
 
 
 def stored_in(weight_format):
-    return StoredMixture(weight_format=weight_format).config()
+    return StoredMoE(weight_format=weight_format).config()
 
 
 def elsewhere_permuted():
     """Permutations of another length than the layer reads."""
-    stored = StoredMixture()
+    stored = StoredMoE()
     for name in stored.permutations:
         stored.permutations[name] = torch.arange(HIDDEN + 4).int().numpy()
     return stored.config()
 
 
 def differently_permuted():
-    stored = StoredMixture()
+    stored = StoredMoE()
     stored.permutations[f"{LAYER}.2.up_proj"] = stored.permutations[f"{LAYER}.2.up_proj"][::-1].copy()
     return stored.config()
 
 
 def folded_from_elsewhere():
-    config = StoredMixture().config()
+    config = StoredMoE().config()
     order = config.permutations[f"{LAYER}.0.down_proj"][::-1].copy()
     config.folding.row_orders[f"{LAYER}.0.up_proj"] = [RowOrder(order)]
     return config
 
 
 def plain():
-    return StoredMixture().config()
+    return StoredMoE().config()
 
 
 # What the refusal names; the configuration, vLLM's layer, this rank of all.
@@ -98,7 +98,7 @@ def test_options_of_the_engine_that_are_not_served(monkeypatch, option, settings
     play_rank(monkeypatch, settings.get("tp_size", 1) // 2, settings.get("tp_size", 1))
     option(current := VllmConfig())
     with set_current_vllm_config(current), pytest.raises(RiaError, match=named):
-        match_layers(config := StoredMixture().config(), Model(config, **settings))
+        match_layers(config := StoredMoE().config(), Model(config, **settings))
 
 
 def test_experts_without_a_layer():
@@ -123,7 +123,7 @@ def test_experts_without_a_layer():
     ],
 )
 def test_damaged_tensors(change, message):
-    stored = StoredMixture()
+    stored = StoredMoE()
     config = stored.config()
     change(stored.tensors)
     model = attached(config, Model(config))
@@ -133,7 +133,7 @@ def test_damaged_tensors(change, message):
 
 
 def test_biases_of_the_wrong_shape():
-    stored = StoredMixture(bias=True)
+    stored = StoredMoE(bias=True)
     stored.tensors[f"{LAYER}.gate_up_proj_bias"] = torch.zeros(EXPERTS, INNER)
     with pytest.raises(RiaError, match="gate_up_proj_bias"):
         served(stored, activation="swigluoai", has_bias=True)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mixture_layers import Model, StoredMixture, attached, play_rank, route, run
-from mixture_paths import close
+from moe_layers import Model, StoredMoE, attached, play_rank, route, run
+from moe_paths import close
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("ranks")
 def test_a_reload_of_one_rank_of_expert_parallel(experts_path, monkeypatch):
     current = VllmConfig()
     current.parallel_config.enable_expert_parallel = True
-    stored = StoredMixture()
+    stored = StoredMoE()
     x, weights, ids = route()
     total = 0
     for rank in range(2):

@@ -1,5 +1,5 @@
 import pytest
-from mixture_layers import AT, EXPERTS, LAYER, StoredMixture
+from moe_layers import AT, EXPERTS, LAYER, StoredMoE
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Experts
@@ -41,5 +41,5 @@ def test_a_config_survives_pickling():
     """vLLM sends it to its workers before the model is built."""
     import pickle
 
-    config = pickle.loads(pickle.dumps(StoredMixture(bias=True).config()))
+    config = pickle.loads(pickle.dumps(StoredMoE(bias=True).config()))
     assert set(config.experts) == {LAYER} and len(config.expert_linears) == 3 * EXPERTS

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from compare import generate, job_of
-from mixture_layers import EXPERTS, HIDDEN, INNER, Model, StoredMixture, attached
+from moe_layers import EXPERTS, HIDDEN, INNER, Model, StoredMoE, attached
 from stored import Stored
 from vllm.model_executor.layers.linear import ColumnParallelLinear, ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -93,8 +93,8 @@ def test_an_embedding_or_a_head_that_never_came_is_named(ranks, one_rank, tied):
 
 
 def dense_experts(**settings):
-    """A model whose only mixture layer, layers.1.mlp.experts, was left dense, ready to be loaded."""
-    config = StoredMixture().config()
+    """A model whose only MoE layer, layers.1.mlp.experts, was left dense, ready to be loaded."""
+    config = StoredMoE().config()
     config.experts, config.expert_layers, config.required = {}, {}, set()
     model = attached(config, Model(config, **settings))
     empty_weights(model)

@@ -3,10 +3,10 @@ and whatever they have of another expert, another order or another scale is foun
 
 from functools import partial
 
-import mixture_layers
+import moe_layers
 import pytest
 import torch
-from mixture_layers import EXPERTS, INNER, LAYER, Model, StoredMixture, attached, play_rank
+from moe_layers import EXPERTS, INNER, LAYER, Model, StoredMoE, attached, play_rank
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
@@ -37,7 +37,7 @@ def vector(size):
     return proofs.vector(size, SEED)
 
 
-class DenseMixture(StoredMixture):
+class DenseMoE(StoredMoE):
     """In plain floating point, one by one."""
 
     def _add(self, name, rows, columns, p):
@@ -75,7 +75,7 @@ def problem(stored, loaded=None, whole=True, **settings):
     """What is wrong with a layer that was given the tensors `loaded` in the place of its own."""
     config = stored.config()
     made = None if whole else config.file_proofs()
-    kind = DenseModel if isinstance(stored, DenseMixture) else Model
+    kind = DenseModel if isinstance(stored, DenseMoE) else Model
     model = attached(config, kind(config, **settings))
     if made is not None:
         tensors = list(stored.tensors.items())
@@ -144,7 +144,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("kind", ["pruned", "pruned with biases", "dense"])
 def test_each_bug_is_found(kind, bug, monkeypatch):
-    stored = DenseMixture("none") if kind == "dense" else StoredMixture(bias=kind == "pruned with biases")
+    stored = DenseMoE("none") if kind == "dense" else StoredMoE(bias=kind == "pruned with biases")
     loaded = BUGS[bug](stored.tensors)
     settings = OAI if stored.has_bias else {}
     found = problem(stored, loaded, kind != "dense", **settings)
@@ -152,7 +152,7 @@ def test_each_bug_is_found(kind, bug, monkeypatch):
 
 
 def test_biases_that_are_packed_for_another_expert_are_found(experts_path, monkeypatch):
-    stored = StoredMixture(bias=True)
+    stored = StoredMoE(bias=True)
     load = Model.load_weights
 
     def load_weights(self, weights):
@@ -164,7 +164,7 @@ def test_biases_that_are_packed_for_another_expert_are_found(experts_path, monke
 
 
 def test_a_refused_sync_leaves_the_biases_of_what_is_served(experts_path):
-    stored, others = StoredMixture(bias=True), StoredMixture(bias=True, seed=1)
+    stored, others = StoredMoE(bias=True), StoredMoE(bias=True, seed=1)
     config = stored.config()
     model = attached(config, Model(config, **OAI))
     record_metadata_for_reloading(model)
@@ -181,7 +181,7 @@ def test_a_refused_sync_leaves_the_biases_of_what_is_served(experts_path):
 @pytest.mark.parametrize(("size", "placement"), [(1, None), (2, None), (2, "round_robin")])
 def test_nothing_that_is_right_is_refused(experts_path, monkeypatch, name, size, placement):
     """On each rank of tensor parallelism, or of expert parallelism; with biases on both sides of an activation."""
-    stored, current = StoredMixture(weight_format=FORMATS[name], bias=True), VllmConfig()
+    stored, current = StoredMoE(weight_format=FORMATS[name], bias=True), VllmConfig()
     current.parallel_config.enable_expert_parallel = placement is not None
     current.parallel_config.expert_placement_strategy = placement or "linear"
     for rank in range(size):
@@ -199,7 +199,7 @@ def test_experts_that_a_gpu_keeps_compressed(request, monkeypatch, gpu, name):
     monkeypatch.setenv("RIA_VLLM_BACKEND", "cutlass")
     signs = partial(proofs.vector, seed=SEED, signs_only=name == "fp8")
     monkeypatch.setitem(globals(), "vector", signs)
-    stored = StoredMixture(weight_format=FORMATS[name], rounded=name != "float", bias=True)
+    stored = StoredMoE(weight_format=FORMATS[name], rounded=name != "float", bias=True)
     if name == "float":
         stored.tensors = {
             key: one.bfloat16() if one.is_floating_point() else one for key, one in stored.tensors.items()
@@ -213,14 +213,14 @@ def test_experts_that_a_gpu_keeps_compressed(request, monkeypatch, gpu, name):
 
 def test_layers_of_many_channels(monkeypatch):
     """Sums in float32 are off by more than one unit."""
-    monkeypatch.setattr(mixture_layers, "HIDDEN", 2048)
-    monkeypatch.setattr(mixture_layers, "INNER", 1024)
-    assert problem(StoredMixture(bias=True), **OAI) is None
-    assert problem(DenseMixture("none"), whole=False) is None
+    monkeypatch.setattr(moe_layers, "HIDDEN", 2048)
+    monkeypatch.setattr(moe_layers, "INNER", 1024)
+    assert problem(StoredMoE(bias=True), **OAI) is None
+    assert problem(DenseMoE("none"), whole=False) is None
 
 
 def test_what_float16_cannot_hold_is_not_asked():
-    stored = DenseMixture("none")
+    stored = DenseMoE("none")
     for name in stored.tensors:
         stored.tensors[name] = (stored.tensors[name] * 300).half()
     assert problem(stored, whole=False, params_dtype=torch.float16) is None
@@ -229,7 +229,7 @@ def test_what_float16_cannot_hold_is_not_asked():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2])
 def test_dense_experts(monkeypatch, size, dtype):
-    stored = DenseMixture("none")
+    stored = DenseMoE("none")
     stored.tensors = {name: tensor.to(dtype) for name, tensor in stored.tensors.items()}
     for rank in range(size):
         play_rank(monkeypatch, rank, size)
@@ -252,7 +252,7 @@ def loaded(experts, seed):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dense_experts_that_vllm_alone_loads(monkeypatch, dtype, settings, stored_apart, rank):
     """They have biases, or their tensors are stacked. An old copy of vLLM's own is found, too."""
-    config = DenseMixture("none").config()
+    config = DenseMoE("none").config()
     play_rank(monkeypatch, rank, 2)
 
     def of(method):
@@ -275,7 +275,7 @@ def test_dense_experts_that_vllm_alone_loads(monkeypatch, dtype, settings, store
 
 
 def test_the_shard_of_another_rank_is_found(monkeypatch):
-    stored = StoredMixture(permuted=False)
+    stored = StoredMoE(permuted=False)
     loaded = {
         name: tensor
         if name.endswith("shape")

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 
-import mixtures
+import pruned_moe
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -157,10 +157,10 @@ def test_a_folder_without_proofs(copy):
 
 
 def test_experts_are_left_to_the_server(tmp_path):
-    family = mixtures.FAMILIES["mixtral"]
-    out, _ = mixtures.write(family, tmp_path)
+    family = pruned_moe.FAMILIES["mixtral"]
+    out, _ = pruned_moe.write(family, tmp_path)
     found = run(out)
-    count = 2 * mixtures.EXPERTS * len(family.linears)  # in two layers
+    count = 2 * pruned_moe.EXPERTS * len(family.linears)  # in two layers
     assert found.exit_code == 0 and "  0 pruned linears compute what the checkpoint says, " in found.output
     assert f"  {count} linears of experts were left out: a server proves them" in found.output
 

@@ -1,4 +1,4 @@
-"""One mixture layer of vLLM with pruned experts, and what it must compute, in float64 from the plain weights."""
+"""One MoE layer of vLLM with pruned experts, and what it must compute, in float64 from the plain weights."""
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -31,7 +31,7 @@ def swigluoai(gate, up):
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
-class StoredMixture:
+class StoredMoE:
     """Random experts of one layer: the tensors of the files, and the plain matrices that they stand for.
 
     permuted: gate and up of all experts share a random order of their input channels, each down has its own.

@@ -1,9 +1,9 @@
-"""vLLM on small mixtures with pruned experts against Hugging Face on the dense folder with the same weights.
+"""vLLM on small MoE models with pruned experts against Hugging Face on the dense folder with the same weights.
 
 The zoo has what `compress` makes of other types.
 """
 
-import mixtures
+import pruned_moe
 import pytest
 import torch
 from compare import check, differences, generate, job_of
@@ -43,7 +43,7 @@ def run(folder, group, **environment):
     """Name of the run -> (Hugging Face's model, vLLM's results)."""
     models, jobs = {}, []
     for number, (name, (family, written, job)) in enumerate(group.items()):
-        compressed, dense = mixtures.write(mixtures.FAMILIES[family], folder / str(number), **written)
+        compressed, dense = pruned_moe.write(pruned_moe.FAMILIES[family], folder / str(number), **written)
         oracle = compressed if written.get("rounded") else dense
         models[name] = AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32, attn_implementation="eager")
         jobs.append(job_of(compressed, job))

@@ -1,4 +1,4 @@
-"""Small random mixtures of experts of each family, their experts pruned by magnitude under random permutations.
+"""Small random MoE models of each family, their experts pruned by magnitude under random permutations.
 
 They do not depend on the offline stage. The oracle is the dense folder with the same weights, in the model's own order.
 """
@@ -24,7 +24,7 @@ HIDDEN, INNER, EXPERTS = 64, 64, 4
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEFamily:
     """A model type, where its files have the experts, and values of its config.
 
     Attributes:
@@ -52,13 +52,13 @@ GEMMA_4 = "model.layers.{i}.experts"  # beside the dense MLP
 GPT_OSS = "model.layers.{i}.mlp.experts"
 LLAMA4 = "model.layers.{i}.feed_forward.experts"
 FAMILIES = {
-    "mixtral": Mixture(
+    "mixtral": MoEFamily(
         "mixtral", "model.layers.{i}.block_sparse_moe.experts", ("w1", "w3", "w2"),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2)),
     ),
-    "qwen2_moe": Mixture("qwen2_moe", settings=(*QWEN, SHARED, ("norm_topk_prob", True))),
-    "qwen3_moe": Mixture("qwen3_moe", settings=(*QWEN, ("norm_topk_prob", True))),
-    "granitemoe": Mixture(
+    "qwen2_moe": MoEFamily("qwen2_moe", settings=(*QWEN, SHARED, ("norm_topk_prob", True))),
+    "qwen3_moe": MoEFamily("qwen3_moe", settings=(*QWEN, ("norm_topk_prob", True))),
+    "granitemoe": MoEFamily(
         "granitemoe", "model.layers.{i}.block_sparse_moe.experts",
         stacked=(
             Stacked(tensor="model.layers.{i}.block_sparse_moe.input_linear.weight", linears=["gate", "up"]),
@@ -66,7 +66,7 @@ FAMILIES = {
         ),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("head_dim", None)),
     ),
-    "gemma4_text": Mixture(
+    "gemma4_text": MoEFamily(
         "gemma4_text", GEMMA_4,
         stacked=(
             Stacked(tensor=f"{GEMMA_4}.gate_up_proj", linears=["gate", "up"]),
@@ -79,7 +79,7 @@ FAMILIES = {
             ("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0),
         ),
     ),
-    "gpt_oss": Mixture(
+    "gpt_oss": MoEFamily(
         "gpt_oss",
         stacked=(
             Stacked(
@@ -92,7 +92,7 @@ FAMILIES = {
         ),
         settings=(("num_local_experts", EXPERTS), ("num_experts_per_tok", 2), ("quantization_config", None)),
     ),
-    "llama4": Mixture(
+    "llama4": MoEFamily(
         "llama4_text", LLAMA4,
         stacked=(
             Stacked(tensor=f"{LLAMA4}.gate_up_proj", linears=["gate", "up"], transposed=True),
@@ -106,7 +106,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+def save_dense(family: MoEFamily, folder: Path, layers: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """A random float32 model in the form in which such models are published; returns its tensors."""
     values = {
         "vocab_size": tiny.VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": layers,
@@ -128,7 +128,7 @@ def save_dense(family: Mixture, folder: Path, layers: int = 2, seed: int = 0) ->
     return load_file(folder / "model.safetensors")
 
 
-def expert_matrices(family: Mixture, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def expert_matrices(family: MoEFamily, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Linear of an expert, by its name in the checkpoint -> its [out, in] among the tensors of the dense files."""
     found = {}
     kinds = dict(zip(("gate", "up", "down"), family.linears))
@@ -150,7 +150,7 @@ def expert_matrices(family: Mixture, tensors: dict[str, torch.Tensor]) -> dict[s
 
 
 def write(
-    family: Mixture,
+    family: MoEFamily,
     folder: Path,
     weights: str = "float",
     permuted: bool = True,

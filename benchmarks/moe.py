@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoE:
     """The sizes of a Qwen3-MoE whose layers all have experts."""
 
     layers: int = 20
@@ -46,13 +46,13 @@ class Mixture:
         )  # fmt: skip
 
 
-def write(mixture: Mixture, folder: Path) -> None:
+def write(moe: MoE, folder: Path) -> None:
     """Save the model and its tokenizer. The memory holds the whole model."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(mixture.config(), dtype=DTYPE).save_pretrained(folder)
-    save_tokenizer(mixture.vocabulary, folder)
+    AutoModelForCausalLM.from_config(moe.config(), dtype=DTYPE).save_pretrained(folder)
+    save_tokenizer(moe.vocabulary, folder)
 
 
 def save_tokenizer(vocabulary: int, folder: Path) -> None:
@@ -72,7 +72,7 @@ def save_tokenizer(vocabulary: int, folder: Path) -> None:
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    write(Mixture(), folder)
+    write(MoE(), folder)
 
 
 if __name__ == "__main__":
