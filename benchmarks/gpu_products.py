@@ -47,7 +47,7 @@ class Layer:
         input_dtype = torch.int8 if weight_format == INT8 else None
         self.config = LinearLayerConfig(DEVICE, dtype, weight_format, self.out_features, self.in_features, input_dtype)
         self.bias = torch.randn(self.out_features, device=DEVICE, generator=generator).to(self.dtype)
-        self.order = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
+        self.permutation = torch.randperm(self.in_features, device=DEVICE, generator=generator).int()
 
     def activations(self, tokens: int) -> torch.Tensor:
         generator = torch.Generator(DEVICE).manual_seed(tokens)
@@ -143,9 +143,9 @@ def _products(
         yield {"at": f"{layer.name}, {tokens} tokens"}
         x = layer.activations(tokens)
         plain = kernel.apply(layer.config, x, packed, None, None)
-        full = kernel.apply(layer.config, x, packed, layer.order, layer.bias)
+        full = kernel.apply(layer.config, x, packed, layer.permutation, layer.bias)
         again = kernel.apply(layer.config, x, packed, None, None)
-        gathered = x[:, layer.order.long()]
+        gathered = x[:, layer.permutation.long()]
         excess = max(layer.excess(plain, x, None, rounded), layer.excess(full, gathered, layer.bias, rounded))
         repeats = torch.equal(plain, again)
         contiguous = plain.is_contiguous() and plain.shape == (tokens, layer.out_features)

@@ -218,10 +218,10 @@ def _add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> 
 
 
 def _add_norm_gather(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, order: torch.Tensor
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, permutation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     normed, residual = _add_norm(x, residual, weight)
-    return normed.index_select(-1, order), residual
+    return normed.index_select(-1, permutation), residual
 
 
 def time_gather() -> Iterator[Row]:
@@ -232,13 +232,13 @@ def time_gather() -> Iterator[Row]:
         packed = [
             [CutlassKernel.pack(config_of(*shape), parts) for parts in random_weights(*shape)] for shape in shapes
         ]
-        order = torch.randperm(hidden, device=DEVICE).int()
+        permutation = torch.randperm(hidden, device=DEVICE).int()
         weight = torch.rand(hidden, dtype=torch.bfloat16, device=DEVICE)
         for tokens in TOKENS:
             yield {"at": f"hidden size {hidden}, {tokens} tokens"}
             x, residual = torch.randn(2, tokens, hidden, dtype=torch.bfloat16, device=DEVICE)
             try:
-                plain(x, residual, weight), gathered(x, residual, weight, order)
+                plain(x, residual, weight), gathered(x, residual, weight, permutation)
             except Exception as error:  # no Triton, or no C compiler for it; torch raises errors of many types
                 refused = " ".join((str(error) or type(error).__name__).split())[:200]
                 yield {"part": "gather times", "skipped": f"torch.compile: {refused}"}
@@ -250,7 +250,7 @@ def time_gather() -> Iterator[Row]:
                 calls = [lambda p=p, y=y, c=config: CutlassKernel.apply(c, y, p, None, None) for p in copies]
                 products += microseconds(calls)
             without = microseconds([lambda: plain(x, residual, weight)[0]])
-            with_it = microseconds([lambda: gathered(x, residual, weight, order)[0]])
+            with_it = microseconds([lambda: gathered(x, residual, weight, permutation)[0]])
             share = 2 * (with_it - without) / (products + 2 * without)
             row = {"hidden": hidden, "tokens": tokens, "norm_us": without, "norm_and_gather_us": with_it}
             yield row | {"products_us": products, "share": share}

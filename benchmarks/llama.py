@@ -86,10 +86,10 @@ def _random_linear(
     stored = FLOAT.decode(FLOAT.encode(weight, None, None), DTYPE)
     if not permuted:
         return DenseLinear(stored), SparseLinear(stored, None)
-    order = torch.randperm(in_features, device=device, generator=generator)
+    p = torch.randperm(in_features, device=device, generator=generator)
     dense = torch.empty_like(stored)
-    dense[:, order] = stored
-    return DenseLinear(dense), SparseLinear(stored, order.int())
+    dense[:, p] = stored
+    return DenseLinear(dense), SparseLinear(stored, p.int())
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -71,8 +71,8 @@ def time_model(name: str, shapes: dict, heads: int, kv_heads: int, head_dim: int
         start = time.perf_counter()
         p = search(S, dtype=DTYPE) if channels else search_heads(S, heads, kv_heads, head_dim, {"dtype": DTYPE})
         total[part] += time.perf_counter() - start
-        orders = torch.arange(S.shape[1]), p
-        gained[part] = [float(retained_score(S.T.contiguous(), one.view(-1, 4)) / S.sum()) for one in orders]
+        permutations = torch.arange(S.shape[1]), p
+        gained[part] = [float(retained_score(S.T.contiguous(), one.view(-1, 4)) / S.sum()) for one in permutations]
     for part, taken in total.items():
         before, after = gained[part]
         print(f"  {part:8s} {taken:7.2f} s   retained score {before:.4f} -> {after:.4f}")

@@ -63,7 +63,7 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> None:
 
 
 def head_permutation(generator: torch.Generator) -> torch.Tensor:
-    """A permutation of o_proj's input that v_proj's rows can absorb: one order inside each kv head's query heads."""
+    """A permutation of o_proj's input that v_proj's rows can absorb: the same inside each kv head's query heads."""
     parts = []
     for head in range(HEADS):
         if head % (HEADS // KV_HEADS) == 0:
@@ -73,7 +73,7 @@ def head_permutation(generator: torch.Generator) -> torch.Tensor:
 
 
 def prune_llama(source: Path, out: Path) -> PrunedLlama:
-    """Magnitude 2:4 in random channel orders: q, k, v share one (gathered), gate and up have none, o and down fold."""
+    """Magnitude 2:4 under random permutations: q, k, v share one (gathered), gate and up have none, o and down fold."""
     generator = torch.Generator().manual_seed(1)
     tensors = load_file(source / "model.safetensors")
     writer = CheckpointWriter(out)
@@ -81,24 +81,24 @@ def prune_llama(source: Path, out: Path) -> PrunedLlama:
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
         shared = torch.randperm(HIDDEN, generator=generator)
-        orders = {f"self_attn.{x}_proj": shared for x in "qkv"}
-        orders["self_attn.o_proj"] = head_permutation(generator)
-        orders["mlp.down_proj"] = torch.randperm(INTERMEDIATE, generator=generator)
+        of_layer = {f"self_attn.{x}_proj": shared for x in "qkv"}
+        of_layer["self_attn.o_proj"] = head_permutation(generator)
+        of_layer["mlp.down_proj"] = torch.randperm(INTERMEDIATE, generator=generator)
         unit = {}
-        for name in [*orders, "mlp.gate_proj", "mlp.up_proj"]:
+        for name in [*of_layer, "mlp.gate_proj", "mlp.up_proj"]:
             weight = tensors.pop(f"{prefix}{name}.weight")
-            order = orders.get(name, torch.arange(weight.shape[1]))
-            compressed, bitmask = sparse24.compress(weight[:, order])
+            p = of_layer.get(name, torch.arange(weight.shape[1]))
+            compressed, bitmask = sparse24.compress(weight[:, p])
             unit[f"{prefix}{name}.compressed"], unit[f"{prefix}{name}.bitmask"] = compressed, bitmask
             unit[f"{prefix}{name}.shape"] = torch.tensor(weight.shape, dtype=torch.int64).view(2, 1)
-            if name in orders:
-                unit[f"{prefix}{name}.input_permutation"] = order.to(torch.int32)
-                permutations[prefix + name] = order
-            # The oracle, by definition: of each four in the permuted order, the two largest survive.
-            groups = weight[:, order].reshape(-1, 4)
+            if name in of_layer:
+                unit[f"{prefix}{name}.input_permutation"] = p.to(torch.int32)
+                permutations[prefix + name] = p
+            # The oracle, by definition: of each four permuted columns, the two largest survive.
+            groups = weight[:, p].reshape(-1, 4)
             rank = groups.abs().float().argsort(dim=1, descending=True, stable=True).argsort(1)
             kept = torch.where(rank < 2, groups, 0).reshape(weight.shape)
-            dense[f"{prefix}{name}.weight"] = kept[:, invert(order)]
+            dense[f"{prefix}{name}.weight"] = kept[:, invert(p)]
         unit |= {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         writer.write(f"layer{layer}", unit)
     writer.write("rest", tensors)

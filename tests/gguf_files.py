@@ -71,7 +71,7 @@ def _tensors(folder: Path, architecture: str) -> dict[str, np.ndarray]:
 
 
 def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a llama's q or k: llama.cpp turns neighbours together, transformers the two halves of a head."""
+    """Rows of a llama's q or k: llama.cpp rotates neighbours together, transformers the two halves of a head."""
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -25,7 +25,7 @@ def _measure(small: Path, large: Path, out: Path, options: dict[str, Any]) -> No
     from ria_vllm.progress import Monitor
 
     # What repeats takes as much memory the second time as the last: two iterations of ADMM are enough, two passes of
-    # training, and one round of the search for an order.
+    # training, and one round of the search for a permutation.
     AdmmSolver.solve = partialmethod(AdmmSolver.solve, iterations=2)  # type: ignore[method-assign, assignment]
     Schedule.passes = lambda *_: 2  # type: ignore[method-assign]
     permute.WORTHWHILE = 1.0

@@ -1,4 +1,4 @@
-"""Heads turned by hand: random matrices in the place of learned ones, and the whole dense model that they make."""
+"""Heads rotated by hand: random matrices in the place of learned ones, and the whole dense model that they make."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Attention:
     rows: Sequence[int]
     share: int  # heads for each key-value head
     prefix: str = "model.layers.{i}."
-    layers: tuple[int, ...] = (0, 1)  # whose heads can be turned
+    layers: tuple[int, ...] = (0, 1)  # whose heads can be rotated
     settings: tuple[tuple[str, Any], ...] = ()  # of the model
 
     def names(self, index: int) -> tuple[str, str]:
@@ -29,7 +29,7 @@ class Attention:
         return prefix + self.v, prefix + self.o
 
     def turned(self, dense: Tensors, rotations: Iterable[torch.Tensor]) -> Tensors:
-        """What differs in the turned model, in float64.
+        """What differs in the rotated model, in float64.
 
         Args:
             rotations: [kv heads, d, d] of each of `layers`.

@@ -97,7 +97,7 @@ def test_damaged_tensors_are_found_by_layer(damage, tensor, change, layer, words
 
 
 @pytest.mark.parametrize(
-    "change, words", [(swap_across_heads, "another head"), (differ_within_a_group, "different orders")]
+    "change, words", [(swap_across_heads, "another head"), (differ_within_a_group, "different permutations")]
 )
 def test_orders_that_no_fold_can_have(damage, change, words):
     damage.replace(f"{OUT}.input_permutation", change)

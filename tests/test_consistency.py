@@ -13,7 +13,7 @@ UP_OF_ALL = "model.layers.{i}.mlp.up_proj"
 
 
 def other_run(damage):
-    """Files of the same model compressed under other orders: each valid by itself."""
+    """Files of the same model compressed under other permutations: each valid by itself."""
     other = damage.folder.with_name("other")
     shutil.copytree(damage.folder, other)
     rewrite(other / "permutations.safetensors", lambda tensors: tensors.update({f"{DOWN}.input_permutation":
@@ -78,11 +78,11 @@ def edit_fold(number, **changes):
         (edit_fold(0, num_kv_heads=3), "do not fit"),
         (
             edit_fold(0, num_kv_heads=4),
-            "v_proj: folds do not fit its rows: an order of rows 0 to 128",
+            "v_proj: folds do not fit its rows: a permutation of rows 0 to 128",
         ),
         (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 500]}]), "takes 500 of"),
         (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj", "rows": [0, 64]}]), "takes 64 of"),
-        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "two folds reorder the same rows"),
+        (edit_fold(1, producers=[{"name": "model.layers.{i}.mlp.up_proj"}] * 2), "two folds permute the same rows"),
         (
             edit_fold(1, producers=[{"name": UP_OF_ALL, "rows": [0, 5], "blocks": 64}]),
             "0 to 5 of each of 64 blocks",

@@ -152,8 +152,8 @@ def test_widening_keeps_every_value(format):
 @each_format
 def test_parts_follow_an_order_and_a_cut_of_the_rows(format):
     weight, _, parts = stored(format)
-    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(format.decode(format.take_rows(parts, order), torch.bfloat16), weight[order])
+    p = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(format.decode(format.take_rows(parts, p), torch.bfloat16), weight[p])
     assert torch.equal(format.decode(format.take_rows(parts, slice(8, 20)), torch.bfloat16), weight[8:20])
 
 

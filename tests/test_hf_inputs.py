@@ -45,7 +45,7 @@ def recorded(model, kind):
 
 @pytest.fixture(scope="module")
 def folder(make_model, text, tmp_path_factory):  # noqa: F811
-    """A Llama with biases, in permuted orders; one linear is left dense."""
+    """A Llama with biases, permuted; one linear is left dense."""
     work = tmp_path_factory.mktemp("inputs")
     source = make_model(work / "dense", "llama-mha")
     run_small(source, work / "out", text, ignore=("layers.1.self_attn.o_proj",), **INT4)

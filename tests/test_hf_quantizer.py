@@ -55,7 +55,7 @@ each_format = pytest.mark.parametrize("format", [FLOAT, INT8, INTEGERS[4, 32], F
 
 
 def store(model, out, pruned, renames=(), format=FLOAT) -> None:
-    """Prune the linears `pruned` of `model` in place, in random orders; store it under names changed by `renames`.
+    """Prune the linears `pruned` of `model` in place, randomly permuted; store it under names changed by `renames`.
 
     Its weights then are as `format` quantizes them for its dtype.
     """

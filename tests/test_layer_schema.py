@@ -1,4 +1,4 @@
-"""Folds: which linears their patterns name, and the order of rows that they ask of producers."""
+"""Folds: which linears their patterns name, and the permutation of rows that they ask of producers."""
 
 import pytest
 import torch
@@ -21,11 +21,11 @@ def test_row_orders_of_a_fold():
     producers = [Producer(name="v"), Producer(name="q", rows=(2, 4), blocks=4), Producer(name="qkv", rows=(12, 16))]
     fold = Fold(consumer="o", producers=producers, coupling="heads", num_heads=4, num_kv_heads=2)
     p = torch.tensor([1, 0, 3, 2, 4, 5, 6, 7], dtype=torch.int32)
-    assert [order.tolist() for order in fold.row_orders(p)] == [[1, 0, 2, 3], p.tolist(), [1, 0, 2, 3]]
+    assert [rows.tolist() for rows in fold.row_permutations(p)] == [[1, 0, 2, 3], p.tolist(), [1, 0, 2, 3]]
     with pytest.raises(ValueError, match="another head"):
-        fold.row_orders(torch.arange(8).flip(0))
+        fold.row_permutations(torch.arange(8).flip(0))
     up = Fold(consumer="down", producers=[Producer(name="up")], coupling="elementwise")
-    assert [order.tolist() for order in up.row_orders(p)] == [p.tolist()]
+    assert [rows.tolist() for rows in up.row_permutations(p)] == [p.tolist()]
 
 
 def test_fold_patterns_match_an_experts_number():

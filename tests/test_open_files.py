@@ -23,10 +23,10 @@ def opened(monkeypatch):
 
 def test_a_file_is_opened_once_for_all_its_tensors(opened, tmp_path):
     path = tmp_path / "permutations.safetensors"
-    orders = {f"{number}": torch.randperm(8) for number in range(50)}
-    save_file({f"{name}.input_permutation": p for name, p in orders.items()}, path)
+    permutations = {f"{number}": torch.randperm(8) for number in range(50)}
+    save_file({f"{name}.input_permutation": p for name, p in permutations.items()}, path)
     found = load_permutations(path)
-    assert all(torch.equal(found[name], p) for name, p in orders.items())
+    assert all(torch.equal(found[name], p) for name, p in permutations.items())
     assert len(opened) == 1
 
 

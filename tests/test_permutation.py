@@ -55,7 +55,7 @@ def test_check_says_what_is_wrong(p, words):
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (4, 1), (1, 1)])
 def test_head_rows_give_the_consumer_its_input_in_its_order(heads, kv_heads):
-    """Attention in full: reordering v's rows reorders the output projection's input, for any mixing of tokens."""
+    """Attention in full: permuting v's rows permutes the output projection's input, for any mixing of tokens."""
     head_dim, hidden, tokens, group = 8, 16, 5, heads // kv_heads
     inner = [randperm(head_dim, seed) for seed in range(kv_heads)]
     p = torch.cat([h * head_dim + inner[h // group] for h in range(heads)])
@@ -75,7 +75,7 @@ def test_head_rows_give_the_consumer_its_input_in_its_order(heads, kv_heads):
     "p, heads, kv_heads, words",
     [
         (torch.tensor([4, 1, 2, 3, 0, 5, 6, 7]), 2, 2, "another head"),
-        (torch.tensor([1, 0, 2, 3, 4, 5, 6, 7]), 2, 1, "different orders"),
+        (torch.tensor([1, 0, 2, 3, 4, 5, 6, 7]), 2, 1, "different permutations"),
         (torch.arange(8), 3, 1, "do not fit"),
         (torch.arange(8), 4, 3, "do not fit"),
         (torch.arange(8), 0, 1, "do not fit"),
@@ -88,13 +88,13 @@ def test_head_rows_say_why_not(p, heads, kv_heads, words):
 
 
 def test_digest_is_that_of_its_definition():
-    """Names in sorted order, each with a zero byte and its order as little-endian int32; of tensors as of arrays."""
-    orders = {"b": torch.tensor([1, 0, 2], dtype=torch.int32), "a.é": torch.tensor([0, 1])}
+    """Names in sorted order, each with a zero byte and p as little-endian int32; of tensors as of arrays."""
+    permutations = {"b": torch.tensor([1, 0, 2], dtype=torch.int32), "a.é": torch.tensor([0, 1])}
     content = (
         "a.é".encode() + bytes([0, 0, 0, 0, 0, 1, 0, 0, 0]) + b"b" + bytes([0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0])
     )
-    assert permutation.digest(orders) == hashlib.sha256(content).hexdigest()
-    assert permutation.digest({name: p.numpy() for name, p in orders.items()}) == permutation.digest(orders)
+    assert permutation.digest(permutations) == hashlib.sha256(content).hexdigest()
+    assert permutation.digest({name: p.numpy() for name, p in permutations.items()}) == permutation.digest(permutations)
     assert permutation.digest({}) == hashlib.sha256().hexdigest()
 
 

@@ -63,15 +63,15 @@ def test_the_digest_of_weights_is_that_of_their_beginnings_in_any_order(tmp_path
     assert written == {"quantization_config": {"quant_method": "ria", "weights_digest": digest}}
 
 
-@pytest.mark.parametrize("orders", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
-def test_one_digest_binds_config_shards_and_permutations(tmp_path, orders):
-    """Also where the recipe permutes and no order turned out to be worth storing."""
-    units = {f"{name}.input_permutation": torch.tensor(p, dtype=torch.int32) for name, p in orders.items()}
+@pytest.mark.parametrize("permutations", [{"a": [1, 0, 2], "b": [0, 2, 1]}, {}])
+def test_one_digest_binds_config_shards_and_permutations(tmp_path, permutations):
+    """Also where the recipe permutes and no permutation turned out to be worth storing."""
+    units = {f"{name}.input_permutation": torch.tensor(p, dtype=torch.int32) for name, p in permutations.items()}
     writer = CheckpointWriter(tmp_path / "out")
     writer.write("u", TENSORS | units)
     config = {"quantization_config": {"quant_method": "ria"}}
     writer.finish(["u"], {"config.json": config}, {}, max_shard_size=900, permuted=True)
-    content = b"".join(name.encode() + b"\0" + struct.pack("<3i", *p) for name, p in sorted(orders.items()))
+    content = b"".join(name.encode() + b"\0" + struct.pack("<3i", *p) for name, p in sorted(permutations.items()))
     digest = hashlib.sha256(content).hexdigest()
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     digests = {"permutations_digest": digest, "weights_digest": weights_digest(TENSORS)}

@@ -35,13 +35,13 @@ def check_prefix(stored: Iterable[str], schema: RiaSchema, prefix: str, where: s
 
 
 def check_digests(
-    schema: RiaSchema, permutations: permutation.Orders, files: Iterable[Path], where: str | Path
+    schema: RiaSchema, permutations: permutation.Permutations, files: Iterable[Path], where: str | Path
 ) -> None:
-    """Check that config.json, permutations and weight files are of one run. Otherwise weights would be read in the
-    wrong order, or be those of two models.
+    """Check that config.json, permutations and weight files are of one run. Otherwise weights would be read under
+    the wrong permutation, or be those of two models.
 
     Args:
-        permutations: linear's name -> order, all that the checkpoint has; each has passed `permutation.check`.
+        permutations: linear's name -> permutation, all that the checkpoint has; each has passed `permutation.check`.
         files: the weight files that are there.
         where: the folder or repository, for messages.
 

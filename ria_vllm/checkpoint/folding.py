@@ -1,8 +1,8 @@
-"""How a consumer's input permutation becomes its producers' row order.
+"""How a consumer's input permutation becomes one of its producers' rows.
 
-A consumer whose columns are stored in order p needs x[..., p]. If x comes from other linears through an operation on
+A consumer whose columns are permuted by p needs x[..., p]. If x comes from other linears through an operation on
 each channel alone (an activation, a product), or through one that only mixes tokens (attention), those linears can
-compute their rows in that order. Then the permutation costs nothing. `permutation.head_rows` says what attention
+permute their rows instead. Then the permutation costs nothing. `permutation.head_rows` says what attention
 allows.
 """
 
@@ -19,16 +19,16 @@ from ria_vllm.format.schema import RiaSchema
 
 
 @dataclass(frozen=True)
-class RowOrder:
-    """The order in which some rows of a producer are taken: [start, start + len(order) / blocks) of each block.
+class RowPermutation:
+    """A permutation of some rows of a producer: [start, start + len(p) / blocks) of each block.
 
     `for_all`: they are all its rows; `blocks`: how many equal blocks its rows make.
 
-    `order` is a numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would
+    `p` is a numpy array, because vLLM pickles its configuration for the worker processes. Each torch tensor would
     travel as shared memory, with a file descriptor of its own.
     """
 
-    order: np.ndarray
+    p: np.ndarray
     start: int = 0
     for_all: bool = True
     blocks: int = 1
@@ -39,45 +39,45 @@ class RowOrder:
         Raises:
             ValueError: it does not have them.
         """
-        end = self.start + len(self.order) // self.blocks
+        end = self.start + len(self.p) // self.blocks
         if self.for_all and end != rows:
-            raise ValueError(f"an order of rows {self.start} to {end} for a tensor of {rows} rows")
+            raise ValueError(f"a permutation of rows {self.start} to {end} for a tensor of {rows} rows")
         return permutation.places(rows, self.start, end, self.blocks)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` [out, ...] with its rows reordered.
+        """`tensor` [out, ...] with its rows permuted.
 
         Raises:
             ValueError: the tensor does not have these rows.
         """
-        rows, order = tensor.shape[0], torch.from_numpy(self.order)
+        rows, p = tensor.shape[0], torch.from_numpy(self.p)
         places = self.places(rows)
         if self.for_all:
-            return tensor.index_select(0, order.to(tensor.device))
+            return tensor.index_select(0, p.to(tensor.device))
         index = torch.arange(rows)
-        index[places] = places[order]
+        index[places] = places[p]
         return tensor.index_select(0, index.to(tensor.device))
 
-    def overlaps(self, other: "RowOrder") -> bool:
-        """Whether both may reorder the same row. Of orders with other blocks, that is assumed."""
+    def overlaps(self, other: "RowPermutation") -> bool:
+        """Whether both may move the same row. With other blocks, that is assumed."""
         if self.blocks != other.blocks:
             return True
-        one, two = (o.start + len(o.order) // o.blocks for o in (self, other))
+        one, two = (o.start + len(o.p) // o.blocks for o in (self, other))
         return self.start < two and other.start < one
 
 
 @dataclass
 class Folding:
-    """The consumers whose permutation is folded away, and the row orders that absorb it, by producer."""
+    """The consumers whose permutation is folded away, and the row permutations that absorb it, by producer."""
 
     folded: set[str] = field(default_factory=set)
-    row_orders: dict[str, list[RowOrder]] = field(default_factory=dict)
+    row_permutations: dict[str, list[RowPermutation]] = field(default_factory=dict)
 
 
 def fold(
-    schema: RiaSchema, permutations: permutation.Orders, is_pruned: Callable[[str], bool], where: str | Path
+    schema: RiaSchema, permutations: permutation.Permutations, is_pruned: Callable[[str], bool], where: str | Path
 ) -> Folding:
-    """Compute the row orders of all producers.
+    """Compute the row permutations of all producers.
 
     Args:
         permutations: consumer's name -> integers [in], checked to be permutations.
@@ -85,30 +85,30 @@ def fold(
         where: the folder or repository, for errors.
 
     Raises:
-        RiaError: a permutation that does not keep to attention's heads, or two orders for the same rows of a producer.
+        RiaError: a permutation that does not keep to attention's heads, or two of the same rows of a producer.
     """
     result = Folding()
     rules = [(name, rule) for name in permutations for rule in schema.folds if rule.numbers(name) is not None]
     pruned = {p.name for name, rule in rules for p in rule.producers_of(name) if is_pruned(p.name)}
     for consumer, rule, producers in schema.active_folds(permutations, pruned):
         try:
-            orders = rule.row_orders(torch.as_tensor(permutations[consumer]))
+            permuted = rule.row_permutations(torch.as_tensor(permutations[consumer]))
         except ValueError as error:
             raise RiaError(
                 f"{where}: {consumer}: its permutation cannot be folded into attention heads: {error}."
             ) from None
-        for producer, rows in zip(producers, orders, strict=True):
+        for producer, rows in zip(producers, permuted, strict=True):
             start, end = producer.rows or (0, len(rows))
             if start < 0 or (end - start) * producer.blocks != len(rows):
                 of_each = f" (rows {start} to {end} of each of {producer.blocks} blocks)" if producer.blocks > 1 else ""
                 raise RiaError(
-                    f"{where}: {consumer}: its fold reorders {len(rows)} rows, but takes "
+                    f"{where}: {consumer}: its fold permutes {len(rows)} rows, but takes "
                     f"{(end - start) * producer.blocks} of {producer.name}{of_each}."
                 )
-            order = RowOrder(rows.numpy(), start, producer.rows is None, producer.blocks)
-            others = result.row_orders.setdefault(producer.name, [])
-            if any(order.overlaps(other) for other in others):
-                raise RiaError(f"{where}: two folds reorder the same rows of {producer.name}.")
-            others.append(order)
+            own = RowPermutation(rows.numpy(), start, producer.rows is None, producer.blocks)
+            others = result.row_permutations.setdefault(producer.name, [])
+            if any(own.overlaps(other) for other in others):
+                raise RiaError(f"{where}: two folds permute the same rows of {producer.name}.")
+            others.append(own)
         result.folded.add(consumer)
     return result

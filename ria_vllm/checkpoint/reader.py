@@ -315,9 +315,9 @@ class Reader:
         except RiaError as error:
             yield str(error)
             return
-        for producer, orders in folding.row_orders.items():
-            for order in orders if producer in shapes else ():
+        for producer, permuted in folding.row_permutations.items():
+            for rows in permuted if producer in shapes else ():
                 try:
-                    order.places(shapes[producer][0])
+                    rows.places(shapes[producer][0])
                 except ValueError as error:
                     yield f"{self.folder}: {producer}: folds do not fit its rows: {error}"

@@ -13,7 +13,7 @@ from ria_vllm.format.schema import PERMUTATION_SUFFIX, PROOFS_FILE, RiaSchema
 
 
 def load_permutations(path: Path) -> dict[str, torch.Tensor]:
-    """Linear's name -> its order, integers [in], each a permutation of 0..in-1.
+    """Linear's name -> the permutation of its input channels, integers [in].
 
     Raises:
         RiaError: file and layer named.

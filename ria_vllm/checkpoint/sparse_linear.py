@@ -19,7 +19,7 @@ class SparseLinear:
     Attributes:
         format: what its parts mean.
         parts: its stored tensors by the last part of their names, `shape` left out.
-        input_permutation: integers [in], the order of its columns; None: the model's own.
+        input_permutation: integers [in], that of its columns; None: they are not permuted.
         dtype: of the dense weight.
     """
 
@@ -59,7 +59,7 @@ def checked_linear(
 
     Args:
         parts: by the last part of their names, which `schema.tensor_names` lists.
-        p: the order of its columns, None where it is the model's own.
+        p: the permutation of its columns; None: they are not permuted.
         where: the file or folder, for messages.
 
     Raises:

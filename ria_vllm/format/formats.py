@@ -12,10 +12,10 @@ in the model's own order and columns in the stored one. `bitmask` says which hal
 | int8-gG, int4-gG | as int8, int4 | one per G stored columns of a row | 16/G more      |
 | fp8    | float8_e4m3fn           | one per row    | 5                                 |
 
-An operation on a linear is applied to each of its parts, as `Part` describes them. A row order takes the rows of all
-parts. A tensor-parallel cut of the columns cuts the parts that have columns; one scale per row stays whole on every
-rank. Padding appends `Part.fill`. A column permutation changes no part, because a format encodes columns that are in
-the stored order already; where `group_size` is None, the scales do not depend on that order.
+An operation on a linear is applied to each of its parts, as `Part` describes them. A permutation of rows takes the rows
+of all parts. A tensor-parallel cut of the columns cuts the parts that have columns; one scale per row stays whole on
+every rank. Padding appends `Part.fill`. A permutation of columns changes no part, because a format encodes columns that
+are permuted already; where `group_size` is None, the scales do not depend on it.
 
 Everything that reads, writes or multiplies weights asks the format. To add one, write a class here; a kernel for it
 makes it fast.

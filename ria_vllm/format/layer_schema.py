@@ -134,7 +134,7 @@ class Experts(BaseModel):
 
 
 class Fold(BaseModel):
-    """A consumer's input permutation that its producers' row orders can absorb, for all layers `{i}`.
+    """A consumer's input permutation that its producers' rows can absorb, for all layers `{i}`.
 
     `{i}` stands once in the consumer's name and once in each producer's, or in none of them. The same goes for `{e}`,
     the number of an expert.
@@ -168,14 +168,14 @@ class Fold(BaseModel):
         numbers = self.numbers(name) or {}
         return [p.model_copy(update={"name": filled(p.name, numbers)}) for p in self.producers]
 
-    def row_orders(self, p: torch.Tensor) -> list[torch.Tensor]:
-        """The order of the rows that each producer gives, if the consumer's input channels are stored in order `p`.
+    def row_permutations(self, p: torch.Tensor) -> list[torch.Tensor]:
+        """The permutation of the rows that each producer gives, if that of the consumer's input channels is `p`.
 
         Args:
             p: int [in], a permutation.
 
         Returns:
-            One int64 tensor for each producer: row j of the reordered rows is row order[j] of those it gives.
+            One int64 tensor for each producer: row j of the permuted rows is row result[j] of those it gives.
 
         Raises:
             ValueError: `p` lacks the structure that the coupling needs.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-Orders = Mapping[str, torch.Tensor | np.ndarray]
+Permutations = Mapping[str, torch.Tensor | np.ndarray]
 
 
 def check(p: torch.Tensor, size: int) -> str | None:
@@ -38,7 +38,7 @@ def is_identity(p: torch.Tensor) -> bool:
     return bool((p == torch.arange(len(p), dtype=p.dtype, device=p.device)).all())
 
 
-def digest(permutations: Orders) -> str:
+def digest(permutations: Permutations) -> str:
     """SHA-256 over names and permutations, which tells those of one run from those of another.
 
     Args:
@@ -57,7 +57,7 @@ def digest(permutations: Orders) -> str:
 
 
 def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tensor:
-    """The order of the value projection's rows that hands the output projection its input in order `p`.
+    """The permutation of the value projection's rows that hands the output projection its input permuted by `p`.
 
     Attention mixes tokens, never the channels of a head, so a permutation inside each head that is the same for all
     query heads reading one key-value head can be moved from the output projection's columns to the rows of v.
@@ -81,7 +81,7 @@ def head_rows(p: torch.Tensor, num_heads: int, num_kv_heads: int) -> torch.Tenso
         raise ValueError("it moves a channel into another head")
     inner = inner.view(num_kv_heads, group, head_dim)
     if bool((inner != inner[:, :1]).any()):
-        raise ValueError("query heads that share a key-value head have different orders")
+        raise ValueError("query heads that share a key-value head have different permutations")
     return (inner[:, 0] + torch.arange(num_kv_heads, device=p.device).view(-1, 1) * head_dim).reshape(-1)
 
 

@@ -182,7 +182,7 @@ class WeightFormat(ABC):
         return None
 
     def take_rows(self, parts: Parts, rows: slice | torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows by a slice or by int64 indices: some of them, or all in another order."""
+        """Rows by a slice or by int64 indices: some of them, or all of them permuted."""
         return {part.name: parts[part.name][rows] for part in self.parts}
 
     def pad_columns(self, parts: Parts, count: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Writes a trained model as a compressed folder, with the masks, orders, folds and format of the one it came from."""
+"""Writes a trained model as a compressed folder, with masks, permutations, folds and format of the one it came from."""
 
 import tempfile
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ class ExpertsLoader:
         experts: what the layer serves.
         sizes: of the layer.
         specs: what the tensors of a linear look like, by the last part of their names.
-        row_orders: of each expert, see `stored_experts.ExpertOrders.rows`.
+        row_permutations: of each expert, see `stored_experts.ExpertPermutations.rows`.
         has_bias: the experts have biases.
 
     Attributes:
@@ -78,13 +78,13 @@ class ExpertsLoader:
         experts: LayerExperts,
         sizes: ExpertSizes,
         specs: Mapping[str, TensorSpec],
-        row_orders: Sequence[np.ndarray | None],
+        row_permutations: Sequence[np.ndarray | None],
         has_bias: bool,
     ):
         self.experts = experts
         self.sizes = sizes
         self.specs = specs
-        self.row_orders = row_orders
+        self.row_permutations = row_permutations
         self.has_bias = has_bias
         self.loaded: set[tuple[str, str, int]] = set()
         self.biases: dict[tuple[str, int], torch.Tensor] = {}
@@ -189,11 +189,11 @@ class ExpertsLoader:
                 tensor = tensor.narrow(1, sizes.rank * width, width)
             target.copy_(tensor)
             return
-        order = self.row_orders[expert]
-        if order is None:
+        p = self.row_permutations[expert]
+        if p is None:
             tensor = tensor.narrow(0, sizes.rank * sizes.here, sizes.here)
         else:
-            here = order[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
+            here = p[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
             tensor = tensor.index_select(0, torch.from_numpy(here).to(tensor.device))
         first = sizes.here if kind == "up" and self.experts.is_gated else 0
         target.narrow(0, first, sizes.here).copy_(tensor)

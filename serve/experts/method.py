@@ -14,7 +14,7 @@ from ria_vllm.serve.experts.choice import choose
 from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts.packing import LoadedExperts, fill_dense, pack_experts
-from ria_vllm.serve.experts.stored import ExpertOrders
+from ria_vllm.serve.experts.stored import ExpertPermutations
 from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.load_report import LoadReport, warn_of_choice, warn_of_inputs
@@ -51,7 +51,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         layer: under construction.
         experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
-        orders: in which their channels are stored.
+        permutations: of their channels.
         scale_dtypes: of their scales in the files.
 
     Attributes:
@@ -68,13 +68,13 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         layer: RoutedExperts,
         experts: LayerExperts,
         scheme: WeightScheme,
-        orders: ExpertOrders,
+        permutations: ExpertPermutations,
         scale_dtypes: frozenset[torch.dtype],
     ):
         super().__init__(layer.moe_config)
         self.experts = experts
         self.scheme = scheme
-        self.orders = orders
+        self.permutations = permutations
         self.scale_dtypes = scale_dtypes
         self.packed = PackedTensors()
         self.biases: dict[tuple[str, int], torch.Tensor] = {}
@@ -117,7 +117,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
                 raise RiaError(f"{name}: {reason}")
         if reason := uneven_cut(scheme, moe.intermediate_size, moe.tp_size):
             raise RiaError(f"{name}: {reason} Or start with --enable-expert-parallel.")
-        orders.check(experts, self.sizes.hidden, self.sizes.intermediate)
+        permutations.check(experts, self.sizes.hidden, self.sizes.intermediate)
         self.choice, self.dense = choose(layer, experts, scheme, self.sizes)
         if self.dense is not None:
             self.experts_cls = self.dense.experts_cls
@@ -134,7 +134,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         before = set(layer._parameters)
         self.creation = {"params_dtype": params_dtype, **others}
         self.loader = ExpertsLoader(
-            self.experts, self.sizes, self.scheme.tensors(params_dtype), self.orders.rows, self.moe.has_bias
+            self.experts, self.sizes, self.scheme.tensors(params_dtype), self.permutations.rows, self.moe.has_bias
         )
         self.loader.create_parameters(layer, params_dtype)
         self.created = [name for name in layer._parameters if name not in before]
@@ -185,7 +185,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             self._weights(stored, DOWN, dummy, scales),
             stored.get(GATE_UP + BIAS),
             stored.get(DOWN + BIAS),
-            self.orders.input,
+            self.permutations.input,
         )
 
     def _weights(
@@ -227,7 +227,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         gathered = packed is not None and packed.input_permutation is not None
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in layer.named_parameters(recurse=False)]
         report.add(
-            kernel, self.orders.folded, int(gathered), dense_bytes, bytes_here,
+            kernel, self.permutations.folded, int(gathered), dense_bytes, bytes_here,
             f"{self.experts.name} {kernel} {shapes}",
         )  # fmt: skip
 

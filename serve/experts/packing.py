@@ -44,18 +44,18 @@ class LoadedExperts:
     """The weights of a layer's experts on this rank.
 
     Attributes:
-        gate_up: of a weight [E * rows, H]; an expert's rows of gate are followed by those of up, both in the order in
-            which its down projection takes them.
+        gate_up: of a weight [E * rows, H]; an expert's rows of gate are followed by those of up, both permuted as
+            the columns of its down projection.
         down: of a weight [E * H, I].
         gate_up_bias, down_bias: [E, rows] and [E, H], or None.
-        input_order: int32 [H], in which all of them take the channels of a token; None: the model's.
+        input_permutation: int32 [H], of a token's channels, for all of them; None: they are not permuted.
     """
 
     gate_up: Weights
     down: Weights
     gate_up_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
-    input_order: np.ndarray | None
+    input_permutation: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PackedExperts:
     Attributes:
         choice: the kernel, and the layer as it serves it.
         packed: names of the layer's parameters that hold the packed weights.
-        input_permutation: name of the parameter with the order in which the kernel takes the input channels, or None.
+        input_permutation: name of the parameter with the permutation by which the kernel gathers its input, or None.
     """
 
     choice: ExpertsChoice
@@ -103,10 +103,10 @@ def pack_experts(layer: RoutedExperts, choice: ExpertsChoice, experts: LoadedExp
     names = tuple(f"experts_packed_{i}" for i in range(len(packed)))
     for name, tensor in zip(names, packed):
         set_parameter(layer, name, tensor)
-    order = experts.input_order
-    if order is None:
+    p = experts.input_permutation
+    if p is None:
         return PackedExperts(choice, names, None)
-    set_parameter(layer, "experts_input_permutation", torch.from_numpy(order).to(gate_up["bitmask"].device, copy=True))
+    set_parameter(layer, "experts_input_permutation", torch.from_numpy(p).to(gate_up["bitmask"].device, copy=True))
     return PackedExperts(choice, names, "experts_input_permutation")
 
 
@@ -130,8 +130,8 @@ def fill_dense(
         )
     w13, w2 = layer.w13_weight.data.zero_(), layer.w2_weight.data.zero_()
     rows = rows_of_w13(layer, here, w13.shape[1], device)
-    order = experts.input_order
-    columns = None if order is None else permutation.invert(torch.from_numpy(order).long()).to(device)
+    p = experts.input_permutation
+    columns = None if p is None else permutation.invert(torch.from_numpy(p).long()).to(device)
     for expert in range(count):
         matrix = _dense(experts.gate_up, expert, len(rows) * here, w13.dtype)
         matrix = matrix if columns is None else matrix.index_select(1, columns)

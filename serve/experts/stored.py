@@ -36,41 +36,43 @@ def stored_experts(schema: RiaSchema, pruned: Iterable[str], where: str) -> dict
 
 
 @dataclass(frozen=True)
-class ExpertOrders:
-    """The orders in which the channels of a layer's experts are stored, by expert.
+class ExpertPermutations:
+    """The permutations of the channels of a layer's experts, by expert.
 
     Attributes:
-        rows: in which the rows of gate and up are taken, so that down finds its input as stored; None: as they are.
-        input: int32 [H], in which gate (if there is one) and up of all experts take the channels of a token; None: the
-            model's own.
+        rows: of the rows of gate and up, so that down finds its input as stored; None: they are not permuted.
+        input: int32 [H], of a token's channels, for gate (if there is one) and up of all experts; None: they are not
+            permuted.
     """
 
     rows: tuple[np.ndarray | None, ...]
     input: np.ndarray | None
 
     @classmethod
-    def of(cls, experts: LayerExperts, permutations: Mapping[str, np.ndarray], folding: Folding) -> "ExpertOrders":
+    def of(
+        cls, experts: LayerExperts, permutations: Mapping[str, np.ndarray], folding: Folding
+    ) -> "ExpertPermutations":
         """Read them off the checkpoint's permutations.
 
         An expert's linears belong to one layer of vLLM, and only an activation lies between. So the rows of gate and up
-        absorb the order of down even without a fold.
+        absorb the permutation of down even without a fold.
 
         Raises:
-            RiaError: a fold of the checkpoint wants these rows in another order, or experts take a token's channels in
-                different ones.
+            RiaError: a fold of the checkpoint permutes these rows otherwise, or experts take a token's channels in
+                different permutations.
         """
         rows = []
         for expert in range(experts.num_experts):
-            order = permutations.get(experts.linear("down", expert))
+            p = permutations.get(experts.linear("down", expert))
             for kind in experts.patterns:
                 linear = experts.linear(kind, expert)
-                for wanted in folding.row_orders.get(linear, ()):
-                    if kind == "down" or not wanted.for_all or not np.array_equal(wanted.order, order):
+                for wanted in folding.row_permutations.get(linear, ()):
+                    if kind == "down" or not wanted.for_all or not np.array_equal(wanted.p, p):
                         raise RiaError(
-                            f"{linear}: a fold reorders its rows for another linear than the expert's own down "
+                            f"{linear}: a fold permutes its rows for another linear than the expert's own down "
                             f"projection, which is not served. {WAY_OUT}"
                         )
-            rows.append(order)
+            rows.append(p)
         first = [linear for linear, kind, _ in experts.linears() if kind != "down"]
         inputs = [None if name in folding.folded else permutations.get(name) for name in first]
         if not all(np.array_equal(one, inputs[0]) for one in inputs):
@@ -83,16 +85,16 @@ class ExpertOrders:
     @property
     def folded(self) -> int:
         """Permutations that cost nothing."""
-        return sum(order is not None for order in self.rows)
+        return sum(p is not None for p in self.rows)
 
     def check(self, experts: LayerExperts, hidden: int, intermediate: int) -> None:
-        """Check the lengths of all orders.
+        """Check the lengths of all of them.
 
         Raises:
             RiaError: one does not have as many channels as its linear's input.
         """
-        for order, size in ((self.input, hidden), *((order, intermediate) for order in self.rows)):
-            if order is not None and len(order) != size:
+        for p, size in ((self.input, hidden), *((rows, intermediate) for rows in self.rows)):
+            if p is not None and len(p) != size:
                 raise RiaError(
-                    f"{experts.name}: a permutation has {len(order)} channels, its input {size}. Get the files again."
+                    f"{experts.name}: a permutation has {len(p)} channels, its input {size}. Get the files again."
                 )

@@ -138,7 +138,7 @@ class LinearKernel(AnyKernel, Protocol):
         Args:
             x: [..., K], `config.act_dtype`; perhaps without any tokens, and with any strides.
             packed: what `pack` returned.
-            input_permutation: int32 [K], the order in which to take x's channels, or None.
+            input_permutation: int32 [K], by which to gather x's channels, or None.
             bias: [N], `config.act_dtype`, or None. It may be a slice, and so need not be aligned.
 
         Returns:
@@ -249,9 +249,9 @@ class ExpertsKernel(AnyKernel, Protocol):
         Args:
             gate_up: the tensors of `config.weight_format` by name, each with the experts as first dimension: of a
                 weight [E, 2 I, H], the I rows of gate before those of up, or [E, I, H] without a gate. The rows of gate
-                and of up are in the order in which the expert's down takes its columns. Columns are padded with zeros
-                to a multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks have the
-                pattern, and scales are finite; they may be zero.
+                and of up are permuted as the columns of the expert's down are. Columns are padded with zeros to a
+                multiple of `sparse24.IN_FEATURES_MULTIPLE`. Shapes and dtypes fit, bitmasks have the pattern, and
+                scales are finite; they may be zero.
             down: the same of a weight [E, H, I], columns padded likewise.
             gate_up_bias: [E, 2 I] or [E, I], `config.act_dtype`, if and only if `config.has_bias`.
             down_bias: [E, H], likewise.
@@ -275,7 +275,7 @@ class ExpertsKernel(AnyKernel, Protocol):
             topk_ids: int32 or int64 [T, k], each token's experts; -1 for none. A token may name an expert twice, which
                 counts twice.
             packed: what `pack` returned.
-            input_permutation: int32 [H], the order in which gate and up take x's channels, or None.
+            input_permutation: int32 [H], by which gate and up gather x's channels, or None.
             expert_map: int32 [experts of all ranks], the number on this rank of each expert in `topk_ids`; -1 for those
                 of other ranks, which add nothing. None: `topk_ids` holds numbers on this rank.
 

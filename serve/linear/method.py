@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from ria_vllm.checkpoint.folding import RowOrder
+from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
 from ria_vllm.format.int8_rows import INTEGERS, SCALE
 from ria_vllm.format.weight_scheme import Weights, WeightScheme, misfit, uneven_cut
@@ -39,9 +39,9 @@ class StoredLinear:
     Attributes:
         name: in the checkpoint.
         scheme: how its weight is stored.
-        permutation: int32 [in], the order in which its input channels are stored; None for the model's own order.
-        folded: other linears compute the input in that order already.
-        row_orders: the orders in which its own rows are taken, for the linears that read its output.
+        permutation: int32 [in], that of its input channels; None: they are not permuted.
+        folded: other linears compute the input permuted already.
+        row_permutations: of its own rows, for the linears that read its output.
         claims_24: config.json says that it is 2:4.
         scale_dtype: of its `weight_scale` in the files; None: they have none.
     """
@@ -50,7 +50,7 @@ class StoredLinear:
     scheme: WeightScheme
     permutation: np.ndarray | None = None
     folded: bool = False
-    row_orders: tuple[RowOrder, ...] = ()
+    row_permutations: tuple[RowPermutation, ...] = ()
     claims_24: bool = True
     scale_dtype: torch.dtype | None = None
 
@@ -118,8 +118,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.output_sizes, self.columns = tuple(output_partition_sizes), input_size_per_partition
         self.dtype = params_dtype
         shards = ShardMap.of(layer, self.names, len(output_partition_sizes))
-        orders = [linear.row_orders for linear in self.linears]
-        self.layer_loader = LayerLoader(shards, self.scheme.tensors(params_dtype), input_size, orders)
+        rows = [linear.row_permutations for linear in self.linears]
+        self.layer_loader = LayerLoader(shards, self.scheme.tensors(params_dtype), input_size, rows)
         vllm_loader = extra_weight_attrs["weight_loader"]
         create_parameters(layer, self.layer_loader, output_partition_sizes, input_size_per_partition, vllm_loader)
 
@@ -133,7 +133,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         use_loader_of_model(layer, self.layer_loader, vllm_loader, model_loader)
         self.row_loader = self.layer_loader.wrap("proof", model_loader or vllm_loader)
         # If another method created the layer, the bias still has vLLM's own loader.
-        if layer.bias is not None and self.layer_loader.reorders:
+        if layer.bias is not None and self.layer_loader.permutes_rows:
             layer.bias.weight_loader = self.layer_loader.wrap("bias", unwrapped(layer.bias.weight_loader))
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
@@ -155,9 +155,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         if weights is None:
             self._serve_dense(layer, loaded)
         else:
-            order = self.linears[0].input_permutation
+            p = self.linears[0].input_permutation
             try:
-                packed = pack_linear(layer, weights, order, self.dtype, self.scheme.input_dtype)
+                packed = pack_linear(layer, weights, p, self.dtype, self.scheme.input_dtype)
             except RuntimeError as error:
                 raise RiaError(f"{self.prefix}: {error}") from error
         self.packed.check(self.prefix, layer, packed.parameters if packed is not None else [])

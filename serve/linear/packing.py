@@ -22,7 +22,7 @@ class PackedLinear:
     Attributes:
         choice: the kernel, and the layer as it serves it.
         packed: names of the layer's parameters that hold the packed weights.
-        input_permutation: name of the parameter with the order in which the kernel takes the input channels, or None.
+        input_permutation: name of the parameter with the permutation by which the kernel gathers its input, or None.
         input_channels: name of the parameter with the channels to take from the input, after an all-gather over the
             ranks; None if each rank has the channels that it needs.
         padding: channels of zeros to append to the input.
@@ -67,8 +67,8 @@ def pack_linear(
     """Pack `weights` for the kernel that serves them, and register what the kernel needs on `layer`.
 
     Args:
-        weights: padded, of this rank, in the checkpoint's order of input channels.
-        permutation: int32 [in of the whole layer], that order; None: the one in which the input comes.
+        weights: padded, of this rank, with columns as the checkpoint has them.
+        permutation: int32 [in of the whole layer], that of the columns; None: the input comes as they need it.
         dtype: of the activations.
         input_dtype: to which a kernel that can may round them, see `LinearLayerConfig`.
     """
@@ -76,17 +76,17 @@ def pack_linear(
     permutation, crosses_ranks = local_permutation(permutation, layer, columns)
     choice, packed = choose_and_pack(weights, dtype, input_dtype)
     # vLLM's latent attention looks for this name in kv_b_proj, and then multiplies the layer by the identity to get the
-    # plain weight, in the order of rows that folds have given it.
+    # plain weight, with its rows permuted as folds want them.
     names = tuple(f"weight_packed_{i}" if i else "weight_packed" for i in range(len(packed)))
     for name, tensor in zip(names, packed):
         set_parameter(layer, name, tensor)
-    order = None
+    parameter = None
     if permutation is not None:
-        order = "input_channels" if crosses_ranks else "packed_permutation"  # input_permutation is loaded
+        parameter = "input_channels" if crosses_ranks else "packed_permutation"  # input_permutation is loaded
         if not crosses_ranks:
             permutation = np.concatenate([permutation, np.arange(columns, weights.in_features, dtype=np.int32)])
-        set_parameter(layer, order, torch.from_numpy(permutation).to(weights.device))
-    gathered, own = (order, None) if crosses_ranks else (None, order)
+        set_parameter(layer, parameter, torch.from_numpy(permutation).to(weights.device))
+    gathered, own = (parameter, None) if crosses_ranks else (None, parameter)
     return PackedLinear(choice, names, own, gathered, weights.padding)
 
 

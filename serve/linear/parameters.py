@@ -75,7 +75,7 @@ def create_parameters(
 ) -> None:
     """Give `layer` the parameters that its linears are loaded into.
 
-    vLLM creates the bias later and gives it the loader that `layer.weight_loader` is then. If the layer reorders rows,
+    vLLM creates the bias later and gives it the loader that `layer.weight_loader` is then. If the layer permutes rows,
     that loader is wrapped.
 
     Args:
@@ -88,7 +88,7 @@ def create_parameters(
         layer.register_parameter(part, _parameter(spec, sizes, columns, layer_loader.wrap(part, vllm_loader)))
     if "weight" not in layer_loader.specs and WeightPlaceholder.is_needed(layer):
         layer.weight = WeightPlaceholder()
-    if layer_loader.reorders:
+    if layer_loader.permutes_rows:
         layer.weight_loader = layer_loader.wrap("bias", layer.weight_loader)
 
 

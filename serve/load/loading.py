@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from ria_vllm.checkpoint.folding import RowOrder
+from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.engine import EngineOptions
@@ -33,13 +33,13 @@ def check_tensor(name: str, tensor: torch.Tensor, spec: TensorSpec, rows: int, c
 
 
 class LayerLoader:
-    """Stands before vLLM's weight loaders of one layer: checks each tensor, records it, and reorders its rows.
+    """Stands before vLLM's weight loaders of one layer: checks each tensor, records it, and permutes its rows.
 
     Args:
         shards: which linears a shard id covers.
         specs: what the linears' tensors look like, by the last part of their names.
         in_features: of the whole layer.
-        row_orders: for each linear of the layer, the orders in which its rows are taken.
+        row_permutations: for each linear of the layer, those of its rows.
 
     Attributes:
         rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
@@ -52,20 +52,20 @@ class LayerLoader:
         shards: ShardMap,
         specs: Mapping[str, TensorSpec],
         in_features: int,
-        row_orders: Sequence[Sequence[RowOrder]],
+        row_permutations: Sequence[Sequence[RowPermutation]],
     ):
         self.shards = shards
         self.specs = specs
         self.in_features = in_features
         self.rows: Mapping[ShardId, int] = shards.rows
-        self.row_orders = dict(zip(shards.linears, row_orders))
+        self.row_permutations = dict(zip(shards.linears, row_permutations))
         self.loaded: set[tuple[str, ShardId]] = set()
         self.scale_dtypes: set[torch.dtype] = set()
         self._loading = False
 
     @property
-    def reorders(self) -> bool:
-        return any(self.row_orders.values())
+    def permutes_rows(self) -> bool:
+        return any(self.row_permutations.values())
 
     def wrap(self, part: str, loader: Loader) -> Loader:
         """Wrap one of vLLM's loaders so that it gets tensors called `part` only after `accept`.
@@ -90,10 +90,10 @@ class LayerLoader:
         return load
 
     def accept(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor:
-        """Check and record a tensor, and return it with its rows in the order in which the layer computes them.
+        """Check and record a tensor, and return it with its rows permuted as the layer computes them.
 
         Raises:
-            RiaError: see `check_tensor`; or its rows cannot be reordered.
+            RiaError: see `check_tensor`; or its rows cannot be permuted.
         """
         if part in self.specs:
             rows = self.rows.get(shard, tensor.shape[0] if tensor.dim() else 0)
@@ -102,13 +102,13 @@ class LayerLoader:
             self.loaded.update((part, output) for output in self.shards.outputs_of(shard))
             if part == "weight_scale":
                 self.scale_dtypes.add(tensor.dtype)
-        order = self.row_order(part, tensor, shard)
-        return tensor if order is None else tensor.index_select(0, order)
+        p = self.row_permutation(part, tensor, shard)
+        return tensor if p is None else tensor.index_select(0, p)
 
-    def row_order(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
+    def row_permutation(self, part: str, tensor: torch.Tensor, shard: ShardId) -> torch.Tensor | None:
         """int64 [rows of `tensor`], None to leave them as they are."""
         linears = self.shards.linears_of(shard)
-        if not any(self.row_orders[linear] for linear in linears):
+        if not any(self.row_permutations[linear] for linear in linears):
             return None
         name = f"{'+'.join(linears)}.{part}"
         if not tensor.dim():
@@ -116,13 +116,13 @@ class LayerLoader:
         whole = set(self.shards.outputs_of(shard)) == set(self.shards.outputs)
         if len(linears) > 1 or (len(self.shards.linears) == 1 and not whole):
             raise RiaError(
-                f"{name}: vLLM fuses or splits it before its layer loads it, so its rows cannot be reordered. "
+                f"{name}: vLLM fuses or splits it before its layer loads it, so its rows cannot be permuted. "
                 "`ria-vllm export` makes a dense folder."
             )
         rows = torch.arange(tensor.shape[0], device=tensor.device)
-        for order in self.row_orders[linears[0]]:
+        for own in self.row_permutations[linears[0]]:
             try:
-                rows = order.take(rows)
+                rows = own.take(rows)
             except ValueError as error:
                 raise RiaError(f"{name}: its fold does not fit: {error}. The checkpoint is damaged.") from None
         return rows

@@ -25,7 +25,7 @@ from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.serve.experts.names import check_plain, plain_experts
-from ria_vllm.serve.experts.stored import ExpertOrders, stored_experts
+from ria_vllm.serve.experts.stored import ExpertPermutations, stored_experts
 from ria_vllm.serve.kernels.choice import refuse_on_gpus
 from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearMethod, StoredLinear
 from ria_vllm.serve.load.engine import EngineOptions
@@ -57,7 +57,7 @@ def compressed_tensors_of(config: Mapping[str, Any], where: str) -> CompressedTe
 
 
 class RiaConfig(QuantizationConfig):
-    """Which linears are pruned, in what order their inputs are stored, and which of these orders are folded away.
+    """Which linears are pruned, how their input channels are permuted, and which permutations are folded away.
 
     Linears have the checkpoint's names here; `names` translates vLLM's names to those. vLLM copies and pickles the
     object on its way to the workers, so it holds plain data only until a model is built.
@@ -74,8 +74,8 @@ class RiaConfig(QuantizationConfig):
         pruned: those that are stored compressed; if none are, those that compressed-tensors' configuration calls 2:4.
         required: linears whose tensors vLLM's own layers would misread, so that one of our layers must serve each.
         names: vLLM's name of a module, as far as its mappers tell -> the checkpoint's.
-        permutations: linear -> int32 [in], the order in which its input channels are stored.
-        folding: the permutations that the row orders of other linears absorb.
+        permutations: linear -> int32 [in], that of its input channels.
+        folding: the permutations that the rows of other linears absorb.
         translation: of tensors in forms that only compressed-tensors has; the names here are those after it.
         experts: name of an MoE layer's experts -> these, if they are pruned.
         expert_linears: their linears.
@@ -250,9 +250,9 @@ class RiaConfig(QuantizationConfig):
             return DenseExpertsMethod(layer)
         experts = self.experts[name]
         check_count(layer, experts)
-        orders = ExpertOrders.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
+        permutations = ExpertPermutations.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
         scales = {self.scale_dtypes[linear] for linear, _, _ in experts.linears() if linear in self.scale_dtypes}
-        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), orders, frozenset(scales))
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), permutations, frozenset(scales))
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
@@ -332,7 +332,7 @@ class RiaConfig(QuantizationConfig):
             self.scheme(name),
             self.permutations.get(name),
             name in folding.folded,
-            tuple(folding.row_orders.get(name, ())),
+            tuple(folding.row_permutations.get(name, ())),
             claims_24=name not in self.schema.int8_linears
             and (self.compressed_tensors is None or name in self.compressed_tensors.pruned),
             scale_dtype=self.scale_dtypes.get(name),

@@ -25,7 +25,7 @@ WAY_OUT = "`ria-vllm export` makes a dense folder."
 
 @dataclass(frozen=True)
 class Destination:
-    """Where vLLM's model puts a linear's dense weight or bias: into which layer, as which shard, in what order of rows.
+    """Where vLLM's model puts a linear's dense weight or bias: into which layer, as which shard, its rows permuted how.
 
     rows: int64 [out].
     """
@@ -35,10 +35,10 @@ class Destination:
     rows: torch.Tensor
 
     def load(self, part: str, tensor: torch.Tensor) -> None:
-        """Load the tensor called `part` of the linear. Folds count rows as the file does, so their order comes first,
-        though the layer's loader applies it later."""
+        """Load the tensor called `part` of the linear. Folds count rows as the file does, so their permutation
+        comes first, though the layer's loader applies it later."""
         if tensor.dim() and len(tensor) == len(self.rows):
-            fold = self.layer.quant_method.layer_loader.row_order(part, tensor, self.shard)
+            fold = self.layer.quant_method.layer_loader.row_permutation(part, tensor, self.shard)
             rows = self.rows if fold is None else fold.cpu()[self.rows][fold.cpu().argsort()]
             tensor = tensor.index_select(0, rows.to(tensor.device))
         parameter = getattr(self.layer, part)

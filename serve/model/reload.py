@@ -23,7 +23,7 @@ from ria_vllm.serve.model.config import RiaConfig
 
 
 def check_reload(config: RiaConfig, built_from: ModelConfig | None, from_files: bool) -> None:
-    """Check that a reload brings weights that store the same linears in the same channel orders.
+    """Check that a reload brings weights that store the same linears under the same permutations.
 
     Args:
         config: of the running model.
@@ -59,16 +59,16 @@ def check_files(config: RiaConfig, model_config: ModelConfig) -> None:
         raise _refusal(
             model,
             "by its config.json, its weights are stored otherwise than those that this server was started with: in "
-            "another format, of other linears, or in other channel orders",
+            "another format, of other linears, or under other permutations of channels",
         )
     if different := config.awaited(files) ^ config.tensors:
         raise _refusal(model, f"{min(different)} is in the folder or on this server, but not on both")
     for path in sorted(set(files.values())) if config.compressed_tensors is None else ():
         check_file_digest(new.schema, file_metadata(path), path)
-    # Scales and rotations are not stored: the orders of channels, which are the same, tell runs apart.
+    # Scales and rotations are not stored: the permutations, which are the same, tell runs apart.
     changes = new.schema.unlike_dense
-    no_orders = new.schema.permutations_digest in (None, permutation.digest({}))
-    if EngineOptions.current().lora and (changes != config.schema.unlike_dense or (changes and no_orders)):
+    no_permutations = new.schema.permutations_digest in (None, permutation.digest({}))
+    if EngineOptions.current().lora and (changes != config.schema.unlike_dense or (changes and no_permutations)):
         raise _refusal(
             model,
             "adapters may not fit its linears, whose inputs may be scaled or rotated (--smooth, --rotate) otherwise",
@@ -96,7 +96,7 @@ def proofs_of(config: RiaConfig, model_config: ModelConfig) -> tuple[RiaSchema, 
 
 
 def _layout(schema: RiaSchema) -> dict[str, Any]:
-    """What a server builds its layers by. The orders of channels tell runs apart."""
+    """What a server builds its layers by. The permutations tell runs apart."""
     names = ("pattern", "weight_format", "input_dtype", "folds", "experts", "permutations_digest", "int8_linears")
     return {name: getattr(schema, name) for name in names}
 

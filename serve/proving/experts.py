@@ -174,8 +174,8 @@ class ProvedExperts:
             scales: float64 [scales, 1].
         """
         sizes, experts, biases = self._sizes, self.experts, self._biases
-        order = self.layer.quant_method.orders.rows[expert] if self.is_stored else None
-        mine = torch.arange(sizes.intermediate) if order is None else torch.from_numpy(order).long()
+        p = self.layer.quant_method.permutations.rows[expert] if self.is_stored else None
+        mine = torch.arange(sizes.intermediate) if p is None else torch.from_numpy(p).long()
         mine = mine[sizes.rank * sizes.here : (sizes.rank + 1) * sizes.here]
         kinds = [kind for kind in ("gate", "up") if kind in experts.patterns]
         first = [stored[experts.linear(kind, expert)][mine].double() for kind in kinds]

@@ -93,7 +93,7 @@ def _multiplied(
     """How a linear is computed, and what is wrong with its products.
 
     Args:
-        folded: its input arrives in its own order; else the kernel gathers it.
+        folded: its input arrives permuted; else the kernel gathers it.
         proof: float32 [out, 2].
         served: dtype of the activations.
 
@@ -108,14 +108,14 @@ def _multiplied(
     how = f"{choice}, {name_of(served)} activations"
     if proof is None or len(proof) != rows:
         return how, f"no proof of its {rows} rows in {PROOFS_FILE}. Get all files of one run"
-    r, order = schema.proof_vector(columns), linear.input_permutation
-    if order is not None and folded:
-        r, order = r[order.long()], None
-    if order is not None:
-        order = order.to(device, torch.int32)
+    r, p = schema.proof_vector(columns), linear.input_permutation
+    if p is not None and folded:
+        r, p = r[p.long()], None
+    if p is not None:
+        p = p.to(device, torch.int32)
     for tokens in (1, proofs.TOKENS):
         x = proofs.tokens_of(r, tokens).to(device, served)
-        y = choice.kernel.apply(choice.config, x, packed, order, None).cpu()
+        y = choice.kernel.apply(choice.config, x, packed, p, None).cpu()
         if fault := proofs.fault(y, proof, columns, served):
             return how, fault
     return how, None

@@ -76,7 +76,7 @@ def test_dense_and_sparse_agree_and_are_timed(small):
 
 @pytest.mark.parametrize("name", ["qkv", "down"])
 def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
-    """Its input's channels in a wrong order."""
+    """Its input's channels under a wrong permutation."""
     right = DecoderLayer.__init__
 
     def spoiled(self, shape, linears, norms):

@@ -2,8 +2,8 @@
 
 In float32, both sides compute the same sums in another order: 1e-4 on a logprob is 20 times what is observed. In
 bfloat16, each activation is rounded to 8 bits. Through two layers that changes logprobs, which lie between -10 and 0,
-by up to about 0.06, and by less than 0.02 on average. The bounds leave a factor of 2.5. A wrong order or sign changes
-logprobs by whole units.
+by up to about 0.06, and by less than 0.02 on average. The bounds leave a factor of 2.5. A wrong permutation or sign
+changes logprobs by whole units.
 """
 
 import json

@@ -55,10 +55,10 @@ FOLD = Fold(
 def stored_model():
     """What the checkpoint holds of `Model`."""
     stored = Stored()
-    shared = stored.order(HIDDEN)
+    shared = stored.permutation(HIDDEN)
     for name in ("gate", "up"):
         stored.add(f"{PREFIX}.{name}", INNER, HIDDEN, shared)
-    stored.add(f"{PREFIX}.down", HIDDEN, INNER, stored.order(INNER))
+    stored.add(f"{PREFIX}.down", HIDDEN, INNER, stored.permutation(INNER))
     return stored
 
 

@@ -34,7 +34,7 @@ def swigluoai(gate, up):
 class StoredMoE:
     """Random experts of one layer: the tensors of the files, and the plain matrices that they stand for.
 
-    permuted: gate and up of all experts share a random order of their input channels, each down has its own.
+    permuted: gate and up of all experts share a random permutation of their input channels, each down has its own.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ def write(
 
     Args:
         weights: name of the weight format.
-        permuted: gate and up of a layer's experts share a random order of their input channels, each down has its own.
+        permuted: gate and up of a layer's experts share a random permutation of their input, each down has its own.
         dense_layer: its experts are not pruned.
         dtype: of the model that the weights are quantized for.
         rounded: config.json says that what experts read is rounded to int8.
@@ -175,13 +175,13 @@ def write(
     matrices = {name: matrix for name, matrix in expert_matrices(family, tensors).items() if left not in name}
     assert len(matrices) >= 3 * EXPERTS, sorted(tensors)
     rng = torch.Generator().manual_seed(seed)
-    weight_format, units, orders = FORMATS[weights], {}, {}
+    weight_format, units, permutations = FORMATS[weights], {}, {}
     for name, matrix in matrices.items():
         layer = name.split(".experts.")[0]
         key = name if name.endswith(family.linears[2]) else layer
-        if key not in orders:
-            orders[key] = torch.randperm(matrix.shape[1], generator=rng)
-        p = orders[key] if permuted else torch.arange(matrix.shape[1])
+        if key not in permutations:
+            permutations[key] = torch.randperm(matrix.shape[1], generator=rng)
+        p = permutations[key] if permuted else torch.arange(matrix.shape[1])
         stored = matrix[:, p].float()
         mask = mask_from_bitmask(compress(stored)[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)

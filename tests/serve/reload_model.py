@@ -182,7 +182,7 @@ DENSE = [f"model.block.{name}" for name in ("q", "k", "o")]
 
 
 class Checkpoint:
-    """Tensors by name, of each training. The masks' orders are always the same.
+    """Tensors by name, of each training. The masks' permutations are always the same.
 
     Args:
         pruned_experts: otherwise they are dense.
@@ -194,12 +194,12 @@ class Checkpoint:
         self.weight_format = stored.format
         rng = torch.Generator().manual_seed(7)
         shared, own = torch.randperm(WIDTH, generator=rng), torch.randperm(INNER, generator=rng)
-        self.orders = {f"model.block.{name}": own if name == "down" else shared for name in PRUNED}
+        self.permutations = {f"model.block.{name}": own if name == "down" else shared for name in PRUNED}
         if pruned_experts:
             shared = torch.randperm(WIDTH, generator=rng)
             for e in range(EXPERTS):
-                self.orders |= {f"model.moe.0.experts.{e}.{end}": shared for end in ("w1", "w3")}
-                self.orders[f"model.moe.0.experts.{e}.w2"] = torch.randperm(INNER, generator=rng)
+                self.permutations |= {f"model.moe.0.experts.{e}.{end}": shared for end in ("w1", "w3")}
+                self.permutations[f"model.moe.0.experts.{e}.w2"] = torch.randperm(INNER, generator=rng)
 
     @property
     def head(self):
@@ -235,7 +235,7 @@ class Checkpoint:
             scales = weight.abs().amax(1, keepdim=True) / 127
             integers = (weight / scales).round().to(torch.int8)
             found |= {f"{name}.integers": integers, f"{name}.weight_scale": scales}
-        for linear in self.orders:
+        for linear in self.permutations:
             parts = self.parts(found.pop(f"{linear}.weight"))
             found |= {f"{linear}.{part}": tensor for part, tensor in parts.items()}
         wide = ("model.scan.", "model.router.")
@@ -263,7 +263,7 @@ class Checkpoint:
             if part == "bitmask":
                 stored = self.decoded(module, tensors)
                 tensor = torch.empty_like(stored)
-                tensor[:, self.orders[module]] = stored
+                tensor[:, self.permutations[module]] = stored
             elif part == "integers":
                 tensor = tensor * tensors[f"{module}.weight_scale"]
             elif part != "weight" or tensor.dim() < 2:
@@ -294,7 +294,7 @@ class Checkpoint:
     def config(self):
         config = RiaConfig(schema := self.schema())
         self.read(config)
-        config.permutations = {name: order.int().numpy() for name, order in self.orders.items()}
+        config.permutations = {name: p.int().numpy() for name, p in self.permutations.items()}
         config.folding = fold(schema, config.permutations, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"gate_up": ["gate", "up"], "qk": ["q", "k"]}
         return config
@@ -346,7 +346,7 @@ class Foreign(Checkpoint):
 
     def __init__(self, form="compressed-tensors", tied=False):
         super().__init__(pruned_experts=False, tied=tied)
-        self.orders = {name: torch.arange(INNER) for name in self.orders}
+        self.permutations = {name: torch.arange(INNER) for name in self.permutations}
         self.form = form
 
     def parts(self, weight):

@@ -19,20 +19,20 @@ class Stored:
     def __init__(self, seed=0, weight_format=FLOAT, rounded=False, pattern="2:4"):
         self.rng = torch.Generator().manual_seed(seed)
         self.weight_format, self.rounded, self.pattern = weight_format, rounded, pattern
-        self.tensors, self.plain, self.bias, self.orders = {}, {}, {}, {}
+        self.tensors, self.plain, self.bias, self.permutations = {}, {}, {}, {}
 
-    def add(self, name, rows, columns, order=None):
+    def add(self, name, rows, columns, p=None):
         weight = torch.randn(rows, columns, generator=self.rng) / columns**0.5
         mask = sparse24.mask_from_bitmask(sparse24.compress(weight, None, PATTERNS[self.pattern])[1])
         stored, scales = self.weight_format.quantize(weight * mask, torch.float32)
         parts = self.weight_format.encode(stored, mask, scales, PATTERNS[self.pattern])
         self.tensors[name] = parts | {"shape": torch.tensor([[rows], [columns]])}
-        self.plain[name] = stored if order is None else stored[:, permutation.invert(order).long()]
+        self.plain[name] = stored if p is None else stored[:, permutation.invert(p).long()]
         self.bias[name] = torch.randn(rows, generator=self.rng)
-        if order is not None:
-            self.orders[name] = order.numpy()
+        if p is not None:
+            self.permutations[name] = p.numpy()
 
-    def order(self, size):
+    def permutation(self, size):
         return torch.randperm(size, generator=self.rng).int()
 
     def apply(self, x, name):
@@ -51,8 +51,8 @@ class Stored:
         config.names = {name: name for name in self.tensors}
         scaled = {name: parts["weight_scale"] for name, parts in self.tensors.items() if "weight_scale" in parts}
         config.scale_dtypes = {name: scale.dtype for name, scale in scaled.items()}
-        config.permutations = dict(self.orders)
-        config.folding = fold(config.schema, self.orders, config.pruned.__contains__, "here")
+        config.permutations = dict(self.permutations)
+        config.folding = fold(config.schema, self.permutations, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}
         return config
 

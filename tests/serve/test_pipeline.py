@@ -72,7 +72,7 @@ def made(tmp_path_factory):
 
 
 def test_a_real_model(made):
-    """The same float32 sums in another order, through 8 layers; a wrong order of channels is off by whole units."""
+    """The same float32 sums in another order, through 8 layers; a wrong permutation is off by whole units."""
     model, given, answers = made["smollm2"]
     assert differences(model, answers["float32"], given).max() < 1e-3
 

@@ -85,14 +85,14 @@ def test_verify_asks_the_server(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def other(server, tmp_path_factory):
-    """(folder, model) of other weights in the same orders."""
+    """(folder, model) of other weights under the same permutations."""
     folder = tmp_path_factory.mktemp("other")
-    found, random_order = [], tiny.random_order
+    found, random_permutation = [], tiny.random_permutation
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "random_order", lambda *sizes: found.append(random_order(*sizes)) or found[-1])
+        patch.setattr(tiny, "random_permutation", lambda *sizes: found.append(random_permutation(*sizes)) or found[-1])
         tiny.write(tiny.FAMILIES["llama-gqa"], folder / "again")
-        orders = iter(list(found))
-        patch.setattr(tiny, "random_order", lambda *sizes: next(orders))
+        permutations = iter(list(found))
+        patch.setattr(tiny, "random_permutation", lambda *sizes: next(permutations))
         return folder / "other", tiny.write(tiny.FAMILIES["llama-gqa"], folder / "other", seed=1)
 
 

@@ -50,10 +50,10 @@ def test_as_transformers(served, name):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_no_rank_gathers_from_another(served, place, name):
-    """A consumer that reorders its input itself does so inside blocks. `test_vllm` has runs that warn."""
+    """A consumer that gathers its input itself does so inside blocks. `test_vllm` has runs that warn."""
     reader = Reader(place / name / "pruned")
     consumer = f"model.{BLOCKS[name]}"
     folded = {fold for fold, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
-    order = reader.permutations[consumer].tolist()
-    assert consumer not in folded and order != sorted(order)
+    p = reader.permutations[consumer].tolist()
+    assert consumer not in folded and p != sorted(p)
     assert ALL_GATHER not in (place / "run" / "rank0of2" / "log").read_text()

@@ -68,7 +68,7 @@ OPT = Family(
     settings=(("ffn_dim", INNER), ("word_embed_proj_dim", HIDDEN), ("dropout", 0.0), ("activation_function", "relu")),
 )  # fmt: skip
 
-# vLLM's model rearranges the rows of its values, in which they have an order of their own, too.
+# vLLM's model rearranges the rows of its values, which have a permutation of their own, too.
 FALCON = Family(
     "falcon", kv=2, block="transformer.h.{i}.",
     shared=(("self_attention.query_key_value",), ("mlp.dense_h_to_4h",)),
@@ -145,7 +145,7 @@ def round_tokens(x: torch.Tensor) -> torch.Tensor:
     return ((x / scale).round() * scale).to(x.dtype)
 
 
-def random_order(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
+def random_permutation(size: int, heads: int = 0, kv: int = 0) -> torch.Tensor:
     """Any permutation of `size`; with heads, one that keeps to them, the same for all that share a key-value head."""
     if not heads:
         return torch.randperm(size, dtype=torch.int32)
@@ -171,7 +171,7 @@ def write(
     """Write a compressed checkpoint at `out`; returns the pruned model, in float32 and in its own order.
 
     Args:
-        permuted: each linear's input channels have a random order, which linears that read one input share.
+        permuted: each linear's input channels have a random permutation, which linears that read one input share.
         folds: False leaves folds out, and lets every linear have any permutation.
         dense: endings of names that are not pruned.
         blocks: permutations of inputs that are not heads keep to this many equal blocks.
@@ -182,24 +182,24 @@ def write(
     """
     model = model_of(family, **settings)
     pruned = {n: m for n, m in linears(model).items() if not n.endswith(dense or ("\0",))}
-    orders: dict[str, torch.Tensor] = {}
+    permutations: dict[str, torch.Tensor] = {}
     shared: dict[tuple[str, tuple[str, ...]], torch.Tensor] = {}
     for name, module in pruned.items():
         heads = family.output if folds else "\0"
         if name.endswith(heads):
-            orders[name] = random_order(module.in_features, HEADS, family.kv)
+            permutations[name] = random_permutation(module.in_features, HEADS, family.kv)
             continue
         group = next((g for g in family.shared for part in g if name.endswith(part)), ())
         ending = next((part for part in group if name.endswith(part)), "")
         reader = (name.removesuffix(ending), group)
         if reader not in shared:
-            shared[reader] = random_order(module.in_features, blocks, blocks)
-        orders[name] = shared[reader]
+            shared[reader] = random_permutation(module.in_features, blocks, blocks)
+        permutations[name] = shared[reader]
     weight_format = FORMATS[weights]
     quantization = weight_format.quantization
     units: dict[str, torch.Tensor] = {}
     for name, module in pruned.items():
-        p = orders[name].long() if permuted else torch.arange(module.in_features)
+        p = permutations[name].long() if permuted else torch.arange(module.in_features)
         stored = module.weight.detach().to(dtype)[:, p]
         mask = sparse24.mask_from_bitmask(sparse24.compress(stored, None, PATTERNS[pattern])[1])
         stored, scales = weight_format.quantize(stored * mask, dtype)
@@ -207,7 +207,7 @@ def write(
         units |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         units[f"{name}.shape"] = torch.tensor([[module.out_features], [module.in_features]])
         if permuted:
-            units[f"{name}.input_permutation"] = orders[name].clone()
+            units[f"{name}.input_permutation"] = permutations[name].clone()
         module.weight.data = stored[:, permutation.invert(p)].float()
         if rounded:
             module.register_forward_pre_hook(lambda module, inputs: (round_tokens(inputs[0]),))

@@ -147,14 +147,14 @@ def test_gradients_that_someone_else_has_changed_since(pruned_llama, changed):
 
 @pytest.mark.parametrize("piece", [8, 1000])
 @pytest.mark.parametrize("shape", [(9, 5), (3, 8, 12), (0, 8)])
-@pytest.mark.parametrize("turned", [False, True])
-def test_masking_in_pieces(monkeypatch, piece, shape, turned):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_masking_in_pieces(monkeypatch, piece, shape, transposed):
     """Shards and gradients may be empty, of odd sizes, and not contiguous."""
     monkeypatch.setattr(kept_weight, "PIECE", piece)
     draw = torch.Generator().manual_seed(0)
     mask = torch.rand(shape, generator=draw) < 0.5
     tensor = torch.rand(shape, generator=draw) + 1
-    tensor = tensor.mT.contiguous().mT if turned else tensor
+    tensor = tensor.mT.contiguous().mT if transposed else tensor
     want, packed = tensor * mask, kept_weight._packed(mask)
     assert kept_weight._has_zeros(tensor, packed) == (not tensor.numel())
     kept_weight._zero_dropped(tensor, packed)

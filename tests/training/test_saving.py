@@ -38,7 +38,7 @@ def logits(model):
 
 
 def check_like(new, like):
-    """Everything but the values, their digest and proofs is as it was: masks, orders, names, dtypes, files."""
+    """Everything but the values, their digest and proofs is as it was: masks, permutations, names, dtypes, files."""
     reader, before = Reader(new), Reader(like)
     assert list(reader.problems()) == []
     assert list(reader.files) == list(before.files) or set(reader.files) == set(before.files)

@@ -72,13 +72,13 @@ def test_the_documented_example(folder, tmp_path):
 def unpacked(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Pruned linear -> (its mask, its weight), [out, in] in the model's own order, as docs/reference.md has it."""
     stored = {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
-    orders, found = load_file(folder / "permutations.safetensors"), {}
+    permutations, found = load_file(folder / "permutations.safetensors"), {}
     for name in [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]:
         bits = np.unpackbits(stored[f"{name}.bitmask"].numpy(), axis=1, bitorder="little")
         mask = torch.from_numpy(bits).bool()
         weight = torch.zeros(mask.shape, dtype=stored[f"{name}.compressed"].dtype)
         weight[mask] = stored[f"{name}.compressed"].flatten()
-        channels = orders.get(f"{name}.input_permutation", torch.arange(mask.shape[1])).long()
+        channels = permutations.get(f"{name}.input_permutation", torch.arange(mask.shape[1])).long()
         back = channels.argsort()  # stored column j holds channel channels[j]
         found[name] = (mask[:, back], weight[:, back])
     return found

@@ -33,8 +33,8 @@ Linears that do not read the residual stream, but have to gather their input, in
 - **pruned**: the share of the matrices in the decoder's layers that are pruned, not counting those under *stays dense*;
   in brackets, the share of all, in the toy's proportions. If the share of all is less than {share:.0%}, it stands
   first, and the reason after it.
-- **folded**, **gathers**: linears whose input arrives in their order because other linears' rows have it, and linears
-  that bring their input into it themselves.
+- **folded**, **gathers**: linears whose input arrives permuted because other linears' rows are, and linears that gather
+  their input themselves.
 - **dense**, **pruned and served**: the largest difference between vLLM and transformers of any token's log probability,
   before and after pruning. Where vLLM's CPU build does not run the dense model, the toy is only compressed, verified
   and exported. Of those with pruned experts, `make test` builds and loads vLLM's model all the same, and compares the

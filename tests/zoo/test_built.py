@@ -1,4 +1,4 @@
-"""MoE models that vLLM does not run on CPUs: its layers take what `compress` writes, and its experts compute with it."""
+"""MoE models that vLLM cannot run on CPUs: its layers take what `compress` writes, and its experts compute with it."""
 
 import re
 from collections import Counter

@@ -67,8 +67,8 @@ class Toy:
         text_only: why vLLM's CPU build cannot run the dense model with an image; such a toy is served with text.
         stays_dense: part of the names of matrices that are not pruned -> why not.
         no_fold: why none is possible.
-        gathers: end of the names of linears that bring their input into their order themselves, though they do not read
-            the residual stream, in some layers at least -> why no fold does it. Beside those in `check.GATHERS`.
+        gathers: end of the names of linears that gather their input themselves, though they do not read the residual
+            stream, in some layers at least -> why no fold does it. Beside those in `check.GATHERS`.
         engine: arguments of vLLM's `LLM` that the dense model needs too; `run` says why.
         dtype: of the stored weights, and the one that vLLM computes in.
         edits: keys of config.json that transformers' config lacks, but the folders on the hub have, and vLLM reads.

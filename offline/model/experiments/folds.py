@@ -103,7 +103,7 @@ def _permuted(experiment: Experiment, fold: Fold, draw: torch.Generator) -> Abst
     layer = experiment.layer
     p = _random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
     returned = []
-    for producer, order in zip(fold.producers, fold.row_orders(p), strict=True):
+    for producer, order in zip(fold.producers, fold.row_permutations(p), strict=True):
         linear = layer.get_submodule(producer.name)
         index, places = torch.arange(linear.out_features), producer_rows(linear, producer)
         index[places] = places[order]

@@ -82,7 +82,7 @@ def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(experts_path, dtype):
     ],
 )  # fmt: skip
 def test_ranks(experts_path, monkeypatch, size, placement, weight_format, folds):
-    """Rows of gate and up are cut after they were put into the order of down's columns, with a fold and without. Each
+    """Rows of gate and up are cut after they were permuted as down's columns are, with a fold and without. Each
     rank has the scales of its own rows and columns."""
     stored = StoredMoE(weight_format=FORMATS[weight_format], bias=True, folds=folds)
     assert bool(stored.config().folding.folded) == folds

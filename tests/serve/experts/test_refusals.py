@@ -8,7 +8,7 @@ from moe_layers import EXPERTS, HIDDEN, INNER, LAYER, Model, StoredMoE, attached
 from vllm.config import LoRAConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import config as moe_config
 
-from ria_vllm.checkpoint.folding import RowOrder
+from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import INTEGERS
 from ria_vllm.serve.model.layer_matching import match_layers
@@ -37,8 +37,8 @@ def differently_permuted():
 
 def folded_from_elsewhere():
     config = StoredMoE().config()
-    order = config.permutations[f"{LAYER}.0.down_proj"][::-1].copy()
-    config.folding.row_orders[f"{LAYER}.0.up_proj"] = [RowOrder(order)]
+    p = config.permutations[f"{LAYER}.0.down_proj"][::-1].copy()
+    config.folding.row_permutations[f"{LAYER}.0.up_proj"] = [RowPermutation(p)]
     return config
 
 
@@ -53,7 +53,7 @@ REFUSED = {
     "64 input channels .* int4-g128": (lambda: stored_in(INT4_G128), {"hidden_size": 64}, None),
     f"a permutation has {HIDDEN + 4} channels": (elsewhere_permuted, {}, None),
     "different permutations. .*ria-vllm export": (differently_permuted, {}, None),
-    "0.up_proj: a fold reorders its rows": (folded_from_elsewhere, {}, None),
+    "0.up_proj: a fold permutes its rows": (folded_from_elsewhere, {}, None),
     f"{LAYER}.{EXPERTS}.up_proj is in none": (plain, {"num_experts": 2 * EXPERTS}, None),
     "but vLLM's layer has 2": (plain, {"num_experts": 2}, None),
     "swiglu_limit": (plain, {"swiglu_limit": 0.7, "activation": "gelu"}, None),

@@ -106,10 +106,12 @@ def test_a_layer(monkeypatch, name, input_dtype, gathered):
     names = tuple(f"packed_{i}" for i in range(len(tensors)))
     for parameter, tensor in zip(names, tensors):
         set_parameter(layer, parameter, tensor)
-    set_parameter(layer, "order", on_gpu(COLUMNS + 32, dtype=torch.int32))
+    set_parameter(layer, "permutation", on_gpu(COLUMNS + 32, dtype=torch.int32))
     set_parameter(layer, "channels", on_gpu(COLUMNS, dtype=torch.int32))
     config = LinearLayerConfig(torch.device(GPU), torch.bfloat16, weight_format, ROWS, COLUMNS + 32, input_dtype)
-    packed_linear = PackedLinear(LinearChoice(kernel, config), names, "order", "channels" if gathered else None, 32)
+    packed_linear = PackedLinear(
+        LinearChoice(kernel, config), names, "permutation", "channels" if gathered else None, 32
+    )
     x, bias = on_gpu(2, 9, COLUMNS), on_gpu(ROWS)
     with GraphCapture(GPU, BODIES) as capture:
         y = packed_linear.apply(layer, x, bias)
@@ -131,9 +133,9 @@ def test_experts(weight_format, input_dtype):
     for rows, columns in ((128, 128), (128, 64)):
         packed += [t.expand(4, *t.shape) for t in in_format(weight_format, rows, columns)]
     packed += [on_gpu(4, 128), on_gpu(4, 128)]
-    ids, order, numbers = (on_gpu(*shape, dtype=torch.int32) for shape in ((9, 2), (128,), (8,)))
+    ids, p, numbers = (on_gpu(*shape, dtype=torch.int32) for shape in ((9, 2), (128,), (8,)))
     weights = on_gpu(9, 2, dtype=torch.float32)
     with GraphCapture(GPU, BODIES) as capture:
-        y = ReferenceExpertsKernel.apply(config, on_gpu(9, 128), weights, ids, packed, order, numbers)
+        y = ReferenceExpertsKernel.apply(config, on_gpu(9, 128), weights, ids, packed, p, numbers)
     assert y.shape == (9, 128) and y.dtype == torch.bfloat16
     assert not capture.kept(y)

@@ -68,9 +68,9 @@ def test_the_reference_gives_the_bits_of_the_definition(format, dtype):
     layer = pack(ReferenceKernel, parts, format, dtype)
     layer = replace(layer, config=replace(layer.config, input_dtype=torch.int8))
     assert ReferenceKernel.can_implement(layer.config) is None
-    x, order = tokens(256, dtype), torch.randperm(256, dtype=torch.int32)
+    x, p = tokens(256, dtype), torch.randperm(256, dtype=torch.int32)
     bias = torch.randn(40).to(dtype)
-    for permutation, given in ((None, None), (order, bias)):
+    for permutation, given in ((None, None), (p, bias)):
         ordered = x if permutation is None else x[:, permutation.long()]
         want = exact(ordered, format, parts, given).to(dtype)
         got = layer(x, permutation, given)
@@ -124,6 +124,6 @@ def test_compiled():
     format = INTEGERS[4, 64]
     parts, _ = random_parts(40, 128, format, BF16)
     packed = [parts[part.name] for part in format.parts]
-    order, bias = torch.randperm(128, dtype=torch.int32), torch.randn(40).to(BF16)
-    arguments = (tokens(128, BF16), packed, format.name, True, 40, order, bias)
+    p, bias = torch.randperm(128, dtype=torch.int32), torch.randn(40).to(BF16)
+    arguments = (tokens(128, BF16), packed, format.name, True, 40, p, bias)
     torch.library.opcheck(torch.ops.ria.sparse24_linear.reference, arguments)

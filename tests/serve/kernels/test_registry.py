@@ -220,10 +220,10 @@ def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hoppe
         assert registry.self_test(kernel, CPU, act_dtype, format) is None
         parts, dense = random_parts(72, 128, format, act_dtype)
         x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(act_dtype)
-        order = torch.randperm(128, dtype=torch.int32)
+        p = torch.randperm(128, dtype=torch.int32)
         bias = torch.randn(72).to(act_dtype)
-        y = pack(kernel, parts, format, act_dtype)(x, order, bias)
-        want = x.double()[:, order.long()] @ dense.T + bias.double()
+        y = pack(kernel, parts, format, act_dtype)(x, p, bias)
+        want = x.double()[:, p.long()] @ dense.T + bias.double()
         # fp8's kernel rounds activations to 3 bits of mantissa.
         rtol = 2**-4 if format == FP8 and kernel is CutlassKernel else 2**-7
         torch.testing.assert_close(y.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))

@@ -45,7 +45,7 @@ def test_a_hopper_keeps_fp8(hopper_layers, columns, dense, inputs, strategy):
 def test_a_folder_of_ours_is_kept_if_it_rounds_inputs(hopper_layers, rounded):
     """As `distill` makes one of compressed-tensors' fp8. Otherwise its weights are served as floating point."""
     stored = Stored(weight_format=FP8, rounded=rounded)
-    stored.add("fc", 64, 128, stored.order(128))
+    stored.add("fc", 64, 128, stored.permutation(128))
     layer = ReplicatedLinear(
         128, 64, quant_config=stored.config(), prefix="fc", params_dtype=torch.bfloat16, return_bias=False
     )

@@ -22,21 +22,21 @@ ROWS = sum(OUTPUTS.values())
 
 
 def stored(weight_format=FLOAT):
-    """The tensors of the projection, its plain matrix, its order."""
+    """The tensors of the projection, its plain matrix, its permutation."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(ROWS, HIDDEN, generator=generator)
     mask = sparse24.mask_from_bitmask(sparse24.compress(weight)[1])
     weight, scales = weight_format.quantize(weight * mask, torch.float32)
     tensors = weight_format.encode(weight, mask, scales)
-    order = torch.randperm(HIDDEN, generator=generator).int()
-    return tensors, weight.double()[:, permutation.invert(order).long()], order.numpy()
+    p = torch.randperm(HIDDEN, generator=generator).int()
+    return tensors, weight.double()[:, permutation.invert(p).long()], p.numpy()
 
 
-def in_proj(order, weight_format=FLOAT):
+def in_proj(p, weight_format=FLOAT):
     words = weight_format.quantization
     schema = RiaSchema(sparsity_config=SparsityConfig(), weights=words and WeightQuantization(**words))
     config = RiaConfig(schema)
-    config.permutations = {"mixer.in_proj": order}
+    config.permutations = {"mixer.in_proj": p}
     return in_proj_of(config)
 
 
@@ -61,12 +61,12 @@ def load(layer, tensors):
 
 @pytest.mark.parametrize(("size", "weight_format"), [(1, FLOAT), (2, INT8), (4, INTEGERS[4, 32])])
 def test_one_group_on_several_ranks(ranks, size, weight_format):
-    tensors, plain, order = stored(weight_format)
+    tensors, plain, p = stored(weight_format)
     x = torch.randn(3, HIDDEN)
     want = dict(zip(OUTPUTS, (x.double() @ plain.T).split(list(OUTPUTS.values()), -1)))
     for rank in range(size):
         ranks(rank, size)
-        layer = in_proj(order, weight_format)
+        layer = in_proj(p, weight_format)
         load(layer, tensors)
         mine = [want[output] if output in "BC" else want[output].chunk(size, -1)[rank] for output in OUTPUTS]
         torch.testing.assert_close(layer(x)[0].double(), torch.cat(mine, -1), rtol=0, atol=1e-4)
@@ -77,10 +77,10 @@ def test_one_group_on_several_ranks(ranks, size, weight_format):
 @pytest.mark.parametrize("part", ["compressed", "bitmask"])
 def test_another_shape_is_named(ranks, part, change):
     ranks(0, 2)
-    tensors, _, order = stored()
+    tensors, _, p = stored()
     tensors[part] = change(tensors[part])
     with pytest.raises(RiaError, match=rf"mixer\.in_proj\.{part} is .*damaged"):
-        load(in_proj(order), tensors)
+        load(in_proj(p), tensors)
 
 
 @pytest.mark.parametrize(("dense", "strategy"), [(False, "tensor"), (True, "channel")])

@@ -56,30 +56,30 @@ def replicated(config, columns=HIDDEN, rows=64, **settings):
     return ReplicatedLinear(columns, rows, quant_config=config, prefix="fc", return_bias=False, **settings)
 
 
-def feed_forward(weight_format=FLOAT, inner=INNER, orders=True, rounded=False, pattern="2:4"):
+def feed_forward(weight_format=FLOAT, inner=INNER, permuted=True, rounded=False, pattern="2:4"):
     stored = Stored(weight_format=weight_format, rounded=rounded, pattern=pattern)
-    shared = stored.order(HIDDEN) if orders else None
+    shared = stored.permutation(HIDDEN) if permuted else None
     stored.add("gate", inner, HIDDEN, shared)
     stored.add("up", inner, HIDDEN, shared)
-    stored.add("down", HIDDEN, inner, stored.order(inner) if orders else None)
+    stored.add("down", HIDDEN, inner, stored.permutation(inner) if permuted else None)
     return stored
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "orders", "backend"),
+    ("name", "size", "permuted", "backend"),
     [
         ("float", 1, "none", ""), ("float", 4, "shared", ""), ("float", 8, "shared", ""),
         ("int8", 2, "shared", ""), ("int4-g32", 1, "shared", "reference"), ("int4-g128", 2, "shared", ""),
         ("int8-g64", 2, "none", "reference"),
     ],
 )  # fmt: skip
-def test_qkv(ranks, monkeypatch, name, size, orders, backend):
+def test_qkv(ranks, monkeypatch, name, size, permuted, backend):
     """More ranks than key-value heads have copies of these."""
     monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
     stored = Stored(weight_format=FORMATS[name])
-    order = stored.order(HIDDEN) if orders == "shared" else None
+    p = stored.permutation(HIDDEN) if permuted == "shared" else None
     for part, heads in (("q", HEADS), ("k", KV), ("v", KV)):
-        stored.add(part, heads * HEAD, HIDDEN, order)
+        stored.add(part, heads * HEAD, HIDDEN, p)
     x = torch.randn(7, HIDDEN)
     want = {part: stored.apply(x, part).unflatten(-1, (-1, HEAD)) for part in "qkv"}
     for rank in range(size):
@@ -105,7 +105,7 @@ def test_qkv(ranks, monkeypatch, name, size, orders, backend):
     ],
 )  # fmt: skip
 def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, size, inner, backend, pattern):
-    """The rows of gate and up take the order of down's columns; a rank's columns of down keep their scales.
+    """The rows of gate and up are permuted as down's columns are; a rank's columns of down keep their scales.
 
     With inner 192 on 2 or 4 ranks each holds 96 or 48 columns, which no kernel takes without padding.
     """
@@ -129,7 +129,7 @@ def test_feed_forward_folds_on_every_number_of_ranks(ranks, monkeypatch, name, s
 def test_two_linears_for_four_outputs(ranks):
     """Qwen3.5's linear attention: q, k and v are one tensor and the gate another. vLLM's layer has four outputs."""
     stored = Stored()
-    shared = stored.order(HIDDEN)
+    shared = stored.permutation(HIDDEN)
     stored.add("qkv", 2 * 64 + INNER, HIDDEN, shared)
     stored.add("z", INNER, HIDDEN, shared)
     config = stored.config()
@@ -147,7 +147,7 @@ def test_two_linears_for_four_outputs(ranks):
 
 def test_keys_that_are_also_the_values(ranks):
     stored = Stored()
-    shared = stored.order(HIDDEN)
+    shared = stored.permutation(HIDDEN)
     stored.add("q", HEADS * HEAD, HIDDEN, shared)
     stored.add("k", KV * HEAD, HIDDEN, shared)
     config = stored.config()
@@ -164,8 +164,8 @@ def test_keys_that_are_also_the_values(ranks):
 def fused_on_disk():
     """Gate and up as one linear, and a fold into its halves."""
     stored = Stored()
-    stored.add("gate_up", 2 * INNER, HIDDEN, stored.order(HIDDEN))
-    stored.add("down", HIDDEN, INNER, stored.order(INNER))
+    stored.add("gate_up", 2 * INNER, HIDDEN, stored.permutation(HIDDEN))
+    stored.add("down", HIDDEN, INNER, stored.permutation(INNER))
     halves = [Producer(name="gate_up", rows=(0, INNER)), Producer(name="gate_up", rows=(INNER, 2 * INNER))]
     return stored, stored.config([Fold(consumer="down", producers=halves, coupling="elementwise")])
 
@@ -174,11 +174,11 @@ def test_fused_on_disk_with_row_ranges(ranks):
     stored, config = fused_on_disk()
     x = torch.randn(5, HIDDEN)
     want = stored.apply(x, "gate_up").chunk(2, -1)
-    order = torch.from_numpy(stored.orders["down"]).long()
+    p = torch.from_numpy(stored.permutations["down"]).long()
     for rank in range(2):
         ranks(rank, 2)
         got = stored.load(gate_up(config), {"gate_up": None})(x)
-        close(got, torch.cat([half[:, order].chunk(2, -1)[rank] for half in want], -1))
+        close(got, torch.cat([half[:, p].chunk(2, -1)[rank] for half in want], -1))
 
 
 def test_a_piece_of_a_fused_linear_cannot_be_reordered():
@@ -197,15 +197,15 @@ def test_a_piece_of_a_fused_linear_cannot_be_reordered():
 def test_latent_attention_asks_for_the_plain_weight(ranks, size, name, rounded):
     """vLLM multiplies by what it takes out of kv_b_proj: each head's 48 keys, and behind them its values."""
     stored = Stored(weight_format=FORMATS[name], rounded=rounded)
-    stored.add("kv_b", HEADS * (48 + HEAD), HIDDEN, stored.order(HIDDEN))
-    order = torch.cat([stored.order(HEAD) + HEAD * head for head in range(HEADS)])
-    stored.add("o", HIDDEN, HEADS * HEAD, order)
+    stored.add("kv_b", HEADS * (48 + HEAD), HIDDEN, stored.permutation(HIDDEN))
+    p = torch.cat([stored.permutation(HEAD) + HEAD * head for head in range(HEADS)])
+    stored.add("o", HIDDEN, HEADS * HEAD, p)
     values = Producer(name="kv_b", rows=(48, 48 + HEAD), blocks=HEADS)
     rule = Fold(consumer="o", producers=[values], coupling="heads", num_heads=HEADS, num_kv_heads=HEADS)
     config = stored.config([rule])
     assert config.folding.folded == {"o"}
     want = stored.plain["kv_b"].clone().view(HEADS, 48 + HEAD, HIDDEN)
-    for head, inner in enumerate(order.view(HEADS, HEAD).long() % HEAD):
+    for head, inner in enumerate(p.view(HEADS, HEAD).long() % HEAD):
         want[head, 48:] = want[head, 48 + inner]
     for rank in range(size):
         ranks(rank, size)
@@ -224,8 +224,8 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, name, size, blocks
     """A permutation within each rank's channels needs no all-gather. Any other needs one, on every rank."""
     stored = Stored(weight_format=FORMATS[name])
     width = INNER // blocks
-    order = torch.cat([stored.order(width) + width * i for i in range(blocks)])
-    stored.add("down", HIDDEN, INNER, order.int())
+    p = torch.cat([stored.permutation(width) + width * i for i in range(blocks)])
+    stored.add("down", HIDDEN, INNER, p.int())
     x, gathered, total = torch.randn(5, INNER), [], 0
     monkeypatch.setattr(packing, "tensor_model_parallel_all_gather", lambda own: gathered.append(own) or x)
     for rank in range(size):
@@ -238,7 +238,7 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, name, size, blocks
 @pytest.mark.parametrize("layer_class", [ColumnParallelLinear, ReplicatedLinear])
 def test_plain_layers(layer_class):
     stored = Stored()
-    stored.add("fc", 96, HIDDEN, stored.order(HIDDEN))
+    stored.add("fc", 96, HIDDEN, stored.permutation(HIDDEN))
     layer = layer_class(HIDDEN, 96, quant_config=stored.config(), prefix="fc", return_bias=False)
     x = torch.randn(2, 3, HIDDEN)
     close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
@@ -248,7 +248,7 @@ def test_plain_layers(layer_class):
 def test_half_precision(weight_format):
     """Whichever kernel is fastest here. Inputs and results have 8 bits, and sums are float32."""
     stored = Stored(weight_format=weight_format)
-    stored.add("fc", 96, 512, stored.order(512))
+    stored.add("fc", 96, 512, stored.permutation(512))
     layer = stored.load(replicated(stored.config(), 512, 96, params_dtype=torch.bfloat16), {"fc": None})
     x = torch.randn(9, 512).bfloat16()
     got = layer(x)
@@ -261,7 +261,7 @@ def test_half_precision(weight_format):
 def test_inputs_are_rounded_if_the_checkpoint_says_so(ranks, monkeypatch, name):
     """Each rank rounds the channels that it has, so two ranks are at least as exact as one."""
     monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    stored = feed_forward(FORMATS[name], orders=False, rounded=True)
+    stored = feed_forward(FORMATS[name], permuted=False, rounded=True)
     x = torch.randn(5, INNER)
     x[0, 5], x[1] = 12.0, 0
     for size in (1, 2):
@@ -296,8 +296,8 @@ def test_unrounded_where_no_kernel_rounds(monkeypatch):
     layer = stored.load(gate_up(stored.config([FOLD])), GATE_UP)
     how = "with int8-g64 widened to float32 and inputs not rounded to int8"
     assert str(layer.ria_packed.choice) == f"float {how}"
-    order = torch.from_numpy(stored.orders["down"]).long()
-    close(layer(x), torch.cat([stored.apply(x, name)[:, order] for name in GATE_UP], -1))
+    p = torch.from_numpy(stored.permutations["down"]).long()
+    close(layer(x), torch.cat([stored.apply(x, name)[:, p] for name in GATE_UP], -1))
 
 
 def test_dense_linears_are_vllms_own():
@@ -317,7 +317,7 @@ def test_no_folds_with_lora(name):
     x, y = torch.randn(3, HIDDEN), torch.randn(3, INNER)
     close(stored.load(first, GATE_UP)(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
     folding = config.folding_under(EngineOptions(lora=True))
-    assert np.array_equal(config.stored_linear("down", folding).input_permutation, stored.orders["down"])
+    assert np.array_equal(config.stored_linear("down", folding).input_permutation, stored.permutations["down"])
     close(stored.load(second, {"down": None})(y) + stored.bias["down"], stored.apply(y, "down"))
 
 
@@ -353,11 +353,11 @@ def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(monkeypatch, backend,
     monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
     stored = feed_forward(FORMATS["int4-g64"])
     for name, dtype in zip(GATE_UP, dtypes):
-        parts, order = stored.tensors[name], stored.orders[name]
+        parts, p = stored.tensors[name], stored.permutations[name]
         # More digits than bfloat16 has: a reader that rounds them is off by far more than `close` allows.
         parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(getattr(torch, dtype))
         plain = stored.weight_format.decode(parts, torch.float32)
-        stored.plain[name] = plain[:, permutation.invert(torch.from_numpy(order)).long()]
+        stored.plain[name] = plain[:, permutation.invert(torch.from_numpy(p)).long()]
     x = torch.randn(3, HIDDEN)
     layer = stored.load(gate_up(stored.config()), GATE_UP)
     close(layer(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))

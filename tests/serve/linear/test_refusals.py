@@ -59,7 +59,7 @@ def test_fused_layer_that_is_partly_dense():
 def test_fused_linears_in_different_orders():
     stored = Stored()
     for name in ("gate", "up"):
-        stored.add(name, INNER, HIDDEN, stored.order(HIDDEN))
+        stored.add(name, INNER, HIDDEN, stored.permutation(HIDDEN))
     with pytest.raises(RiaError, match="gate_up: vLLM fuses gate, up, .*ria-vllm export"):
         MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
 
@@ -67,7 +67,7 @@ def test_fused_linears_in_different_orders():
 def test_permutation_of_another_size():
     stored = Stored()
     stored.add("fc", 64, HIDDEN)
-    stored.orders["fc"] = np.arange(64, dtype=np.int32)
+    stored.permutations["fc"] = np.arange(64, dtype=np.int32)
     layer = ReplicatedLinear(HIDDEN, 64, quant_config=stored.config(), prefix="fc")
     with pytest.raises(RiaError, match="fc: its permutation has 64 channels"):
         stored.load(layer, {"fc": None})

@@ -61,13 +61,13 @@ def load(model, folder):
 def test_a_folder_that_was_replaced_before_the_first_load(build, copy):
     model = build(copy)
     replace(copy)
-    with pytest.raises(RiaError, match=f"^{copy}/?: .*other channel orders"):
+    with pytest.raises(RiaError, match=f"^{copy}/?: .*other permutations"):
         load(model, copy)
     assert not model.loaded
 
 
 def test_a_draft_that_is_built_with_the_configuration_of_its_target(build, checkpoint, copy):
-    """Its files are its own, and their orders not those of the target."""
+    """Its files are its own, and their permutations not those of the target."""
     replace(copy)
     model = build(checkpoint, own=copy)
     load(model, copy)

@@ -6,7 +6,7 @@ import tiny
 import torch
 from tiny import logits
 
-from ria_vllm.checkpoint.folding import RowOrder, fold
+from ria_vllm.checkpoint.folding import RowPermutation, fold
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Fold, Producer
@@ -14,7 +14,7 @@ from ria_vllm.format.schema import RiaSchema, SparsityConfig
 
 
 def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
-    """The checkpoint as serving computes it: consumers keep their stored columns, producers give up row order."""
+    """The checkpoint as serving computes it: consumers keep their stored columns, producers take permuted rows."""
     reader = Reader(folder)
     permutations = {name: p.numpy() for name, p in reader.permutations.items()}
     folding = fold(reader.schema, permutations, set(reader.sparse_names).__contains__, str(folder))
@@ -23,10 +23,10 @@ def folded(folder, model: torch.nn.Module) -> torch.nn.Module:
     for name in reader.sparse_names:
         linear = reader.linear(name)
         weight = linear.stored() if name in folding.folded else linear.dense()
-        for order in folding.row_orders.get(name, []):
-            weight = order.take(weight)
+        for permuted in folding.row_permutations.get(name, []):
+            weight = permuted.take(weight)
             if modules[name].bias is not None:
-                modules[name].bias.data = order.take(modules[name].bias.data)
+                modules[name].bias.data = permuted.take(modules[name].bias.data)
         modules[name].weight.data = weight.to(modules[name].weight.dtype)
     return model
 
@@ -46,9 +46,9 @@ def test_wrong_row_order_shows(tmp_path, monkeypatch):
     family = tiny.FAMILIES["llama-gqa"]
     tiny.write(family, tmp_path / "out")
     want = logits(tiny.export(tmp_path / "out", tiny.model_of(family)))
-    take = RowOrder.take
+    take = RowPermutation.take
     monkeypatch.setattr(
-        RowOrder, "take", lambda self, t: take(RowOrder(np.argsort(self.order), self.start, self.for_all), t)
+        RowPermutation, "take", lambda self, t: take(RowPermutation(np.argsort(self.p), self.start, self.for_all), t)
     )
     got = logits(folded(tmp_path / "out", tiny.model_of(family)))
     assert (got - want).abs().max() > 0.1
@@ -62,24 +62,24 @@ def elementwise(consumer="l.{i}.down", producers=("l.{i}.gate", "l.{i}.up"), row
     return Fold(consumer=consumer, producers=[Producer(name=p, rows=rows) for p in producers], coupling="elementwise")
 
 
-def order(size, seed=0):
+def permutation(size, seed=0):
     return np.random.default_rng(seed).permutation(size).astype(np.int32)
 
 
 def test_dense_producer_leaves_the_gather_to_its_consumer():
-    p = {"l.0.down": order(64), "l.1.down": order(64, 1)}
+    p = {"l.0.down": permutation(64), "l.1.down": permutation(64, 1)}
     folding = fold(schema([elementwise()]), p, lambda name: name != "l.1.up", "here")
     assert folding.folded == {"l.0.down"}
-    assert set(folding.row_orders) == {"l.0.gate", "l.0.up"}
+    assert set(folding.row_permutations) == {"l.0.gate", "l.0.up"}
 
 
 def test_rows_of_a_fused_producer():
-    p = order(8)
+    p = permutation(8)
     folding = fold(
         schema([elementwise(producers=("l.{i}.fused",), rows=(4, 12))]), {"l.7.down": p}, lambda _: True, "here"
     )
     tensor = torch.arange(16)[:, None] * torch.ones(1, 3)
-    taken = folding.row_orders["l.7.fused"][0].take(tensor)
+    taken = folding.row_permutations["l.7.fused"][0].take(tensor)
     assert taken[:, 0].tolist() == [0, 1, 2, 3, *(4 + p).tolist(), 12, 13, 14, 15]
 
 
@@ -88,10 +88,10 @@ def test_rows_of_each_block_of_a_producer():
     values = Producer(name="l.{i}.qkv", rows=(8, 12), blocks=3)
     gate = Producer(name="l.{i}.gate", rows=(4, 8), blocks=3)
     rule = Fold(consumer="l.{i}.o", producers=[values, gate], coupling="heads", num_heads=3, num_kv_heads=3)
-    p = np.concatenate([4 * head + order(4, head) for head in range(3)]).astype(np.int32)
+    p = np.concatenate([4 * head + permutation(4, head) for head in range(3)]).astype(np.int32)
     folding = fold(schema([rule]), {"l.0.o": p}, lambda _: True, "here")
     for name, size, start in (("l.0.qkv", 12, 8), ("l.0.gate", 8, 4)):
-        (one,) = folding.row_orders[name]
+        (one,) = folding.row_permutations[name]
         expected = list(range(3 * size))
         for head in range(3):
             first = head * size + start
@@ -106,39 +106,39 @@ def test_a_gate_has_a_row_for_each_query_head():
     rule = Fold(consumer="l.{i}.o", producers=producers, coupling="heads", num_heads=4, num_kv_heads=2)
     p = np.array([1, 0, 3, 2, 4, 5, 6, 7], dtype=np.int32)  # only the two query heads of the first key-value head
     folding = fold(schema([rule]), {"l.0.o": p}, lambda _: True, "here")
-    assert folding.row_orders["l.0.v"][0].take(torch.arange(4)).tolist() == [1, 0, 2, 3]
-    taken = folding.row_orders["l.0.q"][0].take(torch.arange(16)).tolist()
+    assert folding.row_permutations["l.0.v"][0].take(torch.arange(4)).tolist() == [1, 0, 2, 3]
+    taken = folding.row_permutations["l.0.q"][0].take(torch.arange(16)).tolist()
     assert taken == [0, 1, 3, 2, 4, 5, 7, 6, *range(8, 16)]
 
 
 def test_blocks_that_a_producer_does_not_have():
     with pytest.raises(ValueError, match="do not divide into 4 blocks"):
-        RowOrder(np.arange(8), 0, False, 4).take(torch.zeros(10, 2))  # 10 rows are not four blocks
+        RowPermutation(np.arange(8), 0, False, 4).take(torch.zeros(10, 2))  # 10 rows are not four blocks
     with pytest.raises(ValueError, match="rows 1 to 3"):
-        RowOrder(np.arange(8), 1, False, 4).take(torch.zeros(8, 2))
+        RowPermutation(np.arange(8), 1, False, 4).take(torch.zeros(8, 2))
     rules = [
         Fold(consumer="l.{i}.a", producers=[Producer(name="l.{i}.up", rows=(0, 4))], coupling="elementwise"),
         Fold(consumer="l.{i}.b", producers=[Producer(name="l.{i}.up", rows=(1, 2), blocks=4)], coupling="elementwise"),
     ]
     with pytest.raises(RiaError, match="same rows of l.0.up"):
-        fold(schema(rules), {"l.0.a": order(4), "l.0.b": order(4, 1)}, lambda _: True, "here")
+        fold(schema(rules), {"l.0.a": permutation(4), "l.0.b": permutation(4, 1)}, lambda _: True, "here")
 
 
 def test_two_orders_for_the_same_rows():
     rules = [elementwise("l.{i}.down"), elementwise("l.{i}.side", ("l.{i}.up",))]
     with pytest.raises(RiaError, match="same rows of l.0.up"):
-        fold(schema(rules), {"l.0.down": order(64), "l.0.side": order(64, 1)}, lambda _: True, "here")
+        fold(schema(rules), {"l.0.down": permutation(64), "l.0.side": permutation(64, 1)}, lambda _: True, "here")
 
 
 def test_permutation_across_heads_is_named():
     rule = Fold(consumer="l.{i}.o", producers=[Producer(name="l.{i}.v")], coupling="heads", num_heads=4, num_kv_heads=2)
     with pytest.raises(RiaError, match=r"here: l\.3\.o: .*another head"):
-        fold(schema([rule]), {"l.3.o": order(128)}, lambda _: True, "here")
+        fold(schema([rule]), {"l.3.o": permutation(128)}, lambda _: True, "here")
 
 
 def test_a_wrong_number_of_rows():
-    with pytest.raises(RiaError, match=r"reorders 64 rows, but takes 8 of l\.0\.gate"):
-        fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": order(64)}, lambda _: True, "here")
+    with pytest.raises(RiaError, match=r"permutes 64 rows, but takes 8 of l\.0\.gate"):
+        fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": permutation(64)}, lambda _: True, "here")
     rule = Fold(consumer="l.o", producers=[Producer(name="l.qkv", rows=(2, 4), blocks=3)], coupling="elementwise")
     with pytest.raises(RiaError, match=r"takes 6 of l\.qkv \(rows 2 to 4 of each of 3 blocks\)"):
-        fold(schema([rule]), {"l.o": order(64)}, lambda _: True, "here")
+        fold(schema([rule]), {"l.o": permutation(64)}, lambda _: True, "here")

@@ -35,7 +35,7 @@ def test_what_is_folded(option, folded, engine, checkpoint):
     consumers = {"self_attn.o_proj", "mlp.down_proj"} if folded else set()
     producers = {"self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"} if folded else set()
     assert {name for name, one in linears.items() if one.folded} == consumers
-    assert {name for name, one in linears.items() if one.row_orders} == producers
+    assert {name for name, one in linears.items() if one.row_permutations} == producers
 
 
 def test_a_draft_that_reads_its_targets_cache_is_refused(engine, checkpoint):

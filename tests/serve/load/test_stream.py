@@ -31,7 +31,7 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypa
     def check(_, built_with, from_files):
         checked.append(from_files)
         if from_files:
-            raise RiaError("other orders")
+            raise RiaError("other permutations")
 
     monkeypatch.setattr(reload, "check_reload", check)
     model = attached(config, Model(config))
@@ -42,7 +42,7 @@ def test_a_reload_is_checked_before_any_tensor_is_loaded(ranks, stored, monkeypa
     before = model.layers[0](x)
     record_metadata_for_reloading(model)
     initialize_layerwise_reload(model)
-    with pytest.raises(RiaError, match="other orders"):
+    with pytest.raises(RiaError, match="other permutations"):
         model.load_weights(tensors(stored))
     assert torch.equal(model.layers[0](x), before)  # the server keeps the weights that it has
     checked.clear()

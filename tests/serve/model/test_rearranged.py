@@ -72,8 +72,8 @@ class Inline(Fused):
 
 def stored_model():
     stored = Stored()
-    stored.add("model.qkv", 3 * HIDDEN, HIDDEN, stored.order(HIDDEN))
-    stored.add("model.out", HIDDEN, HIDDEN, stored.order(HIDDEN))
+    stored.add("model.qkv", 3 * HIDDEN, HIDDEN, stored.permutation(HIDDEN))
+    stored.add("model.out", HIDDEN, HIDDEN, stored.permutation(HIDDEN))
     return stored
 
 
@@ -82,7 +82,7 @@ def stored_as_int8(stored):
     for name, parts in stored.tensors.items():
         weight, scales = INT8.quantize(sparse24.decompress(parts["compressed"], parts["bitmask"]), torch.float32)
         stored.tensors[name] = parts | INT8.encode(weight, None, scales)
-        stored.plain[name] = weight[:, permutation.invert(torch.from_numpy(stored.orders[name])).long()]
+        stored.plain[name] = weight[:, permutation.invert(torch.from_numpy(stored.permutations[name])).long()]
     config = stored.config()
     config.schema.weights = WeightQuantization()
     return config
@@ -138,8 +138,8 @@ def test_a_tensor_that_no_layer_has_a_place_for(ranks):
 
 def test_a_reload_puts_rows_in_the_same_places(ranks):
     stored, other = stored_model(), Stored(seed=1)
-    for name, order in stored.orders.items():
-        other.add(name, *stored.plain[name].shape, torch.from_numpy(order))
+    for name, p in stored.permutations.items():
+        other.add(name, *stored.plain[name].shape, torch.from_numpy(p))
     model, dense = built(stored.config(), Fused), Fused(None)
     record_metadata_for_reloading(model)
     model.load_weights(tensors(stored))
@@ -154,14 +154,14 @@ def test_a_reload_puts_rows_in_the_same_places(ranks):
 
 
 def test_folds_count_rows_as_the_file_does(ranks):
-    """The order of a fold comes first, then what the model does."""
+    """The permutation of a fold comes first, then what the model does."""
     stored, producer = stored_model(), Producer(name="model.qkv", rows=(HIDDEN, 2 * HIDDEN))
     fold = Fold(consumer="model.out", producers=[producer], coupling="elementwise")
     model, dense = built(stored.config([fold]), Fused), Fused(None)
     model.load_weights(tensors(stored))
     finished(model)
     rows = torch.arange(3 * HIDDEN)
-    rows[HIDDEN : 2 * HIDDEN] = rows[HIDDEN : 2 * HIDDEN][torch.from_numpy(stored.orders["model.out"]).long()]
+    rows[HIDDEN : 2 * HIDDEN] = rows[HIDDEN : 2 * HIDDEN][torch.from_numpy(stored.permutations["model.out"]).long()]
     stored.plain["model.qkv"], stored.bias["model.qkv"] = (
         stored.plain["model.qkv"][rows],
         stored.bias["model.qkv"][rows],

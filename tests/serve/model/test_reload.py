@@ -33,7 +33,7 @@ def test_a_reload_from_another_folder(checkpoint, copy):
     stored[name] = stored[name].flip(0).contiguous()
     save_file(stored, copy / PERMUTATIONS_FILE)
     rebind(copy)
-    with pytest.raises(RiaError, match=f"{copy}/?: .*other channel orders.*Start a server"):
+    with pytest.raises(RiaError, match=f"{copy}/?: .*other permutations.*Start a server"):
         reload_from(config, copy)
 
 
@@ -108,7 +108,7 @@ def test_a_reload_under_adapters(engine, checkpoint, copy):
     get_current_vllm_config().lora_config = LoRAConfig(max_lora_rank=8)
     get_current_vllm_config().model_config = None
     reload_from(config, checkpoint)
-    reload_from(config_of(copy), copy)  # the orders of channels show that it is the same run
+    reload_from(config_of(copy), copy)  # the permutations show that it is the same run
     for before, new in ((config, copy), (config_of(copy), checkpoint)):
         with pytest.raises(RiaError, match="adapters may not fit"):
             reload_from(before, new)
@@ -164,7 +164,7 @@ def test_a_reload_is_checked_against_the_present_folder(checkpoint, copy):
         current.model_config = SimpleNamespace(
             model=str(copy), revision=None, runner_type="generate", head_dtype=None, dtype=None, hf_config=None
         )
-        with pytest.raises(RiaError, match="other channel orders"):
+        with pytest.raises(RiaError, match="other permutations"):
             check_reload(config, built_from, from_files=True)
 
 
@@ -177,7 +177,7 @@ def test_a_reload_of_weights_from_no_folder(checkpoint, tmp_path):
 
 
 def test_a_reload_of_weights_that_no_config_describes(checkpoint, copy):
-    """vLLM reads no config.json when it reloads, and nothing else says in which order channels are stored."""
+    """vLLM reads no config.json when it reloads, and nothing else says how channels are permuted."""
     config = config_of(checkpoint)
     (copy / "config.json").unlink()
     with pytest.raises(RiaError, match="config.json: no such file"):

@@ -51,16 +51,16 @@ def test_all_linears_are_proved(tmp_path, monkeypatch, weights, rounded, backend
         assert f", {dtype} activations)" in proved(found.output)
 
 
-def rows_in_another_order(y, config, x, order):
+def rows_in_another_order(y, config, x, p):
     y.copy_(y.roll(1, -1))
 
 
-def wrong_for_many_tokens(y, config, x, order):
+def wrong_for_many_tokens(y, config, x, p):
     if len(x) > 1:
         y[-1] = 0
 
 
-def failing(y, config, x, order):
+def failing(y, config, x, p):
     raise RuntimeError("no kernel image is available")
 
 
@@ -105,10 +105,10 @@ def spoil(monkeypatch, damage):
 
 
 def test_a_kernel_that_gathers_otherwise_is_named_with_the_linears_that_gather(checkpoint, monkeypatch):
-    """Not with those whose order a fold has put into the layers before."""
+    """Not with those whose permutation is folded into the layers before."""
     apply = CpuKernel.apply
     monkeypatch.setattr(
-        CpuKernel, "apply", staticmethod(lambda config, x, packed, order, bias: apply(config, x, packed, None, bias))
+        CpuKernel, "apply", staticmethod(lambda config, x, packed, p, bias: apply(config, x, packed, None, bias))
     )
     found = run(checkpoint)
     assert found.exit_code == 1 and wrong(found.output) == sorted(2 * [*ENDS[:3], "gate_proj", "up_proj"])

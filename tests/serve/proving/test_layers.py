@@ -8,7 +8,7 @@ import torch
 from reload_model import FORMATS, INNER, Checkpoint
 from reload_server import Server, watch
 
-from ria_vllm.checkpoint.folding import RowOrder
+from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear import packing
@@ -125,9 +125,9 @@ def wrong_kernel(monkeypatch):
 
 
 def wrong_rows(monkeypatch):
-    """The order of another fold."""
-    take = RowOrder.take
-    monkeypatch.setattr(RowOrder, "take", lambda self, tensor: take(self, tensor).roll(1, 0))
+    """The permutation of another fold."""
+    take = RowPermutation.take
+    monkeypatch.setattr(RowPermutation, "take", lambda self, tensor: take(self, tensor).roll(1, 0))
     send = LayerLoader.wrap
     monkeypatch.setattr(
         LayerLoader, "wrap", lambda self, part, loader: loader if part == "proof" else send(self, part, loader)
@@ -135,12 +135,12 @@ def wrong_rows(monkeypatch):
 
 
 def wrong_columns(monkeypatch):
-    """A kernel that gathers its input in the opposite order."""
+    """A kernel that gathers its input by the reversed permutation."""
     local = packing.local_permutation
 
     def local_permutation(permutation, layer, columns):
-        order, crosses = local(permutation, layer, columns)
-        return None if order is None else order[::-1].copy(), crosses
+        p, crosses = local(permutation, layer, columns)
+        return None if p is None else p[::-1].copy(), crosses
 
     monkeypatch.setattr(packing, "local_permutation", local_permutation)
 
@@ -271,7 +271,7 @@ def with_the_other(rank):
         checkpoint, tensors = Server.read
         name, r = "model.block.down", checkpoint.schema().proof_vector(INNER)
         there = slice(0, INNER // 2) if rank else slice(INNER // 2, INNER)
-        r = r[checkpoint.orders[name]][there]
+        r = r[checkpoint.permutations[name]][there]
         return y + proofs.tokens_of(r, len(y)) @ checkpoint.decoded(name, tensors)[:, there].T
 
     return add

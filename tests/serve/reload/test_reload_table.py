@@ -125,7 +125,7 @@ UNKNOWN = "sent: a name that the model does not have"
 AGAIN = "a trainer that goes away: the next sync begins anew"
 # What a server must refuse.
 REFUSED = {
-    "reload: files of another model, of other linears or of other channel orders": outside,
+    "reload: files of another model, of other linears or of other permutations": outside,
     "sent: a dense weight for a pruned linear": lambda server, new: server.sync(
         of(new, "model.block.o.") | {"model.block.down.weight": torch.zeros(128, 128)}
     ),

@@ -41,14 +41,14 @@ def test_the_compiler_puts_the_gather_into_the_norm(hopper):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     product = pack(CutlassKernel, FLOAT.encode(weight, None, None))
     x, weight = torch.randn(3, 256).bfloat16(), torch.rand(256).bfloat16()
-    order = torch.randperm(256).int()
+    p = torch.randperm(256).int()
 
-    def layer(x, order):
+    def layer(x, p):
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)
-        return product(normed.bfloat16() * weight, order)
+        return product(normed.bfloat16() * weight, p)
 
     counts = []
-    for permutation in (None, order):
+    for permutation in (None, p):
         torch.compiler.reset()
         metrics.reset()
         y = torch.compile(layer)(x, permutation)

@@ -215,10 +215,10 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_gpu, dtype, l
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(*leading, 577, generator=generator).to(output)[..., 1:]
     assert x.data_ptr() % 16 or not x.numel()
-    order = torch.randperm(576, generator=generator).int() if gathered else None
-    y = layer(x, order, product.bias)
+    p = torch.randperm(576, generator=generator).int() if gathered else None
+    y = layer(x, p, product.bias)
     assert y.shape == (*leading, 200) and y.dtype == output
-    rows = (x.index_select(-1, order) if gathered else x).reshape(-1, 576)
+    rows = (x.index_select(-1, p) if gathered else x).reshape(-1, 576)
     if rounded:
         assert torch.equal(y.reshape(-1, 200), int8_inputs.linear(rows, INT8, parts, product.bias).to(output))
         return
@@ -263,9 +263,9 @@ def test_a_graph_can_capture_the_operators(on_emulated_gpu, dtype, gathered):
     product = Product(200, 576, 5, dtype, output)
     metadata = on_emulated_gpu.pack_metadata(product.bitmask, product.values.itemsize * 8)
     x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
-    order = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
+    p = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
     with GraphCapture("cpu", OPERATORS) as capture:
-        rows = x if order is None else x.index_select(-1, order)
+        rows = x if p is None else x.index_select(-1, p)
         if dtype == FP8_DTYPE:
             rows, x_scales = quantize_fp8(rows)
             operands = (rows, product.values, metadata, product.bias, x_scales, product.scales[0], output)

@@ -44,15 +44,15 @@ def check(layer, tokens, top_k, permuted=True, mapped=True):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, config.hidden_size, generator=generator).to(config.act_dtype)
     weights, ids = random_routing(tokens, top_k, EXPERTS * (2 if mapped else 1), seed=tokens)
-    order = torch.randperm(config.hidden_size, generator=generator).int() if permuted else None
+    p = torch.randperm(config.hidden_size, generator=generator).int() if permuted else None
     expert_map, local = None, ids
     if mapped:  # half of the experts are another rank's
         expert_map = torch.full((2 * EXPERTS,), -1, dtype=torch.int32)
         expert_map[1::2] = torch.arange(EXPERTS, dtype=torch.int32).flip(0)
         local = torch.where(ids < 0, ids, expert_map[ids.clamp(min=0).long()])
-    y = CutlassExpertsKernel.apply(config, x, weights, ids, packed, order, expert_map)
+    y = CutlassExpertsKernel.apply(config, x, weights, ids, packed, p, expert_map)
     assert y.shape == x.shape and y.dtype == x.dtype
-    exact, error = layer.exact(x, weights, local, order, products_rounded=True)
+    exact, error = layer.exact(x, weights, local, p, products_rounded=True)
     if config.weight_format == FLOAT:
         assert bool(((y.double() - exact).abs() <= error).all())
     else:  # inputs are rounded, to 8 bits or to 4
@@ -92,10 +92,10 @@ def test_a_graph_can_capture_experts(hopper, format, tokens):
     config, on_gpu = rounding(layer.config), partial(torch.empty, device="meta")
     packed = [t.to("meta") for t in CutlassExpertsKernel.pack(config, layer.gate_up, layer.down, *layer.biases)]
     x, weights, ids = on_gpu(tokens, 128, dtype=torch.bfloat16), on_gpu(tokens, 2), on_gpu(tokens, 2, dtype=torch.int32)
-    order, numbers = on_gpu(128, dtype=torch.int32), on_gpu(2 * EXPERTS, dtype=torch.int32)
+    p, numbers = on_gpu(128, dtype=torch.int32), on_gpu(2 * EXPERTS, dtype=torch.int32)
     body = partial(cuda_experts._experts, fixed_shapes=True)
     with GraphCapture("meta", {torch.ops.ria.sparse24_experts.cutlass: body}) as capture:
-        y = CutlassExpertsKernel.apply(config, x, weights, ids, packed, order, numbers)
+        y = CutlassExpertsKernel.apply(config, x, weights, ids, packed, p, numbers)
     assert y.shape == (tokens, 128) and y.dtype == torch.bfloat16
     assert not capture.kept(y)
 

@@ -67,11 +67,11 @@ def test_apply_against_float64(hopper, dtype, leading, extras):
     assert [t.dtype for t in packed] == [torch.float8_e4m3fn, torch.uint8, torch.float32] and hopper.packed_bits == 8
     assert all(tensor.data_ptr() != part.data_ptr() for tensor, part in zip(packed, parts.values()))
     x = torch.randn(*leading, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
-    order = torch.randperm(192, generator=torch.Generator().manual_seed(3)).int() if extras else None
+    p = torch.randperm(192, generator=torch.Generator().manual_seed(3)).int() if extras else None
     bias = torch.randn(72, generator=torch.Generator().manual_seed(4)).to(dtype) if extras else None
-    y = layer(x, order, bias)
+    y = layer(x, p, bias)
     assert y.dtype == dtype and y.shape == (*leading, 72) and y.is_contiguous()
-    taken = x if order is None else x[..., order.long()]
+    taken = x if p is None else x[..., p.long()]
     values, scales = quantize_fp8(taken)
     exact = (values.double() * scales.double()[..., None]) @ stored.T + (0 if bias is None else bias.double())
     assert bool(((y.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 * 1.01).all())

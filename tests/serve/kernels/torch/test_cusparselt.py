@@ -68,10 +68,10 @@ def test_integers_are_scaled_after_the_library_has_added_them(on_cpu, monkeypatc
     monkeypatch.setattr(torch, "_cslt_sparse_mm", dense_mm)
     draw = torch.Generator().manual_seed(0)
     parts, _ = random_parts(96, 128, INT8, dtype)
-    x, order = torch.randn(*leading, 128, generator=draw).to(dtype), torch.randperm(128, generator=draw).int()
+    x, p = torch.randn(*leading, 128, generator=draw).to(dtype), torch.randperm(128, generator=draw).int()
     b = torch.randn(97, generator=draw).to(dtype)[1:] if bias else None
-    y = pack(CusparseltKernel, parts, INT8, dtype, torch.int8)(x, order, b)
-    assert torch.equal(y, int8_inputs.linear(x[..., order.long()], INT8, parts, b).to(dtype))
+    y = pack(CusparseltKernel, parts, INT8, dtype, torch.int8)(x, p, b)
+    assert torch.equal(y, int8_inputs.linear(x[..., p.long()], INT8, parts, b).to(dtype))
 
 
 @pytest.mark.parametrize("bias", [False, True])
