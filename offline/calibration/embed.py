@@ -80,7 +80,8 @@ def embed(
             with monitor.phase("structure of the layers"):
                 changes = bool(recipe.migration_strength or recipe.rotates_heads)
                 topologies = survey(model, embedder, chunks[0][:1], changes)
-        for number, text in enumerate(monitor.steps([*chunks, *others], "embedding", len(chunks) + len(others))):
+        texts = [*chunks, *others]
+        for number, text in enumerate(monitor.steps(texts, "embedding", len(texts))):
             stream, found = embedder(text)
             for index, (call, other) in enumerate(zip(calls[stream.shape], found, strict=True)):
                 if set(call.differences(other)) - call.varying:

@@ -13,7 +13,7 @@ Sublayers are taken as a whole, because permutations fold, scales migrate and we
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
     assert alone is not None
 
     def measure(stream: Activations) -> dict[str, Any]:
-        streams = alone.with_pruned(stream)
+        streams = replace(layers.streams, pruned=stream)
         found = held_out_loss(model, streams, layers.embedded.held_out, layers.monitor)
         if found is None:
             raise RiaError(f"{recipe.budget}: the loss of this model cannot be measured. Leave the option out.")

@@ -163,14 +163,14 @@ class _Run:
         # Those by which an interrupted run has pruned, whatever experiments would find now.
         known = self._kept(TOPOLOGY_KEY)
         topologies = None if known is None else Topologies.restored(known)
-        layers = LayerPass(store, tokens, self.monitor, topologies, self.recipe.held_out)
+        layers = LayerPass(store, tokens, self.monitor, topologies)
         if known is None:
             self.writer.write(TOPOLOGY_KEY, {}, layers.topologies.kept())
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
         if self.recipe.budget is not None:
             if self._kept(BUDGET_KEY) is None:
                 self._spend(layers, plan, store)
-                layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+                layers = LayerPass(store, tokens, self.monitor, layers.topologies)
             plan = self._chosen(layers)
         for warning in plan.warnings:
             self.monitor.warn(warning)
@@ -180,7 +180,7 @@ class _Run:
             self.monitor.say(f"{beside} tensors outside the text decoder are copied")
         self._finish(layers, plan, store)
         if self._correct():
-            layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+            layers = LayerPass(store, tokens, self.monitor, layers.topologies)
             plan = self._chosen(layers)
             self._finish(layers, plan, store)
         for index in range(len(self.model.layers)):  # no run will go through them again

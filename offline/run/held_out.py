@@ -35,7 +35,6 @@ def held_out_loss(
     if streams.dense is None or output_head(model.model) is None:
         return None
     total = torch.zeros(4, dtype=torch.float64)  # negative log-likelihoods, dense and pruned; divergence; tokens
-    failed = None
     with monitor.phase("held-out samples"):
         try:
             embedder = Embedder(model)
@@ -48,11 +47,11 @@ def held_out_loss(
                     total += _of_sample(embedder, chunk[sample], *both)
         except Exception as error:  # whatever it is, hours of work are done, and do not depend on it
             failed = str(error) or type(error).__name__
+        else:
+            failed = "" if bool(total.isfinite().all()) else "predictions that are not finite"
         finally:
             model.free_base()
-    if failed is None and not bool(total.isfinite().all()):
-        failed = "predictions that are not finite"
-    if failed is not None:
+    if failed:
         monitor.warn(f"how much is lost could not be measured: {failed}")
         return None
     dense, pruned, divergence, count = total.tolist()

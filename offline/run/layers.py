@@ -40,22 +40,16 @@ class LayerPass:
         store: where pruned experts are kept, of the model, by the recipe.
         tokens: int64 [samples, seq_len].
         topologies: found by the interrupted run that is resumed; None: they are found now.
-        held_out: to so many of the samples, the last ones, nothing is fitted.
 
     Raises:
         RiaError: a model whose layers cannot be run one by one.
     """
 
     def __init__(
-        self,
-        store: ExpertStore,
-        tokens: torch.Tensor,
-        monitor: Monitor,
-        topologies: Topologies | None = None,
-        held_out: int = 0,
+        self, store: ExpertStore, tokens: torch.Tensor, monitor: Monitor, topologies: Topologies | None = None
     ):
         self.store, self.model, self.recipe, self.monitor = store, store.model, store.recipe, monitor
-        self.embedded = embed(self.model, self.recipe, tokens, monitor, topologies, held_out)
+        self.embedded = embed(self.model, self.recipe, tokens, monitor, topologies, self.recipe.held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
         self.alone: EachAlone | None = None
@@ -180,15 +174,8 @@ class LayerPass:
         place, topology = partial(self._place, index), self.topologies.of(index)
         gains = [gains_of(layer.get_submodule(name), self.model.dtype).float() for name in topology.norms]
         return [
-            SublayerPass(
-                SublayerRunner(layer, sublayer, self.model.dtype),
-                arguments,
-                self.streams,
-                self.monitor,
-                place,
-                gains,
-            )
-            for sublayer in topology.sublayers
+            SublayerPass(runner, arguments, self.streams, self.monitor, place, gains)
+            for runner in (SublayerRunner(layer, sublayer, self.model.dtype) for sublayer in topology.sublayers)
         ]
 
     def _prune_sublayer(
