@@ -1,6 +1,5 @@
 """`ria-vllm compress`."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -144,9 +143,9 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     """Prune MODEL (a Hugging Face folder or a hub id) and write a compressed checkpoint.
 
     What MODEL has in MXFP4 or FP8 is dequantized as it is read. Linears that have the pattern already keep their zeros.
-    Decoder layers are in memory one at a time. torchrun --nproc-per-node N -m ria_vllm compress ... divides the
-    calibration samples and the permutation searches among N processes.
+    Decoder layers are in memory one at a time.
     """
+    shared.check_one_process("compress")
     from torch import cuda
 
     from ria_vllm.files.json_file import read_json
@@ -159,7 +158,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
     from ria_vllm.progress import Monitor
     from ria_vllm.report import VERDICT
 
-    monitor = Monitor(shown=int(os.environ.get("RANK", "0")) == 0)
+    monitor = Monitor()
     how = {name: options.pop(name) for name in ("overwrite", "resume")}
     size = options.pop("group_size")
     options["pattern"] = PATTERNS[options["pattern"]]
@@ -182,13 +181,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
             monitor.warn("--recipe: the training by `distill` that it names is not repeated.")
     settings = Settings(device=choose_device(device), max_shard_size=parse_size(max_shard_size), **how)
     try:
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        if training is not None and not alone:
-            monitor.warn(
-                "--effort best: the pruned model will not be distilled, because `distill` runs in one process. "
-                "`ria-vllm distill` does it afterwards, without torchrun."
-            )
-        if training is not None and alone:
+        if training is not None:
             report = prune_and_distill(model, out, recipe, training, settings, monitor)
         else:
             report = run(model, out, recipe, settings, monitor)

@@ -24,7 +24,6 @@ from ria_vllm.offline.run.kept import find_kept, keeping
 from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
 from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 from ria_vllm.speed import expected, measured_here, of_eight, served_by
 from ria_vllm.terminal import print_table
@@ -43,7 +42,7 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
     """
     monitor, place, is_here = Monitor(), choose_device(device), Path(model).is_dir()
     with torch.no_grad(), monitor.live(), without_weights(model) as folder:
-        source = opened(str(folder), Ranks(), monitor)
+        source = opened(str(folder), monitor)
         streamed = StreamedModel(source.folder, source.config, place)
         longest = getattr(text_config(source.config), "max_position_embeddings", None)
         words = SCHEMES[scheme] | EFFORTS["default"] | {"pattern": PATTERNS[pattern]}
@@ -51,7 +50,7 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
         kept = find_kept(streamed, recipe, monitor) if is_here else Kept()
         recipe = keeping(recipe.fitting(widths(streamed, recipe)), kept, monitor)
         still = replace(recipe, smooth=0.0, rotate="none")  # what scales and heads allow is nothing that is said
-        topologies = embed(streamed, still, torch.zeros(1, recipe.seq_len).long(), Ranks(), monitor).topologies
+        topologies = embed(streamed, still, torch.zeros(1, recipe.seq_len).long(), monitor).topologies
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
         kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)

@@ -42,7 +42,7 @@ class Monitor:
     seconds: phase -> seconds spent in it, without those of the phases inside it.
 
     Args:
-        shown: False on every rank but the first, which keeps them silent.
+        shown: False keeps it silent.
         clock: returns seconds, and never goes back.
     """
 

@@ -1,19 +1,14 @@
-"""Where activations live: the residual streams of this rank, and the chunks of all ranks.
-
-Calibration samples are grouped into chunks. Each rank holds a consecutive share of them (`Ranks.share`).
-"""
+"""Where activations live: the residual streams, in chunks of calibration samples."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from ria_vllm.offline.runtime.ranks import Ranks
-
 
 class Activations:
-    """The residual stream between two layers, for this rank's chunks: one tensor [samples, tokens, hidden] each.
+    """The residual stream between two layers: for each chunk one tensor [samples, tokens, hidden].
 
     Args:
         dtype: of the tensors that it returns; None: as they are stored.
@@ -60,18 +55,16 @@ class Streams:
 
     pruned: of the pruned model.
     dense: of the dense model on its own path; None if reconstruction does not aim at it.
-    total: the number of chunks of all ranks to which weights are fitted.
-    held_out: how many chunks of this rank follow those, to which nothing is.
+    held_out: to so many of the chunks, the last ones, nothing is fitted.
     """
 
     pruned: Activations
     dense: Activations | None
-    total: int
     held_out: int = 0
 
     @property
     def fitted(self) -> range:
-        """The numbers of this rank's chunks to which weights are fitted."""
+        """The numbers of the chunks to which weights are fitted."""
         return range(len(self.pruned) - self.held_out)
 
     @property
@@ -90,29 +83,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class AllChunks(Sequence[T]):
-    """What is made of each chunk of all ranks when it is asked for: no more than one is in memory.
+class OnDemand(Sequence[T]):
+    """What is made of some chunks, each when it is asked for: no more than one is in memory.
 
-    All ranks have to ask for the same one at the same time: the one that holds the chunk broadcasts what it makes.
-
-    places: (rank, number among its chunks) of each.
-    make: number among this rank's chunks -> tensors, in tuples and mappings.
-    use: what `make` returned, anywhere -> what is asked for, on this rank's device.
+    chunks: their numbers.
     """
 
-    places: Sequence[tuple[int, int]]
-    ranks: Ranks
-    make: Callable[[int], Any]
-    use: Callable[[Any], T]
+    chunks: Sequence[int]
+    make: Callable[[int], T]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.chunks)
 
-    def __getitem__(self, number: int) -> T:  # type: ignore[override]
-        owner, own = self.places[number]
-        return self.use(self.ranks.broadcast(self.make(own) if owner == self.ranks.rank else None, owner))
-
-
-def places_of(total: int, ranks: Ranks) -> list[tuple[int, int]]:
-    """(rank, number among its chunks) of each of so many chunks."""
-    return [(rank, number) for rank in range(ranks.size) for number in range(len(ranks.share(total, rank)))]
+    def __getitem__(self, index: int) -> T:  # type: ignore[override]
+        return self.make(self.chunks[index])

@@ -1,4 +1,4 @@
-"""What layers read besides the residual stream, for this rank's chunks: tensors made from the text, and what earlier
+"""What layers read besides the residual stream, for each chunk: tensors made from the text, and what earlier
 layers have left."""
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -10,12 +10,9 @@ import torch
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left, Slot, tensors_mapped
 from ria_vllm.offline.model.run.sharing import Sharing
 
-# What one call of a layer needs besides what all calls of its shape have in common.
-Given = tuple[dict[Slot, torch.Tensor], Left]
-
 
 class OfChunks:
-    """Tensors, and tuples of them, that each of this rank's chunks has of its own.
+    """Tensors, and tuples of them, that each chunk has of its own.
 
     Args:
         stored_dtype: of floats; None: as they come.
@@ -73,36 +70,26 @@ class AllArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """How layer `index` is called, for each of this rank's chunks."""
+    """How layer `index` is called, for each chunk."""
 
     every: AllArguments
     index: int
 
-    def given(self, dense: bool, chunk: int) -> Given:
-        """What a chunk has of its own.
+    def call(self, stream: torch.Tensor, dense: bool, chunk: int) -> LayerCall:
+        """The call for a chunk of a stream; what only this chunk has gets the stream's device and dtype.
 
         Args:
             dense: in the dense model, or in the pruned one.
         """
-        made = self.every.made.of(chunk, self.every.made_for(self.index))
-        left = self.every.left[dense].of(chunk, sorted(self.every.sharing.before(self.index), key=str))
-        return {slot: value for (_, slot), value in made.items()}, left
-
-    def call(self, stream: torch.Tensor, given: Given | None = None) -> LayerCall:
-        """The call for one stream, on its device; what is given has its dtype.
-
-        Args:
-            given: of the same chunk; None: nothing.
-        """
-        call = self.every.calls[stream.shape][self.index]
-        if given is None:
-            return call
+        every = self.every
+        made = every.made.of(chunk, every.made_for(self.index))
+        left = every.left[dense].of(chunk, sorted(every.sharing.before(self.index), key=str))
 
         def fitting(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(stream.device, stream.dtype if tensor.is_floating_point() else tensor.dtype)
 
-        made, left = (tensors_mapped(values, fitting) for values in given)
-        return call.replaced(made).with_left(left)
+        own = tensors_mapped({slot: value for (_, slot), value in made.items()}, fitting)
+        return every.calls[stream.shape][self.index].replaced(own).with_left(tensors_mapped(left, fitting))
 
     def put(self, dense: bool, chunk: int, left: Left) -> None:
         """Keep what the layer has left for a chunk, as far as later layers read it."""

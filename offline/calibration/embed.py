@@ -18,7 +18,6 @@ from ria_vllm.offline.model.run.sharing import Sharing, find_sharing
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Topologies
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -40,42 +39,34 @@ def embed(
     model: StreamedModel,
     recipe: Recipe,
     tokens: torch.Tensor,
-    ranks: Ranks,
     monitor: Monitor,
     topologies: Topologies | None = None,
     held_out: int = 0,
 ) -> Embedded:
-    """Embed this rank's share of the calibration tokens.
+    """Embed the calibration tokens.
 
     Args:
         recipe: it says how many tokens are in one forward pass of a layer, one sample at least, and whether the dense
-            model is followed on its own path. Chunks do not depend on the number of ranks, so neither do results.
-        tokens: int64 [samples, seq_len], the same on all ranks.
+            model is followed on its own path.
+        tokens: int64 [samples, seq_len].
         topologies: found by the interrupted run that is resumed; None: they are found now.
         held_out: to so many of the samples, the last ones, nothing is to be fitted.
 
     Raises:
-        RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
+        RiaError: a model whose layers cannot be run one by one.
     """
     in_chunk = max(1, recipe.chunk_tokens // tokens.shape[1])
     fitted = len(tokens) - held_out
     chunks, others = tokens[:fitted].split(in_chunk), tokens[fitted:].split(in_chunk) if held_out else ()
-    if len(chunks) < ranks.size:
-        raise RiaError(
-            f"{fitted} samples of {tokens.shape[1]} tokens make only {len(chunks)} chunks, too few for "
-            f"{ranks.size} processes. Use fewer processes, or more samples."
-        )
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
-    own = [chunks[index] for index in ranks.share(len(chunks))]
-    measured = [others[index] for index in ranks.share(len(others))]
     pruned, dense = (Activations(model.dtype, stored_dtype) for _ in range(2))
-    streams = Streams(pruned, dense if recipe.follows_dense else None, len(chunks), len(measured))
+    streams = Streams(pruned, dense if recipe.follows_dense else None, len(others))
     with monitor.phase("embedding"):
         embedder = Embedder(model)
         embedder.learn_form(chunks[0][:1])
         embedder.learn_varying(chunks[0][:1], _another(chunks))
-        # The last chunks may be shorter; every rank has to know how layers are called for them.
+        # The last chunks may be shorter, and layers are called otherwise for them.
         ends = [*chunks[:1], *chunks[-1:], *others[:1], *others[-1:]]
         known = {stream.shape: (calls, stream) for stream, calls in map(embedder, ends)}
         first, stream = next(iter(known.values()))
@@ -85,12 +76,12 @@ def embed(
         left = {is_dense: OfChunks(stored_dtype) for is_dense in (False, True)}
         arguments = AllArguments(calls, OfChunks(stored_dtype), sharing, left)
         del known, stream
-        # By one rank, because each copy of a layer in float64 takes as much memory as four layers.
         if topologies is None:
             with monitor.phase("structure of the layers"):
                 changes = bool(recipe.migration_strength or recipe.rotates_heads)
-                topologies = ranks.broadcast(survey(model, embedder, chunks[0][:1], changes) if ranks.first else None)
-        for number, text in enumerate(monitor.steps(own + measured, "embedding", len(own + measured))):
+                topologies = survey(model, embedder, chunks[0][:1], changes)
+        texts = [*chunks, *others]
+        for number, text in enumerate(monitor.steps(texts, "embedding", len(texts))):
             stream, found = embedder(text)
             for index, (call, other) in enumerate(zip(calls[stream.shape], found, strict=True)):
                 if set(call.differences(other)) - call.varying:
@@ -101,7 +92,7 @@ def embed(
                 arguments.made.put(number, {key: other[key[1]] for key in arguments.made_for(index)})
             streams.append(stream)
         embedder.close()
-    return Embedded(streams, topologies, arguments, measured)
+    return Embedded(streams, topologies, arguments, others)
 
 
 def _check_shared(model: StreamedModel, sharing: Sharing) -> None:

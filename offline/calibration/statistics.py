@@ -1,7 +1,7 @@
-"""The statistics of what linears read, summed over all calibration tokens of all ranks.
+"""The statistics of what linears read, summed over all calibration tokens.
 
-The product of each chunk is float32, the sums are float64. So neither the order of the chunks nor the number of ranks
-shows in the rounded result.
+The product of each chunk is float32, the sums are float64. So the order of the chunks does not show in
+the rounded result.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.pruning.drift import Drift, InputDrift, OutputDrift
 from ria_vllm.offline.pruning.symmetric import BLOCK, SymmetricMatrix
-from ria_vllm.offline.runtime.ranks import Ranks
 
 
 @dataclass
@@ -129,8 +128,8 @@ class StatisticsSum:
             for start in range(0, len(self.cross), BLOCK):  # adding makes a float64 copy of the product
                 self.cross[start : start + BLOCK].add_(A[:, start : start + BLOCK].T @ X)
 
-    def finish(self, ranks: Ranks, place: str) -> Statistics:
-        """The statistics of all ranks' tokens. This frees the sums.
+    def finish(self, place: str) -> Statistics:
+        """The statistics of all tokens. This frees the sums.
 
         Args:
             place: what an error begins with.
@@ -138,10 +137,6 @@ class StatisticsSum:
         Raises:
             RiaError: NaN or infinite activations, also of the dense model alone.
         """
-        grams = [gram for gram in (self.gram, self.drift_gram) if gram is not None]
-        for total in (self.squares, self.cross, self.squared_norm, *(block for gram in grams for block in gram.blocks)):
-            if total is not None:
-                ranks.all_reduce(total)
         squares = self.squares if self.gram is None else self.gram.diagonal()
         assert squares is not None
         _check_finite(squares, place, "in its input activations", self.compute_dtype)

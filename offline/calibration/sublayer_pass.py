@@ -1,4 +1,4 @@
-"""One sublayer over all of this rank's chunks: the statistics of what its linears read, and the streams after it."""
+"""One sublayer over all chunks: the statistics of what its linears read, and the streams after it."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.calibration.activations import Activations, AllChunks, Streams, places_of
-from ria_vllm.offline.calibration.arguments import Arguments, Given
+from ria_vllm.offline.calibration.activations import Activations, Streams
+from ria_vllm.offline.calibration.arguments import Arguments
 from ria_vllm.offline.calibration.statistics import Statistics, StatisticsSum
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.model.experiments.norms import rms_factors
 from ria_vllm.offline.model.run.layer_call import LayerCall, Left
 from ria_vllm.offline.model.topology import Group
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -30,7 +29,6 @@ class SublayerPass:
     runner: SublayerRunner
     arguments: Arguments
     streams: Streams
-    ranks: Ranks
     monitor: Monitor
     place: Callable[[str], str]
     gains: Sequence[torch.Tensor] = ()
@@ -47,7 +45,7 @@ class SublayerPass:
         with_drift: bool = True,
         rounded: Collection[str] = (),
     ) -> list[Statistics]:
-        """The statistics of the groups of one stage, over the chunks of all ranks.
+        """The statistics of the groups of one stage.
 
         Where the dense model is followed, two stages have a drift, unless none is asked for. For the first one, ask
         before anything of the sublayer is pruned and before the dense stream is advanced. For the last one, if its
@@ -73,7 +71,7 @@ class SublayerPass:
         needed = [group.linears[0] for group in groups if not set(group.linears) <= set(rounded)]
         for index in self._steps(self.streams.fitted):
             self._check_used(needed, self._add_chunk(index, sums, alone, dense, first, joins))
-        return [sums.pop(name).finish(self.ranks, self.place(name)) for name in linears]
+        return [sums.pop(name).finish(self.place(name)) for name in linears]
 
     def advance(self, stream: Activations, chunks: range | None = None) -> None:
         """Replace the stream before the sublayer by the one after it.
@@ -95,33 +93,22 @@ class SublayerPass:
         """
         return self.runner.run(*self._read(stream, index), left)
 
-    def _read(self, stream: Activations, index: int) -> tuple[torch.Tensor, LayerCall]:
+    def _read(
+        self, stream: Activations, index: int, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, LayerCall]:
         """A chunk of a stream, and how the model calls the layer for it."""
-        chunk = stream[index].to(self.runner.device)
-        return chunk, self.arguments.call(chunk, self.arguments.given(self._is_dense(stream), index))
+        chunk = stream[index].to(self.runner.device, dtype)
+        return chunk, self.arguments.call(chunk, self._is_dense(stream), index)
 
     def _is_dense(self, stream: Activations) -> bool:
         return stream is self.streams.dense
 
-    def inputs_and_calls(self) -> Sequence[tuple[torch.Tensor, LayerCall]]:
-        """The chunks of all ranks of the pruned stream, float32 on the device, each with how the layer is called.
-
-        All ranks have to ask for the same chunk at the same time.
-        """
-
-        def use(made: tuple[torch.Tensor, Given]) -> tuple[torch.Tensor, LayerCall]:
-            stream = made[0].to(self.runner.device, torch.float32)
-            return stream, self.arguments.call(stream, made[1])
-
-        return AllChunks(
-            places_of(self.streams.total, self.ranks),
-            self.ranks,
-            lambda index: (self.streams.pruned[index], self.arguments.given(False, index)),
-            use,
-        )
+    def input_and_call(self, index: int) -> tuple[torch.Tensor, LayerCall]:
+        """A chunk of the pruned stream, float32 on the device, and how the layer is called for it."""
+        return self._read(self.streams.pruned, index, torch.float32)
 
     def held_out(self) -> Iterator[tuple[torch.Tensor, LayerCall, torch.Tensor]]:
-        """This rank's held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
+        """The held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
         dense stream after the sublayer, if that one is advanced."""
         for index in self.streams.measured:
             assert self.streams.dense is not None

@@ -23,7 +23,6 @@ from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.run.kept import find_kept
 from ria_vllm.offline.run.work import HALF_FILE, begun_run
 from ria_vllm.offline.runtime.memory import available, blocks_kept
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -120,7 +119,7 @@ def _obstacle(model: str, recipe: Recipe, how: Distillation, device: torch.devic
         RiaError: the model cannot be compressed, or there is too little text.
     """
     with torch.no_grad(), monitor.live():
-        source = opened(model, Ranks(), monitor)
+        source = opened(model, monitor)
         dtype = choose_dtype(stored_dtype(source.folder, source.config), device, how.compute_dtype, training=True)
         streamed = StreamedModel(source.folder, source.config, device, dtype)
         if (why := obstacle(streamed)) is not None:

@@ -1,6 +1,5 @@
 """`ria-vllm distill`."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +68,7 @@ def distill(folder: Path, teacher: str, out: Path, device: str, max_shard_size: 
 
     FOLDER is what `ria-vllm compress` wrote. Its masks, permutations and weight format stay.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RiaError("distill runs in one process: start it without torchrun.")
+    options.check_one_process("distill")
     from ria_vllm.files.sizes import parse_size
     from ria_vllm.hub.facts import one_line
     from ria_vllm.offline.distill.recipe import Distillation

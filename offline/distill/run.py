@@ -34,7 +34,6 @@ from ria_vllm.offline.model.run.architecture import text_config
 from ria_vllm.offline.model.run.dtypes import choose_dtype
 from ria_vllm.offline.model.run.hf import load_model, load_tokenizer, stored_dtype, text_tokenizer
 from ria_vllm.offline.run.work import begun_run, work_folder
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.self_written import check_vocabulary, spread_among
 from ria_vllm.progress import Monitor
 
@@ -96,7 +95,7 @@ def distill(
         same_tokens(load_tokenizer(str(origin.folder)), load_tokenizer(str(folder)), names)
         run = fingerprint(reader, origin, recipe, inputs) | {"device": settings.device.type}
         kept = ("*", "The text and the steps so far")
-        with work_folder(out, run, settings.overwrite, settings.resume, Ranks(), kept) as writer:
+        with work_folder(out, run, settings.overwrite, settings.resume, kept) as writer:
             return _Run(reader, origin, recipe, settings, writer, monitor, inputs).distill()
 
 

@@ -21,12 +21,12 @@ class ExpertsPass:
     """The part of a pass over the layers that deals with experts, each named by the path of its module in the layer.
 
     Args:
-        streams: this rank's activations before the current sublayer.
+        streams: the activations before the current sublayer.
         store: where pruned experts are kept.
     """
 
     def __init__(self, store: ExpertStore, streams: Streams, monitor: Monitor):
-        self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
+        self.store, self.model, self.recipe = store, store.model, store.recipe
         self.streams, self.monitor = streams, monitor
         self._kept: list[Reads | Activations] = []  # beside the streams, for the current layer
 
@@ -53,14 +53,13 @@ class ExpertsPass:
         """
         experts = self.store.of(index, path)
         pruned, layout = self._reads(index, sublayer_pass, path, self.streams.pruned), experts.layout
-        total = RoutedTokens.count(pruned, layout.num_experts)
-        self.ranks.all_reduce(total)
-        return replace(experts, routed=RoutedTokens(pruned, dense, max(layout.width, layout.inner), total), kept=kept)
+        routed = RoutedTokens(pruned, dense, max(layout.width, layout.inner), layout.num_experts)
+        return replace(experts, routed=routed, kept=kept)
 
     def prune(self, experts: RoutedExperts, order: torch.Tensor | None) -> None:
         """Prune all experts that are not in the work folder, and put them there."""
         numbers = range(experts.layout.num_experts)
-        kept = self.ranks.broadcast([experts.has(expert) for expert in numbers])
+        kept = [experts.has(expert) for expert in numbers]
         trainer = None
         if self.recipe.trains_experts and not experts.kept and not all(kept):
             lacking = Activations()
@@ -76,7 +75,6 @@ class ExpertsPass:
                 trim()
             if trainer is not None and not all(kept[expert + 1 :]):
                 trainer.account(expert, experts.weights(expert))
-        self.ranks.barrier()  # before the others read what the first one has written
 
     def use_pruned(self, index: int, path: str) -> None:
         """Let the experts of a loaded layer be run with their pruned weights."""

@@ -41,12 +41,9 @@ def shared_order(experts: RoutedExperts, beside: Mapping[str, tuple[torch.Tensor
         norms = _reads(experts, expert, with_gram=False)
         parts += [score(found[kind], norms, recipe)[::step].clone() for kind in layout.first]
         del found
-    p = None
-    if experts.ranks.first:
-        S = torch.cat([part.T for part in parts], dim=1).T  # by columns, as the search needs them
-        p = permute.search(S, **recipe.of_search)
-        p = None if permutation.is_identity(p) else p.cpu()
-    return experts.ranks.broadcast(p)
+    S = torch.cat([part.T for part in parts], dim=1).T  # by columns, as the search needs them
+    p = permute.search(S, **recipe.of_search)
+    return None if permutation.is_identity(p) else p.cpu()
 
 
 def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
@@ -86,13 +83,13 @@ def _solved(
         read: their input.
         orders: of the input's channels; None: they are searched.
     """
-    recipe, ranks, statistics = experts.recipe, experts.ranks, dict.fromkeys(names, read)
+    recipe, statistics = experts.recipe, dict.fromkeys(names, read)
     if experts.kept:
         orders = dict.fromkeys(names)
     elif orders is None:
-        orders = find_orders([Group(tuple(names))], weights, statistics, recipe, ranks)
+        orders = find_orders([Group(tuple(names))], weights, statistics, recipe)
     linears = {name: ToPrune(weights[name], read, orders[name], experts.kept) for name in names}
-    return solve(linears, recipe, ranks, experts.model.stored_dtype, experts.place)
+    return solve(linears, recipe, experts.model.stored_dtype, experts.place)
 
 
 def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
@@ -104,7 +101,7 @@ def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
         if with_gram and dense is not None:
             total.add_input_drift(X, dense.to(experts.model.device))
     place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
-    return total.finish(experts.ranks, place)
+    return total.finish(place)
 
 
 def _reads_of_down(
@@ -129,4 +126,4 @@ def _reads_of_down(
         else:
             total.add_input_drift(read, wanted)
     place = experts.place(experts.files.linear(expert, DOWN))
-    return total.finish(experts.ranks, place)
+    return total.finish(place)

@@ -13,7 +13,7 @@ from ria_vllm.offline.model.run.layer_call import Reached
 
 
 class Reads:
-    """What the experts at one place read, for this rank's chunks of one stream.
+    """What the experts at one place read, for each chunk of one stream.
 
     inputs: [tokens, width] each.
     choices: int16 [tokens, top_k] each: the experts that a token goes to.
@@ -75,43 +75,36 @@ class RoutedTokens:
 
     These are the tokens that the router sends to it. An expert that gets fewer than `enough` also takes tokens that
     went to others, evenly spread over all of them, until there are that many: it leans on what the layer's experts read
-    on average. Which ones depends neither on the ranks nor on the order of the chunks.
+    on average. Which ones does not depend on the order of the chunks.
 
     Args:
         pruned: what the experts read in the pruned model, and their choices, which are followed.
         dense: what the same tokens are in the dense model; None: it is not followed.
         enough: so many tokens suffice; the width of what the widest linear reads.
-        total: int64 [1 + num_experts], summed over all ranks: the number of all tokens, and of each expert's.
+
+    Attributes:
+        tokens: how many there are in all.
+        counts: how many go to each expert.
     """
 
-    def __init__(self, pruned: Reads, dense: Reads | None, enough: int, total: torch.Tensor):
+    def __init__(self, pruned: Reads, dense: Reads | None, enough: int, num_experts: int):
         self.pruned, self.dense, self.enough = pruned, dense, enough
-        self.tokens, *self.counts = total.tolist()
-
-    @staticmethod
-    def count(pruned: Reads, num_experts: int) -> torch.Tensor:
-        """This rank's part of `total`."""
-        total = torch.zeros(1 + num_experts, dtype=torch.int64)
-        for index in range(len(pruned)):
-            choices = pruned.choices[index]
-            total[0] += len(choices)
-            # One more place, for choices that mean no expert.
-            total[1:] += torch.bincount(choices.flatten().long().clamp(max=num_experts), minlength=num_experts + 1)[:-1]
-        return total
+        choices = torch.cat([pruned.choices[index] for index in range(len(pruned))])
+        self.tokens = len(choices)
+        # One more place, for choices that mean no expert.
+        counts = torch.bincount(choices.flatten().long().clamp(max=num_experts), minlength=num_experts + 1)
+        self.counts = counts[:num_experts].tolist()
 
     def missing(self, expert: int) -> int:
         """How many tokens the expert lacks, and so takes of those that went to others."""
         return max(0, min(self.enough, self.tokens) - self.counts[expert])
 
     def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one.
-
-        If there are none here, one without tokens: this rank takes part in the sums of the others.
-        """
-        yield from (self.chunk(index, expert) for index in self.chunks(expert) or [0])
+        """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
+        yield from (self.chunk(index, expert) for index in self.chunks(expert))
 
     def chunks(self, expert: int) -> list[int]:
-        """The numbers of this rank's chunks in which the expert reads something."""
+        """The numbers of the chunks in which the expert reads something."""
         return [index for index in range(len(self.pruned)) if bool(self.chosen(index, expert).any())]
 
     def chunk(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:

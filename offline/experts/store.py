@@ -17,7 +17,6 @@ from ria_vllm.offline.experts.routing import RoutedTokens
 from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.stored_layers import layer_key, linear_tensors, pruned_weights
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 
@@ -26,22 +25,21 @@ from ria_vllm.offline.sublayer.pruned_linear import Pruned
 class ExpertStore:
     """Where a run keeps its pruned experts. An expert is named by its layer, the path of its module and its number.
 
-    The experts of the current layer are also kept as dense matrices in files of each rank: every chunk of the
+    The experts of the current layer are also kept as dense matrices in files: every chunk of the
     calibration tokens needs them, and decoding takes longer than multiplying.
     """
 
     model: StreamedModel
     writer: CheckpointWriter
     recipe: Recipe
-    ranks: Ranks
 
     def of(self, index: int, path: str) -> "RoutedExperts":
         """The experts of the module at `path` in layer `index`."""
-        return RoutedExperts(self.model, self.writer, self.recipe, self.ranks, index, path)
+        return RoutedExperts(self.model, self.writer, self.recipe, index, path)
 
     def forget_dense(self) -> None:
-        """Remove this rank's dense matrices, those of a finished layer or of an interrupted run."""
-        folder = _dense_folder(self.writer, self.ranks)
+        """Remove the dense matrices, those of a finished layer or of an interrupted run."""
+        folder = _dense_folder(self.writer)
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -70,7 +68,6 @@ class RoutedExperts:
     model: StreamedModel
     writer: CheckpointWriter
     recipe: Recipe
-    ranks: Ranks
     index: int
     path: str
     routed: RoutedTokens | None = None
@@ -116,30 +113,28 @@ class RoutedExperts:
         threads.
 
         Args:
-            search: finds it, if it is not yet there; all ranks take part.
+            search: finds it, if it is not yet there.
 
         Returns:
             int64 [width] on the CPU; None for the model's own order.
         """
         key = _key(self.index, self.path, "order")
-        if self.ranks.broadcast(self.writer.has(key)):
-            return self.ranks.broadcast(self.writer.read(key)[0].get("order") if self.ranks.first else None)
+        if self.writer.has(key):
+            return self.writer.read(key)[0].get("order")
         order = search()
-        if self.ranks.first:
-            self.writer.write(key, {} if order is None else {"order": order})
+        self.writer.write(key, {} if order is None else {"order": order})
         return order
 
     def write(self, expert: int, pruned: Mapping[str, Pruned]) -> None:
-        """Keep one expert. Only the first rank writes what stays.
+        """Keep one expert.
 
         Args:
             pruned: written name -> pruned linear.
         """
         key = _key(self.index, self.path, expert)
         self._keep_dense(key, {name: linear.weight for name, linear in pruned.items()})
-        if self.ranks.first:
-            records = {name: linear.record for name, linear in pruned.items()}
-            self.writer.write(key, linear_tensors(pruned, self.recipe), records)
+        records = {name: linear.record for name, linear in pruned.items()}
+        self.writer.write(key, linear_tensors(pruned, self.recipe), records)
 
     def weights(self, expert: int) -> dict[str, torch.Tensor]:
         """Linear ("gate", "up", "down") -> weight [out, in] of one expert in the model's own order, on the CPU."""
@@ -157,11 +152,11 @@ class RoutedExperts:
             save_file({name: weight.contiguous() for name, weight in weights.items()}, path)
 
     def _dense(self, key: str) -> Path:
-        return _dense_folder(self.writer, self.ranks) / f"{key}.safetensors"
+        return _dense_folder(self.writer) / f"{key}.safetensors"
 
 
-def _dense_folder(writer: CheckpointWriter, ranks: Ranks) -> Path:
-    return writer.work / f"experts-{ranks.rank}"
+def _dense_folder(writer: CheckpointWriter) -> Path:
+    return writer.work / "dense-experts"
 
 
 def _key(index: int, path: str, what: int | str) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from ria_vllm.format import permutation
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.hf.experts_layout import DOWN
-from ria_vllm.offline.calibration.activations import Activations, AllChunks
+from ria_vllm.offline.calibration.activations import Activations, OnDemand
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import RoutedExperts
 from ria_vllm.offline.model.experts.run import output, output_of
@@ -34,7 +34,7 @@ class ExpertsTrainer:
 
     Args:
         experts: all of them still dense. Their tokens are all followed in the dense model, or none.
-        lacking: empty; gets the dense model's output less the own one, [tokens, width] for each of this rank's chunks.
+        lacking: empty; gets the dense model's output less the own one, [tokens, width] for each chunk.
         monitor: of the progress while that is computed.
     """
 
@@ -70,7 +70,7 @@ class ExpertsTrainer:
                 self.lacking.add(index, rows, added * (sign * shares[rows, None]))
 
     def train(self, expert: int, found: Mapping[str, Pruned]) -> dict[str, Pruned]:
-        """Train the kept weights of one expert. All ranks do the same.
+        """Train the kept weights of one expert.
 
         Args:
             found: written name -> its pruned linear.
@@ -78,15 +78,14 @@ class ExpertsTrainer:
         Returns:
             The same linears, see `after_training`.
         """
-        recipe, ranks, device = self.experts.recipe, self.experts.ranks, self.experts.model.device
+        recipe, device = self.experts.recipe, self.experts.model.device
         names, dense = self.experts.names(expert), self.experts.dense(expert)
         linears = {kind: found[name] for kind, name in names.items()}
         # Copies, to go back.
         params = {
             kind: nn.Parameter(linear.weight.to(device, torch.float32, copy=True)) for kind, linear in linears.items()
         }
-        own = self.tokens.chunks(expert)
-        places = [(rank, index) for rank in range(ranks.size) for index in ranks.broadcast(own, rank)]
+        chunks = self.tokens.chunks(expert)
 
         def forward(X: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             return output(self.experts.module, expert, X, params) * scale[:, None]
@@ -96,46 +95,35 @@ class ExpertsTrainer:
                 forward,
                 params,
                 lambda kind: linears[kind].mask.to(device),
-                AllChunks(
-                    places,
-                    ranks,
-                    lambda index: self._input(index, expert),
-                    lambda made: tuple(part.to(device) for part in made),
-                ),
-                AllChunks(
-                    places, ranks, lambda index: self._target(index, expert, dense), lambda made: made.to(device)
-                ),
+                OnDemand(chunks, lambda index: self._input(index, expert)),
+                OnDemand(chunks, lambda index: self._target(index, expert, dense)),
                 Training(
-                    passes=recipe.schedule.passes(len(places)),
+                    passes=recipe.schedule.passes(len(chunks)),
                     seed=recipe.seed,
                     dtype=recipe.matmul_dtype,
                     relative=False,
                     place=f"{self.experts.place(names[DOWN])} and what is trained with it: ",
-                    agreed=ranks.broadcast,
                 ),
                 grids_of(linears, recipe, device),
             )
-        return {
-            name: after_training(linears[kind], params[kind].data, losses, recipe, ranks)
-            for kind, name in names.items()
-        }
+        return {name: after_training(linears[kind], params[kind].data, losses, recipe) for kind, name in names.items()}
 
     def _input(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the expert reads in a chunk [tokens, width], and the factor of its output for each token."""
         chosen, _, scale = self._read(index, expert)
-        return self.tokens.pruned.inputs[index][chosen].float(), scale
+        device = self.experts.model.device
+        return self.tokens.pruned.inputs[index][chosen].float().to(device), scale.to(device)
 
     @torch.no_grad()
     def _target(self, index: int, expert: int, dense: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What the expert's output for these tokens should be, times the same factor."""
-        chosen, own, scale = self._read(index, expert)
+        device, (chosen, own, scale) = self.experts.model.device, self._read(index, expert)
         X, in_dense = self.tokens.chunk(index, expert)
         if in_dense is not None:  # nothing says what is lacking for tokens that the expert only leans on
             X = torch.where(own[:, None], X, in_dense)
         lacking = own[:, None] * self.lacking[index][chosen] / self.norms[index][chosen, None]
-        return (
-            output(self.experts.module, expert, X.to(self.experts.model.device), dense).cpu() * scale[:, None] + lacking
-        )
+        found = output(self.experts.module, expert, X.to(device), dense).cpu() * scale[:, None] + lacking
+        return found.to(device)
 
     def _read(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which tokens of a chunk the expert reads; of those, which go to it, and the factor of its output."""

@@ -19,7 +19,6 @@ from ria_vllm.offline.model.files.dequantize import scheme_of
 from ria_vllm.offline.model.files.which_weights import NAMED_WEIGHTS, PICKLED, meant_weights
 from ria_vllm.offline.model.run.architecture import model_class
 from ria_vllm.offline.model.run.hf import commit_of, from_hub, reason_of, without_quantization
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 FOLDER = "Give a Hugging Face folder or a hub id."
@@ -56,8 +55,8 @@ class Source:
         return companions(self.folder)
 
 
-def opened(model: str, ranks: Ranks, monitor: Monitor, inputs: Inputs | None = None) -> Source:
-    """Find or fetch the model, and check that it can be compressed. Only the first rank fetches.
+def opened(model: str, monitor: Monitor, inputs: Inputs | None = None) -> Source:
+    """Find or fetch the model, and check that it can be compressed.
 
     Args:
         inputs: those that the run has already; the model becomes one of them before it is read.
@@ -74,7 +73,7 @@ def opened(model: str, ranks: Ranks, monitor: Monitor, inputs: Inputs | None = N
     if path.exists():
         raise RiaError(f"{model}: not a folder. {GGUF if path.suffix.lower() == '.gguf' else FOLDER}")
     with monitor.phase("fetching the model from the hub"):
-        folder = ranks.broadcast(from_hub(model) if ranks.first else None)
+        folder = from_hub(model)
     inputs.stamps(folder)
     return replace(_checked(model, folder, inputs), revision=commit_of(folder))
 

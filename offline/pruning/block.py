@@ -55,8 +55,6 @@ class Training:
         channels: [hidden] float32, what the square of each channel counts in a token's error and in its norm; None: all
             count alike.
         place: what an error begins with.
-        agreed: of the losses' sums in several processes, which train alike but may round otherwise, the one by which
-            all of them say whether training has diverged. (If one alone stopped, others would wait for its chunks.)
         measure: the loss on other data; None: the mean of a few of these micro-batches (`COMPARED`).
     """
 
@@ -67,7 +65,6 @@ class Training:
     relative: bool = True
     channels: torch.Tensor | None = None
     place: str = ""
-    agreed: Callable[[float], float] = float
     measure: Callable[[], float] | None = None
 
 
@@ -132,7 +129,6 @@ def train_block(
                 loss.backward()
                 step += 1
                 total += loss.item()
-            total = training.agreed(total)
             if not math.isfinite(total):
                 found = f"loss {total} in pass {number + 1}"
                 raise Diverged(f"{training.place}block training diverged ({found}). Give --reconstruct admm.")

@@ -1,7 +1,5 @@
 """What each sublayer loses by itself, for a budget."""
 
-from dataclasses import replace
-
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
@@ -34,10 +32,6 @@ class EachAlone:
         """Add the model of which only this sublayer is pruned, as it is now: the last one that was passed."""
         self.found[unit] = self._before
         self._advance(self.found[unit], sublayer_pass)
-
-    def with_pruned(self, stream: Activations) -> Streams:
-        """The streams with another one in the place of the pruned model's."""
-        return replace(self.streams, pruned=stream)
 
     def _advance(self, stream: Activations, sublayer_pass: SublayerPass) -> None:
         for index in self.streams.measured:

@@ -13,7 +13,7 @@ Sublayers are taken as a whole, because permutations fold, scales migrate and we
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,14 +32,13 @@ from ria_vllm.offline.run import forecast
 from ria_vllm.offline.run.held_out import held_out_loss
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.run.plan import Plan, make_plan
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.speed import measured_here, steps
 
 TEXT = 8  # tokens with which layers are called, to see what they are passed
 USERS = 1  # at once, of whom `--min-speed` speaks
 
 
-def check_budget(model: StreamedModel, recipe: Recipe, ranks: Ranks) -> None:
+def check_budget(model: StreamedModel, recipe: Recipe) -> None:
     """Refuse a model for which this does not work, before hours of work.
 
     Raises:
@@ -52,7 +51,7 @@ def check_budget(model: StreamedModel, recipe: Recipe, ranks: Ranks) -> None:
         reason = "this model predicts no tokens, so what is lost cannot be measured"
     elif _reads_more(model):
         reason = "layers of this model read what others have left, or the text itself"
-    elif recipe.min_speed and (recipe.pattern != TWO_OF_FOUR or _instructions(model, recipe, ranks) is None):
+    elif recipe.min_speed and (recipe.pattern != TWO_OF_FOUR or _instructions(model, recipe) is None):
         reason = f"how fast {recipe.pattern} is in {recipe.scheme} on this {model.device.type} was not measured"
     if reason:
         raise RiaError(f"{recipe.budget}: {reason}. Leave it out; --ignore keeps linears dense.")
@@ -82,16 +81,15 @@ def speed(layers: LayerPass, plan: Plan, units: frozenset[Unit] | None) -> float
     model, recipe = layers.model, layers.recipe
     plan = make_plan(model, layers.topologies, recipe, plan.kept, units)
     sizes = forecast.sizes_of(model, plan, recipe)[0]
-    instructions = _instructions(model, recipe, layers.ranks)
+    instructions = _instructions(model, recipe)
     dense, pruned = (
         steps(one, instructions, USERS)[recipe.scheme] for one in (sizes.unpruned(recipe.has_integers), sizes)
     )
     return dense / pruned
 
 
-def _instructions(model: StreamedModel, recipe: Recipe, ranks: Ranks) -> str | None:
-    """Of the first rank: others may be on other machines."""
-    return ranks.broadcast(measured_here(recipe.scheme, recipe.pattern, model.stored_dtype, model.device))
+def _instructions(model: StreamedModel, recipe: Recipe) -> str | None:
+    return measured_here(recipe.scheme, recipe.pattern, model.stored_dtype, model.device)
 
 
 def _reads_more(model: StreamedModel) -> bool:
@@ -122,8 +120,8 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
     assert alone is not None
 
     def measure(stream: Activations) -> dict[str, Any]:
-        streams = alone.with_pruned(stream)
-        found = held_out_loss(model, streams, layers.embedded.held_out, layers.ranks, layers.monitor)
+        streams = replace(layers.streams, pruned=stream)
+        found = held_out_loss(model, streams, layers.embedded.held_out, layers.monitor)
         if found is None:
             raise RiaError(f"{recipe.budget}: the loss of this model cannot be measured. Leave the option out.")
         return found

@@ -40,7 +40,6 @@ from ria_vllm.offline.run.result import (
 from ria_vllm.offline.run.tokens import calibration_tokens
 from ria_vllm.offline.run.work import HALF_FILE, begun_run, check_same_run, fingerprint, work_folder
 from ria_vllm.offline.runtime.memory import map_large_blocks
-from ria_vllm.offline.runtime.ranks import Ranks, joined
 from ria_vllm.offline.stored_layers import exact_key, exact_tensors, layer_key, layer_tensors, pruned_weights
 from ria_vllm.progress import Monitor
 
@@ -80,10 +79,10 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
             check_place(out, text)
             inputs.stamps(text)
     map_large_blocks()
-    with joined(settings.device) as ranks, torch.no_grad(), monitor.live(), inputs.watched():
+    with torch.no_grad(), monitor.live(), inputs.watched():
         check_free(out, settings.overwrite)
-        source = opened(model, ranks, monitor, inputs)
-        dtype = _compute_dtype(out, source, recipe, settings, ranks, monitor)
+        source = opened(model, monitor, inputs)
+        dtype = _compute_dtype(out, source, recipe, settings, monitor)
         with monitor.phase("reading the headers"):
             streamed = StreamedModel(source.folder, source.config, settings.device, dtype)
         if streamed.tensors.scheme is not None and (count := len(streamed.tensors.quantized)):
@@ -96,8 +95,8 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
         if finished := _finished_half(out, settings):
             check_same_run(out, finished, run)
             return Reader(out).report()
-        with work_folder(out, run, settings.overwrite, settings.resume, ranks) as writer:
-            return _Run(source, streamed, recipe, kept, settings, writer, ranks, monitor).compress()
+        with work_folder(out, run, settings.overwrite, settings.resume) as writer:
+            return _Run(source, streamed, recipe, kept, settings, writer, monitor).compress()
 
 
 def _finished_half(out: Path, settings: Settings) -> dict[str, Any]:
@@ -106,15 +105,13 @@ def _finished_half(out: Path, settings: Settings) -> dict[str, Any]:
     return read_json(path) if settings.is_half and settings.resume and path.is_file() else {}
 
 
-def _compute_dtype(
-    out: Path, source: Source, recipe: Recipe, settings: Settings, ranks: Ranks, monitor: Monitor
-) -> torch.dtype:
+def _compute_dtype(out: Path, source: Source, recipe: Recipe, settings: Settings, monitor: Monitor) -> torch.dtype:
     """The dtype to compute in. If none is asked for, a resumed run keeps the one it began with, on any machine."""
     stored, asked = stored_dtype(source.folder, source.config), recipe.compute_dtype
-    if ranks.first and settings.resume and asked == "auto":
+    if settings.resume and asked == "auto":
         begun = (_finished_half(out, settings) or begun_run(out)).get("compute_dtype")
         asked = begun if begun in CHOICES else asked
-    dtype = ranks.broadcast(choose_dtype(stored, settings.device, asked))  # other ranks may be on other machines
+    dtype = choose_dtype(stored, settings.device, asked)
     if dtype != stored:
         monitor.say(f"computing in {name_of(dtype)}, writing {name_of(stored)}")
     return dtype
@@ -150,7 +147,6 @@ class _Run:
     kept: Kept
     settings: Settings
     writer: CheckpointWriter
-    ranks: Ranks
     monitor: Monitor
 
     def compress(self) -> dict[str, Any]:
@@ -158,23 +154,23 @@ class _Run:
         # First, so that an error in them shows at once, not after hours.
         others = other_files(self.source, self.model.stored_dtype)
         if self.recipe.budget is not None and self._kept(BUDGET_KEY) is None:
-            budget.check_budget(self.model, self.recipe, self.ranks)
-        if self.ranks.size == 1 and self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
+            budget.check_budget(self.model, self.recipe)
+        if self.recipe.reads_text and not self.writer.has(CALIBRATION_KEY):
             self._say_estimate()
         tokens = self._tokens()
-        store = ExpertStore(self.model, self.writer, self.recipe, self.ranks)
+        store = ExpertStore(self.model, self.writer, self.recipe)
         store.forget_dense()
         # Those by which an interrupted run has pruned, whatever experiments would find now.
         known = self._kept(TOPOLOGY_KEY)
         topologies = None if known is None else Topologies.restored(known)
-        layers = LayerPass(store, tokens, self.monitor, topologies, self.recipe.held_out)
+        layers = LayerPass(store, tokens, self.monitor, topologies)
         if known is None:
-            self._keep(TOPOLOGY_KEY, layers.topologies.kept())
+            self.writer.write(TOPOLOGY_KEY, {}, layers.topologies.kept())
         plan = make_plan(self.model, layers.topologies, self.recipe, self.kept)
         if self.recipe.budget is not None:
             if self._kept(BUDGET_KEY) is None:
                 self._spend(layers, plan, store)
-                layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+                layers = LayerPass(store, tokens, self.monitor, layers.topologies)
             plan = self._chosen(layers)
         for warning in plan.warnings:
             self.monitor.warn(warning)
@@ -184,22 +180,17 @@ class _Run:
             self.monitor.say(f"{beside} tensors outside the text decoder are copied")
         self._finish(layers, plan, store)
         if self._correct():
-            layers = LayerPass(store, tokens, self.monitor, layers.topologies, self.recipe.held_out)
+            layers = LayerPass(store, tokens, self.monitor, layers.topologies)
             plan = self._chosen(layers)
             self._finish(layers, plan, store)
-        self.ranks.barrier()
-        if self.ranks.first:  # no run will go through these layers again
-            for index in range(len(self.model.layers)):
-                self.writer.remove(exact_key(index))
+        for index in range(len(self.model.layers)):  # no run will go through them again
+            self.writer.remove(exact_key(index))
         result = Result(self.source, store, layers.topologies, plan, self.monitor)
         report = result.report()
-        self.ranks.barrier()  # all ranks have read the work folder before the first one removes it
-        if self.ranks.first:
-            with self.monitor.phase("writing"):
-                if self.settings.is_half:
-                    others[0][HALF_FILE] = begun_run(self.writer.out)
-                result.write(report, others, self.settings.max_shard_size)
-        self.ranks.barrier()
+        with self.monitor.phase("writing"):
+            if self.settings.is_half:
+                others[0][HALF_FILE] = begun_run(self.writer.out)
+            result.write(report, others, self.settings.max_shard_size)
         return report
 
     def _say_estimate(self) -> None:
@@ -237,18 +228,16 @@ class _Run:
         return 1 if self.recipe.budget is None else 2
 
     def _tokens(self) -> torch.Tensor:
-        tokens = None
-        if self.ranks.first and self.writer.has(CALIBRATION_KEY):
-            tokens = self.writer.read(CALIBRATION_KEY)[0]["tokens"]
-        elif self.ranks.first:
-            with self.monitor.phase("calibration text"):
-                text = hub.opened(self.recipe.calibration)
-                found: dict[str, Any] = {}
-                tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text, found)
-            with self.monitor.phase("digests of files"):
-                found |= self._digests(text)
-            self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
-        return self.ranks.broadcast(tokens)
+        if self.writer.has(CALIBRATION_KEY):
+            return self.writer.read(CALIBRATION_KEY)[0]["tokens"]
+        with self.monitor.phase("calibration text"):
+            text = hub.opened(self.recipe.calibration)
+            found: dict[str, Any] = {}
+            tokens = calibration_tokens(self.source, self.model, self.recipe, self.monitor, text, found)
+        with self.monitor.phase("digests of files"):
+            found |= self._digests(text)
+        self.writer.write(CALIBRATION_KEY, {"tokens": tokens}, found)
+        return tokens
 
     def _digests(self, text: str | HubText) -> dict[str, str]:
         """Of the texts, as they were opened, and of the model's local files."""
@@ -264,12 +253,8 @@ class _Run:
         return found
 
     def _kept(self, key: str) -> dict[str, Any] | None:
-        """What this run, or the one that it resumes, has kept besides layers; on all ranks the same."""
-        return self.ranks.broadcast(self.writer.record(key) if self.ranks.first and self.writer.has(key) else None)
-
-    def _keep(self, key: str, record: dict[str, Any]) -> None:
-        if self.ranks.first:
-            self.writer.write(key, {}, record)
+        """What this run, or the one that it resumes, has kept besides layers."""
+        return self.writer.record(key) if self.writer.has(key) else None
 
     def _chosen(self, layers: LayerPass) -> Plan:
         """The plan of the sublayers that the budget buys."""
@@ -286,11 +271,10 @@ class _Run:
             return
         streams = layers.streams
         if start is not None:
-            self.ranks.barrier()  # the first one has written the last layer
             layers.mixed(start, lambda index: self._finished(index, plan, True), plan)
             streams = replace(streams, pruned=start)
-        found = held_out_loss(self.model, streams, layers.embedded.held_out, self.ranks, self.monitor)
-        self._keep(HELD_OUT_KEY, found or {})
+        found = held_out_loss(self.model, streams, layers.embedded.held_out, self.monitor)
+        self.writer.write(HELD_OUT_KEY, {}, found or {})
 
     def _correct(self) -> bool:
         """Whether the result loses more than `--max-loss`; then fewer sublayers are chosen, once."""
@@ -309,13 +293,10 @@ class _Run:
 
     def _restart(self, record: dict[str, Any]) -> None:
         """Forget the layers that are finished, and keep what the budget buys."""
-        self.ranks.barrier()  # all have read them
-        if self.ranks.first:
-            self.writer.remove(HELD_OUT_KEY)
-            for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
-                self.writer.remove(layer_key(index))
-        self._keep(BUDGET_KEY, record)
-        self.ranks.barrier()
+        self.writer.remove(HELD_OUT_KEY)
+        for index in reversed(range(len(self.model.layers))):  # what is left of them is resumed
+            self.writer.remove(layer_key(index))
+        self.writer.write(BUDGET_KEY, {}, record)
 
     def _spend(self, layers: LayerPass, plan: Plan, store: ExpertStore) -> None:
         """Prune everything, to find out what to leave dense."""
@@ -350,7 +331,7 @@ class _Run:
         """Take the activations through the layers that an interrupted run has finished; returns their number."""
         total = len(self.model.layers)
         unfinished = (index for index in range(total) if not self.writer.has(layer_key(index)))
-        finished = self.ranks.broadcast(next(unfinished, total))
+        finished = next(unfinished, total)
         if finished:
             self.monitor.say(f"resuming: {finished} of {total} layers are finished")
         chunks = None if finished <= plan.last else layers.streams.measured
@@ -366,13 +347,12 @@ class _Run:
             pruned, changed = layers.prune(index, plan)
             self.source.inputs.check()  # now, and not only after the hours that the other layers take
             records = {name: linear.record for name, linear in pruned.items()}
-            if self.ranks.first:
-                with self.monitor.phase("writing"):
-                    if self.recipe.continues_exactly and index <= plan.last:
-                        self.writer.write(exact_key(index), exact_tensors(pruned, self.recipe))
-                    tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
-                    self.writer.write(layer_key(index), tensors, records)
-                    del tensors
+            with self.monitor.phase("writing"):
+                if self.recipe.continues_exactly and index <= plan.last:
+                    self.writer.write(exact_key(index), exact_tensors(pruned, self.recipe))
+                tensors = layer_tensors(self.model, index, pruned, self.recipe, plan.experts[index], changed)
+                self.writer.write(layer_key(index), tensors, records)
+                del tensors
             del pruned, changed  # before the next layer is loaded
             seconds = self.monitor.clock() - began
             say_layer(records, self.recipe.pattern, self.monitor)

@@ -12,7 +12,6 @@ from ria_vllm.offline.model.run.architecture import output_head
 from ria_vllm.offline.model.run.embedding import Embedder
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 # Logits that are in memory at a time, a few times over.
@@ -22,17 +21,13 @@ NEAR, FAR = 1.05, 1.5
 
 
 def held_out_loss(
-    model: StreamedModel,
-    streams: Streams,
-    tokens: Sequence[torch.Tensor],
-    ranks: Ranks,
-    monitor: Monitor,
+    model: StreamedModel, streams: Streams, tokens: Sequence[torch.Tensor], monitor: Monitor
 ) -> dict[str, Any] | None:
     """Perplexities of both models, and the divergence KL(dense || pruned) of a token, in nats.
 
     Args:
         streams: behind the last layer.
-        tokens: those of the held-out chunks of this rank, [samples, tokens] each.
+        tokens: those of the held-out chunks, [samples, tokens] each.
 
     Returns:
         For the report; None if the model predicts no tokens, or its head does not run by itself.
@@ -40,7 +35,6 @@ def held_out_loss(
     if streams.dense is None or output_head(model.model) is None:
         return None
     total = torch.zeros(4, dtype=torch.float64)  # negative log-likelihoods, dense and pruned; divergence; tokens
-    failed = None
     with monitor.phase("held-out samples"):
         try:
             embedder = Embedder(model)
@@ -53,13 +47,11 @@ def held_out_loss(
                     total += _of_sample(embedder, chunk[sample], *both)
         except Exception as error:  # whatever it is, hours of work are done, and do not depend on it
             failed = str(error) or type(error).__name__
+        else:
+            failed = "" if bool(total.isfinite().all()) else "predictions that are not finite"
         finally:
             model.free_base()
-    ranks.all_reduce(total)
-    if failed is None and not bool(total.isfinite().all()):
-        failed = "predictions that are not finite"
-    failed = next((one for rank in range(ranks.size) if (one := ranks.broadcast(failed, rank))), None)
-    if failed is not None:
+    if failed:
         monitor.warn(f"how much is lost could not be measured: {failed}")
         return None
     dense, pruned, divergence, count = total.tolist()

@@ -33,29 +33,22 @@ from ria_vllm.progress import Monitor
 
 
 class LayerPass:
-    """Takes this rank's calibration activations through the layers, from the first one on.
+    """Takes the calibration activations through the layers, from the first one on.
 
     Args:
         store: where pruned experts are kept, of the model, by the recipe.
-        tokens: int64 [samples, seq_len], those of all ranks.
+        tokens: int64 [samples, seq_len].
         topologies: found by the interrupted run that is resumed; None: they are found now.
-        held_out: to so many of the samples, the last ones, nothing is fitted.
 
     Raises:
-        RiaError: fewer chunks than ranks, or a model whose layers cannot be run one by one.
+        RiaError: a model whose layers cannot be run one by one.
     """
 
     def __init__(
-        self,
-        store: ExpertStore,
-        tokens: torch.Tensor,
-        monitor: Monitor,
-        topologies: Topologies | None = None,
-        held_out: int = 0,
+        self, store: ExpertStore, tokens: torch.Tensor, monitor: Monitor, topologies: Topologies | None = None
     ):
-        self.store, self.model, self.recipe, self.ranks = store, store.model, store.recipe, store.ranks
-        self.monitor = monitor
-        self.embedded = embed(self.model, self.recipe, tokens, self.ranks, monitor, topologies, held_out)
+        self.store, self.model, self.recipe, self.monitor = store, store.model, store.recipe, monitor
+        self.embedded = embed(self.model, self.recipe, tokens, monitor, topologies, self.recipe.held_out)
         self.topologies, self.streams = self.embedded.topologies, self.embedded.streams
         self.experts = ExpertsPass(store, self.streams, monitor)
         self.alone: EachAlone | None = None
@@ -76,7 +69,7 @@ class LayerPass:
         sublayer_passes = self._load(index)
         recipe, topology = self.recipe, self.topologies.of(index)
         strength, rotates = recipe.migration_strength, recipe.rotates_heads
-        smoother = Smoother(self.model, index, topology, strength, self.ranks, changed) if strength else None
+        smoother = Smoother(self.model, index, topology, strength, changed) if strength else None
         free = plan.pruned[index] - plan.kept.names.get(index, frozenset())
         rotator = Rotator(self.model, index, topology, free, recipe, changed) if rotates else None
         with self.experts.removed_after_layer():
@@ -101,7 +94,7 @@ class LayerPass:
         Args:
             parameters: name relative to the layer -> what pruning has made of it.
             experts: paths of the experts that were pruned.
-            chunks: only these of this rank; None: all.
+            chunks: only these; None: all.
         """
         if chunks is not None and not chunks and self.alone is None:
             return
@@ -180,16 +173,8 @@ class LayerPass:
         place, topology = partial(self._place, index), self.topologies.of(index)
         gains = [gains_of(layer.get_submodule(name), self.model.dtype).float() for name in topology.norms]
         return [
-            SublayerPass(
-                SublayerRunner(layer, sublayer, self.model.dtype),
-                arguments,
-                self.streams,
-                self.ranks,
-                self.monitor,
-                place,
-                gains,
-            )
-            for sublayer in topology.sublayers
+            SublayerPass(runner, arguments, self.streams, self.monitor, place, gains)
+            for runner in (SublayerRunner(layer, sublayer, self.model.dtype) for sublayer in topology.sublayers)
         ]
 
     def _prune_sublayer(
@@ -286,7 +271,7 @@ class LayerPass:
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
             fixed = [group for group in pruned if not {*group.linears, group.experts}.isdisjoint(kept)]
             alone = [group for group in pruned if group.linears and not group.experts and group not in fixed]
-            orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe, self.ranks)
+            orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe)
         mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
         for group in pruned:
             if group.experts is None:
@@ -307,7 +292,7 @@ class LayerPass:
                 for name in names
             }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
-            solved = solve(linears, recipe, self.ranks, dtype, sublayer_pass.place, recipe.damping)
+            solved = solve(linears, recipe, dtype, sublayer_pass.place, recipe.damping)
         del found, statistics, linears
         trim()
         for experts, order in mixtures:

@@ -1,7 +1,6 @@
 """The work folder of a run, and how an interrupted run is recognised and resumed."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -13,10 +12,9 @@ from ria_vllm.errors import RiaError
 from ria_vllm.files.json_file import read_json
 from ria_vllm.offline.model.source import Source
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.stored_layers import layer_key
 
-FINGERPRINT_FILE, SHARED_FILE = "run.json", "shared"
+FINGERPRINT_FILE = "run.json"
 CONFIG = "config.json"
 # The fingerprint in a finished folder that a run of two halves goes on from. Its name keeps it out of copies.
 HALF_FILE = ".run.json"
@@ -58,7 +56,6 @@ def work_folder(
     run: dict[str, Any],
     overwrite: bool,
     resume: bool,
-    ranks: Ranks,
     kept: tuple[str, str] = (f"{layer_key(0)}*", "Finished layers and experts"),
 ) -> Iterator[CheckpointWriter]:
     """The work folder: a new one or, with `resume`, that of an interrupted run with the same fingerprint.
@@ -73,25 +70,21 @@ def work_folder(
         RiaError: the interrupted run had other options, another source or other versions.
     """
     work = _work(out)
-    with closing(CheckpointWriter(out, overwrite, resume=True) if ranks.first else _joined(out, ranks)) as writer:
-        if ranks.first:
-            # Read once no other process can change it any more.
-            begun = begun_run(out) if resume else {}
-            check_same_run(work, begun, run)
-            if not begun:
-                writer.restart()
-            with disk_errors(work):
-                write_whole(work / FINGERPRINT_FILE, json.dumps(run))
-            ranks.barrier()
+    with closing(CheckpointWriter(out, overwrite, resume=True)) as writer:
+        # Read once no other process can change it any more.
+        begun = begun_run(out) if resume else {}
+        check_same_run(work, begun, run)
+        if not begun:
+            writer.restart()
+        with disk_errors(work):
+            write_whole(work / FINGERPRINT_FILE, json.dumps(run))
         try:
-            if ranks.size > 1:
-                _check_shared(work, ranks)
             yield writer
         except RiaError as error:
             # A full disk, an unreachable file or an occupied output folder can be fixed, and the run resumed. Any other
             # error after hours of work may not happen again, or may be fixed in another version. What is finished is
             # never lost. It is of the input from before if one has changed, which may be put back.
-            if ranks.first and not isinstance(error.__cause__, OSError):
+            if not isinstance(error.__cause__, OSError):
                 if any((work / UNITS).glob(f"{kept[0]}.safetensors")):
                     way = f"{kept[1]} are kept in {work}: --resume continues from them"
                     found = RiaError(f"{error} {way} with the same options. With other options, leave it out.")
@@ -100,31 +93,6 @@ def work_folder(
                     raise found from error.__cause__
                 writer.discard()
             raise
-
-
-def _joined(out: Path, ranks: Ranks) -> CheckpointWriter:
-    """The work folder that the first process has made."""
-    ranks.barrier()
-    return CheckpointWriter(out, overwrite=True, join=True)
-
-
-def _check_shared(work: Path, ranks: Ranks) -> None:
-    """Check that all processes see the work folder.
-
-    Raises:
-        RiaError: one of them does not; in all of them.
-    """
-    path, word = work / SHARED_FILE, ranks.broadcast(os.urandom(8).hex())
-    if ranks.first:
-        with disk_errors(path):
-            write_whole(path, word)
-    ranks.barrier()
-    found = path.is_file() and path.read_text(encoding="utf-8") == word
-    if blind := ranks.largest(0 if found else ranks.rank):
-        raise RiaError(
-            f"{path}: not found by process {blind}, though the first one has written it. All processes must see the "
-            "same folder: give an -o on a file system that they share."
-        )
 
 
 def _work(out: Path) -> Path:

@@ -1,1 +1,1 @@
-"""What a run works with: its processes, device and memory, and the options for these."""
+"""What a run works with: its device and memory, and the options for these."""

@@ -1,9 +1,11 @@
 """Options of the command line that several commands have."""
 
+import os
 from pathlib import Path
 
 import click
 
+from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS, SCHEMES, TWO_OF_FOUR
 from ria_vllm.terminal import expert, grouped, quality
 
@@ -40,3 +42,13 @@ pattern = quality(
     help="How many weights each row keeps of how many neighbours. 4:8 and 8:16 lose less at the same size, on "
     "CPUs; GPUs multiply 2:4 only.",
 )
+
+
+def check_one_process(command: str) -> None:
+    """Refuse to run as one of several processes: each would do all the work, and write to the same folder.
+
+    Raises:
+        RiaError: torchrun has started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RiaError(f"{command} runs in one process: start it without torchrun.")

@@ -25,8 +25,8 @@ class Pruned:
     p: int64 [in], the order of the input channels in which the mask has its pattern; None: the model's own.
     record: the report's entry.
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
-    exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if this rank does
-        not need it.
+    exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded, if what comes after it is
+        pruned for that.
     """
 
     weight: torch.Tensor

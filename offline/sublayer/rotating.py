@@ -94,12 +94,9 @@ class Rotator:
     def _rotate(self, sublayer_pass: SublayerPass, fold: Fold) -> None:
         groups = [Group((fold.producers[0].name,)), Group((fold.consumer,))]
         statistics = sublayer_pass.statistics(0, groups, with_gram=True, with_drift=False)
-        rotations = None
-        if sublayer_pass.ranks.first:
-            # With more threads, sums are rounded in another way, and learning would go elsewhere.
-            with sublayer_pass.monitor.phase("rotations"), one_thread():
-                rotations = self._learned(fold, *statistics)
-        rotations = sublayer_pass.ranks.broadcast(rotations)
+        # With more threads, sums are rounded in another way, and learning would go elsewhere.
+        with sublayer_pass.monitor.phase("rotations"), one_thread():
+            rotations = self._learned(fold, *statistics)
         if rotations is None:
             return
         layer = self.model.layers[self.index]

@@ -20,7 +20,6 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.model.experiments.migrations import producer_rows
 from ria_vllm.offline.model.run.streaming import StreamedModel
 from ria_vllm.offline.model.topology import Group, Migration, Topology
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
 
 # Temporaries are in float64: they are those of so many rows.
@@ -45,10 +44,9 @@ class Smoother:
         index: int,
         topology: Topology,
         strength: float,
-        ranks: Ranks,
         changed: MutableMapping[str, torch.Tensor],
     ):
-        self.model, self.index, self.strength, self.ranks = model, index, strength, ranks
+        self.model, self.index, self.strength = model, index, strength
         layer = model.layers[index]
         self.migrations = [
             one
@@ -117,7 +115,6 @@ class Smoother:
         scales = migration_scales(
             migration.largest(read.norm.cpu()), migration.largest(torch.stack(columns).amax(0)), self.strength
         )
-        scales = self.ranks.broadcast(scales)  # logarithms may differ between machines
         changed: dict[str, torch.Tensor] = {}
         if migration.offset:
             gain = f"{migration.norm}.weight"

@@ -19,7 +19,6 @@ from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solv
 from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import DENSE, Pruned, packed, stored_weight
 
 
@@ -39,9 +38,8 @@ def find_orders(
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, Statistics],
     recipe: Recipe,
-    ranks: Ranks,
 ) -> dict[str, torch.Tensor | None]:
-    """Search the order of the input channels of each linear. The searches are divided among the ranks.
+    """Search the order of the input channels of each linear.
 
     Args:
         groups: linears with a common input, which share an order.
@@ -51,13 +49,10 @@ def find_orders(
     Returns:
         linear -> int64 [in] on the CPU; None for the model's own order.
     """
-    costs = [weights[group.linears[0]].shape[1] ** 2 * sum(len(weights[n]) for n in group.linears) for group in groups]
     orders: dict[str, torch.Tensor | None] = {}
-    for group, owner in zip(groups, ranks.partition_by_cost(costs), strict=True):
-        p = None
-        if owner == ranks.rank and recipe.permute != "none":
-            p = _find_order(group, weights, statistics, recipe)
-        orders |= dict.fromkeys(group.linears, ranks.broadcast(p, owner))
+    for group in groups:
+        p = None if recipe.permute == "none" else _find_order(group, weights, statistics, recipe)
+        orders |= dict.fromkeys(group.linears, p)
     return orders
 
 
@@ -79,12 +74,11 @@ class ToPrune:
 def solve(
     linears: Mapping[str, ToPrune],
     recipe: Recipe,
-    ranks: Ranks,
     dtype: torch.dtype,
     place: Callable[[str], str],
     damping: float = DAMPING,
 ) -> dict[str, Pruned]:
-    """Prune and reconstruct linears, which are divided among the ranks.
+    """Prune and reconstruct linears.
 
     Args:
         linears: those with the same statistics follow each other.
@@ -93,24 +87,21 @@ def solve(
         damping: ADMM's, see `admm_solver`.
 
     Returns:
-        linear -> result, on the CPU and on all ranks.
+        linear -> result, on the CPU.
 
     Raises:
         RiaError: a result is not finite in `dtype`.
     """
-    costs = [one.weight.shape[1] * one.weight.numel() for one in linears.values()]
-    owners = dict(zip(linears, ranks.partition_by_cost(costs), strict=True))
     solved: dict[str, Pruned] = {}
-    own = {name: one for name, one in linears.items() if owners[name] == ranks.rank}
-    solvers = _Solvers((one.statistics.gram for one in own.values() if not (one.kept or one.dense)), damping)
-    for name, one in own.items():
+    solvers = _Solvers((one.statistics.gram for one in linears.values() if not (one.kept or one.dense)), damping)
+    for name, one in linears.items():
         if one.kept or one.dense:
             solved[name] = _keep(one.weight, one.statistics, dtype, recipe, one.dense)
         else:
             solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
-    return {name: ranks.broadcast(solved.get(name), owner) for name, owner in owners.items()}
+    return solved
 
 
 class _Solvers:

@@ -1,18 +1,18 @@
-"""Block reconstruction of one sublayer: train the weights that its masks keep, on the chunks of all ranks, and then
-round them, if their format has fewer bits.
+"""Block reconstruction of one sublayer: train the weights that its masks keep, and then round them, if their format
+has fewer bits.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Subset
 
 from ria_vllm.format.formats import RoundedFormat
-from ria_vllm.offline.calibration.activations import AllChunks, places_of
+from ria_vllm.offline.calibration.activations import OnDemand
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
@@ -21,7 +21,6 @@ from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
 from ria_vllm.offline.sublayer.smoothing import set_parameter
 
@@ -29,7 +28,7 @@ from ria_vllm.offline.sublayer.smoothing import set_parameter
 def train_sublayer(
     sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], recipe: Recipe, share: float = 1.0
 ) -> dict[str, Pruned]:
-    """Train the pruned linears of a sublayer towards the dense stream after it; all ranks do the same.
+    """Train the pruned linears of a sublayer towards the dense stream after it.
 
     Args:
         sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
@@ -42,18 +41,16 @@ def train_sublayer(
     Raises:
         Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
     """
-    runner, streams, ranks = sublayer_pass.runner, sublayer_pass.streams, sublayer_pass.ranks
+    runner, streams, dense = sublayer_pass.runner, sublayer_pass.streams, sublayer_pass.streams.dense
+    assert dense is not None
     # Models keep some parameters in float32, whatever the others are in: routers, for example.
     dtypes = {parameter: parameter.dtype for parameter in runner.layer.parameters()}
     # Linears are multiplied in the dtype that they are trained in; everything else computes in float32.
     others = [module for module in runner.layer.modules() if not isinstance(module, nn.Linear)]
     for parameter in (p for module in others for p in module.parameters(recurse=False)):
         parameter.data = parameter.data.float()
-    places = places_of(streams.total, ranks)
-    assert streams.dense is not None
-    targets = AllChunks(places, ranks, streams.dense.__getitem__, lambda one: one.to(runner.device, torch.float32))
-    chunks = recipe.schedule.chunks(streams.total, share)
-    goals = Subset(targets, chunks)
+    chunks = recipe.schedule.chunks(len(streams.fitted), share)
+    goals = OnDemand(chunks, lambda index: dense[index].to(runner.device, torch.float32))
     channels = channel_weights(goals, sublayer_pass.gains)
     trim()
     weights = {name: runner.linear(name).weight for name in pruned}
@@ -61,12 +58,6 @@ def train_sublayer(
     # Kept blocks lie apart, which takes memory. Only a small layer's, whose steps are short, are worth it.
     small = max(weight.nbytes for weight in weights.values()) < MAPPED_BLOCK
     kept = blocks_kept() if small else nullcontext()
-
-    def measure() -> float:
-        for weight in weights.values():
-            weight.data = ranks.broadcast(weight.data)  # what the first one has trained is kept, so all measure it
-        return _held_out_loss(sublayer_pass, training)
-
     training = Training(
         passes=recipe.schedule.passes(len(chunks), share),
         lr=LR * recipe.schedule.rate(share),
@@ -74,18 +65,18 @@ def train_sublayer(
         dtype=recipe.matmul_dtype,
         channels=channels,
         place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
-        agreed=ranks.broadcast,
     )
-
+    if streams.held_out:
+        training = replace(training, measure=partial(_held_out_loss, sublayer_pass, training))
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses: tuple[float, float] | None = train_block(
                 runner.run,
                 weights,
                 lambda name: pruned[name].mask.to(runner.device),
-                Subset(sublayer_pass.inputs_and_calls(), chunks),
+                OnDemand(chunks, sublayer_pass.input_and_call),
                 goals,
-                replace(training, measure=measure) if ranks.largest(streams.held_out) else training,
+                training,
             )
         except Diverged:
             if recipe.reconstruct == "block":
@@ -94,7 +85,7 @@ def train_sublayer(
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        trained[name] = after_training(linear, module.weight.data, losses, recipe, ranks)
+        trained[name] = after_training(linear, module.weight.data, losses, recipe)
         if not trained[name].record["trained"]:
             # The layer may have had the same tensor, which training then changed.
             trained[name].weight[linear.mask] = before[name]
@@ -105,14 +96,13 @@ def train_sublayer(
 
 
 def _held_out_loss(sublayer_pass: SublayerPass, training: Training) -> float:
-    """The loss of the sublayer as it is now, on the held-out chunks of all ranks."""
+    """The loss of the sublayer as it is now, on the held-out chunks."""
     total = torch.zeros(2, dtype=torch.float64)
     with sublayer_pass.monitor.phase("held-out samples"):
         for stream, call, target in sublayer_pass.held_out():
             loss = error(sublayer_pass.runner.run, (stream, call), target, training)
             tokens = target.numel() // target.shape[-1]
             total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
-    sublayer_pass.ranks.all_reduce(total)
     return float(total[0] / total[1])
 
 
@@ -137,29 +127,20 @@ def channel_weights(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tenso
     return (total / total.mean()).float()
 
 
-def after_training(
-    linear: Pruned,
-    weight: torch.Tensor,
-    losses: tuple[float, float] | None,
-    recipe: Recipe,
-    ranks: Ranks,
-) -> Pruned:
-    """The linear with its trained weight [out, in], or as it was if the loss did not fall; the first rank's, on all.
+def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, float] | None, recipe: Recipe) -> Pruned:
+    """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
     Steps can be too long for a model. Those of integers can also be too short to reach the next one.
 
     Args:
         losses: before and after; None if training diverged.
-        ranks: all have trained alike. But on GPUs, and on other CPUs, sums are rounded otherwise.
     """
-    trained = linear
-    if ranks.first:
-        better = losses is not None and losses[1] < losses[0]
-        trained = replace(linear, record=linear.record | {"block_loss": losses and list(losses), "trained": better})
-        if better:
-            weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
-            trained = replace(trained, weight=weight, scale=scale)
-    return ranks.broadcast(trained)
+    better = losses is not None and losses[1] < losses[0]
+    found = replace(linear, record=linear.record | {"block_loss": losses and list(losses), "trained": better})
+    if not better:
+        return found
+    weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
+    return replace(found, weight=weight, scale=scale)
 
 
 def round_sublayer(
@@ -186,7 +167,7 @@ def round_sublayer(
         relative as `error_after` is. The layer has their weights; or the exact ones, and so have they, if the recipe
         continues with those.
     """
-    runner, ranks = sublayer_pass.runner, sublayer_pass.ranks
+    runner = sublayer_pass.runner
     rounded: dict[str, Pruned] = {}
     for number, stage in enumerate(stages):
         groups = [group for group in stage if group.linears]
@@ -195,20 +176,16 @@ def round_sublayer(
         found = sublayer_pass.statistics(number, groups, with_gram=True, with_drift=False) if groups else []
         trim()
         grams = {name: read.gram for group, read in zip(groups, found, strict=True) for name in group.linears}
-        owners = ranks.partition_by_cost([pruned[n].weight.shape[1] * pruned[n].weight.numel() for n in names])
-        for name, owner in zip(names, owners, strict=True):
-            linear = None
-            if owner == ranks.rank:
-                with sublayer_pass.monitor.phase("masks and weights"):
-                    linear = _rounded(pruned[name], grams.get(name), scales.get(name), recipe, dtype, runner.device)
-            rounded[name] = linear = ranks.broadcast(linear, owner)
+        for name in names:
+            with sublayer_pass.monitor.phase("masks and weights"):
+                linear = _rounded(pruned[name], grams.get(name), scales.get(name), recipe, dtype, runner.device)
+            rounded[name] = linear
             set_parameter(runner.layer, f"{name}.weight", linear.weight)
         del found, grams
         trim()
     if recipe.continues_exactly:
         for name, linear in pruned.items():
-            exact = linear.weight[linear.mask] if ranks.first else None  # which writes it
-            rounded[name] = replace(rounded[name], exact=exact)
+            rounded[name] = replace(rounded[name], exact=linear.weight[linear.mask])
             set_parameter(runner.layer, f"{name}.weight", linear.weight)
     return rounded
 

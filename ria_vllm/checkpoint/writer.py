@@ -123,18 +123,17 @@ def save_whole(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[s
 
 
 class CheckpointWriter:
-    """The work folder of one output folder. One process at a time may have it, and those that join it.
+    """The work folder of one output folder. One process at a time may have it.
 
     Args:
         out: the output folder. It must not exist unless `overwrite`; only the last rename touches it.
         resume: keep the finished units of an interrupted run.
-        join: use the work folder that another process of this run has made.
 
     Raises:
         RiaError: `out` exists and may not be replaced, or another process uses the work folder, or it cannot be made.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False, join: bool = False):
+    def __init__(self, out: Path, overwrite: bool = False, resume: bool = False):
         self.out = Path(out)
         self.overwrite = overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
@@ -142,10 +141,7 @@ class CheckpointWriter:
         with disk_errors(self.work):
             if not is_free(self.work, f"{UNITS}/"):
                 raise RiaError(f"{self.work}: needed as a work folder, but it holds something else. Move it away.")
-            self._lock: IO[bytes] | None = None
-            if join:
-                return
-            self._lock = locked(self.work)
+            self._lock: IO[bytes] | None = locked(self.work)
             if self._replaced.is_dir() and not self.out.exists():
                 # A run was killed between its last two renames.
                 os.replace(self._replaced, self.out)

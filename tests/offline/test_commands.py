@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.distill.command import distill
 
 
 def invoke(*arguments: object):
@@ -80,3 +81,11 @@ def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
     rounded = {"scheme": "W8A8", "group_size": None, "smooth": 0.5}  # as without a recipe
     assert changed["rounded"] == rounded
     assert changed["faster"] == {"reconstruct": "admm", "samples": 32, "seq_len": 128, "held_out": 8}
+
+
+@pytest.mark.parametrize(("command", "options"), [(compress, ()), (distill, ("--teacher", "dense", "--tokens", "2"))])
+def test_under_torchrun_nothing_is_begun(command, options, tiny, tmp_path):
+    arguments = [str(tiny("llama")), "-o", str(tmp_path / "out"), *options]
+    result = CliRunner(env={"WORLD_SIZE": "2"}).invoke(command, arguments)
+    assert isinstance(result.exception, RiaError) and list(tmp_path.iterdir()) == []
+    assert str(result.exception) == f"{command.name} runs in one process: start it without torchrun."

@@ -1,4 +1,4 @@
-"""Killed and resumed, or divided among processes: the same bytes as in one uninterrupted run."""
+"""Killed and resumed: the same bytes as in one uninterrupted run."""
 
 import errno
 import json
@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.model.run import streaming
-from ria_vllm.offline.pruning import block
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.progress import Monitor
@@ -184,44 +183,3 @@ def test_a_model_unreachable_for_a_moment_costs_no_finished_layer(make_model, te
     assert (tmp_path / "out.partial" / "units" / "layer-00000.safetensors").is_file()
     run(model, tmp_path / "out", text, Settings(resume=True))
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", ("--scheme", "W8A8")),
-        ("gemma4-e2b", ("--reconstruct", "block")),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_two_processes_write_what_one_writes(family, options, make_model, text, tmp_path):
-    """With three chunks or more, so that sums and shares could differ."""
-    model = make_model(tmp_path / "in", family)
-    options = (*options, "--samples", "40")
-    for name, ranks in (("one", 1), ("two", 2)):
-        arguments = command(model, tmp_path / name, text, *options)
-        preloaded.run(tmp_path / f"{name}.log", preloaded.ria_vllm, *arguments, ranks=ranks)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-
-
-def trained_otherwise(*arguments: object) -> None:
-    """The command; on the second rank, training diverges."""
-    error = block.error
-    if os.environ.get("RANK") == "1":
-        block.error = lambda *arguments: error(*arguments) * float("nan")
-    preloaded.ria_vllm(*arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("llama", ("--scheme", "W8A16")), ("qwen3-moe", ("--reconstruct", "block"))],
-    ids=str,
-)
-def test_all_processes_go_on_from_what_the_first_one_has_trained(family, options, make_model, text, tmp_path):
-    model = make_model(tmp_path / "in", family)
-    arguments = ("--samples", "40", *options)
-    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command(model, tmp_path / "one", text, *arguments))
-    preloaded.run(tmp_path / "log", trained_otherwise, *command(model, tmp_path / "two", text, *arguments), ranks=2)
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")

@@ -9,7 +9,6 @@ from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.drift import InputDrift
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
 
 INT4 = {"weights": "int4", "group_size": 64}
@@ -31,10 +30,9 @@ def stage():
 
 def pruned(stage, recipe, **options):
     weights, statistics, _, _ = stage
-    ranks = Ranks()
-    orders = find_orders([Group(tuple(weights))], weights, statistics, recipe, ranks)
+    orders = find_orders([Group(tuple(weights))], weights, statistics, recipe)
     linears = {name: ToPrune(weights[name], statistics[name], orders[name]) for name in weights}
-    return solve(linears, recipe, ranks, torch.bfloat16, lambda name: name, **options)
+    return solve(linears, recipe, torch.bfloat16, lambda name: name, **options)
 
 
 def error(V, W, X, D):

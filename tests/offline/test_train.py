@@ -23,7 +23,6 @@ from ria_vllm.offline.run import compress as compressing
 from ria_vllm.offline.run import plan
 from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.run.layers import LayerPass
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer import train
 from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed, stored_weight
 from ria_vllm.offline.sublayer.train import after_training
@@ -187,7 +186,7 @@ def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
 )
 def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     start = Pruned(torch.zeros(2, 4, dtype=torch.bfloat16), packed(torch.ones(2, 4, dtype=torch.bool)), None, {"a": 1})
-    found = after_training(start, torch.ones(2, 4), losses, Recipe(), Ranks())
+    found = after_training(start, torch.ones(2, 4), losses, Recipe())
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
     assert found.record | {"block_loss": None} == {"a": 1, "block_loss": None, "trained": is_trained}
     assert start.record == {"a": 1} and repr(found.record["block_loss"]) == repr(losses and list(losses))

@@ -1,4 +1,4 @@
-"""Activations, and the chunks of all ranks."""
+"""The residual streams that are kept."""
 
 import torch
 

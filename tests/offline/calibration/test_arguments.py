@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
@@ -11,7 +10,6 @@ from ria_vllm.offline.calibration.arguments import AllArguments, Arguments, OfCh
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.run.layer_call import LayerCall
 from ria_vllm.offline.model.run.sharing import Sharing
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 ENTRY, OTHER = (0, "full"), (0, "sliding")
@@ -61,10 +59,10 @@ def test_each_chunk_of_each_stream_has_its_own():
     stream = torch.zeros(1, 4, 8, dtype=torch.float64)
     for dense in (False, True):
         for chunk in range(3):
-            made = second.call(stream, second.given(dense, chunk))
+            made = second.call(stream, dense, chunk)
             assert torch.equal(made[0], torch.full((1, 4), 10.0 + chunk, dtype=torch.float64))
             assert same(made["kept"]["full"], pair(100 * dense + chunk, torch.float64))
-            assert first.call(stream, first.given(dense, chunk))["kept"] == {}
+            assert first.call(stream, dense, chunk)["kept"] == {}
     assert call["kept"] == {} and not call[0].any()  # what all chunks have in common is as it was
     found.free(0)
     assert set(found.made.stored) == {(1, 0)} and set(found.left[False].stored) == {ENTRY}
@@ -72,39 +70,16 @@ def test_each_chunk_of_each_stream_has_its_own():
     assert not found.left[False].stored and not found.left[True].stored
 
 
-def inputs_and_calls(streams: Activations, arguments: Arguments, ranks: Ranks) -> list:
+def test_what_is_trained_gets_each_chunk_in_float32_with_its_own_arguments():
+    found, _ = arguments()
+    pruned = Activations(torch.bfloat16)
     runner: Any = SimpleNamespace(device=torch.device("cpu"))
-    return list(SublayerPass(runner, arguments, Streams(streams, None, 3), ranks, Monitor(), str).inputs_and_calls())
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_get_the_arguments_of_the_rank_that_holds_the_chunk(rank, monkeypatch):
-    """Chunk 0 is rank 0's, chunks 1 and 2 are rank 1's."""
-    found, _ = arguments(streams=3)
-    left, sent = found.left[False], {}
     for chunk in range(3):
-        left.put(chunk, {ENTRY: pair(chunk)})
-    whole = Activations()
+        found.left[False].put(chunk, {ENTRY: pair(chunk)})
+        pruned.append(torch.full((1, 4, 8), float(chunk)))
+    sublayer_pass = SublayerPass(runner, Arguments(found, 1), Streams(pruned, None), Monitor(), str)
     for chunk in range(3):
-        whole.append(torch.full((1, 4, 8), float(chunk)))
-    alone = inputs_and_calls(whole, Arguments(found, 1), Ranks())
-    own = Activations()
-    for chunk in ((0,), (1, 2))[rank]:
-        own.append(whole[chunk])
-    mine = Arguments(AllArguments(found.calls, OfChunks(), found.sharing, {False: OfChunks()}), 1)
-    for number, chunk in enumerate(((0,), (1, 2))[rank]):
-        mine.every.made.put(number, {(1, 0): torch.full((1, 4), 10.0 + chunk)})
-        mine.every.left[False].put(number, {ENTRY: pair(chunk)})
-
-    def broadcast(self, value, src):
-        assert (value is not None) == (src == rank)
-        at = sent.setdefault("calls", 0)
-        sent["calls"] += 1
-        return (whole[at], Arguments(found, 1).given(False, at)) if value is None else value
-
-    monkeypatch.setattr(Ranks, "broadcast", broadcast)
-    both = inputs_and_calls(own, mine, Ranks(rank, 2))
-    for (stream, call), (expected, wanted) in zip(both, alone, strict=True):
-        assert torch.equal(stream, expected) and torch.equal(call[0], wanted[0])
-        assert same(call["kept"]["full"], wanted["kept"]["full"])
-    assert sent["calls"] == 3
+        stream, call = sublayer_pass.input_and_call(chunk)
+        assert stream.dtype == torch.float32 and torch.equal(stream, torch.full((1, 4, 8), float(chunk)))
+        assert torch.equal(call[0], torch.full((1, 4), 10.0 + chunk))
+        assert same(call["kept"]["full"], pair(chunk))

@@ -6,7 +6,6 @@ import torch
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import statistics
 from ria_vllm.offline.calibration.statistics import GramSum, StatisticsSum
-from ria_vllm.offline.runtime.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -35,7 +34,7 @@ def test_sums_over_chunks_are_those_of_all_tokens(with_gram, kind):
             total.add_input_drift(X[rows], other[rows])
         else:
             total.add_output_drift(X[rows], (other[rows] - X[rows]) @ W.T)
-    found = total.finish(Ranks(), "x")
+    found = total.finish("x")
     X, D, W64 = X.double(), other.double() - X.double(), W.double()
     close = dict(rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found.norm.double(), X.norm(dim=0), **close)
@@ -55,7 +54,7 @@ def test_products_of_bfloat16_are_exact_and_those_of_drifts_nearly(gram_block, m
     total = StatisticsSum(256, True, CPU, torch.bfloat16)
     total.add(X)
     total.add_output_drift(X, missing)
-    found, W = total.finish(Ranks(), "x"), torch.randn(192, 256)
+    found, W = total.finish("x"), torch.randn(192, 256)
     exact, wanted = X.double().T @ X.double(), missing.double().T @ X.double()
     assert (found.gram.dense().double() - exact).norm() < 1e-6 * exact.norm()
     assert (found.drift.cross_term(W).double() - wanted).norm() < 3e-3 * wanted.norm()
@@ -75,7 +74,7 @@ def test_divided_statistics_are_those_of_divided_inputs(kind):
             total.add_input_drift(X / divisor, other / divisor)
         else:
             total.add_output_drift(X / divisor, (other - X) @ W.T)
-        found.append(total.finish(Ranks(), "x"))
+        found.append(total.finish("x"))
     before, want = found
     before.divide(scales)
     assert torch.equal(before.norm, want.norm) and torch.equal(before.scales, scales) and want.scales is None
@@ -94,7 +93,7 @@ def test_activations_that_are_not_finite_are_named(value, with_gram, dtype, advi
     total = StatisticsSum(8, with_gram, CPU, dtype)
     total.add(X)
     with pytest.raises(RiaError, match=f"model: a.b: NaN or infinite values in its input.*{advice}"):
-        total.finish(Ranks(), "model: a.b")
+        total.finish("model: a.b")
 
 
 @pytest.mark.parametrize(("kind", "value"), [("input", float("nan")), ("output", float("inf"))])
@@ -106,4 +105,4 @@ def test_a_dense_model_that_alone_is_not_finite_is_named(value, kind):
     total.add(X)
     (total.add_input_drift if kind == "input" else total.add_output_drift)(X, dense)
     with pytest.raises(RiaError, match="model: a.b: NaN or infinite values in the dense model's.*dtype float32"):
-        total.finish(Ranks(), "model: a.b")
+        total.finish("model: a.b")

@@ -167,13 +167,3 @@ def test_what_cannot_be_distilled_is_pruned_only_and_that_is_said(why, options, 
     assert ("next, where both models fit" in done.stderr) == hint
     assert invoke(compress, *options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "plain").exit_code == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
-
-
-def test_one_of_several_processes_prunes_only(options, tmp_path, monkeypatch):
-    """`distill` runs in one: its command is named at the end."""
-    monkeypatch.setattr("ria_vllm.offline.distill.best.prune_and_distill", pytest.fail)
-    monkeypatch.setattr("ria_vllm.offline.run.compress.compress", lambda *_: report)
-    report = {"linears": {"a": {"retained_after": 1.0}}, "verdict": {"quality": "fair"}}
-    done = CliRunner(env={"WORLD_SIZE": "2"}).invoke(compress, [str(a) for a in (*options, "-o", tmp_path / "out")])
-    assert done.exit_code == 0 and "next, where both models fit into memory: ria-vllm distill" in done.stderr
-    assert "will not be distilled, because `distill` runs in one process" in done.stderr

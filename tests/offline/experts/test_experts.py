@@ -1,9 +1,6 @@
 """Mixtures of experts: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
 
-import os
 import re
-import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -162,20 +159,6 @@ def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
         assert not out.exists() and seen <= len(list(units.glob("layer-*-experts-*.safetensors"))) < 96
     preloaded.run(log, preloaded.ria_vllm, *command, out, "--resume")
     assert digests(tmp_path / "whole") == digests(out)
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_writes(moe, text, tmp_path):
-    """Two that torchrun starts."""
-    command = ["compress", str(moe("qwen2_moe")), "--calibration", str(text), "--samples", "24", "--seq-len", "128"]
-    command += ["--reconstruct", "block", "-o"]
-    preloaded.run(tmp_path / "log", preloaded.ria_vllm, *command, tmp_path / "one")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ria_vllm"]
-    subprocess.run(
-        [sys.executable, *torchrun, *command, str(tmp_path / "two")], check=True, capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
 
 def test_llama_4s_experts_have_the_statistics_of_weighted_tokens(text, tmp_path, monkeypatch):

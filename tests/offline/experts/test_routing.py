@@ -29,7 +29,7 @@ def reads() -> Reads:
 
 def routed(enough: int, dense: Reads | None = None) -> tuple[Reads, RoutedTokens]:
     made = reads()
-    return made, RoutedTokens(made, dense, enough, RoutedTokens.count(made, 4))
+    return made, RoutedTokens(made, dense, enough, 4)
 
 
 def test_an_expert_with_enough_tokens_has_exactly_its_own():
@@ -55,14 +55,6 @@ def test_an_expert_with_few_tokens_takes_others_evenly_spread():
     assert gaps.max() <= 7
 
 
-def test_an_expert_that_reads_nothing_here_has_a_chunk_without_tokens():
-    """So this rank has sums of the same shapes as the others."""
-    made = reads()
-    made.choices[1] = torch.where(made.choices[1] == 3, 9, made.choices[1])
-    ((X, dense),) = RoutedTokens(made, None, 0, RoutedTokens.count(made, 4)).of(3)
-    assert X.shape == (0, made.inputs[0].shape[1]) and dense is None
-
-
 def test_there_are_never_more_tokens_than_all():
     _, tokens = routed(enough=1000)
     assert tokens.missing(3) == 99
@@ -84,6 +76,6 @@ def test_a_sublayer_that_does_not_reach_its_experts():
     stream = Activations()
     stream.append(torch.zeros(1, 4, 8))
     run = lambda stream, index: stream[index]  # noqa: E731
-    sublayer_pass = SimpleNamespace(run=run, monitor=Monitor(shown=False), streams=Streams(stream, None, 1))
+    sublayer_pass = SimpleNamespace(run=run, monitor=Monitor(shown=False), streams=Streams(stream, None))
     with pytest.raises(RiaError, match="here: not used in this layer"):
         read_by(nn.Module(), sublayer_pass, stream, reads(), "here")

@@ -24,7 +24,6 @@ from ria_vllm.offline.model.experts.files import ExpertFiles
 from ria_vllm.offline.model.experts.run import run_one_by_one
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.offline.sublayer import solve
 from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed
 from ria_vllm.progress import Monitor
@@ -101,16 +100,14 @@ def mixture(request, tmp_path) -> SimpleNamespace:
 
 
 def trainer_of(mixture, enough: int = 8, follows_dense: bool = True) -> ExpertsTrainer:
-    tokens = RoutedTokens(
-        mixture.reads, mixture.in_dense if follows_dense else None, enough, RoutedTokens.count(mixture.reads, 4)
-    )
+    tokens = RoutedTokens(mixture.reads, mixture.in_dense if follows_dense else None, enough, 4)
     recipe = Recipe(reconstruct="block", compute_dtype="float32")
     model = SimpleNamespace(
         experts=[{"mlp.experts": mixture.files}], layers=[mixture.layer], folder=Path("folder"),
         from_files=lambda *_: mixture.dense.__getitem__, device=torch.device("cpu"), dtype=torch.float32,
         stored_dtype=torch.float32,
     )  # fmt: skip
-    experts = RoutedExperts(model, None, recipe, Ranks(), 0, "mlp.experts", tokens)
+    experts = RoutedExperts(model, None, recipe, 0, "mlp.experts", tokens)
     return ExpertsTrainer(experts, Activations(), Monitor(shown=False))
 
 

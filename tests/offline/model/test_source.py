@@ -17,7 +17,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.model import source
 from ria_vllm.offline.run import compress
 from ria_vllm.offline.run.compress import Settings
-from ria_vllm.offline.runtime.ranks import Ranks
 from ria_vllm.progress import Monitor
 
 
@@ -151,12 +150,12 @@ def test_links_out_of_the_folder_are_not_followed(model, tmp_path):
     (snapshot / "vocab.json").symlink_to("../../blobs/4567")
     (snapshot / "merges.txt").symlink_to("tokenizer.json")
     for folder in (snapshot, tmp_path / "here"):
-        found = set(source.opened(str(folder), Ranks(), Monitor(shown=False)).small_files())
+        found = set(source.opened(str(folder), Monitor(shown=False)).small_files())
         assert {"vocab.json", "merges.txt", "tokenizer.json"} <= found
     for name, target in (("LICENSE", str(tmp_path / "secret")), ("other.json", "../../blobs/../../secret")):
         (snapshot / name).symlink_to(target)
         with pytest.raises(RiaError, match=f"{name}: a link that leads out of the folder"):
-            source.opened(str(snapshot), Ranks(), Monitor(shown=False))
+            source.opened(str(snapshot), Monitor(shown=False))
         (snapshot / name).unlink()
 
 
