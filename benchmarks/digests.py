@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma2": HALF_WINDOW, "gemma3_text": HALF_WINDOW, "opt": {"ffn_dim": 256}, "gpt_neox": {}, "qwen3_moe": {},
     "mixtral": {},
 }  # fmt: skip
-# A model, and the options besides --calibration, --samples and --seq-len.
+# A model, and its options, beside those of `main`.
 RUNS = """\
 llama --reconstruct none
 llama --reconstruct none --method wanda --permute none
@@ -41,8 +41,8 @@ llama --reconstruct short --scheme W8A8 --seed 3
 llama --reconstruct block --scheme W4A8 --rotate none
 llama --reconstruct admm --scheme FP8 --rotate heads
 llama --reconstruct admm --max-loss 20%
-llama --reconstruct short --self-written 0.5
-llama --reconstruct none --calibration self
+llama --reconstruct short --self-written 0.1
+llama --reconstruct none --calibration self --samples 8
 llama --reconstruct admm --compute-dtype bfloat16 --ignore down_proj
 qwen2 --reconstruct admm --pattern 4:8 --scheme W8A8 --smooth 0
 qwen2 --reconstruct short --pattern 8:16 --scheme W4A8
@@ -67,16 +67,18 @@ recovered --scheme BF16 --prune-rest
 
 def save_model(name: str, folder: Path) -> None:
     """A random model with channels of different scales, so that permutations gain something, and a tokenizer of bytes.
-    Half of the weights of `recovered` are zero, but for one linear."""
+    `recovered` is 2:4 already, but for the first layer's q_proj."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**BASE | {"model_type": name} | MODELS[name]))
     with torch.no_grad():
-        for parameter in (one for key, one in model.named_parameters() if one.dim() > 1 and "embed" not in key):
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "embed" in key:
+                continue
             parameter.mul_(torch.rand(parameter.shape[-1]).add(0.2))
-            if name == "recovered":
+            if name == "recovered" and "layers.0.self_attn.q_proj" not in key:
                 parameter.unflatten(-1, (-1, 4))[..., :2] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
@@ -98,7 +100,7 @@ def main(out: Path, before: Path | None) -> None:
         for run in RUNS.splitlines():
             model, *options = run.split()
             folder = Path(temporary) / "out"
-            shared = ["--calibration", TEXT, "--samples", 8, "--seq-len", 64, "-o", folder, "--device", "cpu"]
+            shared = ["--calibration", TEXT, "--samples", 40, "--seq-len", 128, "-o", folder, "--device", "cpu"]
             compress.main([str(one) for one in (Path(temporary) / model, *shared, *options)], standalone_mode=False)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             found[run] = {

@@ -108,8 +108,8 @@ class SublayerPass:
         return self._read(self.streams.pruned, index, torch.float32)
 
     def held_out(self) -> Iterator[tuple[torch.Tensor, LayerCall, torch.Tensor]]:
-        """The held-out chunks: the pruned stream before the sublayer, how the layer is called for it, and the
-        dense stream after the sublayer, if that one is advanced."""
+        """Of each held-out chunk the pruned stream before the sublayer, how the layer is called for it, and the dense
+        stream after the sublayer, if that one is advanced."""
         for index in self.streams.measured:
             assert self.streams.dense is not None
             stream, call = self._read(self.streams.pruned, index)

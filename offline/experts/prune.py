@@ -100,8 +100,7 @@ def _reads(experts: RoutedExperts, expert: int, with_gram: bool) -> Statistics:
         total.add(X)
         if with_gram and dense is not None:
             total.add_input_drift(X, dense.to(experts.model.device))
-    place = experts.place(experts.files.linear(expert, experts.layout.first[0]))
-    return total.finish(place)
+    return total.finish(experts.place(experts.files.linear(expert, experts.layout.first[0])))
 
 
 def _reads_of_down(
@@ -125,5 +124,4 @@ def _reads_of_down(
             total.add_output_drift(read, (wanted - read) @ dense[DOWN].float().T)
         else:
             total.add_input_drift(read, wanted)
-    place = experts.place(experts.files.linear(expert, DOWN))
-    return total.finish(place)
+    return total.finish(experts.place(experts.files.linear(expert, DOWN)))

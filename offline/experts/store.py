@@ -25,8 +25,8 @@ from ria_vllm.offline.sublayer.pruned_linear import Pruned
 class ExpertStore:
     """Where a run keeps its pruned experts. An expert is named by its layer, the path of its module and its number.
 
-    The experts of the current layer are also kept as dense matrices in files: every chunk of the
-    calibration tokens needs them, and decoding takes longer than multiplying.
+    The experts of the current layer are also kept as dense matrices in files: every chunk of the calibration tokens
+    needs them, and decoding takes longer than multiplying.
     """
 
     model: StreamedModel
