@@ -90,7 +90,7 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
 
 
 def _say_linears(topologies: Topologies, found: Plan) -> None:
-    """Which linears are pruned and what becomes of their orders; which stay dense, by reason."""
+    """Which linears are pruned and what becomes of their permutations; which stay dense, by reason."""
     count = sum(map(len, found.pruned.values()))
     folded = sum(
         {fold.consumer, *(producer.name for producer in fold.producers)} <= names
@@ -99,7 +99,7 @@ def _say_linears(topologies: Topologies, found: Plan) -> None:
     )
     experts = sum(map(len, found.experts.values()))
     also = f", and the experts of {experts} layers" if experts else ""
-    click.echo(f"pruned:  {count} linears{also}; the orders of {folded} fold into linears before them")
+    click.echo(f"pruned:  {count} linears{also}; the permutations of {folded} fold into linears before them")
     for why, names in Counter(found.dense.values()).items():
         first = next(name for name, reason in found.dense.items() if reason == why)
         click.echo(f"dense:   {printable(first)}{f' and {names - 1} more' if names > 1 else ''}: {printable(why)}")

@@ -28,7 +28,7 @@ class Attention:
         prefix = self.prefix.format(i=index)
         return prefix + self.v, prefix + self.o
 
-    def turned(self, dense: Tensors, rotations: Iterable[torch.Tensor]) -> Tensors:
+    def rotated(self, dense: Tensors, rotations: Iterable[torch.Tensor]) -> Tensors:
         """What differs in the rotated model, in float64.
 
         Args:

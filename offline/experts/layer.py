@@ -56,7 +56,7 @@ class ExpertsPass:
         routed = RoutedTokens(pruned, dense, max(layout.width, layout.inner), layout.num_experts)
         return replace(experts, routed=routed, kept=kept)
 
-    def prune(self, experts: RoutedExperts, order: torch.Tensor | None) -> None:
+    def prune(self, experts: RoutedExperts, p: torch.Tensor | None) -> None:
         """Prune all experts that are not in the work folder, and put them there."""
         numbers = range(experts.layout.num_experts)
         kept = [experts.has(expert) for expert in numbers]
@@ -67,7 +67,7 @@ class ExpertsPass:
             trainer = ExpertsTrainer(experts, lacking, self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
             if not kept[expert]:
-                pruned = prune_expert(experts, expert, order)
+                pruned = prune_expert(experts, expert, p)
                 if trainer is not None:
                     pruned = trainer.train(expert, pruned)
                 experts.write(expert, pruned)

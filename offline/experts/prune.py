@@ -14,15 +14,17 @@ from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import permute
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned
-from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, score, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_permutations, score, solve
 
-# The rows of all experts together have more scores than the search of one order needs, or memory should hold. This many
-# are taken, evenly spread over the linears.
+# The rows of all experts together have more scores than the search of one permutation needs, or memory should hold.
+# This many are taken, evenly spread over the linears.
 SEARCHED_ROWS = 8192
 
 
-def shared_order(experts: RoutedExperts, beside: Mapping[str, tuple[torch.Tensor, Statistics]]) -> torch.Tensor | None:
-    """The order of the residual stream that the gate and up projections of all experts share.
+def shared_permutation(
+    experts: RoutedExperts, beside: Mapping[str, tuple[torch.Tensor, Statistics]]
+) -> torch.Tensor | None:
+    """The permutation of the residual stream that the gate and up projections of all experts share.
 
     Args:
         beside: weights [out, in] and statistics of other linears that share it, those of the shared expert.
@@ -46,11 +48,11 @@ def shared_order(experts: RoutedExperts, beside: Mapping[str, tuple[torch.Tensor
     return None if permutation.is_identity(p) else p.cpu()
 
 
-def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None) -> dict[str, Pruned]:
+def prune_expert(experts: RoutedExperts, expert: int, p: torch.Tensor | None) -> dict[str, Pruned]:
     """Prune one expert: gate and up, then down, which sees what the pruned gate and up produce.
 
     Args:
-        order: from `shared_order`.
+        p: from `shared_permutation`.
 
     Returns:
         Written name -> pruned linear.
@@ -58,8 +60,8 @@ def prune_expert(experts: RoutedExperts, expert: int, order: torch.Tensor | None
     layout, recipe, dense = experts.layout, experts.recipe, experts.dense(expert)
     weights = {name: dense[kind] for kind, name in experts.names(expert).items()}
     *first, down = weights
-    orders = dict.fromkeys(first, order)
-    found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), orders)
+    permutations = dict.fromkeys(first, p)
+    found = _solved(experts, first, weights, _reads(experts, expert, recipe.needs_gram), permutations)
     trim()
     pruned = {kind: found[name].weight.to(experts.model.device) for kind, name in zip(layout.first, first, strict=True)}
     found |= _solved(experts, [down], weights, _reads_of_down(experts, expert, dense, pruned))
@@ -75,20 +77,20 @@ def _solved(
     names: Sequence[str],
     weights: Mapping[str, torch.Tensor],
     read: Statistics,
-    orders: Mapping[str, torch.Tensor | None] | None = None,
+    permutations: Mapping[str, torch.Tensor | None] | None = None,
 ) -> dict[str, Pruned]:
     """Linears of one expert with one input, pruned.
 
     Args:
         read: their input.
-        orders: of the input's channels; None: they are searched.
+        permutations: of the input's channels; None: they are searched.
     """
     recipe, statistics = experts.recipe, dict.fromkeys(names, read)
     if experts.kept:
-        orders = dict.fromkeys(names)
-    elif orders is None:
-        orders = find_orders([Group(tuple(names))], weights, statistics, recipe)
-    linears = {name: ToPrune(weights[name], read, orders[name], experts.kept) for name in names}
+        permutations = dict.fromkeys(names)
+    elif permutations is None:
+        permutations = find_permutations([Group(tuple(names))], weights, statistics, recipe)
+    linears = {name: ToPrune(weights[name], read, permutations[name], experts.kept) for name in names}
     return solve(linears, recipe, experts.model.stored_dtype, experts.place)
 
 

@@ -106,8 +106,8 @@ class RoutedExperts:
     def has(self, expert: int) -> bool:
         return self.writer.has(_key(self.index, self.path, expert))
 
-    def order(self, search: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
-        """The order that the experts share.
+    def permutation(self, search: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+        """The permutation that the experts share.
 
         It is kept, because another search could find another one: on another machine, for example, or with more
         threads.
@@ -118,12 +118,12 @@ class RoutedExperts:
         Returns:
             int64 [width] on the CPU; None for the model's own order.
         """
-        key = _key(self.index, self.path, "order")
+        key = _key(self.index, self.path, "permutation")
         if self.writer.has(key):
-            return self.writer.read(key)[0].get("order")
-        order = search()
-        self.writer.write(key, {} if order is None else {"order": order})
-        return order
+            return self.writer.read(key)[0].get("permutation")
+        p = search()
+        self.writer.write(key, {} if p is None else {"permutation": p})
+        return p
 
     def write(self, expert: int, pruned: Mapping[str, Pruned]) -> None:
         """Keep one expert.

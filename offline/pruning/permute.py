@@ -1,4 +1,4 @@
-"""Channel permutation: an order of the input channels in which a mask retains more of the score.
+"""Channel permutation: reorder the input channels so that a mask retains more of the score.
 
 (Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024.)
 """
@@ -26,7 +26,7 @@ def search(
     dtype: torch.dtype = torch.float32,
     pattern: Pattern = TWO_OF_FOUR,
 ) -> torch.Tensor:
-    """Search for the order of input channels that retains the most score.
+    """Search for the permutation of input channels that retains the most score.
 
     Sort the channels by their summed score and deal them out to the groups in passes, every second pass reversed (the
     paper's heuristic). Then solve linear sum assignments, for one position of the groups at a time, in rounds, as long
@@ -37,7 +37,7 @@ def search(
         S: [rows, channels] scores; those of linears that share their input are stacked. The channels divide into the
             pattern's groups.
         rounds: stop after this many rounds with a gain.
-        seed: for the shuffles; the same seed gives the same order.
+        seed: for the shuffles; the same seed gives the same permutation.
         dtype: of the products that compare assignments; see `coded_gain_matrix`.
 
     Returns:

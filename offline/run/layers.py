@@ -16,7 +16,7 @@ from ria_vllm.offline.calibration.statistics import Statistics
 from ria_vllm.offline.calibration.sublayer import SublayerRunner
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.layer import ExpertsPass
-from ria_vllm.offline.experts.prune import shared_order
+from ria_vllm.offline.experts.prune import shared_permutation
 from ria_vllm.offline.experts.routing import Reads
 from ria_vllm.offline.experts.store import ExpertStore, RoutedExperts
 from ria_vllm.offline.model.experiments.norms import gains_of
@@ -27,7 +27,7 @@ from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
 from ria_vllm.offline.sublayer.rotating import Rotator
 from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
-from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_permutations, solve
 from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
@@ -271,32 +271,32 @@ class LayerPass:
             # Masks that are kept have the pattern in the model's own order; who reads the same should gather no other.
             fixed = [group for group in pruned if not {*group.linears, group.experts}.isdisjoint(kept)]
             alone = [group for group in pruned if group.linears and not group.experts and group not in fixed]
-            orders = dict.fromkeys(names) | find_orders(alone, weights, statistics, self.recipe)
-        mixtures: list[tuple[RoutedExperts, torch.Tensor | None]] = []
+            permutations = dict.fromkeys(names) | find_permutations(alone, weights, statistics, self.recipe)
+        routed: list[tuple[RoutedExperts, torch.Tensor | None]] = []
         for group in pruned:
             if group.experts is None:
                 continue
             is_kept = group.experts in kept
             experts = self.experts.of(index, sublayer_pass, group.experts, dense.get(group.experts), is_kept)
-            order = None
+            p = None
             if group not in fixed:
                 beside = {name: (weights[name], statistics[name]) for name in group.linears}
                 with self.monitor.phase("permutations"):
-                    order = experts.order(partial(shared_order, experts, beside))
-                orders |= dict.fromkeys(group.linears, order)
-            mixtures.append((experts, order))
+                    p = experts.permutation(partial(shared_permutation, experts, beside))
+                permutations |= dict.fromkeys(group.linears, p)
+            routed.append((experts, p))
         with self.monitor.phase("masks and weights"):
             trim()
             linears = {
-                name: ToPrune(weights[name], statistics[name], orders[name], name in kept, name in rounded)
+                name: ToPrune(weights[name], statistics[name], permutations[name], name in kept, name in rounded)
                 for name in names
             }
             recipe, dtype = self.recipe.before_rounding, self.model.stored_dtype
             solved = solve(linears, recipe, dtype, sublayer_pass.place, recipe.damping)
         del found, statistics, linears
         trim()
-        for experts, order in mixtures:
-            self.experts.prune(experts, order)
+        for experts, p in routed:
+            self.experts.prune(experts, p)
         return solved
 
     def _place(self, index: int, name: str) -> str:

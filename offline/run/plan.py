@@ -99,7 +99,7 @@ def make_plan(
     """
     pruned: dict[int, frozenset[str]] = {}
     in_int8: dict[int, frozenset[str]] = {}
-    mixtures: dict[int, frozenset[str]] = {}
+    routed: dict[int, frozenset[str]] = {}
     blocks: dict[int, dict[str, int]] = {}
     dense: dict[str, str] = {}
     misfits: Counter[str] = Counter()
@@ -122,18 +122,18 @@ def make_plan(
             name for name in reasons if recipe.has_integers and fixed.isdisjoint(topology.fused_with(name, linears))
         )
         blocks[index] = _blocks(topology, linears, pruned[index])
-        mixtures[index], left = plan_experts(model, index, topology, recipe, unlike)
+        routed[index], left = plan_experts(model, index, topology, recipe, unlike)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
-    if not any(pruned.values()) and not any(mixtures.values()) and not any(in_int8.values()):
+    if not any(pruned.values()) and not any(routed.values()) and not any(in_int8.values()):
         first = next(iter(dense.items()))
         raise RiaError(f"nothing is left to prune. For example, {first[0]}: {first[1]}.")
-    describe_experts(model, mixtures)  # which refuses experts that differ
+    describe_experts(model, routed)  # which refuses experts that differ
     warnings = [f"{what}; left dense in {count} layers." for what, count in misfits.items()] + warnings
     warnings += [*experts_left_dense(left_dense), *_unknown_tensors(model)]
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
-    return Plan(pruned, in_int8, outside | dense, tuple(warnings), mixtures, blocks, kept)
+    return Plan(pruned, in_int8, outside | dense, tuple(warnings), routed, blocks, kept)
 
 
 def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None, recipe: Recipe) -> dict[str, str]:

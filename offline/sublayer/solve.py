@@ -1,4 +1,4 @@
-"""Prune the linears of one stage: the order of their input channels, their masks and their kept weights."""
+"""Prune the linears of one stage: the permutation of their input channels, their masks and their kept weights."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,32 +33,32 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def find_orders(
+def find_permutations(
     groups: Sequence[Group],
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, Statistics],
     recipe: Recipe,
 ) -> dict[str, torch.Tensor | None]:
-    """Search the order of the input channels of each linear.
+    """Search a permutation of the input channels of each linear.
 
     Args:
-        groups: linears with a common input, which share an order.
+        groups: linears with a common input, which share a permutation.
         weights: linear -> [out, in] on the device.
         statistics: linear -> statistics of its input.
 
     Returns:
         linear -> int64 [in] on the CPU; None for the model's own order.
     """
-    orders: dict[str, torch.Tensor | None] = {}
+    permutations: dict[str, torch.Tensor | None] = {}
     for group in groups:
-        p = None if recipe.permute == "none" else _find_order(group, weights, statistics, recipe)
-        orders |= dict.fromkeys(group.linears, p)
-    return orders
+        p = None if recipe.permute == "none" else _find_permutation(group, weights, statistics, recipe)
+        permutations |= dict.fromkeys(group.linears, p)
+    return permutations
 
 
 @dataclass(frozen=True)
 class ToPrune:
-    """A linear's weight [out, in] on the device, the statistics of its input, and what `find_orders` returns for it.
+    """A linear's weight [out, in] on the device, the statistics of its input, and what `find_permutations` found.
 
     kept: it has the pattern already in the model's own order, and keeps its mask and its zeros.
     dense: it keeps all of its weights, and is only rounded.
@@ -66,7 +66,7 @@ class ToPrune:
 
     weight: torch.Tensor
     statistics: Statistics
-    order: torch.Tensor | None
+    permutation: torch.Tensor | None
     kept: bool = False
     dense: bool = False
 
@@ -98,7 +98,7 @@ def solve(
         if one.kept or one.dense:
             solved[name] = _keep(one.weight, one.statistics, dtype, recipe, one.dense)
         else:
-            solved[name] = _prune(one.weight, one.statistics, one.order, dtype, recipe, solvers)
+            solved[name] = _prune(one.weight, one.statistics, one.permutation, dtype, recipe, solvers)
         if not bool(solved[name].weight.isfinite().all()):
             raise RiaError(f"{place(name)}: NaN or infinite values after pruning; give --reconstruct none.")
     return solved
@@ -141,7 +141,7 @@ def score(
     return scores.score(recipe.method, weight, norm, column_sums)
 
 
-def _find_order(
+def _find_permutation(
     group: Group,
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, Statistics],
@@ -193,9 +193,9 @@ def _prune(
         W, mask = solver.solve(weight, mask, cross_term=cross_term, choose=choose)
         del solver
         if isinstance(weight_format, RoundedFormat):
-            order = None if p is None else p.to(weight.device)
+            on_device = None if p is None else p.to(weight.device)
             objective = Objective(statistics.gram, cross_term, divided_by=statistics.scales)
-            W, scales = round_on_mask(weight, W, mask, objective, weight_format, order)
+            W, scales = round_on_mask(weight, W, mask, objective, weight_format, on_device)
             del objective
         del cross_term
     W = weight * mask if W is None else W

@@ -47,11 +47,11 @@ def test_every_family_becomes_a_sound_checkpoint(family, tiny, text, tmp_path):
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in original.items())
     consumers = {name for name, _, _ in reader.schema.active_folds(reader.permuted_names, set(reader.sparse_names))}
     assert sum(".experts." not in name for name in consumers) == CONSUMERS.get(family, 4)
-    orders: dict[str, set[tuple[int, ...]]] = {}  # of the linears that share an input
+    permutations: dict[str, set[tuple[int, ...]]] = {}  # of the linears that share an input
     for name in set(reader.sparse_names) - consumers if family != "qwen3-moe" else ():
         parent = name.rpartition(".")[0] if "proj" in name else name
-        orders.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
-    assert all(len(found) == 1 for found in orders.values())
+        permutations.setdefault(parent, set()).add(tuple(reader.permutations[name].tolist()))
+    assert all(len(found) == 1 for found in permutations.values())
 
 
 def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_what_compress_then_does(family, scheme, tiny, text, tmp_path):
     run_small(tiny(family), tmp_path / "out", text, **SCHEMES[scheme])
     made = take_inventory(Reader(tmp_path / "out"))
     plain = [entry for entry in made["linears"] if entry["experts"] is None]
-    count, folded = map(int, re.search(r"pruned: +(\d+) linears.*orders of (\d+) fold", said).groups())
+    count, folded = map(int, re.search(r"pruned: +(\d+) linears.*permutations of (\d+) fold", said).groups())
     assert ("--pattern 8:16" in said) == (scheme != "FP8")
     assert (count, folded) == (len(plain), sum(entry["permutation"] == "folded" for entry in plain))
     assert ("and the experts of" in said) == (len(plain) < len(made["linears"]))

@@ -32,20 +32,20 @@ def test_kept_weights_are_those_of_the_rotated_model(family, by_hand, make_model
     source = make_model(tmp_path / "model", family, **dict(attention.settings))
     report, _ = run_small(source, tmp_path / "out", text, rotate="heads")
     dense = load_file(source / "model.safetensors")
-    turned = attention.turned(dense, by_hand)
-    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", turned), ("b", {}))))
+    rotated = attention.rotated(dense, by_hand)
+    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", rotated), ("b", {}))))
     export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
     found = load_file(tmp_path / "dense" / "model.safetensors")
     assert found.keys() == dense.keys()
     for name, tensor in found.items():
         kept = tensor != 0 if name.removesuffix(".weight") in report["linears"] else torch.ones_like(tensor).bool()
-        if name in turned:
-            torch.testing.assert_close(tensor[kept].double(), turned[name][kept], rtol=1e-5, atol=1e-6)
+        if name in rotated:
+            torch.testing.assert_close(tensor[kept].double(), rotated[name][kept], rtol=1e-5, atol=1e-6)
             assert not torch.allclose(tensor[kept], dense[name][kept], atol=1e-2)
         else:
             assert torch.equal(tensor[kept], dense[name][kept]), name
         assert name.removesuffix(".weight") not in report["linears"] or 0.45 < kept.double().mean() <= 0.5
-    assert any(name.endswith(".bias") for name in turned) == (family in WITH_BIAS)
+    assert any(name.endswith(".bias") for name in rotated) == (family in WITH_BIAS)
     assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_gives_the_same_bytes(family, options, make_model, text, t
     ("cohere2", {}), ("qwen3-moe", INT8),
 ], ids=str)  # fmt: skip
 def test_the_dense_models_stream_does_not_know_of_it(family, options, by_hand, make_model, text, tmp_path, monkeypatch):
-    """Also where weights have so few digits that turned ones are rounded."""
+    """Also where weights have so few digits that rotated ones are rounded."""
     streams: list[torch.Tensor] = []
     prune = LayerPass.prune
 
@@ -100,8 +100,8 @@ def test_the_dense_models_stream_does_not_know_of_it(family, options, by_hand, m
     for rotate in ("none", "heads"):
         run_small(source, tmp_path / rotate, text, rotate=rotate, **options)
     assert by_hand
-    without, turned = streams[: len(streams) // 2], streams[len(streams) // 2 :]
-    assert len(turned) >= 2 and all(map(torch.equal, without, turned))
+    without, rotated = streams[: len(streams) // 2], streams[len(streams) // 2 :]
+    assert len(rotated) >= 2 and all(map(torch.equal, without, rotated))
 
 
 @pytest.mark.parametrize("family", ["opt", "phi3", "deepseek-v3"])
@@ -123,7 +123,7 @@ def test_integers_are_those_of_turned_weights(options, limit, family, by_hand, m
 
 
 def exported_and_by_hand(family: str, given: list[torch.Tensor], make_model, text: Path, folder: Path, **options):
-    """The report of a run, and logits: what it exports, the dense model with turned weights and the same zeros, the
+    """The report of a run, and logits: what it exports, the dense model with rotated weights and the same zeros, the
     same without rotating."""
     attention = FAMILIES[family]
     source = make_model(folder / "model", family)
@@ -132,7 +132,7 @@ def exported_and_by_hand(family: str, given: list[torch.Tensor], make_model, tex
     export_dense(Reader(folder / "out"), folder / "dense", 10**9)
     found, dense = load_file(folder / "dense" / "model.safetensors"), load_file(source / "model.safetensors")
     made = []
-    for number, changed in enumerate((attention.turned(dense, given), {})):
+    for number, changed in enumerate((attention.rotated(dense, given), {})):
         masked = {
             f"{name}.weight": (dense | changed)[f"{name}.weight"] * (found[f"{name}.weight"] != 0)
             for name in report["linears"]

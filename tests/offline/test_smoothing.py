@@ -151,7 +151,7 @@ def test_a_dense_linear_that_would_be_rounded_keeps_its_group_as_it_is(make_mode
     assert report["smoothed"]["linears"] == 8
 
 
-def test_mixtures_count_what_nothing_absorbs(tiny, text, tmp_path):
+def test_moe_layers_count_what_nothing_absorbs(tiny, text, tmp_path):
     report, _ = run_small(tiny("qwen3-moe"), tmp_path / "out", text, **INT8)
     left = [name for name, record in report["linears"].items() if "smoothed" not in record]
     assert left and all(".experts." in name for name in left)

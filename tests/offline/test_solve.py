@@ -9,7 +9,7 @@ from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.drift import InputDrift
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.sublayer.solve import ToPrune, find_orders, solve
+from ria_vllm.offline.sublayer.solve import ToPrune, find_permutations, solve
 
 INT4 = {"weights": "int4", "group_size": 64}
 FORMAT = formats.INTEGERS[4, 64]
@@ -30,8 +30,8 @@ def stage():
 
 def pruned(stage, recipe, **options):
     weights, statistics, _, _ = stage
-    orders = find_orders([Group(tuple(weights))], weights, statistics, recipe)
-    linears = {name: ToPrune(weights[name], statistics[name], orders[name]) for name in weights}
+    permutations = find_permutations([Group(tuple(weights))], weights, statistics, recipe)
+    linears = {name: ToPrune(weights[name], statistics[name], permutations[name]) for name in weights}
     return solve(linears, recipe, torch.bfloat16, lambda name: name, **options)
 
 

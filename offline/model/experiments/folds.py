@@ -30,7 +30,7 @@ def find_folds(experiment: Experiment, order: Sequence[str], groups: Sequence[se
         linear = experiment.layer.get_submodule(consumer)
         own = next(group for group in groups if consumer in group)
         if len(own) > 1 or not _matters(experiment, consumer, linear.in_features):
-            continue  # several linears that share an order have a fold in common, or none
+            continue  # several linears that share a permutation have a fold in common, or none
         before = reversed(order[:number])
         producers = [(name, experiment.layer.get_submodule(name).out_features) for name in before]
         around = experiment.layer.get_submodule(consumer.rpartition(".")[0])
@@ -164,16 +164,16 @@ def _permuted_experts(
     names = [*layout.parameters, *(f"{name}_bias" for name in layout.parameters if layout.has_bias)]
     own = {name: layer.get_parameter(f"{layout.path}.{name}").data for name in names}
     alike = any(own[name].stride(0) == 0 for name in layout.parameters)  # one expert, many times
-    orders = [torch.randperm(layout.inner, generator=draw) for _ in range(1 if alike else layout.num_experts)]
+    permutations = [torch.randperm(layout.inner, generator=draw) for _ in range(1 if alike else layout.num_experts)]
     found = {}
     for name, stacked in own.items():
         copies = stacked[: None if stacked.stride(0) else 1].clone()
         for expert, part in enumerate(copies):
-            order = orders[expert % len(orders)]
+            rows_from = permutations[expert % len(permutations)]
             for kind, rows in layout.parted(part, name.removesuffix("_bias")).items():
                 if kind in kinds and kind != DOWN:
-                    rows.copy_(rows[order])
+                    rows.copy_(rows[rows_from])
                 elif kind in kinds and name in layout.parameters:
-                    rows.copy_(rows[:, order])
+                    rows.copy_(rows[:, rows_from])
         found[f"{layout.path}.{name}"] = copies.expand(stacked.shape)
     return found

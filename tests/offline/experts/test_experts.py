@@ -1,4 +1,4 @@
-"""Mixtures of experts: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
+"""MoE: pruned, written, read back, exported, and interrupted in the middle of a layer's experts."""
 
 import re
 import time
@@ -83,9 +83,9 @@ def test_every_family_is_pruned_with_its_experts_and_exported_as_it_was(moe, tex
     beside = [name.removesuffix(".weight") for name in original if re.search(r"\.shared_experts?\.\w+\.", name)]
     assert bool(beside) == (family in SHARED_EXPERT)
     first = [name for name in experts + beside if name.endswith(("gate_proj", "up_proj", "w1", "w3"))]
-    orders = {(name.split(".")[2], tuple(reader.permutations[name].tolist())) for name in first}
+    permutations = {(name.split(".")[2], tuple(reader.permutations[name].tolist())) for name in first}
     # One for all experts of a layer. Llama 4's routed experts read something else: the stream, weighted by the router.
-    assert len(orders) == (4 if family == "llama4_text" else 2)
+    assert len(permutations) == (4 if family == "llama4_text" else 2)
 
     export_dense(reader, tmp_path / "dense", 1 << 40)
     dense = load_file(tmp_path / "dense" / "model.safetensors")
@@ -136,12 +136,12 @@ def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_p
     monkeypatch.setattr(RoutedExperts, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_small(moe("qwen2_moe"), tmp_path / "out", text)
-    search = layers.shared_order  # finds another one now, as on another machine
-    monkeypatch.setattr(layers, "shared_order", lambda *arguments: search(*arguments).flip(0))
+    search = layers.shared_permutation  # finds another one now, as on another machine
+    monkeypatch.setattr(layers, "shared_permutation", lambda *arguments: search(*arguments).flip(0))
     run_small(moe("qwen2_moe"), tmp_path / "out", text, Settings(resume=True))
-    orders = Reader(tmp_path / "out").permutations
+    permutations = Reader(tmp_path / "out").permutations
     for block in ("layers.0.mlp", "layers.1.mlp"):
-        shared = [p for name, p in orders.items() if block in name and name.endswith(("gate_proj", "up_proj"))]
+        shared = [p for name, p in permutations.items() if block in name and name.endswith(("gate_proj", "up_proj"))]
         assert len(shared) == 10 and all(torch.equal(p, shared[0]) for p in shared)
 
 

@@ -64,7 +64,7 @@ class Formula:
         return linear("down", self.gated(linear("gate", X.double()), linear("up", X.double())))
 
     def summed(self, weights, reads: Reads, index: int, without: int | None = None) -> torch.Tensor:
-        """The output of the mixture for a chunk, token by token."""
+        """The output of the MoE layer for a chunk, token by token."""
         X, choices, shares = reads.inputs[index], reads.choices[index], reads.shares[index]
         out = torch.zeros(X.shape, dtype=torch.float64)
         for token in range(len(X)):
@@ -78,7 +78,7 @@ SWIGLU = Formula(lambda gate, up: silu(gate) * up, {})
 
 
 @pytest.fixture(params=["mixtral", "gpt_oss"])
-def mixture(request, tmp_path) -> SimpleNamespace:
+def moe(request, tmp_path) -> SimpleNamespace:
     """Without and with biases."""
     config = AutoConfig.from_pretrained(save_moe(tmp_path / "model", request.param))
     with torch.device("meta"):
@@ -99,56 +99,56 @@ def mixture(request, tmp_path) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def trainer_of(mixture, enough: int = 8, follows_dense: bool = True) -> ExpertsTrainer:
-    tokens = RoutedTokens(mixture.reads, mixture.in_dense if follows_dense else None, enough, 4)
+def trainer_of(moe, enough: int = 8, follows_dense: bool = True) -> ExpertsTrainer:
+    tokens = RoutedTokens(moe.reads, moe.in_dense if follows_dense else None, enough, 4)
     recipe = Recipe(reconstruct="block", compute_dtype="float32")
     model = SimpleNamespace(
-        experts=[{"mlp.experts": mixture.files}], layers=[mixture.layer], folder=Path("folder"),
-        from_files=lambda *_: mixture.dense.__getitem__, device=torch.device("cpu"), dtype=torch.float32,
+        experts=[{"mlp.experts": moe.files}], layers=[moe.layer], folder=Path("folder"),
+        from_files=lambda *_: moe.dense.__getitem__, device=torch.device("cpu"), dtype=torch.float32,
         stored_dtype=torch.float32,
     )  # fmt: skip
     experts = RoutedExperts(model, None, recipe, 0, "mlp.experts", tokens)
     return ExpertsTrainer(experts, Activations(), Monitor(shown=False))
 
 
-def test_what_is_lacking_is_the_dense_models_output_less_the_own(mixture):
+def test_what_is_lacking_is_the_dense_models_output_less_the_own(moe):
     """Through another choice of the router, another input, and the experts that are pruned so far."""
-    trainer = trainer_of(mixture)
-    now = list(mixture.dense)
+    trainer = trainer_of(moe)
+    now = list(moe.dense)
     for expert in (None, 0, 3, 2):
         if expert is not None:
-            now[expert] = mixture.pruned[expert]
+            now[expert] = moe.pruned[expert]
             trainer.account(expert, {kind: weight.bfloat16() for kind, weight in now[expert].items()})
             now[expert] = {kind: weight.bfloat16() for kind, weight in now[expert].items()}
         for index in range(len(SIZES)):
-            summed, lacking = mixture.formula.summed, trainer.lacking[index]
-            expected = summed(mixture.dense, mixture.in_dense, index) - summed(now, mixture.reads, index)
+            summed, lacking = moe.formula.summed, trainer.lacking[index]
+            expected = summed(moe.dense, moe.in_dense, index) - summed(now, moe.reads, index)
             torch.testing.assert_close(lacking.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("follows_dense", [True, False])
-def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_dense, monkeypatch):
-    trainer = trainer_of(mixture, follows_dense=follows_dense)
-    in_dense, now = mixture.in_dense if follows_dense else mixture.reads, list(mixture.dense)
-    now[0] = mixture.pruned[0]
+def test_each_expert_is_trained_towards_what_the_others_leave(moe, follows_dense, monkeypatch):
+    trainer = trainer_of(moe, follows_dense=follows_dense)
+    in_dense, now = moe.in_dense if follows_dense else moe.reads, list(moe.dense)
+    now[0] = moe.pruned[0]
     trainer.account(0, now[0])
     calls = []
     monkeypatch.setattr(train, "train_block", lambda *arguments: calls.append(arguments) or (2.0, 1.0))
-    formula, reads = mixture.formula, mixture.reads
+    formula, reads = moe.formula, moe.reads
     for expert, leans in ((2, False), (3, True)):
         found = {
-            mixture.files.linear(expert, kind): Pruned(weight, packed(weight > 0), None, {})
-            for kind, weight in mixture.pruned[expert].items()
+            moe.files.linear(expert, kind): Pruned(weight, packed(weight > 0), None, {})
+            for kind, weight in moe.pruned[expert].items()
         }
         trained = trainer.train(expert, found)
         assert trained.keys() == found.keys() and all(linear.record["trained"] for linear in trained.values())
         forward, params, mask_of, inputs, targets, how, _ = calls.pop()
-        assert params.keys() == set(mixture.layout.kinds) and not how.relative
-        assert all(torch.equal(mask_of(kind), weight > 0) for kind, weight in mixture.pruned[expert].items())
+        assert params.keys() == set(moe.layout.kinds) and not how.relative
+        assert all(torch.equal(mask_of(kind), weight > 0) for kind, weight in moe.pruned[expert].items())
         taken = 0
         for index in range(2):
             X, choices, shares = reads.inputs[index], reads.choices[index], reads.shares[index]
-            wanted = formula.summed(mixture.dense, in_dense, index)
+            wanted = formula.summed(moe.dense, in_dense, index)
             own = (choices == expert).any(1)
             chosen = trainer.tokens.chosen(index, expert)
             taken += int(chosen.sum()) - int(own.sum())
@@ -157,22 +157,22 @@ def test_each_expert_is_trained_towards_what_the_others_leave(mixture, follows_d
             share = torch.where(own, (shares * (choices == expert)).sum(1), shares.mean(1))[:, None]
             others = wanted - formula.summed(now, reads, index, without=expert)
             # Tokens that it only leans on: its own output for them in the dense model.
-            alone = share * formula.output(expert, mixture.dense[expert], in_dense.inputs[index])
+            alone = share * formula.output(expert, moe.dense[expert], in_dense.inputs[index])
             goal = torch.where(own[:, None], others, alone)
             torch.testing.assert_close(targets[index].double(), (goal / norm)[chosen], rtol=1e-5, atol=1e-5)
             given, scale = inputs[index]
             assert torch.equal(given, X[chosen])
-            mine = share * formula.output(expert, mixture.pruned[expert], X) / norm
+            mine = share * formula.output(expert, moe.pruned[expert], X) / norm
             torch.testing.assert_close(forward(given, scale).detach().double(), mine[chosen], rtol=1e-5, atol=1e-5)
         assert taken >= 7 if leans else taken == 0
 
 
-@pytest.mark.parametrize("mixture", ["mixtral"], indirect=True)
-def test_outliers_do_not_make_the_other_tokens_count_less(mixture):
-    mixture.in_dense.inputs[0][7] *= 1000
-    mixture.in_dense.choices[0][7] = torch.tensor([0, 1])
-    trainer = trainer_of(mixture)
-    norms = mixture.formula.summed(mixture.dense, mixture.in_dense, 0).norm(dim=1)
+@pytest.mark.parametrize("moe", ["mixtral"], indirect=True)
+def test_outliers_do_not_make_the_other_tokens_count_less(moe):
+    moe.in_dense.inputs[0][7] *= 1000
+    moe.in_dense.choices[0][7] = torch.tensor([0, 1])
+    trainer = trainer_of(moe)
+    norms = moe.formula.summed(moe.dense, moe.in_dense, 0).norm(dim=1)
     assert norms.max() > 100 * norms.median()
     usual = norms > 0.2 * norms.median()
     assert usual.sum() > 30

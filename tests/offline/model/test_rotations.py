@@ -1,4 +1,4 @@
-"""Which heads can be turned, against the whole model's forward pass in float64, with matrices put in by hand."""
+"""Which heads can be rotated, against the whole model's forward pass in float64, with matrices put in by hand."""
 
 import pytest
 import torch

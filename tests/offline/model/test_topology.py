@@ -56,7 +56,7 @@ def test_kinds_with_the_same_topology_become_one():
         ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}, (0, 1)),
         ("gemma4_text", {}, (0, 1)),  # heads of another width
         ("lfm2", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}, (0, 1, 0)),
-        ("deepseek_v3", {"num_hidden_layers": 3}, (0, 1, 1)),  # a dense layer before the mixtures
+        ("deepseek_v3", {"num_hidden_layers": 3}, (0, 1, 1)),  # a dense layer before those with experts
     ],
 )
 def test_kinds(model_type, changes, kinds):

@@ -27,7 +27,7 @@ def inverse_of(width: int, seed: int) -> torch.Tensor:
 
 
 def heads_in_other_channels(rotations: torch.Tensor) -> rotating.Heads:
-    """Heads whose weights have few large entries, seen from channels that were turned by `rotations` [KV, D, D]."""
+    """Heads whose weights have few large entries, seen from channels that were rotated by `rotations` [KV, D, D]."""
     sparse = draw(KV, D, IN) * (draw(KV, D, IN, seed=1) > 0.3)
     outputs = draw(KV * SHARE, D, OUT, seed=2) * (draw(KV * SHARE, D, OUT, seed=3) > 0.3)
     heads = rotating.Heads(sparse, torch.ones(IN), outputs, torch.eye(D).expand(KV * SHARE, D, D))

@@ -1,4 +1,4 @@
-"""Mixtures: the experts that transformers stacks are trained one by one, and written as they were stored."""
+"""MoE: the experts that transformers stacks are trained one by one, and written as they were stored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +26,11 @@ from ria_vllm.progress import Monitor
 CPU = torch.device("cpu")
 EXPERTS = 8
 RATE = 1e-3
-Mixture = Callable[..., tuple[Path, Path]]
+MakeMoe = Callable[..., tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
-def mixture(text, tmp_path_factory) -> Mixture:
+def moe(text, tmp_path_factory) -> MakeMoe:
     """(kind, options of `Recipe`) -> (the dense folder, the pruned one), of two layers with eight experts. Do not write
     into them."""
     made: dict[str, tuple[Path, Path]] = {}
@@ -38,7 +38,7 @@ def mixture(text, tmp_path_factory) -> Mixture:
     def get(kind: str, **options) -> tuple[Path, Path]:
         key = f"{kind} {options}"
         if key not in made:
-            folder = tmp_path_factory.mktemp("mixture")
+            folder = tmp_path_factory.mktemp("moe")
             save_moe(folder / "dense", kind, num_experts=EXPERTS, num_local_experts=EXPERTS)
             run_small(folder / "dense", folder / "pruned", text, **options)
             made[key] = folder / "dense", folder / "pruned"
@@ -88,8 +88,8 @@ def plain(folder: Path, dense: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "save_memory"), [("mixtral", False), ("gpt_oss", True)])
-def test_experts_become_those_of_a_plain_loop(kind, save_memory, mixture):
-    dense, folder = mixture(kind)
+def test_experts_become_those_of_a_plain_loop(kind, save_memory, moe):
+    dense, folder = moe(kind)
     wanted, reader = plain(folder, dense), Reader(folder)
     model, teacher = (load_model(str(one), CPU, "float32") for one in (folder, dense))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -127,8 +127,8 @@ def run(dense: Path, folder: Path, out: Path, text: Path, settings: Settings = S
     ],
     ids=str,
 )
-def test_the_folder_holds_what_was_trained(kind, options, mixture, students, text, tmp_path):
-    dense, folder = mixture(kind, **options)
+def test_the_folder_holds_what_was_trained(kind, options, moe, students, text, tmp_path):
+    dense, folder = moe(kind, **options)
     run(dense, folder, tmp_path / "out", text, lr=2e-2)
     before, after = Reader(folder), Reader(tmp_path / "out")
     assert list(after.problems()) == []
