@@ -64,7 +64,7 @@ class ExpertsLoader:
         experts: what the layer serves.
         sizes: of the layer.
         specs: what the tensors of a linear look like, by the last part of their names.
-        row_permutations: of each expert, see `stored_experts.ExpertPermutations.rows`.
+        row_permutations: of each expert, see `stored.ExpertPermutations.rows`.
         has_bias: the experts have biases.
 
     Attributes:

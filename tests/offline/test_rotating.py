@@ -32,20 +32,20 @@ def test_kept_weights_are_those_of_the_rotated_model(family, by_hand, make_model
     source = make_model(tmp_path / "model", family, **dict(attention.settings))
     report, _ = run_small(source, tmp_path / "out", text, rotate="heads")
     dense = load_file(source / "model.safetensors")
-    rotated = attention.rotated(dense, by_hand)
-    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", rotated), ("b", {}))))
+    changed = attention.rotated(dense, by_hand)
+    check_same(*(logits_in_float64(source, tmp_path / name, change) for name, change in (("a", changed), ("b", {}))))
     export_dense(Reader(tmp_path / "out"), tmp_path / "dense", 10**9)
     found = load_file(tmp_path / "dense" / "model.safetensors")
     assert found.keys() == dense.keys()
     for name, tensor in found.items():
         kept = tensor != 0 if name.removesuffix(".weight") in report["linears"] else torch.ones_like(tensor).bool()
-        if name in rotated:
-            torch.testing.assert_close(tensor[kept].double(), rotated[name][kept], rtol=1e-5, atol=1e-6)
+        if name in changed:
+            torch.testing.assert_close(tensor[kept].double(), changed[name][kept], rtol=1e-5, atol=1e-6)
             assert not torch.allclose(tensor[kept], dense[name][kept], atol=1e-2)
         else:
             assert torch.equal(tensor[kept], dense[name][kept]), name
         assert name.removesuffix(".weight") not in report["linears"] or 0.45 < kept.double().mean() <= 0.5
-    assert any(name.endswith(".bias") for name in rotated) == (family in WITH_BIAS)
+    assert any(name.endswith(".bias") for name in changed) == (family in WITH_BIAS)
     assert rotated(report) == {attention.names(index)[1] for index in attention.layers}
     assert recipe_of(tmp_path / "out")["rotate"] == "heads"
 

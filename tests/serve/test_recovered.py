@@ -1,7 +1,7 @@
 """A model of the layout of Sparse-Llama-3.1-8B-2of4, compressed and served, against Hugging Face on the same folder."""
 
 import pytest
-from compare import check, differences, generate, job_of, prompts
+from compare import differences, generate, job_of, prompts
 from compressing import run_small
 from families import TEXT
 from recovered import save_recovered
@@ -30,7 +30,8 @@ def served(tmp_path_factory):
 
 
 def test_integers(served):
-    check(*served["W4A16"], given=GIVEN)
+    # The int8 head rounds each token to two int8 numbers a channel, transformers' does not.
+    assert differences(*served["W4A16"], given=GIVEN).max() < 5e-4
 
 
 def test_rounded_inputs(served):
