@@ -9,9 +9,6 @@ from functools import partial
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ria_vllm.errors import printable
 
@@ -73,6 +70,10 @@ expert = partial(grouped, group=EXPERTS, show_default=True)
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], heading: str = "") -> None:
     """Print a table whose first column is folded where it is too wide. Columns without an entry are left out."""
+    from rich.console import Console  # which takes half as long as all else that `--help` needs
+    from rich.table import Table
+    from rich.text import Text
+
     # A file or a pager has no width to fit, so be wide enough that no name is cut.
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table(title=Text(printable(heading)), title_justify="left", box=None, header_style="bold")
