@@ -8,8 +8,6 @@ Stored form of an [out, in] matrix, as in compressed-tensors' `sparse-24-bitmask
 A group with fewer non-zeros still stores as many values, so both shapes are fixed.
 """
 
-from collections.abc import Iterator
-
 import torch
 
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
@@ -90,7 +88,7 @@ def compress_pruned(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | 
     rows, columns = dense.shape
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dense.itemsize]  # torch gathers these, but not fp8
     compressed, positions = dense.new_empty(rows, columns // 2), _COLUMNS.to(dense.device)
-    for block in _blocks(dense):
+    for block in _blocks(rows, columns, _GATHERED):
         values = dense[block].contiguous().view(whole).unflatten(1, (-1, 8))
         compressed[block] = values.gather(-1, positions[bitmask[block].int()]).flatten(1).view(dense.dtype)
     return compressed, bitmask
@@ -99,9 +97,10 @@ def compress_pruned(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | 
 def bitmask_of(dense: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Tensor | None:
     """uint8 [out, in/8] of what is not zero and, where a group has fewer, of its leftmost zeros; None if some group of
     the pattern has too many."""
-    bitmask = dense.new_empty(len(dense), dense.shape[1] // 8, dtype=torch.uint8)
+    rows, columns = dense.shape
+    bitmask = dense.new_empty(rows, columns // 8, dtype=torch.uint8)
     kept = _BITMASK.to(dense.device)
-    for block in _blocks(dense):
+    for block in _blocks(rows, columns, _GATHERED):
         if pattern != TWO_OF_FOUR:
             flags = (dense[block] != 0).to(torch.int8)
             if bool((flags.unflatten(1, (-1, pattern.of)).sum(-1) > pattern.kept).any()):
@@ -114,9 +113,10 @@ def bitmask_of(dense: torch.Tensor, pattern: Pattern = TWO_OF_FOUR) -> torch.Ten
     return bitmask
 
 
-def _blocks(dense: torch.Tensor) -> Iterator[slice]:
-    step = max(1, _GATHERED // max(1, dense.shape[1]))
-    return (slice(first, first + step) for first in range(0, len(dense), step))
+def _blocks(rows: int, columns: int, elements: int) -> list[slice]:
+    """Blocks of rows that have at most so many elements, but one row at least."""
+    step = max(1, elements // max(1, columns))
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _bits(flags: torch.Tensor) -> torch.Tensor:
@@ -145,9 +145,7 @@ def decompress(compressed: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
     # For each byte: which of its values, or the zero behind those of two bytes, each of its eight columns gets.
     source, counts = torch.where(bits == 1, bits.cumsum(-1) - 1, 8), bits.sum(-1)
     dense = compressed.new_empty(rows, columns)
-    step = max(1, _BLOCK // max(1, columns))
-    for first in range(0, rows, step):
-        block = slice(first, first + step)
+    for block in _blocks(rows, columns, _BLOCK):
         values = torch.nn.functional.pad(compressed[block].unflatten(1, (-1, 4 * size)), (0, 1))
         numbers = bitmask[block].int().unflatten(1, (-1, size))
         chosen = source[numbers]
