@@ -4,7 +4,6 @@ Compresses tiny random models in 30 ways, and keeps the SHA-256 of each file tha
 earlier checkout, it names the runs that differ. Only one machine with the same packages gives the same bytes.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,10 +14,12 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.moe import save_tokenizer
 from ria_vllm.offline.commands import compress
+from ria_vllm.offline.digests import sha256
 
 TEXT = Path(__file__).parents[1] / "demo" / "the-red-headed-league.txt"
-BASE = {
+BASE: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "initializer_range": 0.1,
     "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "num_experts": 4, "num_local_experts": 4,
@@ -68,8 +69,7 @@ recovered --scheme BF16 --prune-rest
 def save_model(name: str, folder: Path) -> None:
     """A random model with channels of different scales, so that permutations gain something, and a tokenizer of bytes.
     `recovered` is 2:4 already, but for the first layer's q_proj."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**BASE | {"model_type": name} | MODELS[name]))
@@ -81,10 +81,7 @@ def save_model(name: str, folder: Path) -> None:
             if name == "recovered" and "layers.0.self_attn.q_proj" not in key:
                 parameter.unflatten(-1, (-1, 4))[..., :2] = 0
     model.to(torch.bfloat16).save_pretrained(folder)
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    save_tokenizer(BASE["vocab_size"], folder)
 
 
 @click.command()
@@ -103,15 +100,14 @@ def main(out: Path, before: Path | None) -> None:
             shared = ["--calibration", TEXT, "--samples", 40, "--seq-len", 128, "-o", folder, "--device", "cpu"]
             compress.main([str(one) for one in (Path(temporary) / model, *shared, *options)], standalone_mode=False)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
-            found[run] = {
-                str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-            }
+            found[run] = {str(path.relative_to(folder)): sha256(path) for path in files}
             shutil.rmtree(folder)
     out.write_text(json.dumps(found, indent=1))
     if before is not None:
         earlier = json.loads(before.read_text())
         differing = [run for run in earlier | found if earlier.get(run) != found.get(run)]
         print("\n".join(f"differs: {run}" for run in differing) or f"all {len(found)} runs are the same")
+        raise SystemExit(bool(differing))
 
 
 if __name__ == "__main__":
