@@ -80,10 +80,10 @@ def test_stopped_after_a_layer_and_resumed_it_writes_the_same_bytes(family, opti
 def test_what_layers_read_of_earlier_ones_is_there_again(tiny, text, tmp_path):
     """Stopped where the keys and values of the first layer are left."""
     family, options = "gemma4-e2b", WAYS[2]
-    run(tiny(family), tmp_path / "whole", text, samples=4, **options)
+    run(tiny(family), tmp_path / "whole", text, samples=40, **options)
     with interrupted_after_a_layer():
-        run(tiny(family), tmp_path / "out", text, samples=4, **options)
-    run(tiny(family), tmp_path / "out", text, Settings(resume=True), samples=4, **options)
+        run(tiny(family), tmp_path / "out", text, samples=40, **options)
+    run(tiny(family), tmp_path / "out", text, Settings(resume=True), samples=40, **options)
     assert digests(tmp_path / "whole") == digests(tmp_path / "out")
     assert list(Reader(tmp_path / "out").problems()) == []
 
