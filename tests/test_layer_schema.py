@@ -16,7 +16,7 @@ def test_fold_patterns_match_one_layer_number():
     assert single.numbers("head.out") == {} and single.producers_of("head.out") == [Producer(name="head.in")]
 
 
-def test_row_orders_of_a_fold():
+def test_row_permutations_of_a_fold():
     """A gate takes the permutation itself, values what all query heads of a key-value head have in common."""
     producers = [Producer(name="v"), Producer(name="q", rows=(2, 4), blocks=4), Producer(name="qkv", rows=(12, 16))]
     fold = Fold(consumer="o", producers=producers, coupling="heads", num_heads=4, num_kv_heads=2)

@@ -77,7 +77,7 @@ def test_lines_printed_within_a_phase_and_times_of_nested_phases(clock, capsys):
     assert "... calibration text (0:40), sampling the model 1/2 (0:37, ETA 0:37)" in shown
 
 
-def test_ranks_other_than_the_first_are_silent(clock, capsys):
+def test_one_that_is_not_shown_is_silent(clock, capsys):
     monitor = Monitor(shown=False, clock=clock)
     with monitor.live(), monitor.phase("permutations"):
         assert not [t for t in threading.enumerate() if t.name == "progress"]

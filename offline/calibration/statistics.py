@@ -1,7 +1,7 @@
 """The statistics of what linears read, summed over all calibration tokens.
 
-The product of each chunk is float32, the sums are float64. So the order of the chunks does not show
-in the rounded result.
+The product of each chunk is float32, the sums are float64. So the order of the
+chunks hardly shows in the rounded result.
 """
 
 from collections.abc import Iterator

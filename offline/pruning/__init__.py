@@ -1,1 +1,1 @@
-"""From a weight and the statistics of its input to a channel order, a mask and the kept weights."""
+"""From a weight and the statistics of its input to a permutation of channels, a mask and the kept weights."""

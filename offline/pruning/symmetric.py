@@ -51,16 +51,16 @@ class SymmetricMatrix:
             product[:, start:stop].addmm_(rows[:, stop:], block[:, stop - start :].T)
         return product
 
-    def dense(self, order: torch.Tensor | None = None) -> torch.Tensor:
-        """S [width, width], or S[order][:, order] for a permutation of the channels (int64 [width])."""
+    def dense(self, p: torch.Tensor | None = None) -> torch.Tensor:
+        """S [width, width], or S[p][:, p] for a permutation of the channels (int64 [width])."""
         whole = torch.empty(self.width, self.width, dtype=self.blocks[0].dtype, device=self.device)
-        positions = None if order is None else torch.argsort(order)
+        positions = None if p is None else torch.argsort(p)
         for start, stop, _ in self.spans():
             rows = self.neighbours(start, stop)
             if positions is None:
                 whole[start:stop] = rows
             else:
-                whole.index_copy_(0, positions[start:stop], rows[:, order])
+                whole.index_copy_(0, positions[start:stop], rows[:, p])
         return whole
 
     def rows(self, channels: torch.Tensor) -> torch.Tensor:
@@ -84,11 +84,11 @@ class SymmetricMatrix:
             break
         return torch.cat(parts, dim=1)
 
-    def copy(self, order: torch.Tensor | None = None) -> "SymmetricMatrix":
-        """S, or S[order][:, order] for a permutation of the channels (int64 [width])."""
-        if order is None:
+    def copy(self, p: torch.Tensor | None = None) -> "SymmetricMatrix":
+        """S, or S[p][:, p] for a permutation of the channels (int64 [width])."""
+        if p is None:
             return SymmetricMatrix([block.clone() for block in self.blocks])
-        return SymmetricMatrix([self.rows(order[start:stop])[:, order[start:]] for start, stop, _ in self.spans()])
+        return SymmetricMatrix([self.rows(p[start:stop])[:, p[start:]] for start, stop, _ in self.spans()])
 
     def normalised(self, scale: torch.Tensor) -> "SymmetricMatrix":
         """S_ij / (scale_i scale_j), a copy; scale is [width]."""

@@ -20,7 +20,7 @@ from ria_vllm.speed import Sizes
 # Fitted to the phases of SmolLM2-135M on a Xeon with AMX (docs/lab/figures.md). A linear [out, in] takes multiply-adds
 # in the dtype of the layers, in float32, and bytes of memory: for each token and weight, square of `in`, and channel
 PASSED, GRAMS, TOUCHED, AROUND = 5, 1.7, 40, 1024
-# for each weight times `in` (orders of channels, and ADMM), and each weight
+# for each weight times `in` (permutations, and ADMM), and each weight
 ORDERED, SOLVED, SEARCHED = 20, 22, 30_000
 # and in training for each token and weight, channel, and for each weight in a step.
 TRAINED, FELT, STEPPED = 3, 23, 300

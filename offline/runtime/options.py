@@ -45,7 +45,7 @@ pattern = quality(
 
 
 def check_one_process(command: str) -> None:
-    """Refuse to run as one of several processes: each would do all the work, and write to the same folder.
+    """Refuse to run as one of several processes: each would do all the work for the same folder.
 
     Raises:
         RiaError: torchrun has started several.

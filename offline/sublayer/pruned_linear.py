@@ -22,11 +22,11 @@ class Pruned:
     weight: [out, in] in the checkpoint's dtype, zero outside the mask.
     packed_mask: uint8, one bit per entry of the mask, row by row (all masks of a layer are in memory until it is
         written).
-    p: int64 [in], the permutation of the input channels with which the mask has its pattern; None: the model's own.
+    p: int64 [in], the permutation of the input channels under which the mask has its pattern; None: the model's own.
     record: the report's entry.
     scale: the scales, if the weight's format has any; `weight` is rounded to what the format can hold.
-    exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded, if what comes after it is
-        pruned for that.
+    exact: [kept] in the dtype of `weight`, what it keeps, row by row, before it was rounded; None if nothing after it
+        is pruned for that.
     """
 
     weight: torch.Tensor
@@ -71,7 +71,7 @@ def stored_weight(
 
     Args:
         weight: [out, in], columns in the model's own order.
-        p: int64 [in], the permutation with which they are stored; None: the model's own.
+        p: int64 [in], the permutation under which they are stored; None: the model's own.
         dtype: of the checkpoint.
         scales: those by which it is rounded to the nearest value; None: those by which this costs least.
         importance: [in], what a squared error in a channel then costs; None: the same in all.

@@ -58,7 +58,7 @@ class ExpertPermutations:
         absorb the permutation of down even without a fold.
 
         Raises:
-            RiaError: a fold of the checkpoint permutes these rows otherwise, or experts take a token's channels in
+            RiaError: a fold of the checkpoint permutes these rows otherwise, or experts take a token's channels under
                 different permutations.
         """
         rows = []

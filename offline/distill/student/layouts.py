@@ -19,14 +19,14 @@ class Kept:
 
     Args:
         bitmask: uint8 [out, in/8], columns in the stored order; it must have passed `sparse24.check_bitmask`.
-        order: integers [in], the stored order of the columns; None: the model's own.
+        p: integers [in], the permutation of the columns; None: they are not permuted.
         part: gives a view of the weight in the tensor that holds it; None: that is the weight itself.
     """
 
-    def __init__(self, bitmask: torch.Tensor, order: torch.Tensor | None = None, part: Part | None = None):
+    def __init__(self, bitmask: torch.Tensor, p: torch.Tensor | None = None, part: Part | None = None):
         self.bitmask = bitmask
         self.part: Part = part or (lambda dense: dense)
-        self.order = None if order is None else order.to(bitmask.device, torch.int32)
+        self.p = None if p is None else p.to(bitmask.device, torch.int32)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +61,7 @@ class Kept:
         numbers = (pairs[..., 0] | pairs[..., 1] << 8).flatten()
         bits = _kept(bitmask.device).index_select(0, numbers).view(torch.uint8)
         places = (bits.view(count, -1, 8) + first[:, None]).flatten()
-        places = places if self.order is None else self.order.index_select(0, places)
+        places = places if self.p is None else self.p.index_select(0, places)
         places.view(count, -1).add_(row[:, None])
         return places
 

@@ -88,7 +88,7 @@ def holds(experiment: Experiment, fold: Fold) -> bool:
     return True
 
 
-def _random_order(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor:
+def _random_permutation(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor:
     """A random permutation int64 [width] of a consumer's input, with the structure that its fold needs."""
     if fold.coupling == "elementwise":
         return torch.randperm(width, generator=draw)
@@ -101,24 +101,24 @@ def _random_order(fold: Fold, width: int, draw: torch.Generator) -> torch.Tensor
 def _permuted(experiment: Experiment, fold: Fold, draw: torch.Generator) -> AbstractContextManager[None]:
     """Permute the consumer's columns at random, and the producers' rows as the fold says."""
     layer = experiment.layer
-    p = _random_order(fold, layer.get_submodule(fold.consumer).in_features, draw)
+    p = _random_permutation(fold, layer.get_submodule(fold.consumer).in_features, draw)
     returned = []
-    for producer, order in zip(fold.producers, fold.row_permutations(p), strict=True):
+    for producer, rows in zip(fold.producers, fold.row_permutations(p), strict=True):
         linear = layer.get_submodule(producer.name)
         index, places = torch.arange(linear.out_features), producer_rows(linear, producer)
-        index[places] = places[order]
-        returned.append((producer.name, _in_order(index)))
-    return experiment.changed([(fold.consumer, _in_order(permutation.invert(p)))], returned)
+        index[places] = places[rows]
+        returned.append((producer.name, _gathering(index)))
+    return experiment.changed([(fold.consumer, _gathering(permutation.invert(p)))], returned)
 
 
-def _in_order(index: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _gathering(index: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: tensor.index_select(-1, index)
 
 
 def _matters(experiment: Experiment, consumer: str, width: int) -> bool:
     """Whether the output depends on the order of the consumer's columns at all."""
     p = torch.randperm(width, generator=torch.Generator().manual_seed(SEED))
-    with experiment.changed([(consumer, _in_order(p))]):
+    with experiment.changed([(consumer, _gathering(p))]):
         return not experiment.unchanged()
 
 
@@ -131,7 +131,7 @@ def _masks(layer: nn.Module, fold: Fold) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found: Sequence[Fold]) -> bool:
-    """Whether no other fold reorders the same rows, or divides the same producer into other blocks.
+    """Whether no other fold permutes the same rows, or divides the same producer into other blocks.
 
     Serving knows no numbers of rows when it reads folds, so it takes other blocks for an overlap.
     """
@@ -142,7 +142,7 @@ def _is_free(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor], found
 
 
 def _take(layer: nn.Module, fold: Fold, taken: dict[str, torch.Tensor]) -> None:
-    """Add the rows that a fold reorders to those that others do."""
+    """Add the rows that a fold permutes to those that others do."""
     for name, mask in _masks(layer, fold):
         taken[name] = taken[name] | mask if name in taken else mask
 

@@ -181,7 +181,7 @@ def test_fused_on_disk_with_row_ranges(ranks):
         close(got, torch.cat([half[:, p].chunk(2, -1)[rank] for half in want], -1))
 
 
-def test_a_piece_of_a_fused_linear_cannot_be_reordered():
+def test_a_piece_of_a_fused_linear_cannot_be_permuted():
     """Which of the fused rows a piece holds is not known, so a fold cannot be applied to it."""
     stored, config = fused_on_disk()
     layer = gate_up(config)

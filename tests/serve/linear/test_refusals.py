@@ -56,7 +56,7 @@ def test_fused_layer_that_is_partly_dense():
         MergedColumnParallelLinear(HIDDEN, [INNER, INNER], quant_config=stored.config(), prefix="gate_up")
 
 
-def test_fused_linears_in_different_orders():
+def test_fused_linears_under_different_permutations():
     stored = Stored()
     for name in ("gate", "up"):
         stored.add(name, INNER, HIDDEN, stored.permutation(HIDDEN))
