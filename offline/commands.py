@@ -65,14 +65,14 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     metavar="PERCENT",
     callback=parse_percent,
     help="Prune only as much as raises the perplexity by about this, such as 5%; the rest stays dense, in int8 if the "
-    "scheme has integers. Takes several times as long.",
+    "scheme has integers. Takes 2 to 3 times as long.",
 )
 @quality(
     "--min-speed",
     metavar="TIMES",
     type=float,
     help="Prune only as much as makes a step of decoding for one user this many times as fast as with all linears "
-    "dense (in int8 if the scheme has integers), such as 1.3: estimated, for CPUs only. Takes several times as long.",
+    "dense (in int8 if the scheme has integers), such as 1.3: estimated, for CPUs only. Takes 2 to 3 times as long.",
 )
 @shared.pattern
 @quality("--ignore", multiple=True, metavar="REGEX", help="Do not prune linears with a matching name. Repeatable.")

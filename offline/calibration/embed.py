@@ -57,7 +57,8 @@ def embed(
     """
     in_chunk = max(1, recipe.chunk_tokens // tokens.shape[1])
     fitted = len(tokens) - held_out
-    chunks, others = tokens[:fitted].split(in_chunk), tokens[fitted:].split(in_chunk) if held_out else ()
+    in_held_out = in_chunk if recipe.budget is None else 1  # of which a budget measures most on a few
+    chunks, others = tokens[:fitted].split(in_chunk), tokens[fitted:].split(in_held_out) if held_out else ()
     # The stream of a bf16 model holds no more than bf16 can, and takes half as much space in it.
     stored_dtype = torch.bfloat16 if model.stored_dtype == torch.bfloat16 else model.dtype
     pruned, dense = (Activations(model.dtype, stored_dtype) for _ in range(2))

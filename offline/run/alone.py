@@ -1,30 +1,39 @@
 """What each sublayer loses by itself, for a budget."""
 
+from dataclasses import replace
+
 import torch
 
 from ria_vllm.offline.calibration.activations import Activations, Streams
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Unit
 
+TOKENS = 512  # of the held-out ones, on which each sublayer is measured; see docs/lab/quality.md
+
 
 class EachAlone:
     """The held-out stream of the dense model, and of each model with only one pruned sublayer.
 
     Attributes:
-        streams: those of the pass over the layers; pruned and dense are still the same.
-        start: the held-out chunks before the first layer.
+        streams: those of the pass over the layers, pruned and dense still the same, with so many held-out chunks, the
+            last ones, that they have `TOKENS`, or all.
+        start: all held-out chunks before the first layer.
         found: by the pruned sublayer, behind the last one that was passed. Others may be among them.
     """
 
     def __init__(self, streams: Streams):
-        self.streams = streams
-        self.start = self._copy()
+        self.start = _held_out(streams)
+        held_out, tokens = 0, 0
+        while tokens < TOKENS and held_out < streams.held_out:
+            held_out += 1
+            tokens += streams.pruned[-held_out].shape[-3:-1].numel()
+        self.streams = replace(streams, held_out=held_out)
         self.found: dict[Unit, Activations] = {}
         self._before = self.start
 
     def pass_dense(self, sublayer_pass: SublayerPass) -> None:
         """Take them through a sublayer which is still dense; the dense stream has to be before it."""
-        self._before = self._copy()
+        self._before = _held_out(self.streams)
         for stream in self.found.values():
             self._advance(stream, sublayer_pass)
 
@@ -37,10 +46,11 @@ class EachAlone:
         for index in self.streams.measured:
             stream[index] = sublayer_pass.run(stream, index)
 
-    def _copy(self) -> Activations:
-        dense = self.streams.dense
-        assert dense is not None
-        found = dense.copy()
-        for index in self.streams.fitted:  # which are not to be kept alive
-            found[index] = torch.empty(0)
-        return found
+
+def _held_out(streams: Streams) -> Activations:
+    """The dense model's held-out chunks, without the others, which are not to be kept alive."""
+    assert streams.dense is not None
+    found = streams.dense.copy()
+    for index in streams.fitted:
+        found[index] = torch.empty(0)
+    return found

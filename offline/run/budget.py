@@ -119,9 +119,9 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
     model, alone, recipe = layers.model, layers.alone, layers.recipe
     assert alone is not None
 
-    def measure(stream: Activations) -> dict[str, Any]:
-        streams = replace(layers.streams, pruned=stream)
-        found = held_out_loss(model, streams, layers.embedded.held_out, layers.monitor)
+    def measure(stream: Activations, held_out: int) -> dict[str, Any]:
+        streams, tokens = replace(layers.streams, pruned=stream, held_out=held_out), layers.embedded.held_out
+        found = held_out_loss(model, streams, tokens[-held_out:], layers.monitor)
         if found is None:
             raise RiaError(f"{recipe.budget}: the loss of this model cannot be measured. Leave the option out.")
         return found
@@ -129,12 +129,12 @@ def spend(layers: LayerPass, plan: Plan, finished: Callable[[int], Mapping[str, 
     def with_pruned(units: frozenset[Unit]) -> dict[str, Any]:
         stream = alone.start.copy()
         layers.mixed(stream, finished, plan, units)
-        return measure(stream)
+        return measure(stream, layers.streams.held_out)
 
     with layers.monitor.phase(str(recipe.budget)):
         sizes = {unit: _pruned_weights(model, unit, layers.topologies, plan) for unit in alone.found}
         weights = {unit: size for unit, size in sizes.items() if size}
-        losses = {unit: measure(alone.found[unit]) for unit in weights}
+        losses = {unit: measure(alone.found[unit], alone.streams.held_out) for unit in weights}
         if recipe.max_loss is not None:
             choice = choose(losses, weights, with_pruned, recipe.max_loss)
         else:

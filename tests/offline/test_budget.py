@@ -19,7 +19,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.pattern import PATTERNS, SCHEMES
 from ria_vllm.offline.commands import compress as command
 from ria_vllm.offline.recipe import Recipe
-from ria_vllm.offline.run import budget, compress
+from ria_vllm.offline.run import alone, budget, compress
 from ria_vllm.offline.run.budget import Choice, choose, reach
 from ria_vllm.offline.run.compress import Settings
 from ria_vllm.offline.run.kept import keeping
@@ -40,11 +40,13 @@ def losses_of(dense, mixed, tokens):
 
 @pytest.fixture
 def found(monkeypatch):
-    """The "tokens" that a budget's losses are measured on, once they are; a test adds what it sees."""
+    """The tokens that a budget's losses are measured on, once they are: those "of each" sublayer, and all. A test adds
+    what it sees."""
     seen = {}
 
     def measured(model, streams, tokens, *others):
         seen["tokens"] = torch.cat(list(tokens))
+        seen.setdefault("of each", seen["tokens"])
         return held_out_loss(model, streams, tokens, *others)
 
     held_out_loss = budget.held_out_loss
@@ -58,6 +60,7 @@ def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypa
         return Choice(frozenset({FIRST_MLP}), {})
 
     monkeypatch.setattr(budget, "choose", chosen)
+    monkeypatch.setattr(alone, "TOKENS", 64)
     run_small(tiny("llama"), tmp_path / "all", text, **UNROTATED)
     report, _ = run_small(tiny("llama"), tmp_path / "out", text, max_loss=0.1, **UNROTATED)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "all").state_dict()
@@ -67,10 +70,11 @@ def test_each_sublayer_alone_and_mixtures_of_them(tiny, text, tmp_path, monkeypa
         parts = [f"layers.{index}.{'mlp' if name == 'mlp' else 'self_attn'}." for index, name in units]
         changed = {name: w for name, w in pruned.items() if any(part in name for part in parts)}
         assert not mixed.load_state_dict(changed, strict=False).unexpected_keys
-        want = losses_of(dense, mixed, found["tokens"])
+        want = losses_of(dense, mixed, found["of each" if len(units) == 1 else "tokens"])
         got = found["alone"][next(iter(units))] if len(units) == 1 else found["mixed"]
         assert got["kl"] == pytest.approx(want["kl"], rel=1e-3) and got["kl"] > 0
         assert got["perplexity"] == pytest.approx(want["perplexity"], rel=1e-4)
+    assert torch.equal(found["of each"], found["tokens"][-2:]) and len(found["tokens"]) > 2
     mlp = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert set(Reader(tmp_path / "out").sparse_names) == mlp == set(report["linears"])
     assert report["dense"]["model.layers.1.mlp.up_proj"] == "--max-loss"
