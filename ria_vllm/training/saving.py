@@ -143,8 +143,10 @@ def _write(
                 others = {}
             linears = (encoder.linear(linear, weight) for linear, weight in placement.split(tensor))
             units.add({name: stored for tensors in linears for name, stored in tensors.items()})
+        if kept is None:  # no linear is pruned
+            kept = _write_others(base, others, origin, encoder, units)
         saved = Saved(
-            len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept or [], changed
+            len(reader.sparse_names), encoder.changed, encoder.relative_change, encoder.rounding, kept, changed
         )
         files = _texts(reader, settings, saved, note, str(next(base.parameters()).dtype), monitor)
         files |= {GENERATION_FILE: generation} if generation else {}

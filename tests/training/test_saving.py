@@ -290,3 +290,15 @@ def test_several_shards(pruned_llama, tmp_path):
     files = sorted((tmp_path / "new").glob("model-*.safetensors"))
     assert len(files) > 3 and sum(len(load_file(file)) for file in files) == len(Reader(tmp_path / "new").files)
     check_like(tmp_path / "new", pruned_llama.folder)
+
+
+def test_a_folder_without_a_pruned_linear_comes_back_as_it_was_trained(tmp_path):
+    """What `--max-loss` may write: all linears are in int8."""
+    like, new = tmp_path / "like", tmp_path / "new"
+    tiny.write(tiny.FAMILIES["llama-gqa"], like, dense=("_proj",), weights="int8", permuted=False, int8=True, head=True)
+    model = load(like)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    saved = save(model, new, like=like)
+    check_like(new, like)
+    assert saved.linears == 0 and torch.equal(load(new).model.norm.weight, model.model.norm.weight)
