@@ -57,14 +57,14 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("signs_only", [False, True])
-@pytest.mark.parametrize("size, seed", [(1, 1), (96, 1), (4096, 0), (5000, 2**32 - 1)])
+@pytest.mark.parametrize("size, seed", [(0, 1), (1, 1), (96, 1), (4096, 0), (5000, 2**32 - 1)])
 def test_the_vector(size, seed, signs_only):
     r = proofs.vector(size, seed, signs_only)
     assert r.dtype == torch.float32 and r.tolist() == r_of(size, seed, signs_only)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(r.to(dtype).float(), r)
     assert torch.equal(proofs.vector(size + 77, seed, signs_only)[:size], r)
-    assert not signs_only or set(r.abs().tolist()) == {127}
+    assert not signs_only or set(r.abs().tolist()) <= {127}
 
 
 def test_the_vector_of_our_folders():

@@ -53,6 +53,8 @@ def vector(size: int, seed: int, signs_only: bool = False) -> torch.Tensor:
         signs_only: all of magnitude 127.
     """
     drawn = hashlib.shake_128(f"ria-vllm proof {seed}".encode()).digest(2 * size)
+    if not drawn:
+        return torch.empty(0, dtype=torch.float32)  # torch makes no tensor of an empty buffer
     values, coins = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).view(size, 2).int().unbind(1)
     values = (values - 128 + (values >= 128).int()).clamp(-127, 127)  # never 0: that channel would not be seen
     extreme = torch.where(values < 0, -127, 127)
