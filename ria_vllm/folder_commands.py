@@ -4,6 +4,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from http.client import HTTPException
 from math import prod
 from pathlib import Path
 from statistics import fmean
@@ -112,11 +113,11 @@ def _proved(url: str, reader: Reader) -> list[str]:
         RiaError: it cannot be asked, or computes something else.
     """
     question = json.dumps({"method": "ria_prove"}).encode()
-    request = Request(f"{url.rstrip('/')}/collective_rpc", question, {"Content-Type": "application/json"})
     try:
+        request = Request(f"{url.rstrip('/')}/collective_rpc", question, {"Content-Type": "application/json"})
         with urlopen(request, timeout=600) as answer:
             ranks = [(rank["digest"], str(rank["matrices"]), rank["problem"]) for rank in json.load(answer)["results"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
         raise RiaError(
             f"{url} cannot be asked ({error}). Start vLLM's server with VLLM_SERVER_DEV_MODE=1 and this ria-vllm."
         ) from None

@@ -187,3 +187,9 @@ def test_verify_believes_what_every_rank_of_a_server_says(pruned_llama, answer, 
         server.shutdown()
         server.server_close()
     assert asked == [("/collective_rpc", {"method": "ria_prove"})]
+
+
+@pytest.mark.parametrize("url", ["localhost", "localhost:8000", "http://localhost:port"])
+def test_verify_says_what_is_no_url(pruned_llama, url):
+    with pytest.raises(RiaError, match=f"^{url} cannot be asked "):
+        run(verify, pruned_llama.folder, "--served", url)
