@@ -49,7 +49,7 @@ def is_compressed(folder: Path) -> bool:
 BLOCK = 1 << 22  # numbers of a large matrix that are read at a time
 OF_OTHERS = (
     " It is one of compressed-tensors: `vllm serve` takes it with ria-vllm's plugin, if it is 2:4 in a format that "
-    "README.md lists, but `inspect`, `verify` and `export` do not read it."
+    "docs/reference.md lists, but `inspect`, `verify` and `export` do not read it."
 )
 
 
