@@ -187,10 +187,9 @@ def _streams(
 
 
 def try_concurrent(layer: Layer) -> Iterator[Row]:
-    """How many products of our kernel come out wrong if two streams run them at once, which is not supported: both use
-    the device's one workspace. Each stream replays a graph of TURNS products."""
+    """How many products of our kernel come out wrong if two streams run them at once that have one workspace, which is
+    not supported: that of the stream on which both were captured. Each stream replays a graph of TURNS products."""
     packed = CutlassKernel.pack(layer.config, layer.parts)
-    workspace = backend.workspace(DEVICE.index)
     streams = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
     for tokens in GRAPH_TOKENS:
         yield {"at": f"{layer.name}, {tokens} tokens"}
@@ -204,8 +203,9 @@ def try_concurrent(layer: Layer) -> Iterator[Row]:
                 graph.replay()
         torch.cuda.synchronize()
         wrong = sum(not torch.equal(y, e) for (_, ys), e in zip(captured, expected) for y in ys)
-        clean = not bool(workspace[:COUNTER_BYTES].any())
-        workspace.zero_()
+        clean = not any(bool(one[:COUNTER_BYTES].any()) for one in backend.workspaces(DEVICE.index))
+        for one in backend.workspaces(DEVICE.index):
+            one.zero_()
         yield {"tokens": tokens, "products": 2 * TURNS, "wrong": wrong, "counters_are_zero": clean}
 
 

@@ -62,6 +62,7 @@ def put(monkeypatch, library, num_sms=132, workspace=None):
     monkeypatch.setattr(cutlass, "library_of", lambda index: library)
     monkeypatch.setattr(cutlass, "num_sms_of", lambda index: num_sms)
     monkeypatch.setattr(cutlass, "workspace", lambda index: workspace)
+    monkeypatch.setattr(cutlass, "workspaces", lambda index: (workspace,))
 
 
 def treat_cpu_as_gpu(monkeypatch):

@@ -4,7 +4,8 @@
 activation gather stays outside the operators, so that torch.compile can fuse it into the norm before it; so does the
 rounding of activations to fp8 or int8.
 
-All streams of a device share one workspace: two products must not run at the same time on two streams of one device.
+Products may run at the same time on several streams of a device, as vLLM computes shared experts beside the others:
+each stream has a workspace, see `workspace`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,11 @@ from ria_vllm.serve.kernels.cuda.tiles import COUNTER_BYTES, WORKSPACE_BYTES, ch
 
 _ALIGNMENT = 16  # bytes, of every pointer
 _INT8_COLUMNS = 128  # int8 tiles take K in such steps
+
+# Of a device, on which products may run at the same time. vLLM uses up to three beside the main one.
+STREAMS = 4
+# Device -> stream -> the number of its workspace; the stream that was used last comes last.
+_used: dict[int, dict[int, int]] = {}
 
 _library = torch.library.Library("ria", "FRAGMENT")
 _library.define(
@@ -95,9 +101,21 @@ def _fake_linear(
 
 
 @lru_cache
+def workspaces(device_index: int) -> tuple[torch.Tensor, ...]:
+    """The device's workspaces, uint8; zero, as the kernels' counters must be."""
+    device = torch.device("cuda", device_index)
+    return torch.zeros(STREAMS, WORKSPACE_BYTES, dtype=torch.uint8, device=device).unbind()
+
+
 def workspace(device_index: int) -> torch.Tensor:
-    """The device's one workspace, uint8; zero, as the kernels' counters must be."""
-    return torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=torch.device("cuda", device_index))
+    """That of the device's current stream. A new stream gets the one that was not used for longest."""
+    stream, used = torch.cuda.current_stream(device_index).cuda_stream, _used.setdefault(device_index, {})
+    if stream in used:
+        number = used.pop(stream)
+    else:
+        number = len(used) if len(used) < STREAMS else used.pop(next(iter(used)))
+    used[stream] = number
+    return workspaces(device_index)[number]
 
 
 def round_tokens(x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,9 +189,10 @@ class CutlassKernel:
         """
         values, bitmask = parts["compressed"], parts["bitmask"]
         library = library_of(values.device.index)
-        # Here, so that no capture of a CUDA graph has to allocate it; and cleared again, because vLLM's sleep mode may
-        # have lost its contents.
-        workspace(values.device.index)[:COUNTER_BYTES].zero_()
+        # Here, so that no capture of a CUDA graph allocates them; and cleared again, because vLLM's sleep mode may have
+        # lost their contents.
+        for one in workspaces(values.device.index):
+            one[:COUNTER_BYTES].zero_()
         metadata = library.pack_metadata(bitmask, values.itemsize * 8)
         padding = -values.shape[1] % (_INT8_COLUMNS // 2) if config.weight_format == INT8 else 0
         scales = (parts["weight_scale"].flatten().clone(),) if config.weight_format != FLOAT else ()

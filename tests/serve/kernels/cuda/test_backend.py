@@ -1,5 +1,7 @@
 """Our own CUDA kernel as far as a machine without a GPU can see it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from packed_layers import pack
@@ -34,6 +36,23 @@ def test_a_file_that_is_no_library_is_an_error_that_names_it(monkeypatch, tmp_pa
     (tmp_path / "_cuda_sm90a.so").write_text("not a library")
     with pytest.raises(RiaError, match=r"_cuda_sm90a\.so does not load"):
         backend.library_of.__wrapped__(0)
+
+
+def test_products_on_several_streams_do_not_share_a_workspace(monkeypatch):
+    """vLLM computes shared experts on another stream while the kernel for experts computes the routed ones."""
+    whole = torch.zeros(backend.STREAMS, 16)
+    monkeypatch.setattr(backend, "_used", {})
+    monkeypatch.setattr(backend, "workspaces", lambda index: whole.unbind())
+
+    def on(stream, device=0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=stream))
+        return backend.workspace(device).data_ptr()
+
+    first = {stream: on(stream) for stream in range(backend.STREAMS)}
+    assert len(set(first.values())) == backend.STREAMS and on(1, device=1) == first[0]
+    assert on(0) == first[0]
+    assert on("captures a graph") == first[1] == on("captures a graph")
+    assert on(0) == first[0] and on(1) == first[2]
 
 
 def test_the_compiler_puts_the_gather_into_the_norm(hopper):
