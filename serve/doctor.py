@@ -28,7 +28,7 @@ from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
 from ria_vllm.serve.kernels.choice import refuse_on_gpus, serves_dense
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
-from ria_vllm.serve.proving.folder import Findings, prove_folder
+from ria_vllm.serve.proving.folder import Findings, prove_folder, served_dtype
 from ria_vllm.speed import of_eight
 
 EXPERTS = (32, 2048, 768)
@@ -233,6 +233,8 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]
+    if reader is not None and dtype is None:
+        act_dtype = served_dtype(reader)
     if reader is not None and scheme is None:
         stored = WeightScheme.of(reader.schema)
         weight_format, input_dtype = stored.format if stored.keeps_format else FLOAT, stored.input_dtype

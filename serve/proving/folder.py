@@ -41,6 +41,15 @@ class Findings:
     seconds: float = 0.0
 
 
+def served_dtype(reader: Reader) -> torch.dtype:
+    """Of the activations, as vLLM chooses it: the model's own, or bfloat16 for float32."""
+    if (weights := reader.schema.weights) is None:
+        stored = reader.tensor(f"{reader.sparse_names[0]}.compressed").dtype
+    else:
+        stored = getattr(torch, weights.dtype)
+    return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+
 def prove_folder(reader: Reader, device: torch.device, dtype: torch.dtype | None, monitor: Monitor) -> Findings:
     """Multiply with each pruned linear on `device`, one in memory at a time.
 

@@ -11,6 +11,7 @@ import sys
 import pruned_moe
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 from damage import bind_proofs, rewrite
 
@@ -49,6 +50,13 @@ def test_all_linears_are_proved(tmp_path, monkeypatch, weights, rounded, backend
         assert found.exit_code == 0, found.output
         assert f"14 pruned linears compute what the checkpoint says (14 by {backend}" in proved(found.output)
         assert f", {dtype} activations)" in proved(found.output)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_kernels_are_those_for_activations_of_the_models_own_dtype(tmp_path, weights):
+    tiny.write(LLAMA, tmp_path / "out", dtype=torch.float16, weights=weights)
+    found = run(tmp_path / "out").output
+    assert " linear of float16" in found and ", float16 activations)" in proved(found)
 
 
 def rows_in_another_order(y, config, x, p):
