@@ -171,7 +171,8 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
         options |= {key: value for key, value in meant.items() if options.get(key) is None}
         given |= meant.keys() if name in given else set()
     if saved is not None:
-        options = Recipe.saved(saved, given) | {name: options[name] for name in given & options.keys()}
+        beside = {name: options[name] for name in given & options.keys()}
+        options = Recipe.saved(saved, beside) | beside
     recipe = Recipe.of_options(options)
     training = of_best(recipe) if effort == "best" else None
     if saved is not None and training is None and (found := read_json(saved)["recipe"]).get("distill"):

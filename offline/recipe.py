@@ -1,10 +1,11 @@
 """What a compression should do: every option that affects the result, checked and written into the checkpoint."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -99,11 +100,12 @@ class Recipe:
         return recipe
 
     @classmethod
-    def saved(cls, path: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    def saved(cls, path: Path, given: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
         """The options of the run that wrote this report; of a text it knows the name, but not the folder.
 
         Args:
-            given: what is given beside it. What followed from something else is left out, to follow from that.
+            given: the options that are given beside it. What followed from something else is left out, to follow from
+                that, and so is what does not go together with them.
 
         Raises:
             RiaError: not a report of `compress`.
@@ -120,8 +122,10 @@ class Recipe:
         if "weights" in given:
             derived |= {"smooth", "group_size"}
         if "reconstruct" in given:
-            derived |= {"rotate", "eval_text"}
-        if BUDGETS.keys() & given:
+            derived |= {"rotate"} | ({"eval_text"} if given["reconstruct"] == "none" else set())
+        if given.get("calibration") == "self":
+            derived |= {"self_written"}
+        if BUDGETS.keys() & given.keys():
             derived |= BUDGETS.keys()
         options = {field.name: found[field.name] for field in fields(cls) if field.name in found.keys() - derived}
         return options | {"pattern": PATTERNS[found["pattern"]]}

@@ -272,7 +272,7 @@ def test_a_saved_budget_gives_way_to_another(tmp_path):
     path = tmp_path / "ria_report.json"
     path.write_text(json.dumps({"recipe": Recipe(max_loss=0.1, seed=7).dump("model")}))
     assert Recipe.saved(path)["max_loss"] == 0.1
-    again = Recipe(**Recipe.saved(path, {"min_speed"}), min_speed=1.3)
+    again = Recipe(**Recipe.saved(path, {"min_speed": 1.3}), min_speed=1.3)
     assert (again.budget, again.max_loss, again.seed) == ("--min-speed", None, 7)
 
 

@@ -1,6 +1,7 @@
 """The options: which make sense, and the size of groups that fits a model."""
 
 import itertools
+import json
 
 import pytest
 
@@ -32,6 +33,24 @@ FP8 = {"weights": "fp8", "activations": "fp8"}
 def test_options_that_make_no_sense(options, words):
     with pytest.raises(RiaError, match=words):
         Recipe.of_options(options)
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"calibration": "self"}, {"self_written": 0.0}),
+        ({"calibration": "/mine/a.txt"}, {}),
+        ({"reconstruct": "none"}, {"eval_text": None}),
+        ({"reconstruct": "block"}, {}),
+    ],
+    ids=str,
+)
+def test_a_saved_recipe_loses_only_what_does_not_go_together_with_what_is_given(given, changed, tmp_path):
+    path, recipe = tmp_path / "ria_report.json", Recipe(calibration="a.txt", self_written=0.5, eval_text="b.txt")
+    path.write_text(json.dumps({"recipe": recipe.dump("model")}))
+    again = Recipe.of_options(Recipe.saved(path, given) | given)
+    wanted = {"self_written": 0.5, "eval_text": "b.txt"} | changed
+    assert {name: getattr(again, name) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize(
