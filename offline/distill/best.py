@@ -72,8 +72,8 @@ def prune_and_distill(
     pruned = out.with_name(f"{out.name}.pruned")
     if pruned.exists() and not (pruned / HALF_FILE).is_file():
         raise RiaError(f"{pruned}: needed for the pruned model, but it holds something else. Move it away.")
-    distils = bool(pruned.exists() or begun_run(pruned))
-    if not settings.resume or not (distils or begun_run(out)):  # nothing says what was begun
+    distils = settings.resume and bool(pruned.exists() or begun_run(pruned))
+    if not distils and not (settings.resume and begun_run(out)):  # nothing says what was begun
         why = _obstacle(model, recipe, how, settings.device, monitor)
         distils = why is None
         if not distils:

@@ -70,7 +70,8 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
     if len(found) < seq_len:
         raise RiaError(
-            f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give more, or a smaller --eval-tokens."
+            f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give more, or `distill` a smaller "
+            "--eval-tokens."
         )
     count = len(found) // seq_len
     return found[: count * seq_len].view(count, seq_len)

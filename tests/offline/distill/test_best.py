@@ -140,9 +140,15 @@ def test_a_folder_of_that_name_and_too_little_text_are_refused_at_once(options, 
     result = invoke(compress, *options, "-o", tmp_path / "out", "--overwrite")
     assert "holds something else" in str(result.exception) and mine.exists()
     (tmp_path / "few.txt").write_text("words " * 99)
+    (tmp_path / "fewer.txt").write_text("words " * 9)
+    begun = tmp_path / "other.pruned.partial"  # by a run that nobody resumes
+    begun.mkdir()
+    (begun / "run.json").write_text("{")
     options[options.index("--calibration") + 1] = tmp_path / "few.txt"
     assert "too little text" in str(invoke(compress, *options, "-o", tmp_path / "other").exception)
-    assert {path.name for path in tmp_path.iterdir()} == {"out.pruned", "few.txt"}
+    fewer = invoke(compress, *options, "--eval-text", tmp_path / "fewer.txt", "-o", tmp_path / "other").exception
+    assert "54 tokens are too few" in str(fewer) and "or `distill` a smaller --eval-tokens" in str(fewer)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.pruned", "few.txt", "fewer.txt", begun.name}
 
 
 def headless(folder: Path, auto: type) -> Path:

@@ -43,7 +43,7 @@ def test_a_text_shorter_than_a_window_is_refused(tiny, tmp_path):
     path = tmp_path / "held_out.txt"
     path.write_text("abcdefg" * 100)
     tokenizer = load_tokenizer(str(tiny("llama")))
-    with pytest.raises(RiaError, match="700 tokens are too few.*smaller --eval-tokens"):
+    with pytest.raises(RiaError, match="700 tokens are too few.*or `distill` a smaller --eval-tokens"):
         held_out_texts(Distillation(tokens=1024, eval_text=(str(path),)), tokenizer, 4096)
     (windows,) = held_out_texts(Distillation(tokens=1024, eval_text=(str(path),)), tokenizer, 256).values()
     assert windows.shape == (2, 256)
