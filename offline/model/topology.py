@@ -18,9 +18,10 @@ from ria_vllm.vllm_quirks import fused_sets
 BLOCKS = (8, 4, 2)
 
 
-def rank_blocks(width: int) -> int:
-    """How many equal blocks of an input with `width` channels a permutation has to keep to if no fold absorbs it."""
-    return next((count for count in BLOCKS if width % (4 * count) == 0), 1)
+def rank_blocks(width: int, size: int = 4) -> int:
+    """How many equal blocks of an input with `width` channels a permutation has to keep to if no fold absorbs it. Each
+    holds whole groups of `size`."""
+    return next((count for count in BLOCKS if width % (size * count) == 0), 1)
 
 
 Unit = tuple[int, str]

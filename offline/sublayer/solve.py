@@ -13,7 +13,7 @@ from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
-from ria_vllm.offline.model.topology import Group
+from ria_vllm.offline.model.topology import Group, rank_blocks
 from ria_vllm.offline.pruning import masks, permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
@@ -148,8 +148,9 @@ def _find_permutation(
     recipe: Recipe,
 ) -> torch.Tensor | None:
     S = _stacked_scores(group.linears, weights, statistics, recipe)
-    if group.blocks > 1 and S.shape[1] % (group.blocks * recipe.pattern.of) == 0:  # each holds whole groups of it
-        p = permute.search_heads(S, group.blocks, group.blocks, S.shape[1] // group.blocks, recipe.of_search)
+    blocks = rank_blocks(S.shape[1], recipe.pattern.of) if group.blocks > 1 else 1
+    if blocks > 1:
+        p = permute.search_heads(S, blocks, blocks, S.shape[1] // blocks, recipe.of_search)
     elif group.heads is None:
         p = permute.search(S, **recipe.of_search)
     elif group.heads.head_dim % recipe.pattern.of == 0:

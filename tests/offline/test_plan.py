@@ -1,11 +1,12 @@
 """Which linears a plan leaves dense."""
 
+import pytest
 import torch
 from compressing import check_complete, check_export, edited, run_small
 from transformers import LlamaForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.offline.model.topology import rank_blocks
+from ria_vllm.format.pattern import PATTERNS
 
 
 def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path):
@@ -24,16 +25,16 @@ def test_an_unknown_family_keeps_together_what_may_be_fused(tiny, text, tmp_path
     assert not {"model.layers.0.feed_forward.w1", "model.layers.0.feed_forward.w3"} & sparse
 
 
-def test_a_fold_with_a_dense_producer_needs_blocks(tiny, text, tmp_path):
+@pytest.mark.parametrize(("pattern", "ranks"), [("2:4", 8), ("8:16", 4)])
+def test_a_fold_with_a_dense_producer_needs_blocks(pattern, ranks, tiny, text, tmp_path):
     """Its consumer gathers, and with tensor parallelism each rank has only a part of its input."""
     ignored = (".*layers.0.mlp.gate_proj", ".*layers.0.mlp.up_proj")
-    run_small(tiny("llama"), tmp_path / "out", text, ignore=ignored)
+    run_small(tiny("llama"), tmp_path / "out", text, ignore=ignored, pattern=PATTERNS[pattern])
     reader = Reader(tmp_path / "out")
     inside = []
     for layer in (0, 1):
         p = reader.permutations[f"model.layers.{layer}.mlp.down_proj"]
-        block = len(p) // rank_blocks(len(p))
-        assert block < len(p)
+        block = len(p) // ranks
         inside.append(bool((p // block == torch.arange(len(p)) // block).all()))
     assert inside == [True, False]
 
