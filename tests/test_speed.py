@@ -45,7 +45,7 @@ def test_what_is_said_of_8_of_16_was_measured():
 
     assert EIGHT == {
         "amx": (measured(of8, "amx"), measured(of16, "amx")),
-        "avx512_bf16": (measured(of8, "avx512_vnni"), measured(of16, "avx512_bf16")),
+        "avx512_bf16": (measured(of8, "avx512_bf16"), measured(of16, "avx512_bf16")),
         "avx512_vnni": (measured(of8, "avx512_vnni"), measured(of16, "avx512")),
         "avx2": (measured(of8, "avx2", "avx_vnni"), measured(of16, "avx2")),
     }
