@@ -47,7 +47,11 @@ def served_dtype(reader: Reader) -> torch.dtype:
         stored = reader.tensor(f"{reader.sparse_names[0]}.compressed").dtype
     else:
         stored = getattr(torch, weights.dtype)
-    return torch.float16 if stored == torch.float16 else torch.bfloat16
+    return _served(stored)
+
+
+def _served(stored: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if stored == torch.float32 else stored
 
 
 def prove_folder(reader: Reader, device: torch.device, dtype: torch.dtype | None, monitor: Monitor) -> Findings:
@@ -76,7 +80,7 @@ def prove_folder(reader: Reader, device: torch.device, dtype: torch.dtype | None
         except RiaError as error:
             found.problems.append(str(error))
             continue
-        served = dtype or (torch.bfloat16 if linear.dtype == torch.float32 else linear.dtype)
+        served = dtype or _served(linear.dtype)
         try:
             how, fault = _multiplied(schema, linear, name in folded, stored.get(name), served, device)
         except Exception as error:  # a kernel may raise anything on a machine that nobody has seen
