@@ -170,9 +170,9 @@ def _joins(part: Any) -> str:
 
 def _group(group: Any) -> str:
     heads = f" heads {group.heads.num_heads}/{group.heads.num_kv_heads}x{group.heads.head_dim}" if group.heads else ""
-    blocks = f" blocks {group.blocks}" if group.blocks > 1 else ""
+    within = " within ranks" if group.within_ranks else ""
     experts = f" experts {group.experts}" if group.experts else ""
-    return f"{' '.join(group.linears)}{heads}{blocks}{experts}".strip()
+    return f"{' '.join(group.linears)}{heads}{within}{experts}".strip()
 
 
 def _producer(producer: Any) -> str:

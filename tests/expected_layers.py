@@ -71,7 +71,7 @@ SHARED_FOLDS = (
 MIXER = """
 attention until post_attention_layernorm +
   mixer.in_proj
-  mixer.out_proj blocks 8
+  mixer.out_proj within ranks
 mlp without mixer/0 +
   mlp.gate_proj mlp.up_proj
   mlp.down_proj
@@ -160,10 +160,10 @@ layer +
     "bitnet": """
 attention until post_attention_layernorm +
   self_attn.q_proj self_attn.k_proj self_attn.v_proj
-  self_attn.o_proj blocks 8
+  self_attn.o_proj within ranks
 mlp without self_attn/2 +
   mlp.gate_proj mlp.up_proj
-  mlp.down_proj blocks 8
+  mlp.down_proj within ranks
 """,
     "qwen3_5_text": GATED_DELTA + GATED,
     "lfm2": renamed(
@@ -181,7 +181,7 @@ mlp without self_attn/2 +
     "falcon_h1": """
 attention until pre_ff_layernorm
   mamba.in_proj | self_attn.q_proj self_attn.k_proj self_attn.v_proj
-  mamba.out_proj blocks 8 | self_attn.o_proj heads 4/2x16
+  mamba.out_proj within ranks | self_attn.o_proj heads 4/2x16
 mlp without mamba/0 without self_attn/2 +
   feed_forward.up_proj feed_forward.gate_proj
   feed_forward.down_proj
@@ -200,7 +200,7 @@ mlp without self_attn/2
     "qwen3_next": """
 attention until post_attention_layernorm +
   linear_attn.in_proj_qkvz linear_attn.in_proj_ba
-  linear_attn.out_proj blocks 8
+  linear_attn.out_proj within ranks
 mlp without linear_attn/0"""
     + SHARED_EXPERT
     + SHARED_FOLDS
@@ -229,7 +229,7 @@ mlp without {absent}
 {fold}  shared_mlp.output_linear <- shared_mlp.input_linear[0:64], shared_mlp.input_linear[64:128]
 {EXPERTS_FOLD.replace("mlp.experts", "block_sparse_moe.experts")}"""
         for attention, absent, fold in (
-            ("  mamba.in_proj\n  mamba.out_proj blocks 8", "mamba/0", ""),
+            ("  mamba.in_proj\n  mamba.out_proj within ranks", "mamba/0", ""),
             (*LLAMA.partition("+\n")[2].partition("\nmlp")[:1], "self_attn/2", LLAMA.splitlines()[-2] + "\n"),
         )
     ),

@@ -14,16 +14,6 @@ from torch import nn
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.vllm_quirks import fused_sets
 
-# With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
-BLOCKS = (8, 4, 2)
-
-
-def rank_blocks(width: int, size: int = 4) -> int:
-    """How many equal blocks of an input with `width` channels a permutation has to keep to if no fold absorbs it. Each
-    holds whole groups of `size`."""
-    return next((count for count in BLOCKS if width % (size * count) == 0), 1)
-
-
 Unit = tuple[int, str]
 """Layer, and the name of its sublayer."""
 
@@ -44,14 +34,14 @@ class Group:
     heads: the input is the output of these attention heads, so the permutation must stay within them.
     experts: the module of routed experts whose gate and up projections belong to the group, too. Their down
         projections are pruned in the same stage, expert by expert.
-    blocks: the permutation must stay within this many equal blocks of the input. No fold absorbs it, so each rank of
-        tensor parallelism must be able to gather from its own channels.
+    within_ranks: no fold absorbs the permutation, so each rank of tensor parallelism must be able to gather from its
+        own part of the input.
     """
 
     linears: tuple[str, ...]
     heads: Heads | None = None
     experts: str | None = None
-    blocks: int = 1
+    within_ranks: bool = False
 
 
 @dataclass(frozen=True)

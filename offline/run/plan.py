@@ -1,7 +1,7 @@
 """Which linears are pruned, and which stay dense, and why."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -11,7 +11,7 @@ from ria_vllm.format.sparse24 import IN_FEATURES_MULTIPLE
 from ria_vllm.offline.experts.plan import describe_experts, experts_left_dense, plan_experts, widths_of_experts
 from ria_vllm.offline.model.run.architecture import output_heads
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.offline.model.topology import Group, Topologies, Topology, Unit, linears_of, rank_blocks
+from ria_vllm.offline.model.topology import Group, Topologies, Topology, Unit, linears_of
 from ria_vllm.offline.recipe import BUDGETS, Recipe
 from ria_vllm.vllm_quirks import fused_sets, served_dense
 
@@ -46,8 +46,7 @@ class Plan:
     dense: written name -> why.
     warnings: for the user.
     experts: layer index -> paths of the experts that are pruned, relative to the layer.
-    blocks: layer index -> linears whose fold does not hold, because a producer stays dense -> the blocks that their
-        permutations then have to keep to.
+    unfolded: layer index -> linears whose fold does not hold, because a producer stays dense.
     """
 
     pruned: Mapping[int, frozenset[str]]
@@ -55,7 +54,7 @@ class Plan:
     dense: Mapping[str, str]
     warnings: tuple[str, ...]
     experts: Mapping[int, frozenset[str]]
-    blocks: Mapping[int, Mapping[str, int]]
+    unfolded: Mapping[int, frozenset[str]]
     kept: Kept
 
     @property
@@ -69,13 +68,13 @@ class Plan:
 
     def groups(self, index: int, stage: Iterable[Group]) -> list[Group]:
         """The groups of a stage without the linears that stay as they are."""
-        blocks, changed = self.blocks[index], self.changed(index)
+        unfolded, changed = self.unfolded[index], self.changed(index)
         left = [
             replace(
                 group,
                 linears=tuple(n for n in group.linears if n in changed),
                 experts=group.experts if group.experts in self.experts[index] else None,
-                blocks=blocks.get(group.linears[0], group.blocks) if group.linears else group.blocks,
+                within_ranks=group.within_ranks or not unfolded.isdisjoint(group.linears),
             )
             for group in stage
         ]
@@ -100,7 +99,7 @@ def make_plan(
     pruned: dict[int, frozenset[str]] = {}
     in_int8: dict[int, frozenset[str]] = {}
     routed: dict[int, frozenset[str]] = {}
-    blocks: dict[int, dict[str, int]] = {}
+    unfolded: dict[int, frozenset[str]] = {}
     dense: dict[str, str] = {}
     misfits: Counter[str] = Counter()
     warnings: list[str] = []
@@ -121,7 +120,7 @@ def make_plan(
         in_int8[index] = frozenset(
             name for name in reasons if recipe.has_integers and fixed.isdisjoint(topology.fused_with(name, linears))
         )
-        blocks[index] = _blocks(topology, linears, pruned[index])
+        unfolded[index] = _unfolded(topology, pruned[index])
         routed[index], left = plan_experts(model, index, topology, recipe, unlike)
         left_dense |= left
         dense |= {model.written_linear(index, name): why for name, why in reasons.items()} | left
@@ -133,7 +132,7 @@ def make_plan(
     warnings += [*experts_left_dense(left_dense), *_unknown_tensors(model)]
     outside = dict.fromkeys(model.unknown_linears(), "in the files, but no part of the model that transformers builds")
     outside |= {model.names.linear(name): why for name, why in _outside(model)}
-    return Plan(pruned, in_int8, outside | dense, tuple(warnings), routed, blocks, kept)
+    return Plan(pruned, in_int8, outside | dense, tuple(warnings), routed, unfolded, kept)
 
 
 def _beyond(topology: Topology, index: int, chosen: frozenset[Unit] | None, recipe: Recipe) -> dict[str, str]:
@@ -176,14 +175,13 @@ def _partners(
     return found
 
 
-def _blocks(topology: Topology, linears: Mapping[str, nn.Linear], pruned: Container[str]) -> dict[str, int]:
-    """`Plan.blocks` of one layer. Heads are whole on each rank."""
-    return {
-        fold.consumer: rank_blocks(linears[fold.consumer].in_features)
+def _unfolded(topology: Topology, pruned: frozenset[str]) -> frozenset[str]:
+    """`Plan.unfolded` of one layer, without heads, which are whole on each rank."""
+    return frozenset(
+        fold.consumer
         for fold in topology.folds
-        if fold.coupling == "elementwise" and fold.consumer in pruned
-        if not all(producer.name in pruned for producer in fold.producers)
-    }
+        if fold.coupling == "elementwise" and not pruned.issuperset(producer.name for producer in fold.producers)
+    )
 
 
 def widths(model: StreamedModel, recipe: Recipe) -> dict[str, int]:

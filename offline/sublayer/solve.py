@@ -13,13 +13,16 @@ from ria_vllm.format import permutation, sparse24
 from ria_vllm.format.formats import RoundedFormat
 from ria_vllm.format.pattern import Pattern
 from ria_vllm.offline.calibration.statistics import Statistics
-from ria_vllm.offline.model.topology import Group, rank_blocks
+from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning import masks, permute, scores
 from ria_vllm.offline.pruning.admm import DAMPING, AdmmSolver, Choice, admm_solver, output_error
 from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.sublayer.pruned_linear import DENSE, Pruned, packed, stored_weight
+
+# With up to this many ranks of tensor parallelism, a permutation that no fold absorbs stays within each rank.
+RANKS = (8, 4, 2)
 
 
 @contextmanager
@@ -148,8 +151,7 @@ def _find_permutation(
     recipe: Recipe,
 ) -> torch.Tensor | None:
     S = _stacked_scores(group.linears, weights, statistics, recipe)
-    blocks = rank_blocks(S.shape[1], recipe.pattern.of) if group.blocks > 1 else 1
-    if blocks > 1:
+    if group.within_ranks and (blocks := rank_blocks(S.shape[1], recipe.pattern.of)) > 1:
         p = permute.search_heads(S, blocks, blocks, S.shape[1] // blocks, recipe.of_search)
     elif group.heads is None:
         p = permute.search(S, **recipe.of_search)
@@ -159,6 +161,12 @@ def _find_permutation(
     else:
         return None  # groups would span two heads, whose channels must not mix
     return None if permutation.is_identity(p) else p.cpu()
+
+
+def rank_blocks(width: int, size: int = 4) -> int:
+    """How many equal blocks of an input with `width` channels a permutation has to keep to if no fold absorbs it. Each
+    holds whole groups of `size`."""
+    return next((count for count in RANKS if width % (size * count) == 0), 1)
 
 
 def _stacked_scores(

@@ -27,7 +27,7 @@ from ria_vllm.offline.model.experiments.migrations import find_migrations
 from ria_vllm.offline.model.experiments.norms import is_rms_norm
 from ria_vllm.offline.model.experiments.rotations import find_rotations
 from ria_vllm.offline.model.experiments.split import find_cut, how_it_adds
-from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of, rank_blocks
+from ria_vllm.offline.model.topology import Group, Heads, Sublayer, Topology, linears_of
 from ria_vllm.vllm_quirks import served_dense
 
 
@@ -136,23 +136,17 @@ def _constrained(sublayer: Sublayer, layer: nn.Module, folds: Sequence[Fold], hi
     of = {fold.consumer: fold for fold in folds}
 
     def within(group: Group, number: int) -> Group:
-        fold = of.get(group.linears[0]) if len(group.linears) == 1 else None
+        if len(group.linears) != 1:
+            return group
+        fold, linear = of.get(group.linears[0]), layer.get_submodule(group.linears[0])
         if fold is not None and fold.num_heads and fold.num_kv_heads:
-            size = layer.get_submodule(fold.consumer).in_features // fold.num_heads
-            return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, size))
-        # What the first stage reads is the stream, which all ranks have.
-        return group if fold is not None or number == 0 else _with_blocks(group, layer, hidden)
+            return replace(group, heads=Heads(fold.num_heads, fold.num_kv_heads, linear.in_features // fold.num_heads))
+        # What the first stage reads is the stream, which all ranks have. What writes to it is row-parallel in vLLM.
+        reads_part = number > 0 and linear.out_features == hidden and not group.experts
+        return replace(group, within_ranks=fold is None and reads_part)
 
     stages = enumerate(sublayer.stages)
     return replace(sublayer, stages=tuple(tuple(within(group, number) for group in stage) for number, stage in stages))
-
-
-def _with_blocks(group: Group, layer: nn.Module, hidden: int) -> Group:
-    """What writes to the stream is row-parallel in vLLM: each rank has its own part of the input."""
-    if len(group.linears) != 1 or group.experts:
-        return group
-    linear = layer.get_submodule(group.linears[0])
-    return replace(group, blocks=rank_blocks(linear.in_features)) if linear.out_features == hidden else group
 
 
 def _sublayers(

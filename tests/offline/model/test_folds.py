@@ -196,7 +196,7 @@ def test_what_begins_with_more_tokens_is_seen(start, monkeypatch):
     (topology,) = described(small("llama")).kinds
     assert [fold.consumer for fold in topology.folds] == ["mlp.down_proj"]
     attention, _ = topology.sublayers
-    assert attention.stages[-1][0].heads is None and attention.stages[-1][0].blocks == 8
+    assert attention.stages[-1][0].heads is None and attention.stages[-1][0].within_ranks
 
 
 def test_no_folds_in_experts_with_a_norm_inside(monkeypatch):
