@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from ria_vllm.folder_commands import export
-from ria_vllm.hub.facts import PERPLEXITY, TASKS, add, add_speed
+from ria_vllm.hub.facts import PERPLEXITY, SPEED, TASKS, add, add_speed
 from ria_vllm.hub.model_card import base_repository, pruned_card, read_front_matter
 
 RECIPE = {
@@ -225,6 +225,17 @@ def test_what_is_measured_is_added_to_report_and_card(tmp_path):
     assert after.split("Of my own")[1] == before.split("Of my own")[1]
     assert after.split("- perplexity")[0] == before.split("- perplexity")[0]
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "ria_report.json", "bench"}
+
+
+@pytest.mark.parametrize("content", ["", "# My notes\n", "| users | side |\n", "| users | side |\n|---|---|\n"])
+def test_a_bench_md_without_a_table_changes_nothing(content, tmp_path):
+    """`eval --update-card` takes any file of this name in or below the folder."""
+    (tmp_path / "README.md").write_text("# Mine\n\n## Serve\n\nSo.\n")
+    add(tmp_path, SPEED, [{"users": "1"}])
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    (tmp_path / "bench.md").write_text(content)
+    add_speed(tmp_path, tmp_path / "bench.md")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before | {"bench.md": content}
 
 
 def test_a_card_without_facts_gets_them_above_how_to_serve(tmp_path):

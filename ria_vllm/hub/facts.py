@@ -80,14 +80,15 @@ def add(folder: Path, title: str, rows: Sequence[Row], note: str = "", key: Sequ
 
 
 def add_speed(folder: Path, results: Path) -> None:
-    """Add the table of a `bench.md` to a folder's facts.
+    """Add the table of a `bench.md`, if it has one, to a folder's facts.
 
     Raises:
         RiaError: as `add`.
     """
     lines = [line.strip("| ").split("|") for line in read_text(results).splitlines() if line.startswith("|")]
-    titles, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    add(folder, SPEED, [dict(zip(titles, row, strict=False)) for row in rows])
+    cells = [[cell.strip() for cell in line] for line in lines]
+    if rows := cells[2:]:
+        add(folder, SPEED, [dict(zip(cells[0], row, strict=False)) for row in rows])
 
 
 def card_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
