@@ -1,5 +1,6 @@
 """`--effort best`: prune, and then train the whole pruned model towards the dense one."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint.inputs import ChangedInput
-from ria_vllm.checkpoint.writer import check_free, check_place, delete
+from ria_vllm.checkpoint.writer import check_free, check_place, delete, disk_errors
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import run as distillation
 from ria_vllm.offline.distill.recipe import Distillation
@@ -80,7 +81,15 @@ def prune_and_distill(
             monitor.warn(f"--effort best: the pruned model will not be distilled, because {why}")
     if not distils:
         return compress(model, out, recipe, settings, monitor)
-    compress(model, pruned, recipe, replace(settings, overwrite=True, is_half=True), monitor)
+    report = compress(model, pruned, recipe, replace(settings, overwrite=True, is_half=True), monitor)
+    if not report["linears"]:
+        monitor.warn("--effort best: the pruned model will not be distilled, because nothing in it is pruned.")
+        check_free(out, settings.overwrite)
+        with disk_errors(out):
+            delete(out)
+            os.replace(pruned, out)
+            (out / HALF_FILE).unlink()
+        return report
     training = distillation.Settings(
         settings.device,
         max_shard_size=settings.max_shard_size,

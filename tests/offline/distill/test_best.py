@@ -18,6 +18,8 @@ from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import best
 from ria_vllm.offline.distill.command import distill
 from ria_vllm.offline.recipe import Recipe
+from ria_vllm.offline.run import budget
+from ria_vllm.offline.run.budget import Choice
 
 TOKENS = 4096
 
@@ -157,12 +159,19 @@ def headless(folder: Path, auto: type) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("why", ["memory", "embeddings", "reranker", "recovered"])
+@pytest.mark.parametrize("why", ["memory", "embeddings", "reranker", "recovered", "budget"])
 def test_what_cannot_be_distilled_is_pruned_only_and_that_is_said(why, options, tmp_path, monkeypatch):
     said, hint = "it predicts no tokens", why == "memory"
     if why == "memory":
         monkeypatch.setattr(best, "available", lambda _: 10**8)
         said = r"that takes about 1 GB, and 0 GB of memory are free \(cpu\)"
+    elif why == "budget":
+        nothing = Choice(frozenset(), {1: {"perplexity": 10.5, "perplexity_dense": 10.0}})
+        monkeypatch.setattr(budget, "choose", lambda *_: nothing)
+        options[1:1] = ["--scheme", "W8A8", "--max-loss", "900%", "--overwrite"]
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "old").touch()
+        said = "nothing in it is pruned"
     elif why == "recovered":
         options[0], said = save_recovered(tmp_path / "dense"), "it has linears that are 2:4 already"
     else:
