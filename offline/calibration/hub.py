@@ -51,8 +51,21 @@ def opened(name: str) -> str | HubText:
             rows = iter(builder.as_dataset(split="train"))
         first = next(rows)
     except Exception as error:
-        raise RiaError(
-            f"--calibration {name}: {repository} cannot be downloaded ({first_line(error)}). Give a text file, or self."
-        ) from None
+        raise _not_read(name, error) from None
     known = re.fullmatch("[0-9a-f]{40}", str(builder.hash))
-    return HubText(name, builder.hash if known else None, itertools.chain([first], rows))
+    return HubText(name, builder.hash if known else None, itertools.chain([first], _rest(name, rows)))
+
+
+def _rest(name: str, rows: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The same rows. The connection by which they come may break."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise _not_read(name, error) from None
+
+
+def _not_read(name: str, error: Exception) -> RiaError:
+    return RiaError(
+        f"--calibration {name}: {DATASETS[name][0]} cannot be downloaded ({first_line(error)}). Give a text file, or "
+        "self."
+    )

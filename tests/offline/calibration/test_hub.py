@@ -6,6 +6,7 @@ import pytest
 from hub_texts import NEW, OLD, install
 from transformers import AutoTokenizer
 
+from ria_vllm.errors import RiaError
 from ria_vllm.offline.calibration import hub
 from ria_vllm.offline.calibration.data import documents, from_text
 from ria_vllm.offline.calibration.hub import opened
@@ -27,6 +28,18 @@ def test_what_is_streamed_is_not_downloaded(name, asked, tiny, monkeypatch):
     assert (text.name, text.revision, found.asked) == (name, OLD, asked)
     assert from_text(text, tokenizer, samples=20, seq_len=50, seed=0).shape == (20, 50)
     assert len(TEXTS) < found.read < 200  # 8 times as many tokens as are asked for
+
+
+def test_a_connection_that_breaks_while_rows_come_is_an_error_with_a_way_out(monkeypatch):
+    found = install(monkeypatch, **{OLD: TEXTS})
+
+    def rows(split):
+        yield from ({"text": text} for text in TEXTS)
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr(found, "rows", rows)
+    with pytest.raises(RiaError, match=r"c4: allenai/c4 cannot be downloaded \(Server Disconnected\). Give a text file"):
+        list(documents(opened("c4")))
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
