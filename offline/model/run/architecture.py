@@ -46,7 +46,7 @@ def model_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:
     if not writers or _reads_both_ways(config):
         raise RiaError(f"{name}: a {kind} model has no text decoder; only text decoders can be compressed.")
     architectures = config.architectures or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
+    architectures = architectures if isinstance(architectures, list) else [architectures]
     if not architectures:
         return writers[0]
     named = [_class_named(architecture, writers) for architecture in architectures]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 import ria_vllm.hf  # noqa: F401  (from_pretrained reads compressed folders)
 from ria_vllm.checkpoint.companions import LEGAL_PATTERNS, SUFFIXES
@@ -245,7 +244,9 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | st
 def _loading(model: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (RiaError, MemoryError):
+        raise
+    except Exception as error:  # strict configurations have types of their own for what is wrong with a value
         raise RiaError(f"{model}: transformers cannot load it: {reason_of(error)}") from error
 
 

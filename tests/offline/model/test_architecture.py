@@ -128,11 +128,12 @@ def test_what_has_no_text_decoder_is_refused_by_name(model_type, model, text, tm
 
 @pytest.mark.parametrize("name", ["BertModel", "os", "LlavaForConditionalGeneration", 7])
 def test_architectures_that_do_not_belong_to_the_configuration(name, model, text, tmp_path):
-    edit_config(model, architectures=[name])
-    with pytest.raises(
-        RiaError, match=f"says {name}, which is no class of transformers for a llama model.*ForCausalLM"
-    ):
-        run_small(model, tmp_path / "out", text)
+    for said in ([name], name):
+        edit_config(model, architectures=said)
+        with pytest.raises(
+            RiaError, match=f"says {name}, which is no class of transformers for a llama model.*ForCausalLM"
+        ):
+            run_small(model, tmp_path / "out", text)
 
 
 def test_layers_that_read_keys_and_values_in_an_unknown_way(make_model, text, tmp_path, monkeypatch):

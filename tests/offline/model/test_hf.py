@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compressing import edit_weights, edited, run_small
+from compressing import edit_config, edit_weights, edited, run_small
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from wrappers import save_wrapper
 
 import ria_vllm.hf.install  # noqa: F401  loads pruned folders
 from ria_vllm.checkpoint.reader import Reader
+from ria_vllm.errors import RiaError
 from ria_vllm.export import export_dense
 from ria_vllm.offline.model.run.hf import configured_dtype, load_model, read_config
 from ria_vllm.offline.model.run.streaming import StreamedModel
@@ -30,6 +31,14 @@ def test_a_bf16_model_in_float32_computes_what_a_float32_model_would(make_model,
             assert torch.equal(model(tokens).logits, wide(tokens).logits)
     frequencies = [b for name, b in load_model(str(folder), CPU, "bfloat16").named_buffers() if "inv_freq" in name]
     assert frequencies and all(buffer.dtype == torch.float32 for buffer in frequencies)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "128"}, {"eos_token_id": "</s>"}, {"vocab_size": -3}], ids=str)
+def test_what_transformers_refuses_in_a_configuration_is_an_error_with_the_folder(wrong, model):
+    """Whatever it raises for that: its own types, AssertionError."""
+    edit_config(model, **wrong)
+    with pytest.raises(RiaError, match=f"^{model}: transformers cannot load it: ."):
+        load_model(str(model), CPU, "float32")
 
 
 def sharp(tensors):
