@@ -1,6 +1,6 @@
 """What a finished folder says of its training: in the recipe, in ria_report.json and in the model card."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ria_vllm.checkpoint.reader import Reader
@@ -20,8 +20,14 @@ def with_training(reader: Reader, this: dict[str, Any], curve: list[dict[str, An
     found: dict[str, Any] = {VERDICT: {}, "linears": {}} | without_errors(reader.report())
     found[VERDICT] = verdict(this, curve, found[VERDICT])
     recipe = reader.schema.recipe
-    runs = recipe | {"distill": [*recipe.get("distill", []), this]}
-    return found | {"recipe": runs, "distill": [*found.get("distill", []), {"curve": curve}]}
+    runs = recipe | {"distill": [*_entries(recipe), this]}
+    return found | {"recipe": runs, "distill": [*_entries(found), {"curve": curve}]}
+
+
+def _entries(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of earlier trainings in a recipe or report, which may hold anything."""
+    entries = content.get("distill")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def verdict(this: dict[str, Any], curve: list[dict[str, Any]], still: dict[str, str]) -> dict[str, str]:

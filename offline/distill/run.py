@@ -148,6 +148,7 @@ class _Run:
         folders = str(self.reader.folder), str(self.teacher.folder)
         # First, so that an error in them shows at once.
         copies = companions(self.reader.folder)
+        self.reader.report()
         with self.monitor.phase("digests of files"):
             of_files = self._digests()
         texts = held_out_texts(self.recipe, load_tokenizer(folders[0]), context_of(folders))

@@ -49,7 +49,7 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
         zeros: the share of zeros among the weights of the decoder layers' linears.
     """
     base, recipe = read_front_matter(folder, warn), report["recipe"]
-    identity = base_repository(recipe["source"], folder)
+    identity = base_repository(str(recipe["source"]), folder)
     if identity is not None:
         # Of the Hub's relations (adapter, merge, quantized, finetune) the one closest to compressed weights.
         base |= {"base_model": identity, "base_model_relation": "quantized"}

@@ -1,16 +1,18 @@
 """What is refused or warned of before the first step, and what the model card says of the steps."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from compressing import WarningRecorder, run_small
+from compressing import WarningRecorder, edit_config, run_small
 from distilling import run
 
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill.recipe import Distillation
 from ria_vllm.offline.distill.report import recovery_section
 from ria_vllm.offline.distill.text import check_texts
+from ria_vllm.offline.distill.train import Training
 from ria_vllm.offline.run.compress import Settings
 
 
@@ -74,3 +76,24 @@ def test_a_folder_of_another_program_is_to_be_compressed_first(tiny, text, tmp_p
     with pytest.raises(RiaError, match="`ria-vllm compress .* keeps its zeros: distil NEW"):
         run(tiny("llama"), tiny("llama"), tmp_path / "out", text)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_what_a_stranger_wrote_into_recipe_and_report_does_not_stop_a_run_at_its_end(pruned, text, tmp_path):
+    dense, folder = pruned()
+    copy, config = shutil.copytree(folder, tmp_path / "copy"), json.loads((folder / "config.json").read_text())
+    quantization, before = config["quantization_config"], {"steps": 3}
+    for number, (told, kept) in enumerate(((7, []), ([7, before], [before]))):
+        recipe = quantization["recipe"] | {"source": 5, "distill": told}
+        edit_config(copy, quantization_config=quantization | {"recipe": recipe})
+        (copy / "ria_report.json").write_text(json.dumps({"distill": told}))
+        report = run(dense, copy, tmp_path / f"out{number}", text, tokens=128)
+        assert report["recipe"]["distill"][:-1] == report["distill"][:-1] == kept
+
+
+def test_a_damaged_report_is_found_before_the_first_step(pruned, text, tmp_path, monkeypatch):
+    dense, folder = pruned()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "ria_report.json").write_text("{")
+    monkeypatch.setattr(Training, "run", lambda _: pytest.fail("it has begun"))
+    with pytest.raises(RiaError, match="ria_report.json: not readable as JSON.* Get the file again.$"):
+        run(dense, copy, tmp_path / "out", text)
