@@ -265,6 +265,15 @@ def test_a_convolution_is_proved_as_a_matrix(pruned_llama, tmp_path, monkeypatch
     assert problem.startswith("model.conv1d: its weights are not those")
 
 
+def test_a_matrix_of_no_numbers_needs_no_memory_however_wide_it_says_it_is(pruned_llama, tmp_path):
+    like, none = Reader(pruned_llama.folder), {"none": torch.empty(0, 1 << 61), "wide": torch.empty(1 << 61, 0)}
+    reader = written(like, tmp_path / "out", INT8, **{f"model.{name}.weight": one for name, one in none.items()})
+    assert list(reader.problems()) == [] and not {"model.none", "model.wide"} & set(reader.proofs())
+    parts = {"model.none.integers": none["none"].to(torch.int8), "model.none.weight_scale": torch.empty(0, 1)}
+    with pytest.raises(RiaError, match="model.none.integers: .* expected torch.int8 .out, in."):
+        written(like, tmp_path / "other", INT8, **parts)
+
+
 def damaged(read, name):
     def damaged_read(self, path, wanted, index=None):
         found = read(self, path, wanted, index)

@@ -56,7 +56,7 @@ def _blocks(matrix: torch.Tensor) -> Iterator[slice]:
 def fault(part: str, tensor: torch.Tensor, columns: int | None = None) -> str | None:
     """Why a tensor is not what is stored under this name, or None."""
     dtype, width = (torch.int8, columns) if part == INTEGERS else (torch.float32, 1)
-    if tensor.dtype != dtype or tensor.dim() != 2 or width not in (None, tensor.shape[1]):
+    if tensor.dtype != dtype or tensor.dim() != 2 or 0 in tensor.shape or width not in (None, tensor.shape[1]):
         return f"{tensor.dtype} {tuple(tensor.shape)}, expected {dtype} [out, {width or 'in'}]"
     if part == SCALE and not bool((tensor.isfinite() & (tensor > 0)).all()):
         return "a scale is not a positive finite number"
