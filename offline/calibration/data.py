@@ -118,7 +118,7 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # some programs begin a file with a mark, which is no JSON
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -126,7 +126,7 @@ def _json_lines(path: Path, tokenizer: Any) -> Iterator[str]:
             try:
                 row = json.loads(line)
                 text, messages = row.get(TEXT_COLUMN), row.get(MESSAGES_COLUMN)
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise RiaError(f"{place}: no JSON object.") from None
             if text is None and messages is not None:
                 yield _clean(_conversation(messages, row.get("tools"), tokenizer, place))

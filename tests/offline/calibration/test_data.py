@@ -87,6 +87,7 @@ def test_unusable_texts(name, content, message, tokenizer, tmp_path):
         (b'{"text": "a", "meta": {"text": [1]}}\n{"meta": "none", "text": "b"}\n', ["a", "b"]),
         (b'{"text": "a", "n": NaN}\n{"text": "\xc3\xa9\xe2\x80\xa8b"}\n', ["a", "\xe9\u2028b"]),
         (b'{"text": null}\n{"text": "b"}\n', ["b"]),
+        (b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "\xef\xbb\xbfb"}\r\n', ["a", "\ufeffb"]),
     ],
 )  # fmt: skip
 def test_json_lines_in_every_spelling(content, texts, tmp_path):
@@ -96,7 +97,8 @@ def test_json_lines_in_every_spelling(content, texts, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"text": 3}'],
+    [b'{"text": "b"} {}', b"null", b'["text"]', b"{}", b'{"text": 3}', b"[" * 100_000],
+    ids=lambda line: line[:16],
 )
 def test_a_bad_line_is_named(line, tmp_path):
     path = tmp_path / "text.jsonl"
