@@ -90,6 +90,15 @@ def test_an_existing_folder_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_name_that_safetensors_would_not_read_is_refused_before_any_work(tmp_path):
+    """It writes there, so the error would come at the end."""
+    out = tmp_path / os.fsdecode(b"out\xff")
+    with pytest.raises(RiaError, match="udcff: this name is not UTF-8. Choose another output folder."):
+        CheckpointWriter(out)
+    assert not list(tmp_path.iterdir())
+    CheckpointWriter(tmp_path / "\xf6ut").close()
+
+
 def test_overwrite_replaces_only_at_the_end(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -86,6 +86,14 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise RiaError(f"{out}: exists already. Choose another folder, or give --overwrite.")
 
 
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def delete(path: Path) -> None:
     """Delete a file, a link or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -137,6 +145,8 @@ class CheckpointWriter:
         self.out = Path(out)
         self.overwrite = overwrite
         self.work = self.out.with_name(self.out.name + ".partial")
+        if not _is_utf8(self.out):  # safetensors writes there, but reads nothing
+            raise RiaError(f"{self.out}: this name is not UTF-8. Choose another output folder.")
         check_free(self.out, overwrite)
         with disk_errors(self.work):
             if not is_free(self.work, f"{UNITS}/"):
