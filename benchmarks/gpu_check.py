@@ -198,7 +198,7 @@ def supervise(factory: Callable[[], Sequence[Part]], deadline: float) -> Iterato
         worker.start()
         sender.close()
         try:
-            for index, row in _received(worker, receiver, parts, deadline + GRACE):
+            for index, row in _received(worker, receiver, parts, deadline + GRACE, is_first=first == 0):
                 at = row.get("at", at)
                 yield index, row
             return
@@ -219,21 +219,25 @@ class _PartError(Exception):
 
 
 def _received(
-    worker: BaseProcess, receiver: Connection, parts: Sequence[Part], end: float
+    worker: BaseProcess, receiver: Connection, parts: Sequence[Part], end: float, is_first: bool
 ) -> Iterator[tuple[int, Row]]:
-    patience = START
+    # On a fresh machine, a run's first result waits for torch's libraries and kernels from a cold disk.
+    patience, is_cold = float(START), is_first
     while receiver.poll(min(patience, max(0.0, end - time.monotonic()))):
         try:
-            index, row = receiver.recv()
+            received = receiver.recv()
         except EOFError:
             worker.join()
-            if worker.exitcode:
-                raise _PartError(f"the process ended with code {worker.exitcode}") from None
+            raise _PartError(f"the process ended with code {worker.exitcode}") from None
+        if received is None:
+            worker.join(5)  # no longer: it may take minutes to end, or hang
             return
+        index, row = received
         if "error" in row:
             raise _PartError(row["error"])
         yield index, row
-        patience = parts[index].silence
+        is_cold = is_cold and "at" in row
+        patience = max(START, parts[index].silence) if is_cold else parts[index].silence
     raise _PartError(f"no answer for {patience} s, or the run's time is over")
 
 
@@ -242,6 +246,7 @@ def _work(sender: Connection, factory: Callable[[], Sequence[Part]], deadline: f
     try:
         for index, row in run_parts(factory(), deadline, first):
             sender.send((index, row))
+        sender.send(None)
     except Exception as error:  # any error must reach the JSON file
         sender.send((index, {"error": f"{type(error).__name__}: {error}".splitlines()[0]}))
         raise

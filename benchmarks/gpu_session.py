@@ -32,7 +32,7 @@ FOUND = ROOT / "gpu_session"  # not in .work, which `make clean` empties
 TILES = ROOT / "serve" / "kernels" / "cuda" / "tiles.py"
 SECONDS = {"check": 480, "times": 120, "decode": 330, "sanitize": 420}
 UNFINISHED = 3
-_FIRST_SHAPE, _FIRST_SECONDS = (128, 256), 60
+_FIRST_SHAPE, _FIRST_SECONDS = (128, 256), 150  # of which a cold disk may take most
 
 
 def record_of(out: Path, step: str) -> Record:
