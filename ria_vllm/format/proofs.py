@@ -75,8 +75,8 @@ def proof(weight: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 def is_matrix(shape: Sequence[int]) -> bool:
     """Whether a tensor `weight` of this shape has a proof: a matrix, or a convolution [out, 1, kernel] of each channel
-    by itself, as the matrix [out, kernel]."""
-    return len(shape) == 2 or (len(shape) == 3 and shape[1] == 1)
+    by itself, as the matrix [out, kernel]. One without numbers has none: beside a 0, the other size may be anything."""
+    return 0 not in shape and (len(shape) == 2 or (len(shape) == 3 and shape[1] == 1))
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -121,7 +121,7 @@ def test_a_linear_that_is_not_called_stays_dense(monkeypatch):
 
 
 def test_an_output_as_wide_as_the_stream_is_not_always_the_stream():
-    """Blocks are for what is row-parallel: not for an up projection that happens to be square."""
+    """Permutations stay within ranks in what is row-parallel: not in an up projection that happens to be square."""
     (topology,) = described(small("nemotron", intermediate_size=64)).kinds
     assert not any(group.within_ranks for part in topology.sublayers for stage in part.stages for group in stage)
 
