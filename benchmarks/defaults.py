@@ -80,7 +80,7 @@ def row(model: str, scheme: str, effort: str, runs: Sequence[dict[str, Any]]) ->
 
 @click.command(help=__doc__)
 @click.argument("models", nargs=-1, required=True)
-@click.option("--calibration", required=True, help="As for `ria-vllm compress`.")
+@click.option("--data", "calibration", required=True, help="As for `ria-vllm compress`.")
 @click.option("--text", "paths", required=True, multiple=True, type=click.Path(path_type=Path), help="To measure on.")
 @click.option("--scheme", "schemes", multiple=True, default=("BF16", "W8A8", "W4A8"), show_default=True)
 @click.option("--effort", "efforts", multiple=True, default=("fast", "default"), show_default=True)

@@ -43,7 +43,7 @@ llama --reconstruct block --scheme W4A8 --rotate none
 llama --reconstruct admm --scheme FP8 --rotate heads
 llama --reconstruct admm --max-loss 20%
 llama --reconstruct short --self-written 0.1
-llama --reconstruct none --calibration self --samples 8
+llama --reconstruct none --data self --samples 8
 llama --reconstruct admm --compute-dtype bfloat16 --ignore down_proj
 qwen2 --reconstruct admm --pattern 4:8 --scheme W8A8 --smooth 0
 qwen2 --reconstruct short --pattern 8:16 --scheme W4A8
@@ -97,7 +97,7 @@ def main(out: Path, before: Path | None) -> None:
         for run in RUNS.splitlines():
             model, *options = run.split()
             folder = Path(temporary) / "out"
-            shared = ["--calibration", TEXT, "--samples", 40, "--seq-len", 128, "-o", folder, "--device", "cpu"]
+            shared = ["--data", TEXT, "--samples", 40, "--seq-len", 128, "-o", folder, "--device", "cpu"]
             compress.main([str(one) for one in (Path(temporary) / model, *shared, *options)], standalone_mode=False)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             found[run] = {str(path.relative_to(folder)): sha256(path) for path in files}

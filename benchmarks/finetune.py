@@ -261,7 +261,7 @@ class Runs:
 
     def compressed(self, model: Path, effort: str, *more: str) -> Callable[[Path], None]:
         """`compress` of a model, in W8A8, on the task's text."""
-        options = ["--scheme", "W8A8", "--effort", effort, "--calibration", self.text, "--seed", self.seed, *more]
+        options = ["--scheme", "W8A8", "--effort", effort, "--data", self.text, "--seed", self.seed, *more]
         return lambda out: self.command("compress", model, *options, "-o", out)
 
     def finetuned(self, model: Path, rate: float) -> Callable[[Path], None]:
@@ -297,7 +297,7 @@ class Runs:
         if name != "distilled":
             return self.made(f"{dense.name}-{name}", self.compressed(dense, name))
         pruned = self.way("default", rates, tokens)
-        how = ["--teacher", dense, "--tokens", tokens, "--calibration", self.text]
+        how = ["--teacher", dense, "--tokens", tokens, "--data", self.text]
         return self.made(f"{pruned.name}-distilled", lambda out: self.command("distill", pruned, *how, "-o", out))
 
     def best(self, paths: Sequence[Path]) -> Path:

@@ -4,7 +4,7 @@ The default is the Qwen3-MoE of 1.1 billion bfloat16 weights whose figures are i
 2.3 GB of disk. What was measured is then (TEXT is any text: it changes the answers, but not the speed):
 
 \b
-    ria-vllm compress FOLDER -o OUT --calibration TEXT --reconstruct none
+    ria-vllm compress FOLDER -o OUT --data TEXT --reconstruct none
     ria-vllm bench OUT --baseline FOLDER --input-len 128 --output-len 64
 """
 

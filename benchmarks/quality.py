@@ -71,7 +71,7 @@ def row(way: str, found: dict[str, Any]) -> str:
 @click.command(help=__doc__)
 @click.argument("model")
 @click.argument("ways", nargs=-1)
-@click.option("--calibration", required=True, help="As for `ria-vllm compress`.")
+@click.option("--data", "calibration", required=True, help="As for `ria-vllm compress`.")
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="Text file to measure perplexity on.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)

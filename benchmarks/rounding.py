@@ -1,4 +1,4 @@
-"""What each part of rounding to integers is worth: `python -m benchmarks.rounding MODEL --calibration TEXT`.
+"""What each part of rounding to integers is worth: `python -m benchmarks.rounding MODEL --data TEXT`.
 
 Prunes the first decoder layer, and prints for each of its linears how much larger the squared error of its output is
 than that of the unrounded 2:4 weights from ADMM, in percent: for plain rounding, for scales by error, for a sweep that
@@ -121,7 +121,7 @@ def capture(model: str, calibration: str, samples: int, seq_len: int) -> dict[st
 
 @click.command(help=__doc__)
 @click.argument("model")
-@click.option("--calibration", required=True, help="As for `ria-vllm compress`.")
+@click.option("--data", "calibration", required=True, help="As for `ria-vllm compress`.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)
 @click.option("--bits", default="4", type=click.Choice(["4", "8"]), show_default=True)

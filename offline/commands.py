@@ -42,7 +42,8 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "262,144 tokens). `plan` estimates times here.",
 )
 @click.option(
-    "--calibration",
+    "--data",
+    "calibration",
     default="self",
     show_default=True,
     help="A .txt or .jsonl file (fields text or messages), c4, wikitext2 or pile from the hub, "
@@ -52,10 +53,11 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     "--self-written",
     default=0.0,
     show_default=True,
-    help="Fraction of the sequences that the dense model writes itself; the others are of --calibration.",
+    help="Fraction of the sequences that the dense model writes itself; the others are of --data.",
 )
 @quality(
-    "--eval-text",
+    "--eval-data",
+    "eval_text",
     type=click.Path(exists=True, dir_okay=False),
     help="A .txt file to measure on how much is lost, and whether the training of a sublayer is kept; else a part of "
     "the calibration text to which nothing is fitted.",
@@ -206,7 +208,7 @@ def compress(model: str, out: Path, saved: Path | None, device: str, max_shard_s
 def _next(model: str, out: Path, text: str) -> str:
     """What should follow the longest training of single layers."""
     words = ["ria-vllm", "distill", str(out), "--teacher", model, "-o", f"{out}-distilled", "--tokens", "262144"]
-    words += [] if text == "self" else ["--calibration", text, "--self-written", "0.5"]
+    words += [] if text == "self" else ["--data", text, "--self-written", "0.5"]
     return (
         f"next, where both models fit into memory: {shlex.join(words)}\nThat took SmolLM2's perplexity from 57.7 to "
         "51.5, and on other text from 34.4 to 24.9"

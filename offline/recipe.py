@@ -146,7 +146,7 @@ class Recipe:
         check_fraction(self.self_written, self.samples, self.calibration)
         if self.eval_text is not None and (not self.follows_dense or Path(self.eval_text).suffix.lower() != ".txt"):
             raise RiaError(
-                "--eval-text: takes a .txt file, and weights that are reconstructed (not --reconstruct none)."
+                "--eval-data: takes a .txt file, and weights that are reconstructed (not --reconstruct none)."
             )
         for expression in self.ignore:
             try:

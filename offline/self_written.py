@@ -31,7 +31,7 @@ def check_fraction(fraction: float, windows: int, text: str) -> None:
     if fraction and windows > 0 and not written_of(windows, fraction):
         raise RiaError(f"--self-written {fraction}: of {windows} sequences, that is none. Give more or nothing.")
     if fraction and text == "self":
-        raise RiaError("--calibration self: the dense model writes all of the text, so leave out --self-written.")
+        raise RiaError("--data self: the dense model writes all of the text, so leave out --self-written.")
 
 
 def spread_among(windows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

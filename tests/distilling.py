@@ -37,9 +37,9 @@ def stop_at(patch: pytest.MonkeyPatch, last: int) -> None:
 
 
 def command(dense: Path, folder: Path, out: Path, text: Path, *options: str, held_out: bool = True) -> list[str]:
-    fixed = ["--tokens", "2048", "--seq-len", "64", "--calibration", str(text), "--save-every", "0", "--lr", "1e-4"]
+    fixed = ["--tokens", "2048", "--seq-len", "64", "--data", str(text), "--save-every", "0", "--lr", "1e-4"]
     if held_out:
-        fixed += ["--eval-text", str(text), "--eval-tokens", "256", "--evals", "4"]
+        fixed += ["--eval-data", str(text), "--eval-tokens", "256", "--evals", "4"]
     return ["distill", str(folder), "--teacher", str(dense), "-o", str(out), *fixed, *options]
 
 

@@ -36,8 +36,8 @@ def test_a_bad_folder_is_one_line_and_status_2(tmp_path):
     ("name", "most", "other", "title", "experts"),
     [
         ("compress", "--scheme", "--pattern", "Quality", "--seed"),
-        ("compress", "--calibration", "--self-written", "Quality", "--group-size"),
-        ("distill", "--teacher", "--eval-text", "Quality", "--lr"),
+        ("compress", "--data", "--self-written", "Quality", "--group-size"),
+        ("distill", "--teacher", "--eval-data", "Quality", "--lr"),
         ("bench", "--baseline", "--requests", "The load", "--serve-args"),
         ("eval", "--baseline", "--tasks", "Scores in tasks", None),
     ],

@@ -82,19 +82,18 @@ def documents(source: str | HubText, tokenizer: Any = None) -> Iterator[str]:
     """
     if isinstance(source, HubText):
         for row in source.rows:
-            yield from _document(row[TEXT_COLUMN], f"--calibration {source.name}")
+            yield from _document(row[TEXT_COLUMN], f"--data {source.name}")
         return
     path = Path(source)
     if not path.is_file():
         names = ", ".join(hub.DATASETS)
-        raise RiaError(f"--calibration {source}: no such file. Give self, a .txt or .jsonl file, or one of {names}.")
+        raise RiaError(f"--data {source}: no such file. Give self, a .txt or .jsonl file, or one of {names}.")
     readers: dict[str, Callable[[Path], Iterator[str]]] = {
         ".txt": _plain, ".jsonl": partial(_json_lines, tokenizer=tokenizer),
     }  # fmt: skip
     if path.suffix.lower() not in readers:
         raise RiaError(
-            f"--calibration {source}: unknown file type. Give .txt or .jsonl; `datasets` writes the latter with "
-            "to_json()."
+            f"--data {source}: unknown file type. Give .txt or .jsonl; `datasets` writes the latter with to_json()."
         )
     try:
         yield from readers[path.suffix.lower()](path)

@@ -66,6 +66,5 @@ def _rest(name: str, rows: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str,
 
 def _not_read(name: str, error: Exception) -> RiaError:
     return RiaError(
-        f"--calibration {name}: {DATASETS[name][0]} cannot be downloaded ({first_line(error)}). Give a text file, or "
-        "self."
+        f"--data {name}: {DATASETS[name][0]} cannot be downloaded ({first_line(error)}). Give a text file, or self."
     )

@@ -20,7 +20,7 @@ from ria_vllm.terminal import GroupedCommand, expert, quality
 @options.out
 @click.option("--tokens", required=True, type=click.IntRange(min=2), help="Tokens of distinct text to train on.")
 @click.option(
-    "--calibration",
+    "--data",
     "text",
     default="self",
     show_default=True,
@@ -31,20 +31,21 @@ from ria_vllm.terminal import GroupedCommand, expert, quality
     "--self-written",
     default=0.0,
     show_default=True,
-    help="Fraction of the tokens that the teacher writes itself; the others are of --calibration.",
+    help="Fraction of the tokens that the teacher writes itself; the others are of --data.",
 )
 @expert("--seq-len", default=512, help="Tokens in a sequence.")
 @expert("--batch", default=2, help="Sequences in a step.")
 @expert("--lr", default=3e-4, help="Learning rate; it falls to 0 along half a cosine.")
 @quality(
-    "--eval-text",
+    "--eval-data",
+    "eval_text",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
     help="A text file to measure on while training. The step that is best on the first one is kept; without one, the "
     "last step. Repeatable.",
 )
-@expert("--eval-tokens", default=8192, help="Tokens of each --eval-text.")
-@expert("--evals", default=10, help="How many times to measure --eval-text.")
+@expert("--eval-tokens", default=8192, help="Tokens of each --eval-data.")
+@expert("--evals", default=10, help="How many times to measure --eval-data.")
 @expert("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="For the order of the text.")
 @options.device
 @expert(

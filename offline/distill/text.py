@@ -42,7 +42,7 @@ def training_text(recipe: Distillation, tokenizer: Any, monitor: Monitor) -> tup
 
 
 def held_out_texts(recipe: Distillation, tokenizer: Any, longest: int | None) -> dict[str, torch.Tensor]:
-    """The windows of each `--eval-text`, by the file's name.
+    """The windows of each `--eval-data`, by the file's name.
 
     Args:
         longest: how many tokens the models can read; None: that is not known.
@@ -62,15 +62,15 @@ def held_out_windows(path: str, tokenizer: Any, tokens: int, seq_len: int) -> to
     """
     if Path(path).suffix.lower() == ".jsonl":
         raise RiaError(
-            f"--eval-text {path}: would be read as it is, with what the file format adds to the text. Give the text "
+            f"--eval-data {path}: would be read as it is, with what the file format adds to the text. Give the text "
             "alone, in a .txt file."
         )
     # A token is rarely longer than this many characters on average, and a long text is not tokenized in vain.
-    content = read_text(Path(path), "--eval-text")[: tokens * 16]
+    content = read_text(Path(path), "--eval-data")[: tokens * 16]
     found = torch.tensor(tokenizer(content, verbose=False)["input_ids"][:tokens], dtype=torch.int64)
     if len(found) < seq_len:
         raise RiaError(
-            f"--eval-text {path}: {len(found)} tokens are too few to measure on. Give more, or `distill` a smaller "
+            f"--eval-data {path}: {len(found)} tokens are too few to measure on. Give more, or `distill` a smaller "
             "--eval-tokens."
         )
     count = len(found) // seq_len
@@ -108,10 +108,10 @@ def check_texts(out: Path, recipe: Distillation, monitor: Monitor) -> None:
     names = [path.name for path in held_out]
     for name in names:
         if names.count(name) > 1:
-            raise RiaError(f"--eval-text: two files are called {name}, but the report names texts so. Rename one.")
+            raise RiaError(f"--eval-data: two files are called {name}, but the report names texts so. Rename one.")
     for path in held_out:
         if training in files and digests.sha256(training) == digests.sha256(path):
             monitor.warn(
-                f"--eval-text {path}: this text is trained on, too, so the perplexity and the divergence measured on "
+                f"--eval-data {path}: this text is trained on, too, so the perplexity and the divergence measured on "
                 "it say little about other text, and the step that is kept may not be the best. Give another text."
             )

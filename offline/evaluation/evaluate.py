@@ -118,7 +118,11 @@ PERPLEXITIES, SCORES = "Perplexity on a text", "Scores in tasks"  # groups of op
 @click.command(cls=GroupedCommand)
 @click.argument("model")
 @grouped(
-    "--eval-text", group=PERPLEXITIES, type=click.Path(path_type=Path), help="A text file: measure perplexity on it."
+    "--eval-data",
+    "eval_text",
+    group=PERPLEXITIES,
+    type=click.Path(path_type=Path),
+    help="A text file: measure perplexity on it.",
 )
 @grouped(
     "--seq-len",
@@ -165,7 +169,7 @@ def evaluate(**options: Any) -> None:
     """Measure MODEL: a Hugging Face folder or hub id, or a folder that `ria-vllm compress` wrote."""
     asked = Options(**options)
     if (asked.eval_text is None) == (asked.tasks is None):
-        raise RiaError("eval: give --eval-text FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
+        raise RiaError("eval: give --eval-data FILE for perplexity, or --tasks NAMES for lm-evaluation-harness.")
     if asked.update_card:
         check_card(Path(asked.model))
     if asked.eval_text is not None:
@@ -180,7 +184,7 @@ def evaluate(**options: Any) -> None:
 
 
 def evaluate_text(asked: Options, text: Path) -> None:
-    """`eval --eval-text`."""
+    """`eval --eval-data`."""
     monitor, device, inputs = Monitor(), choose_device(asked.device), Inputs(text)
     folders = folders_of(asked.models, inputs)
     configs = {name: read_config(folder) for name, folder in folders.items()}

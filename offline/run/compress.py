@@ -73,7 +73,7 @@ def compress(model: str, out: Path, recipe: Recipe, settings: Settings, monitor:
     check_place(out, Path(model))
     inputs = Inputs()
     if recipe.eval_text is not None and not Path(recipe.eval_text).is_file():
-        raise RiaError(f"--eval-text {recipe.eval_text}: no such file.")
+        raise RiaError(f"--eval-data {recipe.eval_text}: no such file.")
     for text in map(Path, filter(None, (recipe.calibration, recipe.eval_text))):
         if text.is_file():
             check_place(out, text)
@@ -246,7 +246,7 @@ class _Run:
             found |= digests.of_text(held_out, "eval_text")
             if found["eval_text_sha256"] == found.get("calibration_sha256"):
                 raise RiaError(
-                    f"--eval-text {held_out}: weights are fitted to this text. Give another, or leave it out."
+                    f"--eval-data {held_out}: weights are fitted to this text. Give another, or leave it out."
                 )
         if source.revision is None:
             found["source_weights_digest"] = digests.of_weights(source.folder)

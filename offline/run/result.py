@@ -34,7 +34,6 @@ from ria_vllm.offline.run.held_out import verdict
 from ria_vllm.offline.run.plan import Plan
 from ria_vllm.offline.stored_layers import layer_key
 from ria_vllm.offline.sublayer.pruned_linear import DENSE
-from ria_vllm.offline.sublayer.solve import rank_blocks
 from ria_vllm.progress import Monitor
 from ria_vllm.report import HELD_OUT, VERDICT, VERDICT_KEYS
 from ria_vllm.speed import expected_here
@@ -120,17 +119,7 @@ class Result:
         recipe = recipe if smoothed else replace(recipe, smooth=0.0)
         recipe = recipe if rotated else replace(recipe, rotate="none")
         found |= self.store.writer.record(CALIBRATION_KEY)
-        return recipe.dump(self.source.name) | found | {TOPOLOGY: self._dumped_topology()}
-
-    def _dumped_topology(self) -> list[dict[str, Any]]:
-        """Each group has the number of `blocks` to which its permutation keeps in 2:4."""
-        found = self.topologies.dump()
-        for kind in found:
-            layer = self.store.model.layers[kind["layers"][0]]
-            for group in (group for part in kind["sublayers"] for stage in part["stages"] for group in stage):
-                within = group.pop("within_ranks")
-                group["blocks"] = rank_blocks(layer.get_submodule(group["linears"][0]).in_features) if within else 1
-        return found
+        return recipe.dump(self.source.name) | found | {TOPOLOGY: self.topologies.dump()}
 
     def _size_and_speed(self) -> dict[str, str]:
         """What the result weighs, and how fast it should be served here."""

@@ -57,7 +57,7 @@ def _calibration(
     try:
         tokenizer = text_tokenizer(source.folder)
     except RiaError as error:
-        raise RiaError(f"{error} Use --calibration self{', without --self-written' if written else ''}.") from None
+        raise RiaError(f"{error} Use --data self{', without --self-written' if written else ''}.") from None
     tokens = data.from_text(text, tokenizer, recipe.drawn - written, recipe.seq_len, recipe.seed)
     check_vocabulary([tokens], model.vocabulary, source.name)
     if written:
@@ -72,7 +72,7 @@ def _sample_model(
     source: Source, model: StreamedModel, recipe: Recipe, samples: int, monitor: Monitor, origin: dict[str, Any]
 ) -> torch.Tensor:
     """So many samples that the dense model writes: int64 [samples, seq_len]."""
-    option, way_out = "--calibration self", "Give a text file to --calibration"
+    option, way_out = "--data self", "Give a text file to --data"
     if recipe.samples_written:
         option, way_out = "--self-written", "Leave it out"
     if output_head(model.model) is None:

@@ -72,7 +72,12 @@ def check_environment() -> None:
 @load_option("--data", type=FILE, help="ShareGPT-style JSON instead of random prompts.")
 @load_option("--requests", type=click.IntRange(min=1), default=4, help="Requests per user.")
 @load_option("--repetitions", type=click.IntRange(min=1), default=3, help="Runs of each side.")
-@quality("--eval-text", type=FILE, help="Also measure perplexity on this, and divergence from the first baseline.")
+@quality(
+    "--eval-data",
+    "eval_text",
+    type=FILE,
+    help="Also measure perplexity on this, and divergence from the first baseline.",
+)
 @quality("--seq-len", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens per window.")
 @quality("--eval-tokens", type=click.IntRange(min=2), default=16384, show_default=True, help="Of the text's start.")
 @expert("--serve-args", default="", help="More arguments for each `vllm serve`, in one string.")
@@ -92,7 +97,7 @@ def bench(
     llama.cpp serves. MODEL:Q4_0, or with another of its types, is first made into one by its programs. http://HOST:PORT
     is an OpenAI-compatible server that runs already, and goes on; #MODEL behind it names one of several models. All are
     compared with the first baseline. Each repetition serves them one after the other, and the one that goes first
-    changes. With --eval-text, the table and the plot also have what each way costs in quality. The key in VLLM_API_KEY,
+    changes. With --eval-data, the table and the plot also have what each way costs in quality. The key in VLLM_API_KEY,
     if set, is that of all servers.
     """
     check_environment()

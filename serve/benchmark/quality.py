@@ -68,7 +68,7 @@ class TextQuality:
     """
 
     def __init__(self, text: Path, seq_len: int, max_tokens: int):
-        self._content = read_text(text, "--eval-text")
+        self._content = read_text(text, "--eval-data")
         self._text, self.seq_len, self._max_tokens = text, seq_len, max_tokens
         self._tokens: list[int] = []
         self._reference: list[Listed] = []
@@ -92,7 +92,7 @@ class TextQuality:
             raise Unanswered(f"{name}: its server does not answer with the text's tokens ({error!r}).") from None
         if len(tokens) < self.seq_len:
             raise RiaError(
-                f"--eval-text {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}."
+                f"--eval-data {self._text}: {len(tokens)} tokens are less than one window of {self.seq_len}."
             )
         if context <= self.seq_len:  # the request asks for one more token
             failure = RiaError if server.process else Unanswered  # no option reaches one that ran already
@@ -107,7 +107,7 @@ class TextQuality:
             failure = RiaError if server.process else Unanswered
             raise failure(
                 f"{name}: splits {self._text} into different tokens than the first side, so their perplexities are "
-                "not comparable. Leave out this side, or --eval-text."
+                "not comparable. Leave out this side, or --eval-data."
             )
 
     def measure(self, name: str, server: Server, monitor: Monitor) -> Quality:

@@ -16,7 +16,7 @@ from ria_vllm.progress import Monitor
 
 def test_each_seed_is_measured_as_eval_does_and_kept(tiny, text, tmp_path, monkeypatch):
     model = str(tiny("llama"))
-    arguments = [model, "--calibration", str(text), "--text", str(text), "--scheme", "W8A8", "--effort", "fast"]
+    arguments = [model, "--data", str(text), "--text", str(text), "--scheme", "W8A8", "--effort", "fast"]
     arguments += ["--seeds", "2", "--samples", "4", "--windows", "2", "--results", str(tmp_path / "found.json")]
     done = CliRunner().invoke(defaults.main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -12,7 +12,7 @@ from ria_vllm.offline.model.run.hf import load_model
 
 
 def run(tiny, text, tmp_path, *ways):
-    arguments = [str(tiny("llama")), *ways, "--calibration", str(text), "--text", str(text), "--samples", "4"]
+    arguments = [str(tiny("llama")), *ways, "--data", str(text), "--text", str(text), "--samples", "4"]
     arguments += ["--seq-len", "32", "--windows", "1", "--results", str(tmp_path / "found.json")]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output

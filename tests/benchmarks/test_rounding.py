@@ -8,7 +8,7 @@ from ria_vllm.offline.sublayer.solve import solve
 
 
 def test_each_part_lowers_the_error(tiny, text):
-    arguments = [str(tiny("llama")), "--calibration", str(text), "--samples", "8", "--seq-len", "32"]
+    arguments = [str(tiny("llama")), "--data", str(text), "--samples", "8", "--seq-len", "32"]
     done = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     lines = [line.strip("| ").split(" | ") for line in done.output.splitlines()]

@@ -52,7 +52,7 @@ def run_export(place: Path, out: Path) -> Any:
 
 
 def run_eval(place: Path, out: Path) -> Any:
-    arguments = [place / "folder", "--baseline", place / "dense", "--eval-text", place / "text.txt"]
+    arguments = [place / "folder", "--baseline", place / "dense", "--eval-data", place / "text.txt"]
     words = ["--eval-tokens", "200", "--seq-len", "64", "--json"]
     found = json.loads(CliRunner().invoke(evaluate, [*map(str, arguments), *words], catch_exceptions=False).stdout)
     return found["perplexity"], found["baseline"]["perplexity"]
@@ -192,7 +192,7 @@ def test_a_dense_model_that_is_saved_again_is_noticed_after_the_next_layer(place
 def test_a_model_on_the_hub_is_one_commit_whatever_is_pushed_meanwhile(place, world, monkeypatch):
     commits = iter([place / "dense", *[world.other / "dense"] * 9])
     monkeypatch.setattr("ria_vllm.offline.model.run.hf.from_hub", lambda name: next(commits))
-    words = ["--eval-text", str(place / "text.txt"), "--seq-len", "64", "--eval-tokens", "200", "--json"]
+    words = ["--eval-data", str(place / "text.txt"), "--seq-len", "64", "--eval-tokens", "200", "--json"]
     found = [
         json.loads(CliRunner().invoke(evaluate, [model, *words], catch_exceptions=False).stdout)["perplexity"]
         for model in ("user/model", str(place / "dense"))

@@ -38,11 +38,11 @@ def test_with_nothing_but_a_model_it_writes_its_own_text(tiny, tmp_path):
         (["--samples", "0"], "--samples 0"),
         (["--ignore", "proj"], "nothing is left to prune"),
         (["--max-shard-size", "big"], "size 'big'"),
-        (["--calibration", "absent.txt"], "no such file"),
+        (["--data", "absent.txt"], "no such file"),
     ],
 )
 def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
-    common = ["--calibration", text, "--samples", 4, "--seq-len", 32]
+    common = ["--data", text, "--samples", 4, "--seq-len", 32]
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *common, *options)
     assert isinstance(result.exception, RiaError) and message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
@@ -50,7 +50,7 @@ def test_options_that_make_no_sense(options, message, tiny, text, tmp_path):
 
 @pytest.mark.parametrize("size", [None, "64", "row"])
 def test_options_of_integers(size, tiny, text, tmp_path):
-    options = ["--calibration", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none"]
+    options = ["--data", text, "--samples", 2, "--seq-len", 32, "--reconstruct", "none"]
     options += ["--scheme", "w4a8", *(["--group-size", size] if size else [])]
     result = invoke(tiny("llama"), "-o", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
@@ -61,7 +61,7 @@ def test_options_of_integers(size, tiny, text, tmp_path):
 
 
 def test_a_saved_recipe_is_repeated_but_for_what_is_given(tiny, text, tmp_path):
-    common = [tiny("llama"), "--calibration", text]
+    common = [tiny("llama"), "--data", text]
     first = ["--scheme", "W4A16", "--group-size", 32, "--samples", 3, "--seq-len", 32, "--reconstruct", "none"]
     first += ["--permute", "none", "--ignore", "0.*q_proj", "--seed", 4]
     assert invoke(*common, "-o", tmp_path / "one", *first).exit_code == 0

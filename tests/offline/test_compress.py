@@ -68,7 +68,7 @@ def test_an_order_that_nothing_absorbs_keeps_to_blocks(tiny, text, tmp_path, mon
     assert before < after and f"{name}: retained score {before:.4f} -> {after:.4f}" in said
     first, second = Reader(tmp_path / "out").schema.recipe["topology"]
     assert (first["layers"], second["layers"]) == ([0], [1])
-    assert first["sublayers"][0]["stages"][1][0]["blocks"] == 8
+    assert first["sublayers"][0]["stages"][1][0]["within_ranks"]
 
 
 def test_the_recipe_keeps_what_experiments_found_and_only_programs_see_it(tiny, text, tmp_path):

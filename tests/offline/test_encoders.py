@@ -141,7 +141,7 @@ def test_modules_that_cannot_come_along(message, text, tmp_path):
 def test_they_neither_write_text_nor_have_a_perplexity(text, tmp_path):
     source = save(tmp_path / "in", "qwen3", AutoModel, tie_word_embeddings=True)
     no_logits = "the forward pass of a Qwen3Model gives no logits of tokens"
-    with pytest.raises(RiaError, match=f"{no_logits}, which --calibration self needs. Give a text file"):
+    with pytest.raises(RiaError, match=f"{no_logits}, which --data self needs. Give a text file"):
         run_small(source, tmp_path / "out", "self")
     with pytest.raises(RiaError, match=f"{no_logits}, so there is no perplexity"):
         load_model(str(source), torch.device("cpu"))

@@ -76,7 +76,7 @@ def test_they_are_of_another_text_if_there_is_one(calibration, tiny, text, tmp_p
 def test_texts_that_it_cannot_be_measured_on(name, options, said, tiny, text, tmp_path):
     (tmp_path / "same.txt").write_bytes(text.read_bytes())
     words = {"calibration": str(text), "samples": 8, "seq_len": 32, "eval_text": str(tmp_path / name)} | options
-    with pytest.raises(RiaError, match=f"--eval-text.*{said}"):
+    with pytest.raises(RiaError, match=f"--eval-data.*{said}"):
         compress(str(tiny("llama")), tmp_path / "out", Recipe(**words), Settings(), Monitor(shown=False))
     assert not (tmp_path / "out").exists()
 

@@ -20,7 +20,7 @@ from ria_vllm.progress import Monitor
 
 
 def command(model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    fixed = ["--calibration", str(text), "--samples", "20", "--seq-len", "128"]
+    fixed = ["--data", str(text), "--samples", "20", "--seq-len", "128"]
     return ["compress", str(model), "-o", str(out), *fixed, *options]
 
 

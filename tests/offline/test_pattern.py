@@ -41,7 +41,7 @@ def check_masks(folder, pattern: Pattern) -> Reader:
 @pytest.mark.parametrize(("pattern", "scheme"), [("4:8", "W8A8"), ("8:16", "W4A8"), ("8:16", "BF16"), ("4:8", "W4A16")])
 def test_from_the_command_to_transformers(pattern, scheme, tiny, text, tmp_path):
     out = tmp_path / "out"
-    given = ("--scheme", scheme, "--effort", "fast", "--calibration", text, "--samples", 4, "--seq-len", 32)
+    given = ("--scheme", scheme, "--effort", "fast", "--data", text, "--samples", 4, "--seq-len", 32)
     found = command(tiny("llama"), "-o", out, "--pattern", pattern, *given)
     assert found.exit_code == 0, found.output
     reader = check_masks(out, PATTERNS[pattern])

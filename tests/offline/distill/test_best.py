@@ -35,7 +35,7 @@ def invoke(command, *arguments: object):
 
 @pytest.fixture
 def options(tiny, text) -> list[object]:
-    return [tiny("llama"), "--calibration", text, "--samples", 2, "--seq-len", 32, "--effort", "best"]
+    return [tiny("llama"), "--data", text, "--samples", 2, "--seq-len", 32, "--effort", "best"]
 
 
 def test_it_prunes_and_distils(options, text, tmp_path):
@@ -45,7 +45,7 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     assert re.search(r"this takes about \d+ s \(pruning \d+ s, distilling \d+ s\)", done.stderr)
     apart = [*options[:-1], "default", "--reconstruct", "block", "-o", tmp_path / "pruned"]
     hint = invoke(compress, *apart).stderr
-    trained = ["--teacher", options[0], "--calibration", text, "--self-written", 0.5, "--tokens", TOKENS]
+    trained = ["--teacher", options[0], "--data", text, "--self-written", 0.5, "--tokens", TOKENS]
     trained += ["--compute-dtype", Reader(tmp_path / "pruned").schema.recipe["compute_dtype"]]
     assert invoke(distill, tmp_path / "pruned", "-o", tmp_path / "twice", *trained).exit_code == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "twice")
@@ -54,7 +54,7 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     assert {"quality", "size", "advice"} <= report["verdict"].keys() and "next" not in said
     assert re.search(r"perplexity \d+\.\d\d, dense \d+\.\d\d; KL \d\.\d{3}$", report["verdict"]["quality"])
     assert "\n".join(report["verdict"].values()) in said
-    saved = [options[0], "--calibration", text, "--recipe", tmp_path / "out" / "ria_report.json"]
+    saved = [options[0], "--data", text, "--recipe", tmp_path / "out" / "ria_report.json"]
     repeated = invoke(compress, *saved, "-o", tmp_path / "again")
     assert repeated.exit_code == 0 and "not repeated" not in repeated.stderr
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
@@ -69,7 +69,7 @@ def test_it_prunes_and_distils(options, text, tmp_path):
 def test_another_text_says_how_much_is_lost(options, text, tmp_path):
     other, out = tmp_path / "other.txt", tmp_path / "out"
     other.write_text(" ".join(reversed(text.read_text().split())))
-    assert invoke(compress, *options, "--eval-text", other, "-o", out).exit_code == 0
+    assert invoke(compress, *options, "--eval-data", other, "-o", out).exit_code == 0
     report = json.loads((out / "ria_report.json").read_text())
     assert report["verdict"]["quality"].startswith("on other.txt, which only chose the step that is kept: perplexity")
     assert "| eval_text | `other.txt` |" in (out / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_a_training_of_other_options_is_not_repeated(change, options, tmp_path, 
     def repeat(distilled: object, *more: object) -> str:
         recipe = {"pattern": "2:4", "scheme": "BF16", "calibration": options[2].name, "seed": 7, "source": "dense"}
         report.write_text(json.dumps({"recipe": recipe | {"distill": distilled}}))
-        words = [options[0], "--calibration", options[2], "-o", tmp_path / "out", "--recipe", report, *more]
+        words = [options[0], "--data", options[2], "-o", tmp_path / "out", "--recipe", report, *more]
         return invoke(compress, *words).stderr
 
     assert "not repeated" in repeat(changed) and "not repeated" in repeat([run], "--effort", "default") and not runs
@@ -146,9 +146,9 @@ def test_a_folder_of_that_name_and_too_little_text_are_refused_at_once(options, 
     begun = tmp_path / "other.pruned.partial"  # by a run that nobody resumes
     begun.mkdir()
     (begun / "run.json").write_text("{")
-    options[options.index("--calibration") + 1] = tmp_path / "few.txt"
+    options[options.index("--data") + 1] = tmp_path / "few.txt"
     assert "too little text" in str(invoke(compress, *options, "-o", tmp_path / "other").exception)
-    fewer = invoke(compress, *options, "--eval-text", tmp_path / "fewer.txt", "-o", tmp_path / "other").exception
+    fewer = invoke(compress, *options, "--eval-data", tmp_path / "fewer.txt", "-o", tmp_path / "other").exception
     assert "54 tokens are too few" in str(fewer) and "or `distill` a smaller --eval-tokens" in str(fewer)
     assert {path.name for path in tmp_path.iterdir()} == {"out.pruned", "few.txt", "fewer.txt", begun.name}
 

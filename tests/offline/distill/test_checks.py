@@ -58,7 +58,7 @@ def test_a_held_out_text_that_is_trained_on_brings_a_warning(texts, tmp_path):
         monitor = WarningRecorder()
         check_texts(tmp_path / "new", recipe(one, *held_out), monitor)
         assert [line.partition(": this text is trained on, too")[0] for line in monitor.warnings] == [
-            f"--eval-text {path}" for path in expected
+            f"--eval-data {path}" for path in expected
         ]
 
 

@@ -42,7 +42,7 @@ def test_it_is_measured_as_often_as_asked_and_after_the_last_step(steps, evals):
         ({"text": "a.txt", "self_written": 1.0}, "--self-written 1.0"),
         ({"text": "a.txt", "self_written": math.nan}, "--self-written nan"),
         ({"text": "a.txt", "self_written": 0.02}, "--self-written 0.02: of 19 sequences, that is none"),
-        ({"self_written": 0.5}, "--calibration self: .* leave out --self-written"),
+        ({"self_written": 0.5}, "--data self: .* leave out --self-written"),
         ({"compute_dtype": "float16"}, "--compute-dtype float16: .*'float32'"),
     ],
 )

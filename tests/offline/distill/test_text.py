@@ -35,7 +35,7 @@ def test_held_out_text_in_another_format_is_refused(tmp_path):
     """Braces, quotes and names of fields would be measured with it."""
     path = tmp_path / "chats.JSONL"
     path.write_text('{"text": "abcdefg"}\n' * 200)
-    with pytest.raises(RiaError, match=f"--eval-text {path}: would be read as it is.* in a .txt file"):
+    with pytest.raises(RiaError, match=f"--eval-data {path}: would be read as it is.* in a .txt file"):
         held_out_windows(str(path), lambda content, verbose: {"input_ids": [*content.encode()]}, 8192, 1024)
 
 

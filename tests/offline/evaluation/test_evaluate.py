@@ -63,7 +63,7 @@ def test_command_on_both_kinds_of_folder(pruned_llama, text):
     found = {}
     for folder in (pruned_llama.source, pruned_llama.folder):
         found[folder] = json.loads(
-            run(folder, "--eval-text", text, "--seq-len", 64, "--eval-tokens", 200, "--json").stdout
+            run(folder, "--eval-data", text, "--seq-len", 64, "--eval-tokens", 200, "--json").stdout
         )
         assert found[folder]["tokens"] == 3 * 63
         model = load_model(str(folder), CPU, found[folder]["compute_dtype"])
@@ -75,14 +75,14 @@ def test_command_on_both_kinds_of_folder(pruned_llama, text):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--eval-text", "/nowhere.txt"], "/nowhere.txt"),
+        (["--eval-data", "/nowhere.txt"], "/nowhere.txt"),
         (["--seq-len", "300"], "context is 256"),
-        (["--tasks", "arc_easy", "--eval-text", "x"], "give --eval-text FILE"),
+        (["--tasks", "arc_easy", "--eval-data", "x"], "give --eval-data FILE"),
     ],
 )
 def test_bad_input(pruned_llama, text, arguments, words):
     if "--seq-len" in arguments:
-        arguments = [*arguments, "--eval-text", text]
+        arguments = [*arguments, "--eval-data", text]
     with pytest.raises(RiaError, match=words):
         run(pruned_llama.folder, *arguments)
 
@@ -90,16 +90,16 @@ def test_bad_input(pruned_llama, text, arguments, words):
 def test_a_model_that_only_gives_nan(damage, text):
     damage.replace("model.norm.weight", lambda t: t * float("nan"))
     with pytest.raises(RiaError, match="not finite"):
-        run(damage.folder, "--eval-text", text)
+        run(damage.folder, "--eval-data", text)
 
 
 def test_the_card_shows_the_perplexity_and_the_base_models(pruned_llama, text, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(pruned_llama.folder, out)
     (out / "README.md").write_text("# Mine\n")
-    arguments = ("--eval-text", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--update-card", "--json")
+    arguments = ("--eval-data", text, "--seq-len", 64, "--baseline", pruned_llama.source, "--update-card", "--json")
     found = json.loads(run(out, *arguments).stdout)
-    alone = json.loads(run(pruned_llama.source, "--eval-text", text, "--seq-len", 64, "--json").stdout)
+    alone = json.loads(run(pruned_llama.source, "--eval-data", text, "--seq-len", 64, "--json").stdout)
     assert found["baseline"]["model"] == str(pruned_llama.source)
     assert {key: found["baseline"][key] for key in ("perplexity", "tokens", "seq_len")} == {
         key: alone[key] for key in ("perplexity", "tokens", "seq_len")
@@ -113,7 +113,7 @@ def test_the_card_shows_the_perplexity_and_the_base_models(pruned_llama, text, t
 def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.load_model", lambda *_: pytest.fail("measured"))
     with pytest.raises(RiaError, match="no model card"):
-        run(pruned_llama.folder, "--eval-text", text, "--update-card")
+        run(pruned_llama.folder, "--eval-data", text, "--update-card")
     monkeypatch.setattr("ria_vllm.offline.evaluation.evaluate.run_tasks", lambda *_: pytest.fail("measured"))
     with pytest.raises(RiaError, match="no model card"):
         run(pruned_llama.folder, "--tasks", "x", "--update-card")
@@ -124,7 +124,7 @@ def test_nothing_is_measured_that_cannot_be_recorded_or_compared(pruned_llama, t
     vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(RiaError, match="splits the text into different tokens"):
-        run(pruned_llama.folder, "--eval-text", text, "--baseline", other)
+        run(pruned_llama.folder, "--eval-data", text, "--baseline", other)
 
 
 def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch):
@@ -136,15 +136,15 @@ def test_both_models_are_measured_alike(tiny_llama, text, tmp_path, monkeypatch)
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).save_pretrained(wide)
     edited(wide, tmp_path / "short", lambda t: None, max_position_embeddings=100)
     monkeypatch.setattr("ria_vllm.offline.model.run.dtypes.fast_bf16", lambda device: True)
-    found = json.loads(run(tiny_llama, "--eval-text", text, "--baseline", tmp_path / "short", "--json").stdout)
+    found = json.loads(run(tiny_llama, "--eval-data", text, "--baseline", tmp_path / "short", "--json").stdout)
     assert found["compute_dtype"] == "float32" and found["seq_len"] == found["baseline"]["seq_len"] == 100
     assert found["perplexity"] == found["baseline"]["perplexity"]  # the same values, computed alike
     with pytest.raises(RiaError, match="--seq-len 200: the context is 100 tokens .*short"):
-        run(tiny_llama, "--eval-text", text, "--baseline", tmp_path / "short", "--seq-len", 200)
+        run(tiny_llama, "--eval-data", text, "--baseline", tmp_path / "short", "--seq-len", 200)
 
 
 def test_missing_weights_are_not_made_up(damage, text):
     damage.replace("model.norm.weight", lambda t: None)
     damage.edit_json("model.safetensors.index.json", lambda c: c["weight_map"].pop("model.norm.weight"))
     with pytest.raises(RiaError, match="model.norm.weight"):
-        run(damage.folder, "--eval-text", text)
+        run(damage.folder, "--eval-data", text)

@@ -148,7 +148,7 @@ def test_a_resumed_layer_keeps_the_order_that_its_experts_share(moe, text, tmp_p
 @pytest.mark.slow
 def test_killed_in_the_middle_of_the_experts_and_resumed(text, tmp_path):
     model = save_moe(tmp_path / "in", "qwen3_moe", num_experts=32, num_local_experts=32, num_hidden_layers=3)
-    command = ["compress", model, "--calibration", text, "--samples", 8, "--seq-len", 64, "-o"]
+    command = ["compress", model, "--data", text, "--samples", 8, "--seq-len", 64, "-o"]
     log = tmp_path / "log"
     preloaded.run(log, preloaded.ria_vllm, *command, tmp_path / "whole")
     out, units = tmp_path / "killed", tmp_path / "killed.partial" / "units"

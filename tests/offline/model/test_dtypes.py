@@ -177,7 +177,7 @@ def test_resumed_on_another_kind_of_machine_it_keeps_its_dtype(
 def test_eval_computes_in_the_fast_dtype_and_says_so(slow, stored_bf16, text):
     found = {}
     for asked in ("auto", "bfloat16"):
-        arguments = [str(stored_bf16), "--eval-text", str(text), "--eval-tokens", "512", "--compute-dtype", asked]
+        arguments = [str(stored_bf16), "--eval-data", str(text), "--eval-tokens", "512", "--compute-dtype", asked]
         plain, machine = (CliRunner().invoke(evaluate, [*arguments, *more]) for more in ([], ["--json"]))
         found[asked] = json.loads(machine.stdout)
         assert f"computed in {found[asked]['compute_dtype']}" in plain.stdout

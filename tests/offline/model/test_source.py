@@ -67,7 +67,7 @@ def test_weights_that_are_copied_without_being_run_are_checked(family, name, par
         run_small(model, tmp_path / "out", text, ignore=(r"layers\.1\.",))
 
 
-COMMANDS = {"compress": ["-o", "out", "--calibration", "text.txt"], "eval": ["--eval-text", "text.txt"]}
+COMMANDS = {"compress": ["-o", "out", "--data", "text.txt"], "eval": ["--eval-data", "text.txt"]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -54,7 +54,7 @@ def test_without_vllm_it_says_how_to_install_it(monkeypatch):
 
 def test_bad_input(pruned_llama, tmp_path):
     both = [pruned_llama.folder, "--baseline", pruned_llama.source]
-    for option in ("--data", "--eval-text"):
+    for option in ("--data", "--eval-data"):
         assert "does not exist" in run(*both, option, tmp_path / "nowhere").output
     (tmp_path / "bench.json").write_text("{}")
     with pytest.raises(RiaError, match="holds results already"):

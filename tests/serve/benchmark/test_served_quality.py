@@ -63,7 +63,7 @@ def served(pruned_llama, tmp_path_factory):
         f"2of4={pruned_llama.folder}", "--baseline", f"dense={pruned_llama.source}",
         "--baseline", folder / "W8A8", "--baseline", f"llama.cpp={gguf}", "-o", folder / "out",
         "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--requests", "2", "--repetitions", "1",
-        "--eval-text", TEXT, "--seq-len", SEQ_LEN, "--eval-tokens", TOKENS,
+        "--eval-data", TEXT, "--seq-len", SEQ_LEN, "--eval-tokens", TOKENS,
         "--serve-args", "--max-model-len 256 --enforce-eager",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, running(gguf) as url:
