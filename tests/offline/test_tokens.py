@@ -45,7 +45,7 @@ def test_sampling_a_model_that_does_not_fit_is_refused(tiny, tmp_path, monkeypat
     model = tiny("llama")
     size = sum(tensor.nbytes for tensor in load_file(model / "model.safetensors").values())
     monkeypatch.setattr(tokens, "available", lambda device: size - 1)
-    with pytest.raises(RiaError, match="calibration self runs the whole dense model.*Give a text file"):
+    with pytest.raises(RiaError, match="--data self runs the whole dense model.*Give a text file"):
         run_small(model, tmp_path / "out", "self")
     assert not list(tmp_path.glob("out*"))
     monkeypatch.setattr(tokens, "available", lambda device: size)
