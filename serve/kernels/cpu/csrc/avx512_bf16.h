@@ -21,7 +21,8 @@ struct Avx512Bf16Traits {
   using Activations = __m512i;  // those of a unit, again and again, so that an index's other bits do not matter
   static constexpr int kUnpackedTokens = 4;
   static constexpr int64_t kTokensWithSums = 6;
-  static constexpr int64_t kBlockTokens = 12;
+  // With a wide unit, their activations stay in registers from one of its vectors to the next.
+  static constexpr int64_t kBlockTokens = kUnitGroups == 4 ? 9 : 12;
   static constexpr int64_t kActivationBytes = 8;
   static constexpr int64_t kVectors = kUnitGroups;
   static constexpr Dtype kDtype = kType;

@@ -6,6 +6,7 @@
 namespace {
 
 struct Avx512Of16Traits : Avx512VnniTraits {
+  static constexpr int64_t kBlockTokens = 9;  // their activations stay in registers for a unit's second vector
   static constexpr int64_t kVectors = 2;
 
   static void positions(const uint8_t* masks, Positions (&to)[2]) { zmm_positions(masks, to[0], to[1]); }
