@@ -25,7 +25,7 @@ from ria_vllm.offline.run.plan import Kept, Plan, make_plan, widths
 from ria_vllm.offline.runtime import options
 from ria_vllm.offline.runtime.device import choose_device
 from ria_vllm.progress import Monitor
-from ria_vllm.speed import expected, measured_here, of_eight, served_by
+from ria_vllm.speed import EIGHT_BRINGS, eight_here, expected, measured_here, served_by
 from ria_vllm.terminal import print_table
 
 
@@ -53,7 +53,7 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
         topologies = embed(streamed, still, torch.zeros(1, recipe.seq_len).long(), monitor).topologies
         found = make_plan(streamed, topologies, recipe, kept)
         sizes, dense, size = forecast.sizes_of(streamed, found, recipe)
-        kernel, instructions = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
+        kernel, _ = served_by(scheme, recipe.pattern, streamed.stored_dtype, place)
         lacking, rows = obstacle(streamed), []
         for effort, chosen in EFFORTS.items():
             asked = replace(recipe, **chosen).within(longest)
@@ -71,17 +71,18 @@ def plan(model: str, scheme: str, pattern: str, device: str) -> None:
     _say_linears(topologies, found)
     if not is_here:
         click.echo(
-            "         Headers do not tell whether linears are 2:4 already: such ones keep their zeros, in less time"
+            "         Headers do not tell whether linears are sparse already: such ones keep their zeros, in less time"
         )
     fetched = "" if is_here else f", and {human_size(dense)} to fetch the model"
     click.echo(f"result:  {scheme}, {human_size(size)}; twice that on the disk while it is written{fetched}")
     click.echo(f"kernel:  {kernel}")
     speed = expected(sizes, scheme, measured_here(scheme, recipe.pattern, streamed.stored_dtype, place))
+    eight = eight_here(scheme, recipe.pattern, streamed.stored_dtype, place)
+    if recipe.pattern != TWO_OF_FOUR:
+        speed = eight
     click.echo(f"tokens/s {speed or f'unknown: {pattern} in {scheme} was not measured on such a device'}")
-    inputs = {"none": streamed.stored_dtype, "int8": torch.int8}.get(recipe.activations)
-    eight = of_eight(inputs, instructions) if recipe.pattern == TWO_OF_FOUR and not recipe.only_keeps else ""
-    if eight:
-        click.echo(f"8:16:    {eight}")
+    if eight and recipe.pattern == TWO_OF_FOUR and not recipe.only_keeps:
+        click.echo(f"8:16:    {EIGHT_BRINGS}; {eight}")
     whole = human_size(round(forecast.LIBRARIES + forecast.weights_of(streamed) * streamed.dtype.itemsize))
     click.echo(f"text:    written by the model itself, the default, it takes {whole} of memory; a file saves that")
     if lacking is not None:

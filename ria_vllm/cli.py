@@ -12,7 +12,7 @@ from ria_vllm.errors import RiaError
 # Strings, not imports: the shared modules must not depend on the two stages, and `--help` must not load torch.
 COMMANDS = {
     "plan": ("ria_vllm.offline.planning", "plan", "Say what compress would take, and what would come of it."),
-    "compress": ("ria_vllm.offline.commands", "compress", "Prune a model to 2:4 and write a compressed checkpoint."),
+    "compress": ("ria_vllm.offline.commands", "compress", "Prune a model and write a compressed checkpoint."),
     "distill": ("ria_vllm.offline.distill.command", "distill", "Train what pruning kept towards the dense model."),
     "inspect": ("ria_vllm.folder_commands", "inspect", "Show what a compressed checkpoint holds."),
     "verify": ("ria_vllm.folder_commands", "verify", "Check every invariant of a compressed checkpoint."),

@@ -94,13 +94,13 @@ def expected(sizes: Sizes, scheme: str, instructions: str | None) -> str:
 
 
 def of_eight(inputs: torch.dtype | None, instructions: str | None) -> str:
-    """What 8:16 brings and costs on a CPU with linears that read `inputs`; empty where that was not measured."""
+    """How fast linears of 8:16, or 4:8, that read `inputs` are on a CPU; empty where that was not measured."""
     runs = "avx512" if instructions in BF16 and inputs not in (torch.int8, torch.bfloat16) else str(instructions)
     measured = EIGHT.get(ALIKE.get(runs, runs))
     if measured is None or inputs is None:
         return ""
     least, most = measured[inputs != torch.int8]
-    return f"{EIGHT_BRINGS}. Its linears run at {least} to {most} times the speed of 2:4 with 1 to 8 users"
+    return f"linears at {least} to {most} times the speed of 2:4 with 1 to 8 users"
 
 
 def measured(instructions: str | None, scheme: str, dtype: torch.dtype) -> str | None:
@@ -118,16 +118,28 @@ def measured(instructions: str | None, scheme: str, dtype: torch.dtype) -> str |
 def measured_here(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str | None:
     """The instruction set, of RATIOS, that serves linears where this runs; None if none does, or not at a speed that
     is known."""
-    if pattern != TWO_OF_FOUR and not scheme.endswith("A8"):
-        return None  # slower than 2:4, by how much depends on the model
+    if pattern != TWO_OF_FOUR:
+        return None  # see `of_eight`: what that makes of a step depends on the model
     try:
         return measured(served_by(scheme, pattern, dtype, place)[1], scheme, dtype)
     except RiaError:
         return None
 
 
+def eight_here(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
+    """What `of_eight` says where this runs; empty if nothing serves the scheme in the pattern."""
+    inputs = None if scheme == "FP8" else torch.int8 if scheme.endswith("A8") else dtype
+    try:
+        return of_eight(inputs, served_by(scheme, pattern, dtype, place)[1])
+    except RiaError:
+        return ""
+
+
 def expected_here(sizes: Sizes, scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> str:
-    """What is `expected` where this runs, in a sentence."""
+    """What is `expected` where this runs, in a sentence; of another pattern than 2:4, how its linears compare."""
+    if pattern != TWO_OF_FOUR:
+        eight = eight_here(scheme, pattern, dtype, place)
+        return eight and f"on this CPU, {eight}"
     instructions = measured_here(scheme, pattern, dtype, place)
     found = expected(sizes, scheme, instructions)
     return found and f"tokens/s on CPUs with {instructions}, estimated: {found}"

@@ -29,7 +29,7 @@ from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLa
 from ria_vllm.serve.kernels.choice import refuse_on_gpus, serves_dense
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
 from ria_vllm.serve.proving.folder import Findings, prove_folder, served_dtype
-from ria_vllm.speed import of_eight
+from ria_vllm.speed import EIGHT_BRINGS, of_eight
 
 EXPERTS = (32, 2048, 768)
 """The layer of experts for which kernels are shown: how many, channels of a token and channels of an expert."""
@@ -152,13 +152,14 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
 
 
 def eight_line(config: LinearLayerConfig) -> str:
-    """What 8:16 brings and costs here; empty if it was not measured."""
+    """How fast 8:16 is here and, of a linear in 2:4, what it brings; empty if that was not measured."""
     if config.device.type != "cpu" or config.weight_format == FP8:
         return ""
     try:
-        return of_eight(config.input_dtype or config.act_dtype, instruction_set())
+        speed = of_eight(config.input_dtype or config.act_dtype, instruction_set())
     except RiaError:  # no kernel of ours
         return ""
+    return speed and (f"{EIGHT_BRINGS}; {speed}" if config.pattern == TWO_OF_FOUR else f"{config.pattern}: {speed}")
 
 
 def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
