@@ -28,7 +28,7 @@ from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
 from ria_vllm.offline.sublayer.rotating import Rotator
 from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
 from ria_vllm.offline.sublayer.solve import ToPrune, find_permutations, solve
-from ria_vllm.offline.sublayer.train import round_sublayer, train_sublayer
+from ria_vllm.offline.sublayer.train import round_sublayer, smooth_sublayer, train_sublayer
 from ria_vllm.progress import Monitor
 
 
@@ -199,7 +199,7 @@ class LayerPass:
         if not stages and self.streams.dense is not None:
             self._advance_dense(sublayer_pass)
         for number, groups in enumerate(stages):
-            scale = None if smoother is None else partial(smoother.scale, pruned=pruned)
+            scale = partial(smoother.scale, pruned=pruned) if smoother is not None and not recipe.trains else None
             found = self._solve_stage(index, sublayer_pass, number, plan, dense, scale)
             if number == 0 and self.streams.dense is not None:  # while the whole sublayer is still dense
                 with undone():
@@ -210,7 +210,7 @@ class LayerPass:
                 if rotator is not None and name in rotator.rotated:
                     linear.record["rotated"] = True
                 set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
-            if smoother is not None:
+            if smoother is not None and not recipe.trains:
                 smoother.apply(found, pruned)
             for group in groups:
                 if group.experts:
@@ -221,6 +221,8 @@ class LayerPass:
             if free:
                 pruned |= train_sublayer(sublayer_pass, free, recipe, self._share(index, sublayer_pass))
             if self.recipe.weights != "float":
+                if smoother is not None:
+                    pruned = smooth_sublayer(sublayer_pass, pruned, stages, smoother)
                 scales = {} if smoother is None else smoother.scales
                 pruned = round_sublayer(sublayer_pass, pruned, stages, scales, self.recipe, self.model.stored_dtype)
         if self.alone is not None and pruned:

@@ -80,7 +80,11 @@ class Result:
             monitor.say(f"scales of inputs migrated for {count} of {len(records)} linears; those of the others stay")
         if recipe.rotates_heads:
             monitor.say(f"heads rotated before {rotated} of {len(linears)} linears")
-        left = sum(record.get("trained") is False for record in linears.values())
+        trained = [record["trained"] for record in linears.values() if "trained" in record]
+        left = trained.count(False)
+        if trained:
+            found["trained"] = {"linears": trained.count(True), "left": left}
+            monitor.say(f"weights trained of {trained.count(True)} of {len(linears)} linears")
         if left:
             monitor.warn(
                 f"{left} of {len(linears)} linears keep the weights that ADMM gave them, because training did not "

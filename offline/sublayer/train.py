@@ -22,7 +22,7 @@ from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.runtime.memory import MAPPED_BLOCK, blocks_kept, trim
 from ria_vllm.offline.sublayer.pruned_linear import Pruned, stored_weight
-from ria_vllm.offline.sublayer.smoothing import set_parameter
+from ria_vllm.offline.sublayer.smoothing import Smoother, set_parameter
 
 
 def train_sublayer(
@@ -141,6 +141,40 @@ def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, fl
         return found
     weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
     return replace(found, weight=weight, scale=scale)
+
+
+def smooth_sublayer(
+    sublayer_pass: SublayerPass, pruned: Mapping[str, Pruned], stages: Sequence[Sequence[Group]], smoother: Smoother
+) -> dict[str, Pruned]:
+    """Migrate scales of what the trained linears of a sublayer read, stage by stage; its function stays the same.
+
+    Training is that of weights that are not rounded, then, whatever the scales.
+
+    Args:
+        sublayer_pass: with the trained weights in place.
+        pruned: name relative to the layer -> linear whose weight is not rounded.
+        stages: of the sublayer, with only the linears that are pruned.
+
+    Returns:
+        The same linears; the layer has their weights.
+    """
+    smoothed = dict(pruned)
+    for number, stage in enumerate(stages):
+        groups = [group for group in stage if group.linears]
+        if not groups:
+            continue
+        dense = [name for name, linear in smoothed.items() if linear.is_dense]
+        read = sublayer_pass.statistics(number, groups, with_gram=False, with_drift=False, rounded=dense)
+        trim()
+        statistics = {name: one for group, one in zip(groups, read, strict=True) for name in group.linears}
+        weights = {name: sublayer_pass.runner.linear(name).weight.data for name in statistics}
+        smoother.scale(groups, statistics, weights, smoothed)
+        found = {name: replace(smoothed[name], weight=w.to(smoothed[name].weight)) for name, w in weights.items()}
+        for name, linear in found.items():
+            set_parameter(sublayer_pass.runner.layer, f"{name}.weight", linear.weight)
+        smoother.apply(found, smoothed)
+        smoothed |= found
+    return smoothed
 
 
 def round_sublayer(

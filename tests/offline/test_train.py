@@ -143,6 +143,27 @@ def test_int8_rounds_what_float_weights_would_be(reconstruct, tiny, text, tmp_pa
         assert (integers.dense(name).float() - float_weight).norm() < 0.02 * float_weight.norm(), name
 
 
+def test_scales_migrate_after_training_so_that_it_is_that_of_float_weights(tiny, text, tmp_path):
+    """The oracle is transformers' forward pass, inputs not rounded: what the scales change, their inverses undo."""
+    floats, _ = compressed(tiny("llama"), tmp_path / "float", text, reconstruct="short")
+    integers, records = compressed(
+        tiny("llama"), tmp_path / "int", text, reconstruct="short", weights="int8", activations="int8"
+    )
+    assert {name.rpartition("_")[0][-4:] for name, record in records.items() if "smoothed" in record} > {"down", "gate"}
+    for name in records:
+        one, other = floats.linear(name), integers.linear(name)
+        assert torch.equal(one.parts["bitmask"], other.parts["bitmask"]), name
+        assert torch.equal(one.input_permutation, other.input_permutation), name
+    logits = []
+    for folder in ("float", "int"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        for module in model.modules():
+            module._forward_pre_hooks.clear()  # what rounds inputs
+        with torch.no_grad():
+            logits.append(model(torch.arange(60)[None]).logits)
+    assert (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
+
+
 def test_training_moves_the_integers_of_experts_and_leaves_their_scales_or_changes_nothing(
     tiny, text, tmp_path, monkeypatch
 ):
