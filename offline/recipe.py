@@ -264,8 +264,8 @@ class Recipe:
     def continues_exactly(self) -> bool:
         """Whether what comes after a trained sublayer is pruned for its weights as they were before they were rounded.
 
-        Eight bits round so little that nothing has to make up for it; so masks and training are those of float weights,
-        but for what migrated scales change. What int4 has changed, later layers see and correct.
+        Eight bits round so little that nothing has to make up for it; so masks and training are those of float weights.
+        What int4 has changed, later layers see and correct.
         """
         return self.trains and self.weights in ("int8", "fp8")
 

@@ -6,7 +6,7 @@ longer multiplies by, the columns of all linears that read its output do. The pa
 s_j = max |X_j|^a / max |W_j|^(1 - a), where a is the migration strength. Three things are different here. Scales are
 chosen from what the pruned model reads. Instead of max |X_j| it is ||X_j||: a few tokens, such as a text's first one,
 have maxima that say little of all others. And scales are powers of two, with which floating point multiplies and
-divides exactly.
+divides exactly. Where weights are trained, scales migrate after that, because Adam's steps depend on them.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -27,7 +27,8 @@ ROWS_AT_ONCE = 1024
 
 
 class Smoother:
-    """The migrations of one loaded layer, stage by stage: `scale` before a stage is solved, `apply` after.
+    """The migrations of one loaded layer, stage by stage: `scale` before a stage is solved (after it is trained, if it
+    is), then `apply`.
 
     Args:
         strength: SmoothQuant's.
