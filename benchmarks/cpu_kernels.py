@@ -301,7 +301,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set_xlabel("tokens")
         axis.set_title(f"{count} thread" + "s" * (count > 1))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"fastest dense time / 2:4 time in {ours}")
+    axes[0][0].set_ylabel(f"fastest dense time / sparse time in {ours}")
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

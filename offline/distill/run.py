@@ -107,7 +107,7 @@ def _opened(folder: Path) -> Reader:
     """
     if (folder / "config.json").is_file() and not is_compressed(folder):
         raise RiaError(
-            f"{folder}: not a folder that `ria-vllm compress` wrote. If it is 2:4 already, `ria-vllm compress {folder} "
+            f"{folder}: not a folder that `ria-vllm compress` wrote. If it is pruned already, `ria-vllm compress {folder} "
             "-o NEW` keeps its zeros: distil NEW."
         )
     reader = Reader(folder)
