@@ -107,8 +107,8 @@ def _opened(folder: Path) -> Reader:
     """
     if (folder / "config.json").is_file() and not is_compressed(folder):
         raise RiaError(
-            f"{folder}: not a folder that `ria-vllm compress` wrote. If it is pruned already, `ria-vllm compress {folder} "
-            "-o NEW` keeps its zeros: distil NEW."
+            f"{folder}: not a folder that `ria-vllm compress` wrote. If it is pruned already, "
+            f"`ria-vllm compress {folder} -o NEW` keeps its zeros: distil NEW."
         )
     reader = Reader(folder)
     if not reader.sparse_names:
