@@ -23,8 +23,18 @@ WRITERS = (
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the text decoder: a part of `config`, or all of it."""
-    return config.get_text_config(decoder=True)
+    """The configuration of the text decoder: a part of `config`, or all of it.
+
+    Raises:
+        RiaError: config.json has something else in that place.
+    """
+    found = config.get_text_config(decoder=True)
+    if not isinstance(found, PretrainedConfig):
+        raise RiaError(
+            f"{config.name_or_path}: config.json's text_config is not what the configuration of a {config.model_type} "
+            "model is in transformers. Download the file again."
+        )
+    return found
 
 
 def model_class(name: str, config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -33,6 +33,7 @@ DAMAGE = {
     "does not know this model": lambda m: edit_config(m, model_type="nothing"),
     "quantized .gptq.": lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}),
     "already compressed": lambda m: edit_config(m, quantization_config={"quant_method": "ria"}),
+    "text_config is not what the configuration of a llama model is": lambda m: edit_config(m, text_config=5),
     "its own Python code": lambda m: edit_config(m, model_type="new", auto_map={"AutoConfig": "x.Y"}),
     "broken or truncated": lambda m: (m / "model.safetensors").write_bytes((m / "model.safetensors").read_bytes()[:-9]),
     "no weights for model.layers.1.mlp.up_proj.weight": lambda m: edit_weights(
