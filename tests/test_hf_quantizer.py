@@ -1,6 +1,5 @@
 """`from_pretrained` of a compressed folder, under every name that transformers may give to what it holds."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -16,9 +15,6 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaModel,
 )
-from transformers.quantizers import auto as quantizers
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
@@ -287,47 +283,3 @@ def test_a_configuration_that_does_not_say_that_weights_are_compressed(pruned_ll
     del config.quantization_config
     with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* has no quantization_config"):
         AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
-
-
-def test_what_later_versions_ask_the_quantizer(pruned_llama):
-    """From 5.21 on, transformers gives conversions with the model, and asks for the dtype in which tensors arrive."""
-    content = json.loads((pruned_llama.folder / "config.json").read_text())["quantization_config"]
-    quantizer = quantizers.AutoHfQuantizer.from_config(content, pre_quantized=True)
-    (converter,) = quantizer.update_weight_conversions([], None)
-    assert quantizer.get_new_dtype(converter, torch.ones(1), torch.bfloat16) is None
-
-
-def test_a_model_that_transformers_divides_among_processes(pruned_llama):
-    config = AutoConfig.from_pretrained(pruned_llama.folder)
-    config.distributed_config = {"tp_plan": "auto"}
-    with pytest.raises(RiaError, match="before they are decompressed.*ria-vllm export"):
-        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config)
-
-
-class OtherConfig(QuantizationConfigMixin):
-    def __init__(self, quant_method="other"):
-        self.quant_method = quant_method
-
-
-class OtherQuantizer(HfQuantizer):
-    """Leaves all weights as they are; `bitsandbytes` would round them as they load."""
-
-    is_trainable = True
-
-    def is_serializable(self):
-        return True
-
-
-@pytest.mark.parametrize("place", ["argument", "configuration"])
-def test_another_quantizer_than_ours(pruned_llama, monkeypatch, place):
-    """transformers takes it if the configuration has lost ours. The model's weights would be random."""
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING, "other", OtherConfig)
-    monkeypatch.setitem(quantizers.AUTO_QUANTIZER_MAPPING, "other", OtherQuantizer)
-    config = AutoConfig.from_pretrained(pruned_llama.folder)
-    del config.quantization_config
-    options = {"quantization_config": OtherConfig()} if place == "argument" else {}
-    if place == "configuration":
-        config.quantization_config = {"quant_method": "other"}
-    with pytest.raises(RiaError, match="proj is stored compressed, but the LlamaConfig .* no quantization_config of"):
-        AutoModelForCausalLM.from_pretrained(pruned_llama.folder, config=config, **options)
-    AutoModelForCausalLM.from_pretrained(pruned_llama.source, config=config, **options)

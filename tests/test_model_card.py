@@ -7,7 +7,7 @@ import yaml
 from click.testing import CliRunner
 
 from ria_vllm.folder_commands import export
-from ria_vllm.hub.facts import PERPLEXITY, SPEED, TASKS, add, add_speed
+from ria_vllm.hub.facts import PERPLEXITY, TASKS, add, add_speed
 from ria_vllm.hub.model_card import base_repository, pruned_card, read_front_matter
 
 RECIPE = {
@@ -91,21 +91,6 @@ def test_what_it_says(tmp_path):
     assert "/home" not in text and "private" not in text
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({}, True), ({"pattern": "8:16"}, False), ({"scheme": "FP8"}, False), ({"only_keeps": True}, False)],
-)
-def test_without_a_gpu_it_says_what_8_of_16_would_bring(changes, said, tmp_path):
-    text = card(tmp_path, REPORT | {"recipe": RECIPE | changes})
-    assert ("Without a GPU: `ria-vllm compress --pattern 8:16`" in text) == said
-
-
-@pytest.mark.parametrize("scheme", ["BF16", "W8A8", "FP8"])
-def test_every_scheme_is_a_preview_on_gpus(tmp_path, scheme):
-    text = card(tmp_path, REPORT | {"recipe": RECIPE | {"scheme": scheme}})
-    assert text.count("(preview: kernels checked in an emulator only)") == 1
-
-
 def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
     cached = tmp_path / "models--org--Base-1B" / "snapshots" / "0123abcd"
     cached.mkdir(parents=True)
@@ -116,13 +101,6 @@ def test_the_base_model_is_named_where_the_hub_has_it(tmp_path):
     front = front_of(card(cached))
     assert front["base_model"] == "org/Base-1B" and front["base_model_relation"] == "quantized"
     assert "[org/Base-1B](https://huggingface.co/org/Base-1B), pruned" in card(cached)
-
-
-def test_of_a_local_model_the_card_names_the_ancestor_that_its_own_card_names(tmp_path):
-    named = "base_model: [org/Ancestor, /home/me/x, ../y]\nbase_model_relation: merge"
-    (tmp_path / "README.md").write_text(f"---\n{named}\n---\n")
-    front = front_of(card(tmp_path))
-    assert front["base_model"] == "org/Ancestor" and "base_model_relation" not in front
 
 
 @pytest.mark.parametrize(
@@ -225,24 +203,6 @@ def test_what_is_measured_is_added_to_report_and_card(tmp_path):
     assert after.split("Of my own")[1] == before.split("Of my own")[1]
     assert after.split("- perplexity")[0] == before.split("- perplexity")[0]
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "ria_report.json", "bench"}
-
-
-@pytest.mark.parametrize("content", ["", "# My notes\n", "| users | side |\n", "| users | side |\n|---|---|\n"])
-def test_a_bench_md_without_a_table_changes_nothing(content, tmp_path):
-    """`eval --update-card` takes any file of this name in or below the folder."""
-    (tmp_path / "README.md").write_text("# Mine\n\n## Serve\n\nSo.\n")
-    add(tmp_path, SPEED, [{"users": "1"}])
-    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    (tmp_path / "bench.md").write_text(content)
-    add_speed(tmp_path, tmp_path / "bench.md")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before | {"bench.md": content}
-
-
-def test_a_card_without_facts_gets_them_above_how_to_serve(tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n\n## Serve\n\nSo.\n")
-    add(tmp_path, TASKS, [{"task": "piqa"}])
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Mine\n\n<!--") and text.endswith("\n\n## Serve\n\nSo.\n") and "| piqa |" in text
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """What a user sees of a long command: lines through a pipe, bars on a terminal. Most tests use a clock of their own."""
 
 import os
-import pty
-import re
 import subprocess
 import sys
 import threading
@@ -113,46 +111,6 @@ with monitor.live():
         monitor.say(f"layer {index} " + "x" * 150)
 print("done")
 """
-
-
-def test_through_a_pipe_there_are_whole_lines_and_no_bars():
-    """Not even if colours are forced."""
-    command, environment = [sys.executable, "-c", SCRIPT], os.environ | {"FORCE_COLOR": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
-    assert done.stdout == "done\n" and "\r" not in done.stderr
-    known = (
-        r"layer \d x{150}",
-        r"\.\.\. loading the model \(0:0\d\)",
-        r"\.\.\. decoder layers \d/3 \([^()]*\)(, calibration passes \d/4 \([^()]*\))?",
-    )
-    for line in re.sub(r"\x1b\[[\d;]*m", "", done.stderr).splitlines():
-        assert any(re.fullmatch(form, line) for form in known), line
-    for word in ("loading the model", "decoder layers", "calibration passes"):
-        assert word in done.stderr
-
-
-def on_a_terminal(script: str) -> str:
-    """What a program writes to a standard error that is a terminal."""
-    main, side = pty.openpty()
-    environment = os.environ | {"TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=side, env=environment)
-    os.close(side)
-    shown = b""
-    try:
-        while piece := os.read(main, 4096):
-            shown += piece
-    except OSError:  # how the end of a pseudo-terminal shows
-        pass
-    os.close(main)
-    assert process.wait(60) == 0
-    return shown.decode()
-
-
-def test_on_a_terminal_there_are_bars_for_long_single_steps_too():
-    text = on_a_terminal(SCRIPT)
-    assert "━" in text and "\x1b[" in text and "..." not in text
-    for word in ("loading the model", "decoder layers", "calibration passes", "layer 2 x"):
-        assert word in text
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -1,14 +1,13 @@
 """The estimated speed, against what servers of both models were measured to do: docs/lab/rivals.md."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from ria_vllm import speed
 from ria_vllm.format.pattern import TWO_OF_FOUR
-from ria_vllm.speed import EIGHT, Sizes, expected, of_eight, steps
+from ria_vllm.speed import Sizes, expected, steps
 
 SMOLLM2 = Sizes(layers=30, pruned=106.2e6, head=28.3e6, dense=0)
 LARGER = Sizes(layers=22, pruned=969e6, head=65.5e6, dense=0)
@@ -30,28 +29,6 @@ def test_it_is_near_what_was_measured(sizes, scheme, measured):
 
 def test_nothing_is_said_of_what_was_not_measured():
     assert expected(SMOLLM2, "BF16", "portable") == expected(SMOLLM2, "BF16", None) == ""
-
-
-def test_what_is_said_of_8_of_16_was_measured():
-    """Rows of docs/lab/kernels-cpu.md: a processor runs one of them with inputs in 8 bits, and one in 16."""
-    text = (Path(__file__).parents[1] / "docs/lab/kernels-cpu.md").read_text().partition("### 8 of 16")[2]
-    of8 = text.partition("**Inputs of 16 bits.**")[0]
-    of16 = text.partition("**Inputs of 16 bits.**")[2].partition("\n## ")[0]
-
-    def measured(table: str, *rows: str) -> tuple[float, float]:
-        cells = [line.split("|")[2:5] for line in table.splitlines() for row in rows if line.startswith(f"| `{row}`")]
-        found = [float(number) for line in cells for cell in line for number in re.findall(r"[0-9]\.[0-9]+", cell)]
-        return min(found), max(found)
-
-    assert EIGHT == {
-        "amx": (measured(of8, "amx"), measured(of16, "amx")),
-        "avx512_bf16": (measured(of8, "avx512_bf16"), measured(of16, "avx512_bf16")),
-        "avx512_vnni": (measured(of8, "avx512_vnni"), measured(of16, "avx512")),
-        "avx2": (measured(of8, "avx2", "avx_vnni"), measured(of16, "avx2")),
-    }
-    assert "0.85 to 0.99" in of_eight(torch.int8, "amx") and "0.78 to 0.98" in of_eight(torch.bfloat16, "amx")
-    assert of_eight(torch.float16, "amx") == of_eight(torch.bfloat16, "avx512")
-    assert not any((of_eight(torch.int8, "portable"), of_eight(torch.int8, None), of_eight(None, "amx")))
 
 
 @pytest.mark.parametrize("scheme, dtype, instructions, row", [

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,51 +220,6 @@ def test_two_processes_do_not_write_one_folder(tmp_path, busy, resume):
         CheckpointWriter(tmp_path / "out", resume=resume)
     busy()
     assert CheckpointWriter(tmp_path / "out", resume=resume).has("t0") is resume
-
-
-@contextmanager
-def refused_meanwhile(folder: Path):
-    """While something is deleted in the block, another process that asks for the folder is refused each time.
-
-    Yields:
-        What is deleted.
-    """
-    deleted, here = [], os.getpid()
-
-    def hook(event, arguments):
-        if looking and os.getpid() == here and event in ("os.remove", "os.rmdir") and arguments[0] != str(folder):
-            deleted.append(Path(os.fspath(arguments[0])).name)
-            child = os.fork()
-            if not child:
-                with suppress(RiaError):
-                    locked(folder)
-                    os._exit(1)
-                os._exit(0)
-            assert os.waitpid(child, 0)[1] == 0, f"another process had the folder while {deleted[-1]} was deleted"
-
-    looking = True
-    sys.addaudithook(hook)
-    yield deleted
-    looking = False
-
-
-@pytest.mark.parametrize("how", ["begin again", "finish", "discard"])
-def test_a_folder_has_no_other_owner_before_it_is_empty(tmp_path, how):
-    """Its units would be deleted or mixed with those of another run."""
-    writer = CheckpointWriter(tmp_path / "out")
-    writer.write("t0", {"t0": TENSORS["t0"]})
-    (tmp_path / "out.partial" / "activations").mkdir()
-    if how == "begin again":
-        writer.close()
-    with refused_meanwhile(tmp_path / "out.partial") as deleted:
-        if how == "begin again":
-            assert not CheckpointWriter(tmp_path / "out").has("t0")
-        elif how == "finish":
-            writer.finish(["t0"], {}, {}, 10**9)
-        else:
-            writer.discard()
-    assert deleted[0] == "activations" and {"t0.safetensors", "units"} <= set(deleted)
-    assert (deleted[-1] == "lock") == (how != "begin again") == (not (tmp_path / "out.partial").exists())
 
 
 def processes_that_may_die(out: Path, numbers: list[int], draw: random.Random) -> tuple[list[int], int]:

@@ -39,6 +39,3 @@ def sanitizer(monkeypatch, tmp_path):
         gpu_sanitizer._usage.cache_clear()
 
     return put
-
-
-NO_ERRORS = 'say(at="a product"); say(ok=True)\nprint("========= ERROR SUMMARY: 0 errors", file=log)'

@@ -6,32 +6,9 @@ import int8_products
 import pytest
 import torch
 
-from benchmarks import cpu_dense, cpu_kernels
+from benchmarks import cpu_dense
 
 ROOT = Path(__file__).parents[2]
-RESULT = {
-    "rows": [
-        {
-            "name": "some",
-            "out_features": 8,
-            "in_features": 64,
-            "threads": 1,
-            "tokens": tokens,
-            "dense_seconds": {"bfloat16": 8.0, "float32": 4.0, "W8A8": w8a8, "W4A16": 9.0},
-            "sparse_seconds": {"bfloat16": 2.0, "float32": 1.0, "int8": 4.0, "int4": 0.5},
-        }
-        for tokens, w8a8 in ((1, 6.0), (64, 3.0))
-    ]
-}
-
-
-def test_tables_name_the_fastest_dense_baseline():
-    cells = cpu_kernels.table(RESULT, "bfloat16").splitlines()[-1]
-    assert cells == "| some (8 x 64) | 1 | 2.00 (float32) | 1.50 (W8A8) |"
-    assert cpu_kernels.table(RESULT, "int8", "W8A8").splitlines()[-1] == "| some (8 x 64) | 1 | 1.50 | 0.75 |"
-    assert cpu_kernels.table(RESULT, "int4", "W4A16").splitlines()[-1] == "| some (8 x 64) | 1 | 18.00 | 18.00 |"
-    line = cpu_kernels.describe(RESULT["rows"][1], 1e9)
-    assert "best W8A8" in line and "float32 1000.000 (3.00x best, 4.00x float32)" in line
 
 
 def product(weight, x):
@@ -70,22 +47,3 @@ def test_w4a16_is_correct():
     # Weights are rounded by up to half of 1/7 of the largest in a group, which is below four times the mean.
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= 2 / 7 * size).all()
     assert ((y.double() - exact).norm() <= 0.15 * exact.norm()).all()
-
-
-def test_every_variant_is_measured_and_a_slow_baseline_only_twice(monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "SHAPES", {"small": (64, 128)})
-    monkeypatch.setattr(cpu_kernels, "ROTATED_BYTES", 1)
-    monkeypatch.setattr(cpu_kernels, "read_bandwidth", lambda: 1e9)
-    calls = []
-
-    def slow(x):
-        calls.append(x)
-        torch.randn(2000, 2000).sort()
-        return x
-
-    monkeypatch.setattr(cpu_kernels.cpu_dense, "w8a8", lambda *arguments: slow)
-    (row,) = cpu_kernels.measure(["small"], [3], 0.0)["rows"]
-    dense = set(cpu_kernels.DENSE) - ({"W4A16"} if cpu_dense.w4a16_missing() else set())
-    assert set(row["dense_seconds"]) == dense and set(row["sparse_seconds"]) == set(cpu_kernels.SPARSE)
-    assert all(seconds > 0 for kind in ("dense_seconds", "sparse_seconds") for seconds in row[kind].values())
-    assert len(calls) == 2 and cpu_kernels.best_dense(row) != "W8A8"

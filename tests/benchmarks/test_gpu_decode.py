@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from benchmarks import gpu_decode, gpu_targets, llama
+from benchmarks import gpu_decode, llama
 from benchmarks.llama import Caches, DecoderLayer, Model, Shape, SparseLinear
 
 SHAPE = Shape("tiny", 128, 192, 4, 2, 32, 2, 96, 16)
@@ -64,16 +64,6 @@ def rows_of(found):
     return [row for row in found if "at" not in row]
 
 
-def test_dense_and_sparse_agree_and_are_timed(small):
-    for found in (gpu_decode.time_layer(gpu_decode.LAYERS[0]), gpu_decode.time_model(gpu_decode.MODELS[0])):
-        rows = rows_of(found)
-        assert [row["tokens"] for row in rows] == [1, 1, 3, 3]
-        for judged, timed in zip(rows[::2], rows[1::2]):
-            assert judged["ok"] and 0 < judged["errors"][1] < 0.02
-            assert timed["dense_us"] == 1.5 * timed["us"] and judged["kernels"] == ["cutlass"]
-            assert f"{timed['tokens']} tokens" in gpu_decode.line(timed) and "1.50x" in gpu_decode.line(timed)
-
-
 @pytest.mark.parametrize("name", ["qkv", "down"])
 def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     """Its input's channels under a wrong permutation."""
@@ -88,30 +78,3 @@ def test_a_wrong_linear_fails_and_is_not_timed(small, monkeypatch, name):
     monkeypatch.setattr(DecoderLayer, "__init__", spoiled)
     rows = rows_of(gpu_decode.time_layer(gpu_decode.LAYERS[0]))
     assert rows and not any(row["ok"] for row in rows)
-
-
-def product(kernel, tokens, us, dense_us):
-    return {"kernel": kernel, "out_features": 8, "in_features": 64, "tokens": tokens, "us": us, "dense_us": dense_us}
-
-
-def test_targets():
-    times = [
-        *(product("cutlass", 1, 1.0, 1.7), product("cutlass", 64, 1.0, 1.4), product("cutlass", 2048, 1.0, 1.35)),
-        *(product("cutlass fp8", 1, 1.0, 9.0), product("dense fp8", 1, 1.55, 9.0)),
-        *(product("cutlass fp8", 2048, 1.0, 9.0), product("dense fp8", 2048, 0.9, 9.0)),
-        {"kernel": "cusparselt", "skipped": "no cuSPARSELt"},
-    ]
-    timed = {"model": "m", "tokens": 8, "us": 2.0, "dense_us": 3.0, "not_compiled": None}
-    decode = [timed, {"model": "m", "tokens": 8, "ok": True}]
-    rows = gpu_targets.judge(times, decode)
-    assert [(row["measured"], row["met"]) for row in rows] == [
-        *((1.4, False), (1.35, True), (1.35, True)),
-        *((1.55, True), (0.9, False), (0.9, False)),
-        (1.5, True),
-    ]
-    said = [gpu_targets.line(row) for row in rows]
-    assert "not compiled" not in said[-1]
-    (*_, step) = gpu_targets.judge([], [timed | {"not_compiled": "no Triton"}])
-    assert "8 tokens (not compiled)" in gpu_targets.line(step)
-    assert "MISSED" in said[0] and "8 x 64, 64 tokens" in said[0] and said[1].startswith("met")
-    assert all(gpu_targets.line(row).startswith("not measured") for row in gpu_targets.judge([], []))

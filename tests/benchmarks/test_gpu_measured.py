@@ -1,39 +1,17 @@
 """What is written into MEASURED after a session on a GPU."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_measured, gpu_tiles
 from benchmarks.gpu_record import Record
-from ria_vllm.errors import RiaError
 
 
 def measured(tile, us, tokens, **changed):
     row = {"family": 90, "multiprocessors": 132, "value_bits": 16, "out_features": 64, "in_features": 128, "split": 1}
     return {**row, "tile": tile, "us": us, "tokens": tokens, **changed}
-
-
-def test_fill_keeps_other_rows_and_names_candidates(tmp_path):
-    source = tmp_path / "tiles.py"
-    source.write_text(
-        'A = 1\nMEASURED: dict = {(90, 78, 16, 8, 64): ((1, "old", 2),), (90, 132, 16, 64, 128): ()}\nB = 2\n'
-    )
-    rows = [measured("64x16_pingpong", 1.0, tokens) for tokens in (1, 16, 32)]
-    rows += [measured("slow", 3.0, 1), measured("128x64_streamk", 0.5, 64, split=3)]
-    for _ in range(2):
-        assert gpu_measured.fill(source, gpu_measured.table_of(rows)) == ["64x16_pingpong"]
-        names = {}
-        exec(source.read_text(), names)
-        assert names["A"] == 1 and names["B"] == 2
-        assert names["MEASURED"] == {
-            (90, 78, 16, 8, 64): ((1, "old", 2),),
-            (90, 132, 16, 64, 128): ((32, "64x16_pingpong", 1), (64, "128x64_streamk", 3)),
-        }
-    with pytest.raises(RiaError, match="does not assign MEASURED"):
-        gpu_measured.fill(Path(__file__), {})
 
 
 @pytest.fixture

@@ -8,79 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_gpu import use_library
 
-from benchmarks import gpu_bundle, gpu_check, gpu_session
-from benchmarks.gpu_check import Part
-from benchmarks.gpu_record import Record
+from benchmarks import gpu_bundle
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 from ria_vllm.serve.kernels.cuda.bindings import LIBRARY_FOLDER_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 HOPPER = ARCHITECTURES["90a"]
-
-
-@pytest.fixture
-def ready(small, monkeypatch, tmp_path):
-    """A mocked Hopper with a bundle."""
-    monkeypatch.setattr(gpu_bundle, "reason_against", lambda folder, target: None)
-    monkeypatch.setenv(LIBRARY_FOLDER_VARIABLE, str(tmp_path / "bundle"))
-    return small
-
-
-def session(step, *arguments):
-    return gpu_session.main([step, "--out", "out", *arguments])
-
-
-@pytest.fixture
-def parts(ready, monkeypatch):
-    """Three parts of two rows each; returns how often each was started, and `broken`, which replaces rows."""
-    started, broken = [], {}
-
-    def rows(name):
-        started.append(name)
-        for number in range(2):
-            yield {"at": f"row {number}"}
-            yield broken.get((name, number), lambda: {"number": number, "ok": True})()
-
-    names = ("first", "second", "third")
-    monkeypatch.setattr(
-        gpu_check, "parts_of", lambda options: [Part(name, "checks", lambda name=name: rows(name)) for name in names]
-    )
-    return started, broken
-
-
-def killed():
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_step_is_continued(parts):
-    started, broken = parts
-    broken["second", 1] = killed
-    with pytest.raises(KeyboardInterrupt):
-        session("check")
-    with Path("out/check.jsonl").open("a") as file:
-        file.write('{"part": "second", "sec')  # the process was killed while it wrote
-    record = Record(Path("out/check.jsonl"))
-    assert record.outcomes == {"first": "passed", "second": "cut"}
-    assert [row["number"] for row in record.rows()] == [0, 1, 0]
-
-    broken.clear(), started.clear()
-    assert session("check") == 0
-    assert started == ["second", "third"]
-    record = Record(Path("out/check.jsonl"))
-    assert set(record.outcomes.values()) == {"passed"} and [row["number"] for row in record.rows()] == [0, 1] * 3
-
-
-def test_an_ampere_tries_int8_first_too(ampere_layers, monkeypatch):
-    use_library(monkeypatch, ampere_layers)
-    parts = gpu_session.first_products()
-    assert [part.name for part in parts] == ["first product torch.bfloat16", "first product torch.int8"]
-    used = []
-    for part in parts:
-        assert [row["ok"] for row in part.rows() if "at" not in row] == [True]
-        used.append(ampere_layers.used)
-    assert used == ["128x32", "int8_128x32"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """`make demo` with a tiny model instead of SmolLM2."""
 
-import re
 import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -8,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.serve.benchmark import engines, load
-from ria_vllm.serve.benchmark.load import Workload
 from ria_vllm.serve.benchmark.results import Run
 from ria_vllm.serve.benchmark.sides import Side
 
@@ -59,13 +56,6 @@ def test_the_table_has_both_sides_and_their_ratio(demo):
     assert max(map(len, demo.summary(runs, SIDES, PERPLEXITY).splitlines())) <= 80
 
 
-def test_what_more_effort_brings_is_what_was_measured(demo):
-    pages = "".join((PROGRAM.parents[1] / "docs" / name).read_text() for name in ("quality.md", "lab/quality.md"))
-    found = re.findall(r"\d+\.\d", demo.LESS_IS_LOST)
-    assert len(found) == 9 and all(figure in pages for figure in found)
-    assert max(map(len, demo.LESS_IS_LOST.splitlines())) <= 81
-
-
 def test_both_servers_are_measured_and_continue_the_text(demo, pruned_llama, monkeypatch, capfd):
     """The models are ready; `vllm` and `ria-vllm` are replaced."""
     shutil.copytree(pruned_llama.source, demo.DENSE)
@@ -79,33 +69,3 @@ def test_both_servers_are_measured_and_continue_the_text(demo, pruned_llama, mon
     assert "\ndense: ... east\n" in said and "\nsparse: ... east\n" in said and said.count("exists already") == 2
     assert rows(said[said.rindex("\n===") :])["tokens/s, 8 users"] == ["80.0", "80.0", "1.00"]
     assert f"plot: {demo.WORK / 'bench' / 'bench.png'}" in said
-
-
-@pytest.mark.slow
-def test_from_a_model_to_the_table_with_two_servers(demo, tiny_llama, tmp_path, monkeypatch, capfd):
-    demo.DENSE.symlink_to(tiny_llama)
-    demo.COMPRESS_ARGUMENTS = ["--samples", "2", "--seq-len", "64"]
-    demo.EVAL_ARGUMENTS = ["--seq-len", "128", "--eval-tokens", "512", "--json"]
-    demo.SERVE_ARGUMENTS = ["--max-model-len", "256", "--enforce-eager"]
-    demo.WORKLOAD, demo.USERS = Workload(16, 8, 1), (2,)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no worker process beside the engine's
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # or even an eager vLLM compiles the ranking of logprobs
-    served, start = [], demo.running_server
-
-    def running_server(model, *rest, **more):
-        served.append(model)
-        return start(model, *rest, **more)
-
-    monkeypatch.setattr(demo, "running_server", running_server)
-    demo.main()
-    first = capfd.readouterr().out
-    assert served == [str(demo.SPARSE), str(demo.DENSE)]
-    assert Reader(demo.SPARSE).sparse_names
-    table, _, last = first[first.rindex("\n===") :].partition("\nplot: ")
-    table, _, note = table.partition("\n(")
-    assert "vLLM with --enforce-eager; one run each, 1 request per user)" in note
-    found = rows("\n".join(table.splitlines()[2:]))
-    assert len(found) == 7 and not [cell for cells in found.values() for cell in cells if cell in ("failed", "-")]
-    assert float(found["perplexity, lower is better"][0]) > 1
-    assert Path(last.split(";")[0]).is_file() and last.endswith("all figures and logs are in the same folder\n")
-    assert first.count("healthy after") == 2 and "\ndense: ... " in first and "\nsparse: ... " in first

@@ -1,7 +1,6 @@
 """Which Python `make` chooses, before there is an environment."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -81,17 +80,3 @@ def test_the_oldest_one_is_the_oldest_that_pip_accepts_and_that_the_types_are_ch
     major, _, minor = oldest.partition(".")
     machine.add("python3", f"{major}.{int(minor) - 1}")
     assert machine.choose().returncode
-
-
-@pytest.mark.parametrize("lacking, package", [({"without": ("venv",)}, "venv"), ({"header": False}, "dev")])
-def test_the_message_names_the_package_that_is_missing(machine, lacking, package):
-    path = machine.add("python3", "3.13", **lacking)
-    found = machine.choose()
-    assert found.returncode and not found.stdout and f"{path}: Python 3.13 lacks" in found.stderr
-    assert re.findall(r"apt install (\S+)\)", found.stderr) == [f"python3.13-{package}"]
-
-
-def test_no_python_at_all(machine):
-    found = machine.choose()
-    assert found.returncode and not found.stdout
-    assert "3.11 to 3.14" in found.stderr and "apt install python3 python3-venv python3-dev" in found.stderr

@@ -1,9 +1,6 @@
 """What `make` checks and cleans up before it sets an environment up, and what `make wheel` packs."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
 from importlib import invalidate_caches, metadata
@@ -24,47 +21,6 @@ def test_the_wheel_has_every_package():
         for file in (ROOT / top).rglob("*.py"):
             assert (file.parent / "__init__.py").exists(), file
     assert all((ROOT / "ria_vllm" / top).samefile(ROOT / top) for top in ("offline", "serve"))
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the files of this checkout that make reads."""
-    place = tmp_path / "checkout"
-    place.mkdir()
-    shutil.copy(ROOT / "Makefile", place)
-    shutil.copytree(ROOT / "packaging", place / "packaging")
-    return place
-
-
-def make(checkout: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "CXX", "MAKEFLAGS", "MAKELEVEL")}
-    command = ["make", "-C", str(checkout), *arguments]
-    return subprocess.run(command, env=known | environment, capture_output=True, text=True)
-
-
-def test_an_environment_whose_python_is_gone_is_deleted(checkout):
-    """The link to it is broken, or leads to a newer version that looks for its packages elsewhere."""
-    for venv in (".venv", ".venv-0.30.0"):
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / venv)], check=True)
-        (checkout / venv / "ready").touch()
-    found = make(checkout, "print-python")
-    assert found.returncode == 0 and not found.stderr, found.stderr
-    assert (checkout / ".venv" / "ready").exists() and (checkout / ".venv-0.30.0" / "ready").exists()
-    shutil.rmtree(next((checkout / ".venv" / "lib").glob("python3.*")))
-    (checkout / ".venv-0.30.0" / "bin" / "python").unlink()
-    (checkout / ".venv-0.30.0" / "bin" / "python").symlink_to("/nowhere/python3")
-    found = make(checkout, "print-python")
-    assert found.returncode == 0 and found.stderr.count("its Python is gone") == 2
-    assert not (checkout / ".venv").exists() and not (checkout / ".venv-0.30.0").exists()
-
-
-@pytest.mark.parametrize("target", ["wheel", "demo"])
-def test_a_missing_compiler_is_reported_before_anything_is_set_up(checkout, target):
-    (checkout / "pyproject.toml").touch()
-    found = make(checkout, target, CXX="no-such-compiler -O2")
-    assert found.returncode and "No C++ compiler: no-such-compiler is not on the path" in found.stderr
-    assert "apt install g++" in found.stderr
-    assert not (checkout / ".venv").exists()
 
 
 def test_the_extra_for_cpus_allows_the_vllm_that_is_tested():

@@ -28,30 +28,6 @@ def options_of(command: str) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize("command", ["download", "wheel"])
-def test_every_option_of_install_is_left_out_or_known(without_install_options, command):
-    known, surely_left_out = options_of(command), []
-    for name, takes_value in options_of("install").items():
-        forms = [[name]] if not takes_value else [[name, "value"]]
-        if takes_value:
-            forms.append([f"{name}=value"] if name.startswith("--") else [f"{name}value"])
-        for form in forms:
-            kept = without_install_options(command, ["-q", *form, "package"])
-            if name in known:
-                assert kept == ["-q", *form, "package"] or name in ("-C", "--config-settings")
-            else:
-                assert kept == ["-q", "package"]
-                surely_left_out.append(name)
-    assert {"--user", "--break-system-packages", "--force-reinstall", "--target", "-U"} <= set(surely_left_out)
-
-
-def test_what_downloads_need_is_kept(without_install_options):
-    arguments = ["--no-deps", "--find-links", "/a folder", "-q", "--index-url=https://example", "-c", "file", "a==1"]
-    for command in ("download", "wheel"):
-        assert without_install_options(command, arguments) == arguments
-    assert without_install_options("wheel", ["-C", "a=b", "."]) == ["-C", "a=b", "."]
-
-
 def test_pip_takes_the_arguments(tmp_path):
     """pip parses its options before it looks for the package, so it has accepted all of them."""
     arguments = ["--break-system-packages", "--user", "--force-reinstall", "-U", "--root-user-action", "ignore"]

@@ -10,7 +10,7 @@ import transformers
 from zoo.check import problems
 from zoo.run import run_batch, versions
 from zoo.table import PAGE, RESULTS, page
-from zoo.toy import Toy, fingerprint
+from zoo.toy import fingerprint
 from zoo.toys import TOYS
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
@@ -53,34 +53,3 @@ def records(tmp_path_factory):
 @pytest.mark.parametrize("name", REPRESENTATIVE, ids=lambda name: f"{name}: {TOYS[name].mechanism}")
 def test_a_mechanism(records, name):
     assert not problems(TOYS[name], records[name])
-
-
-GOOD = {
-    "compress": {"share": 1.0, "share_of_all": 0.96, "folded": ["o_proj"], "gathered": [], "dense": {}},
-    "dense": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
-    "served": {"text": {"median": 1e-6, "largest": 1e-5, "same": 1.0}},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({}, None),
-        ({"build": {"error": "no such config"}}, "no such config"),
-        ({"compress": {"error": "RiaError: refused"}}, "refused"),
-        ({"compress": GOOD["compress"] | {"share": 0.94}}, "only 94.0%"),
-        ({"compress": GOOD["compress"] | {"folded": []}}, "no fold"),
-        ({"compress": GOOD["compress"] | {"gathered": ["layers.*.mlp.experts.*.down_proj"]}}, "down_proj gathers"),
-        ({"compress": GOOD["compress"] | {"gathered": ["layers.*.linear_attn.q_proj", "h.*.mamba.out_proj"]}}, None),
-        ({"dense": {"text": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "dense toy"),
-        ({"served": {"text": {"median": 0.0, "largest": 0.02, "same": 1.0}}}, "served is wrong"),
-        ({"served": {"text": {"median": 2e-5, "largest": 2e-5, "same": 1.0}}}, "dense toy's 1.0e-06"),
-        ({"served": {"text": {"median": 1e-6, "largest": 2e-4, "same": 1.0}}}, "its largest is 2.0e-04"),
-        ({"served": {"text": {"median": float("nan"), "largest": 0.0, "same": 1.0}}}, "served is wrong"),
-        ({"served": GOOD["served"] | {"image": {"median": 0.5, "largest": 2.0, "same": 0.1}}}, "image"),
-        ({"served": {"error": "RuntimeError: ended"}}, "ended"),
-    ],
-)
-def test_what_is_wrong_is_said(change, said):
-    found = problems(Toy(), GOOD | change)
-    assert not found if said is None else said in found[0]

@@ -74,28 +74,6 @@ def test_arguments_of_one_side_reach_its_server_only(pretend, tmp_path):
     assert [event for event in pretend.events if "start" in event] == ["start A --all", "start B --all --dtype float32"]
 
 
-def test_quality_is_measured_once_after_the_loads(pretend, tmp_path):
-    measure = lambda name, *_: pretend.events.append(f"text {name}") or Quality(10.0, 31, 0.1, 0.2)  # noqa: E731
-    text = SimpleNamespace(seq_len=8, check=lambda *_: None, measure=measure)
-    comparison_of(WAYS[:2], tmp_path, [1], 2, text=text).measure()
-    assert pretend.events[:4] == ["start A", "A1, seed 0", "text a", "end A"]
-    assert [event for event in pretend.events if "text" in event] == ["text a", "text b"]
-    assert json.loads((tmp_path / "bench.json").read_text())["quality"]["b"]["perplexity"] == 10
-
-
-def test_texts_that_cannot_be_compared_stop_everything(pretend, tmp_path):
-    """Before the second side is loaded: hours of measurements would be useless."""
-
-    def check(name, server):
-        if name == "b":
-            raise RiaError("b: splits the text into different tokens than a")
-
-    text = SimpleNamespace(seq_len=8, check=check, measure=lambda *_: Quality(1.0, 1, 0.0, 0.0))
-    with pytest.raises(RiaError):
-        comparison_of(WAYS, tmp_path, [1], text=text).measure()
-    assert not pretend.alive and not any(event.startswith("B1") for event in pretend.events)
-
-
 @pytest.mark.parametrize(("silent", "process"), [("b", None), ("b", object()), ("a", None)])
 def test_what_a_server_that_ran_already_does_not_tell_is_left_out(silent, process, pretend, tmp_path, capsys):
     """But not what others are compared with, nor of a server of our own."""

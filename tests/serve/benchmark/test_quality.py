@@ -11,7 +11,7 @@ from server_stand_in import VOCABULARY, StandIn, serving
 from ria_vllm.errors import RiaError
 from ria_vllm.progress import Monitor
 from ria_vllm.serve.benchmark import quality
-from ria_vllm.serve.benchmark.quality import Listed, TextQuality, divergence
+from ria_vllm.serve.benchmark.quality import TextQuality
 
 SEQ_LEN, WINDOWS = 32, 3
 
@@ -76,26 +76,6 @@ def test_fewer_tokens_give_a_lower_bound(text, top, monkeypatch):
     assert found.kl == pytest.approx(np.mean(merged), rel=1e-4)
     assert found.unlisted == pytest.approx(np.mean(rests), rel=1e-4)
     assert 0 < found.kl <= np.mean(full)
-
-
-def test_equal_lists_do_not_diverge():
-    listed = Listed(np.arange(3), np.log([0.5, 0.3, 0.2]), 0.0)
-    assert divergence(listed, listed)[0] == pytest.approx(0, abs=1e-12)
-
-
-def test_requests_hold_one_window_each(text):
-    side = StandIn()
-    measure(quality_of(text, max_tokens=2 * SEQ_LEN + 1), dense=side)
-    tokens = list(text.read_bytes())
-    asked = [content for path, content in side.requests if path == "/v1/completions"]
-    assert [a["prompt"] for a in asked] == [tokens[:SEQ_LEN], tokens[SEQ_LEN : 2 * SEQ_LEN]]
-    assert all(a["prompt_logprobs"] == quality.TOP and a["max_tokens"] == 1 for a in asked)
-
-
-def test_a_window_that_does_not_fit(text):
-    measure(quality_of(text, seq_len=63), dense=StandIn())
-    with pytest.raises(RiaError, match="dense: a window of 64"):
-        measure(quality_of(text, seq_len=64), dense=StandIn())
 
 
 def spoil(answer, change):

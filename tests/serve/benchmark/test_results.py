@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ria_vllm.serve.benchmark.quality import Quality
-from ria_vllm.serve.benchmark.results import Measured, Run, draw, plot, summary, table, write
+from ria_vllm.serve.benchmark.results import Measured, Run, summary, table, write
 from ria_vllm.serve.benchmark.sides import Side
 
 SIDES = [
@@ -67,24 +67,3 @@ def test_files(tmp_path):
     text = (tmp_path / "bench.md").read_text()
     assert "- sparse: `a/b`" in text and "input_len: 32" in text and "data:" not in text
     assert "1023 tokens" in text and "3.40%" in text and "Perplexity" not in summary(Measured(SIDES, RUNS))
-
-
-def test_the_plot(tmp_path):
-    """A line for each side with figures, a point for each number of users."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-
-    def drawn(axis) -> dict[str, list[tuple[float, float]]]:
-        lines = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in axis.get_lines()}
-        return {label: points for label, points in lines.items() if points}
-
-    axes = speed, _, time, perplexity, kl = draw(pyplot, Measured(SIDES, RUNS, QUALITY)).axes
-    for axis in axes:  # nothing is cut off
-        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > max(y for line in drawn(axis).values() for _, y in line)
-    assert drawn(speed) == {"dense": [(1, 110), (4, 200)], "sparse": [(1, 150), (4, 100)]}
-    assert drawn(time)["sparse"] == [(1, pytest.approx(100 / 150)), (4, 1)]
-    assert drawn(perplexity) == {"dense": [(40, 110), (40, 200)], "sparse": [(60, 150), (60, 100)]}
-    assert drawn(kl)["sparse"] == [(0.5, 150), (0.5, 100)]
-    marks = [[(text.get_text(), text.xy) for text in axis.texts] for axis in axes]
-    assert marks == [[], [], [], *[[("best", (0, 1))]] * 2]  # upper left: fast, and like the dense model
-    plot(tmp_path / "bench.png", Measured(SIDES, RUNS))
-    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"

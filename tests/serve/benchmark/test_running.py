@@ -94,25 +94,3 @@ def test_the_key_is_not_sent_on_to_where_a_server_points(monkeypatch):
     with answering(elsewhere) as target, answering(pointing) as url:
         assert ask(url) == b"{}"
     assert keys == ["Bearer KEY", None]
-
-
-def test_proxies_are_for_other_machines(monkeypatch):
-    asked = []
-
-    def proxy(handler):
-        asked.append(handler.path)
-        handler.send_response(200)
-        handler.end_headers()
-
-    def direct(handler):
-        handler.send_response(200)
-        handler.end_headers()
-        handler.wfile.write(b"direct")
-
-    with answering(proxy) as url, answering(direct) as here:
-        for name in ("no_proxy", "NO_PROXY"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("http_proxy", url)
-        assert ask(here) == b"direct" == ask(here.replace("127.0.0.1", "localhost")) and not asked
-        ask("http://elsewhere.invalid/x")
-    assert asked == ["http://elsewhere.invalid/x"]

@@ -1,11 +1,8 @@
 """What the sides of a comparison are called."""
 
-import json
-
 import pytest
 
 from ria_vllm.errors import RiaError
-from ria_vllm.serve.benchmark.llama_cpp import LlamaCpp, vllm_threads
 from ria_vllm.serve.benchmark.sides import sides_of
 
 
@@ -68,37 +65,3 @@ def test_arguments_of_one_side():
     assert second.arguments == ("--dtype", "float32", "--tokenizer", "a b") and not first.arguments + third.arguments
     with pytest.raises(RiaError, match="w4a16: no such side. There are bf16, w8a8"):
         sides_of(["bf16", "w8a8"], [("w4a16", "")])
-
-
-@pytest.fixture
-def eight_cores(tmp_path, monkeypatch):
-    """A machine of eight cores with two threads each, of which this process may use those of the first four."""
-    listed = [{"cpu": number, "core": number % 8, "node": 0} for number in range(16)]
-    (tmp_path / "lscpu").write_text(f"#!/bin/sh\necho '{json.dumps({'cpus': listed})}'\n")
-    (tmp_path / "lscpu").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3, 8, 9, 10, 11})
-    for name in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"):
-        monkeypatch.delenv(name, raising=False)
-    vllm_threads.cache_clear()
-    yield
-    vllm_threads.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "expected"),
-    [
-        ("", "", 3), ("RESERVED_CPU", "0", 4), ("RESERVED_CPU", "2", 2),
-        ("BIND", "auto", 3), ("BIND", "0-1,5", 3), ("BIND", "0-2|8-9", 5),
-    ],
-)  # fmt: skip
-def test_llama_cpp_gets_as_many_threads_as_vllm(variable, value, expected, eight_cores, tmp_path, monkeypatch):
-    names = {"RESERVED_CPU": "VLLM_CPU_NUM_OF_RESERVED_CPU", "BIND": "VLLM_CPU_OMP_THREADS_BIND"}
-    if variable:
-        monkeypatch.setenv(names[variable], value)
-    (tmp_path / "m.gguf").touch()
-    gguf = str(tmp_path / "m.gguf")
-    found = sides_of(["org/model", gguf, "http://h:8000"])
-    assert [side.threads for side in found] == [expected, expected, None]
-    command = LlamaCpp().command(gguf, 1, [])
-    assert command[command.index("--threads") + 1] == str(expected)

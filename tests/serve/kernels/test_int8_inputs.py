@@ -8,9 +8,9 @@ import torch
 from packed_layers import pack, random_parts
 from random_experts import random_experts, random_routing
 
-from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
+from ria_vllm.format.formats import INTEGERS
 from ria_vllm.serve.kernels import int8_inputs
-from ria_vllm.serve.kernels.base import Activation, LinearLayerConfig
+from ria_vllm.serve.kernels.base import Activation
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.kernels.reference_experts import ReferenceExpertsKernel
 
@@ -111,19 +111,3 @@ def test_experts(format):
             inner = (up.clamp(min=0) * up.clamp(min=0)).to(BF16)
             want[t] = (exact(inner, format, second, stored.biases[1][expert]) * weights[t])[0]
     assert (ids >= 0).any() and torch.equal(got, want.to(BF16))
-
-
-@pytest.mark.parametrize("format", [FLOAT, FP8], ids=lambda one: one.name)
-def test_other_weights_are_refused(format):
-    config = LinearLayerConfig(torch.device("cpu"), BF16, format, 64, 64, torch.int8)
-    assert ReferenceKernel.can_implement(config) == f"no int8 inputs for {format.name} weights"
-
-
-def test_compiled():
-    """The operator's fake implementation is what torch.compile sees."""
-    format = INTEGERS[4, 64]
-    parts, _ = random_parts(40, 128, format, BF16)
-    packed = [parts[part.name] for part in format.parts]
-    p, bias = torch.randperm(128, dtype=torch.int32), torch.randn(40).to(BF16)
-    arguments = (tokens(128, BF16), packed, format.name, True, 40, p, bias)
-    torch.library.opcheck(torch.ops.ria.sparse24_linear.reference, arguments)

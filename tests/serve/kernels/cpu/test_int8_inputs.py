@@ -58,14 +58,6 @@ def test_stricter_patterns_are_8_of_16(name):
         assert_close_to_float64(weight.packed_by()(x), x, weight)
 
 
-@pytest.mark.parametrize("format", (INT8, INT4, IntFormat(4, 64)), ids=lambda format: format.name)
-def test_both_patterns_take_as_many_bytes(format):
-    layers = [packed(random_weight(49, 256, format, pattern=pattern)) for pattern in (TWO_OF_FOUR, OF_16)]
-    multipliers = 0 if format == INT8 else 4 * 64  # of four strips, 4 bits for each row and 32 columns
-    size = 64 + 64 * 256 * (5 if format == INT8 else 3) // 8 + multipliers + 64 * 4 * 2  # and scales and sums of rows
-    assert {layer.packed[0].numel() for layer in layers} == {size}
-
-
 def test_scales_without_a_common_divisor_are_refused_by_name():
     weight = random_weight(45, 192, IntFormat(4, 64), torch.float32)
     scales = weight.parts["weight_scale"]

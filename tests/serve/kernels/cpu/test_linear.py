@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from instruction_sets import run_with, said_by
+from instruction_sets import said_by
 from packed_layers import pack
 from sweep import BOTH, assert_close_to_float64, random_weight, sweep
 
 from ria_vllm.format import sparse24
-from ria_vllm.format.formats import FLOAT, INT4, INT8, IntFormat
+from ria_vllm.format.formats import FLOAT, INT4, IntFormat
 from ria_vllm.serve.kernels import reference
 from ria_vllm.serve.kernels.cpu.backend import CpuKernel, instruction_set
 from ria_vllm.serve.kernels.reference import ReferenceKernel
@@ -142,32 +142,6 @@ def test_a_damaged_header_is_refused(changes):
         torch.ops.ria.sparse24_linear.cpu(x, packed, 32, None, None)
 
 
-@pytest.mark.parametrize(
-    ("format", "scale_dtype"),
-    [
-        (FLOAT, torch.bfloat16), (INT8, torch.bfloat16), (INT4, torch.bfloat16), (IntFormat(4, 32), torch.float32),
-        (IntFormat(8, 128), torch.float16),
-    ],
-)  # fmt: skip
-def test_packed_size(format, scale_dtype):
-    """Half of the values, a bit of the mask for each weight, and scales of rows or of groups."""
-    (packed,) = random_weight(576, 1536, format, scale_dtype=scale_dtype).packed_by(CpuKernel).packed
-    value_bits = 16 if format == FLOAT else format.num_bits
-    scales = 576 * 1536 // format.group_size * scale_dtype.itemsize if format.group_size else 576 * 4
-    size = 576 * 1536 * (value_bits // 2 + 1) // 8 + (0 if format == FLOAT else scales) + 64
-    assert packed.numel() == size
-
-
-@pytest.mark.parametrize("dtype", [1 << 31])
-def test_a_dtype_that_no_int_is_is_refused(dtype):
-    """Whichever dtype the input has."""
-    (packed,) = random_weight(32, 128).packed_by(CpuKernel).packed
-    packed[24:28] = torch.tensor([dtype % (1 << 32)], dtype=torch.int64).view(torch.uint8)[:4]
-    for act_dtype in sparse24.VALUE_DTYPES:
-        with pytest.raises(RuntimeError, match="does not fit|truncated"):
-            torch.ops.ria.sparse24_linear.cpu(torch.zeros(1, 128, dtype=act_dtype), packed, 32, None, None)
-
-
 @pytest.mark.parametrize("kernel", (CpuKernel, ReferenceKernel), ids=lambda kernel: kernel.name)
 def test_operator_passes_opcheck(kernel):
     packed = random_weight(24, 64).packed_by(kernel).packed
@@ -232,29 +206,6 @@ def test_tile_configuration_is_restored(tmp_path):
     finally:
         tiles.load_tiles(ctypes.create_string_buffer(64))
         torch.set_num_threads(threads)
-
-
-CHOOSE = """
-import torch
-from random_experts import random_experts
-from ria_vllm.errors import RiaError
-from ria_vllm.format.formats import FLOAT
-from ria_vllm.serve.kernels import registry
-from ria_vllm.serve.kernels.base import LinearLayerConfig
-
-config = LinearLayerConfig(torch.device("cpu"), torch.bfloat16, FLOAT, 64, 64)
-for layer in (config, random_experts(2, 64, 32).config):
-    try:
-        print(registry.choose(layer))
-    except RiaError as error:
-        print(error)
-"""
-
-
-@pytest.mark.parametrize("instruction_set, said", [("AVX2", "RIA_VLLM_CPU_ISA=AVX2 is not known"), ("portable", "cpu")])
-def test_no_other_kernel_takes_over_from_an_instruction_set_that_does_not_exist(instruction_set, said):
-    lines = run_with(instruction_set, "-c", CHOOSE).stdout.splitlines()
-    assert len(lines) == 2 and all(line.startswith(said) for line in lines)
 
 
 def test_tokens_that_are_nan_take_hardly_longer():

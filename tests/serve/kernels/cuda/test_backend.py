@@ -2,24 +2,15 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from packed_layers import pack
 from torch._inductor import metrics
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT
-from ria_vllm.serve.kernels.base import LinearLayerConfig
 from ria_vllm.serve.kernels.cuda import backend
 from ria_vllm.serve.kernels.cuda.backend import CutlassKernel
 
 GPU = torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize("sizes, reason", [((12, 64), "out-features 12"), ((64, 96), "in-features 96")])
-def test_a_size_that_does_not_fit_is_named(monkeypatch, sizes, reason):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert reason in CutlassKernel.can_implement(LinearLayerConfig(GPU, torch.bfloat16, FLOAT, *sizes))
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
@@ -28,14 +19,6 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
     reason = CutlassKernel.is_supported(GPU)
     assert "_cuda_sm90a.so was not built" in reason and "ria-vllm build-kernels --arch 90a" in reason
-
-
-def test_a_file_that_is_no_library_is_an_error_that_names_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setenv("RIA_VLLM_CUDA_FOLDER", str(tmp_path))
-    (tmp_path / "_cuda_sm90a.so").write_text("not a library")
-    with pytest.raises(RiaError, match=r"_cuda_sm90a\.so does not load"):
-        backend.library_of.__wrapped__(0)
 
 
 def test_products_on_several_streams_do_not_share_a_workspace(monkeypatch):

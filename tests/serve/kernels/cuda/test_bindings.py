@@ -76,31 +76,8 @@ def test_the_workspace_holds_whatever_is_chosen(arch, num_sms, dtype):
                 assert 0 < library.workspace_bytes(tile, dtype, sizes, tokens, split_k, num_sms) <= WORKSPACE_BYTES
 
 
-@pytest.mark.parametrize("arch, dtype", [("80", torch.float8_e4m3fn), ("90a", torch.int8)])
-def test_only_hopper_takes_fp8_and_only_mma_sp_int8(arch, dtype):
-    with pytest.raises(RiaError, match=f"no tile for a 64 x 128 layer of {dtype}"):
-        choose_tile(compiled(arch), dtype, 64, 128, 1, 100)
-
-
-def test_values_without_a_layout_are_refused():
-    library = compiled("80")
-    assert library.metadata_bytes(64, 64, value_bits=4) == -1
-    with pytest.raises(RiaError, match="cannot lay out the metadata of a 64 x 64 matrix of 4-bit values"):
-        library.pack_metadata(torch.full((64, 8), 0x33, dtype=torch.uint8), value_bits=4)
-
-
 def test_a_library_of_other_sources_is_refused(monkeypatch):
     path = compiled("80").path
     monkeypatch.setattr(bindings, "_ABI_VERSION", 999)
     with pytest.raises(RiaError, match="_cuda_sm80.so does not load: .*run `ria-vllm build-kernels` again"):
         bindings.load.__wrapped__(path)
-
-
-def test_a_product_without_its_scales_is_refused_before_any_launch():
-    """Null pointers and the scales of other dtypes never reach a device."""
-    library = compiled("90a")
-    aligned = 1 << 20
-    both, first, second, neither = (aligned, aligned), (aligned, None), (None, aligned), (None, None)
-    for data_type, scales in [(2, neither), (2, first), (3, second), (0, both), (1, first), (4, neither), (5, second)]:
-        arguments = [0, data_type, 64, 64, 1, DATA_PARALLEL, 132, 0, aligned, aligned, aligned, *scales, None, aligned]
-        assert library._c.ria_linear(*arguments, aligned, WORKSPACE_BYTES, None) == 1  # a bad argument

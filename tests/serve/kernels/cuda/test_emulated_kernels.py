@@ -7,7 +7,6 @@ written from NVIDIA's manuals. These tests say nothing about speed.
 import pytest
 import torch
 from cuda_libraries import chosen_tiles, emulated
-from graph_capture import GraphCapture
 from packed_layers import pack
 
 from ria_vllm.errors import RiaError
@@ -22,7 +21,6 @@ from ria_vllm.serve.kernels.cuda.tiles import (
     HEURISTIC,
     STREAM_K,
     WORKSPACE_BYTES,
-    choose_tile,
 )
 
 pytestmark = pytest.mark.slow
@@ -227,53 +225,3 @@ def test_the_backend_from_the_checkpoint_to_the_output(on_emulated_gpu, dtype, l
         values, scales = quantize_fp8(rows)
         product.inputs = values.double() * scales.double()[:, None]
     product.check(y.reshape(-1, 200), product.bias)
-
-
-BUSY = [
-    *((arch, (512, 8192, 1), 0.9) for arch in ("80", "100a", "120")),
-    *((arch, (640, 4096, 16), 0.6) for arch in ("80", "90a", "100a", "120")),
-    # Like 11008 rows on a Hopper, where CUTLASS would not divide K and would leave a third of the SMs idle.
-    *((arch, (1024, 4096, 1), 0.9) for arch in ("90a", "100a")),
-]
-
-
-@pytest.mark.parametrize("arch, shape, least", [case for case in BUSY if chosen_tiles(case[0])])
-def test_few_rows_keep_the_sms_busy(library, shape, least, workspace):
-    """With fewer tiles than SMs (4, 5 and 8 for 12), K is divided so that hardly an SM idles.
-
-    least: the mean load, as a part of the largest.
-    """
-    library.num_sms = 12
-    product = Product(*shape, torch.bfloat16, torch.bfloat16)
-    tile, split_k = choose_tile(library, torch.bfloat16, *shape, library.num_sms)
-    metadata = library.pack_metadata(product.bitmask)
-    library.linear(tile, split_k, product.x, product.values, metadata, product.bias, product.y, workspace)
-    product.check(product.y, product.bias)
-    blocks, most, total = library.emulator.load()
-    assert blocks >= 10 and total / (12 * most) > least, (blocks, most, total)
-
-
-OPERATORS = {torch.ops.ria.sparse24_linear.cutlass: cutlass._linear}
-
-
-@pytest.mark.parametrize(("dtype", "gathered"), [(torch.bfloat16, True), (FP8_DTYPE, False)])
-def test_a_graph_can_capture_the_operators(on_emulated_gpu, dtype, gathered):
-    """The Python around the kernels. Their host code is linked to nothing that waits or allocates (link_emulator)."""
-    output = torch.bfloat16 if dtype == FP8_DTYPE else dtype
-    product = Product(200, 576, 5, dtype, output)
-    metadata = on_emulated_gpu.pack_metadata(product.bitmask, product.values.itemsize * 8)
-    x = torch.randn(5, 577, generator=torch.Generator().manual_seed(6)).to(output)[:, 1:]
-    p = torch.randperm(576, generator=torch.Generator().manual_seed(7)).int() if gathered else None
-    with GraphCapture("cpu", OPERATORS) as capture:
-        rows = x if p is None else x.index_select(-1, p)
-        if dtype == FP8_DTYPE:
-            rows, x_scales = quantize_fp8(rows)
-            operands = (rows, product.values, metadata, product.bias, x_scales, product.scales[0], output)
-        else:
-            operands = (rows, product.values, metadata, product.bias)
-        y = torch.ops.ria.sparse24_linear.cutlass(*operands)
-    assert not capture.kept(y, rows, *(operand for operand in operands if isinstance(operand, torch.Tensor)))
-    product.inputs = operands[0].double()
-    if dtype == FP8_DTYPE:
-        product.inputs = product.inputs * operands[4].double()[:, None]
-    product.check(y, product.bias)

@@ -78,29 +78,6 @@ def float_of(bits: int) -> float:
     return struct.unpack("<f", struct.pack("<I", bits & M32))[0]
 
 
-def test_shuffles_votes_and_elections(emulator):
-    body = """
-    shfl.sync.bfly.b32 %r0|%p0, %t, 3, 31, -1;
-    shfl.sync.up.b32 %r1|%p1, %t, 2, 0, -1;
-    shfl.sync.idx.b32 %r2, %t, 5, 0x1807, -1;
-    elect.sync %r3|%p2, -1;
-    setp.gt.u32 %p3, %t, 20;
-    vote.sync.ballot.b32 %r4, %p3, -1;
-    selp.b32 %r5, 1, 0, %p2;
-    shl.b32 %r1, %r1, 8; shl.b32 %r2, %r2, 16; shl.b32 %r5, %r5, 24;
-    add.s32 %r0, %r0, %r1; add.s32 %r0, %r0, %r2; add.s32 %r0, %r0, %r5;
-    mov.b64 %d0, {%r0, %r4};
-    st.global.u64 [%b], %d0;
-    """
-    results = run(emulator, body, threads=32)
-    for lane, result in enumerate(results):
-        assert result >> 32 == M32 - (1 << 21) + 1
-        assert result & 255 == lane ^ 3
-        assert result >> 8 & 255 == (lane - 2 if lane >= 2 else lane)
-        assert result >> 16 & 255 == lane // 8 * 8 + 5
-        assert result >> 24 & 255 == (lane == 0)
-
-
 def sparse_fragments(values, kept, b, c):
     """16 registers per lane for mma.sp.m16n8k32 of bf16, from the PTX manual's description of its fragments.
 
@@ -197,26 +174,6 @@ def test_a_sparse_product_of_integers_is_that_of_its_matrices_and_saturates(emul
         assert signed(results[number] >> shift, 32) == max(1 - 2**31, min(2**31 - 1, exact))
 
 
-@pytest.mark.parametrize("transposed", ["", ".trans"])
-def test_matrices_go_to_registers_and_back(emulator, transposed):
-    """A lane holds elements 2 * (lane % 4) and the next of row lane / 4, and stmatrix is the inverse of ldmatrix."""
-    rows = "shl.b32 %r9, %t, 4; add.s32 %r10, %s, %r9;"
-    fill = "shl.b32 %r8, %t, 3; add.s32 %r11, %s, %r8; ld.global.u64 %d0, [%a]; st.shared.u64 [%r11], %d0; bar.sync 0;"
-    load = f"ldmatrix.sync.aligned.m8n8.x2{transposed}.shared.b16 {{%r0, %r1}}, [%r10];"
-    values = [sum((4 * lane + i) << 16 * i for i in range(4)) for lane in range(32)]
-    first = run(emulator, f"{rows} {fill} {load} mov.b64 %d1, {{%r0, %r1}}; st.global.u64 [%b], %d1;", values)
-    matrix = torch.arange(128).view(2, 8, 8)
-    if transposed:
-        matrix = matrix.transpose(1, 2)
-    for lane, result in enumerate(first):
-        for which in (0, 1):
-            pair = matrix[which, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]
-            assert result >> 32 * which & M32 == int(pair[0]) | int(pair[1]) << 16
-    store = f"stmatrix.sync.aligned.m8n8.x2{transposed}.shared.b16 [%r10], {{%r0, %r1}};"
-    again = f"{rows} {fill} {load} bar.sync 0; {store} bar.sync 0; ld.shared.u64 %d1, [%r11]; st.global.u64 [%b], %d1;"
-    assert run(emulator, again, values) == values
-
-
 COPY = "shl.b32 %r0, %t, 3; add.s32 %r1, %s, %r0; cp.async.ca.shared.global [%r1], [%a], 8; cp.async.commit_group;"
 READ = "ld.shared.u64 %d0, [%r1]; st.global.u64 [%b], %d0; cp.async.wait_all;"
 
@@ -238,64 +195,6 @@ def test_a_missing_barrier_shows_in_every_order(emulator):
         assert run(emulator, f"{write} {read}", threads=64, seed=seed) != right
 
 
-WAIT = "LOOP: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%s], 0; @!%p1 bra LOOP;"
-
-
-def test_an_mbarrier_completes_when_all_have_arrived(emulator):
-    body = f"""
-    setp.ne.s32 %p0, %t, 0;
-    @%p0 bra READY;
-    mbarrier.init.shared::cta.b64 [%s], 64;
-    READY: bar.sync 0;
-    mbarrier.arrive.shared::cta.b64 _, [%s];
-    {WAIT}
-    mov.u64 %d0, 7;
-    st.global.u64 [%b], %d0;
-    """
-    assert run(emulator, body, threads=64, seed=3) == [7] * 64
-    with pytest.raises(RiaError, match="(?s)deadlock, no thread can proceed:.*warp 1: .*bra LOOP"):
-        run(emulator, body.replace("[%s], 64;", "[%s], 65;"), threads=64)
-
-
-SPIN = "mov.u32 %r9, 0; SPIN: nanosleep.u32 20; add.s32 %r9, %r9, 1; setp.lt.s32 %p7, %r9, 99; @%p7 bra SPIN;"
-
-
-def test_a_launch_that_cuda_would_refuse(emulator):
-    body = "mov.u64 %d0, 7; st.global.u64 [%b], %d0;"
-    assert run(emulator, body, threads=1024, dynamic=47 * 1024) == [7] * 1024
-    assert run(emulator, body, blocks=16, cluster=8) == [7]
-    for arguments, reason in [
-        ({"threads": 1056}, "a block that is too large"),
-        ({"dynamic": 48 * 1024}, "more than 48 KiB of shared memory without cudaFuncSetAttribute"),
-        ({"blocks": 16, "cluster": 16}, "a cluster of too many blocks"),
-        ({"blocks": 2, "cluster": 2, "target": "sm_80"}, "a cluster on an architecture without clusters"),
-    ]:
-        with pytest.raises(RiaError, match=reason):
-            run(emulator, body, **arguments)
-        assert reason in emulator.error()
-    emulator.configure(0, 4)
-    assert emulator.error() == ""
-
-
-ASK = "clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%s], [%s+16];"
-MAPPED = "mapa.shared::cluster.u32 %r0, %s, 1;"
-OF_FIRST = "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0;"
-
-
-@pytest.mark.parametrize(
-    "body, reason",
-    [
-        (f"mbarrier.init.shared::cta.b64 [%s+16], 1; {ASK} ret;", "exits while asynchronous work is pending"),
-        (f"{ASK} {SPIN}", r"PTX line \d+, `clusterlaunch.*an mbarrier that was not initialised"),
-        (f"{OF_FIRST} @!%p1 ret; {SPIN} {MAPPED} st.shared::cluster.u32 [%r0], %r0;", "a block that has exited"),
-        ("barrier.cluster.wait.aligned;", "waits without having arrived"),
-    ],
-)
-def test_what_would_go_wrong_in_a_cluster_is_an_error(emulator, body, reason):
-    with pytest.raises(RiaError, match=reason):
-        run(emulator, body, blocks=2, cluster=2)
-
-
 @pytest.mark.parametrize(
     "body, reason",
     [
@@ -314,21 +213,3 @@ def test_what_would_go_wrong_on_a_gpu_is_an_error_that_names_the_instruction(emu
     with pytest.raises(RiaError, match=reason) as raised:
         run(emulator, f"setp.eq.s32 %p0, %t, -1; {body}")
     assert "PTX line" in str(raised.value) or "at line" in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "instruction",
-    [
-        "add.sat.f32 %f0, %f1, %f2",
-        "add.rz.f32 %f0, %f1, %f2",
-        "min.NaN.f32 %f0, %f1, %f2",
-        "mul.f32 %f0, %f1",
-        "cvt.rn.bf16x2.f32 %r0, %f0",
-        "ld.global.v2.u32 {%r0, %r1, %r2, %r3}, [%a]",
-        "cp.async.bulk.tensor.2d.global.shared::cta.tile::scatter4.bulk_group [%a, {%r0, %r0, %r0, %r0, %r0}], [%s]",
-    ],
-)
-def test_unknown_instructions_are_refused(emulator, instruction):
-    """To ignore a modifier or a missing operand would give a wrong result."""
-    with pytest.raises(RiaError, match="the emulator does not know this instruction"):
-        run(emulator, f"{instruction};")

@@ -10,7 +10,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.serve.kernels.cuda import tiles
 from ria_vllm.serve.kernels.cuda.architectures import ARCHITECTURES
 from ria_vllm.serve.kernels.cuda.tiles import (
-    DATA_PARALLEL,
     MAX_SPLIT_K,
     WORKSPACE_BYTES,
     balanced_split_k,
@@ -43,18 +42,6 @@ def chosen(library, tokens):
     return library.tile_names[tile], split_k
 
 
-def test_more_tokens_take_wider_tiles():
-    names = [chosen(library_of(ALL_HOPPER), tokens)[0] for tokens in (1, 16, 64, 256, 4096)]
-    widths = [int(name.split("_")[0].split("x")[1]) for name in names]
-    assert widths == sorted(widths) and widths[0] == 16 and widths[-1] == 256
-
-
-def test_the_next_best_tile_serves_when_the_first_cannot():
-    assert chosen(library_of(ALL_HOPPER, refused=("128x256_cluster",)), 4096)[0] == "128x128_cluster_streamk"
-    assert chosen(library_of(ALL_HOPPER, hungry=("128x256_cluster",)), 4096)[0] == "128x128_cluster_streamk"
-    assert chosen(library_of(ALL_HOPPER[:1]), 4096) == (ALL_HOPPER[0], DATA_PARALLEL)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda found: found.name)
 def test_rules_and_measurements_choose_from_all_default_tiles_and_only_from_them(architecture):
     taken = set()
@@ -80,12 +67,6 @@ def test_split_k_keeps_all_sms_equally_busy(shape, num_sms):
             loads[loads.index(min(loads))] += (steps + part) // parts
     share = num_tiles * steps / num_sms
     assert max(loads) <= max(1.45 * share, steps / MAX_SPLIT_K + 3)
-
-
-def test_a_single_step_of_k_is_not_divided():
-    assert balanced_split_k("128x16_streamk", 8, 64, 1, 132) == 1
-    assert balanced_split_k("fp8_128x16_streamk", 8, 256, 1, 132) == 1
-    assert balanced_split_k("fp8_128x16_streamk", 8, 512, 1, 132) == 2
 
 
 def test_it_is_an_error_if_no_tile_can_compute_the_product():
