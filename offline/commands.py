@@ -105,7 +105,7 @@ def parse_percent(_: click.Context, parameter: click.Parameter, text: str | None
     type=click.Choice(["none", "admm", "short", "block"]),
     show_default="by --effort",
     help="How kept weights are updated: none; admm; short: admm, and then a short training of each layer, but not of "
-    "routed experts; or block: a longer training of all. Linears are rounded to integers after that.",
+    "its routed experts; or block: a longer one. Linears are rounded to integers after that.",
 )
 @expert(
     "--group-size",

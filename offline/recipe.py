@@ -270,11 +270,6 @@ class Recipe:
         return self.trains and self.weights in ("int8", "fp8")
 
     @property
-    def trains_experts(self) -> bool:
-        """Whether each expert is trained. With few tokens in a step, that takes too long for a short training."""
-        return self.reconstruct == "block"
-
-    @property
     def damping(self) -> float:
         """ADMM's, of linears outside of experts. The fewer tokens there are, the nearer to the dense weights training
         should start, or it learns these tokens by heart."""

@@ -28,10 +28,6 @@ class Activations:
     def __setitem__(self, index: int, stream: torch.Tensor) -> None:
         self.chunks[index] = self._stored(stream)
 
-    def add(self, index: int, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Add float32 values [n, ...] to rows (int64 [n]) of a float32 chunk, in place."""
-        self.chunks[index][rows] += values
-
     def append(self, stream: torch.Tensor) -> None:
         self.chunks.append(self._stored(stream))
 

@@ -1,1 +1,1 @@
-"""Routed experts from the plan to the files: which are pruned, by what tokens, how they are trained and stored."""
+"""Routed experts from the plan to the files: which are pruned, by what tokens, and how they are stored."""

@@ -11,7 +11,6 @@ from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.experts.prune import prune_expert
 from ria_vllm.offline.experts.routing import Reads, RoutedTokens, read_by
 from ria_vllm.offline.experts.store import ExpertStore, RoutedExperts
-from ria_vllm.offline.experts.train import ExpertsTrainer
 from ria_vllm.offline.model.experts.run import set_weights
 from ria_vllm.offline.runtime.memory import trim
 from ria_vllm.progress import Monitor
@@ -26,9 +25,9 @@ class ExpertsPass:
     """
 
     def __init__(self, store: ExpertStore, streams: Streams, monitor: Monitor):
-        self.store, self.model, self.recipe = store, store.model, store.recipe
+        self.store, self.model = store, store.model
         self.streams, self.monitor = streams, monitor
-        self._kept: list[Reads | Activations] = []  # beside the streams, for the current layer
+        self._kept: list[Reads] = []  # beside the streams, for the current layer
 
     @contextmanager
     def removed_after_layer(self) -> Iterator[None]:
@@ -59,22 +58,10 @@ class ExpertsPass:
     def prune(self, experts: RoutedExperts, p: torch.Tensor | None) -> None:
         """Prune all experts that are not in the work folder, and put them there."""
         numbers = range(experts.layout.num_experts)
-        kept = [experts.has(expert) for expert in numbers]
-        trainer = None
-        if self.recipe.trains_experts and not experts.kept and not all(kept):
-            lacking = Activations()
-            self._kept.append(lacking)
-            trainer = ExpertsTrainer(experts, lacking, self.monitor)
         for expert in self.monitor.steps(numbers, "experts", len(numbers)):
-            if not kept[expert]:
-                pruned = prune_expert(experts, expert, p)
-                if trainer is not None:
-                    pruned = trainer.train(expert, pruned)
-                experts.write(expert, pruned)
-                del pruned
+            if not experts.has(expert):
+                experts.write(expert, prune_expert(experts, expert, p))
                 trim()
-            if trainer is not None and not all(kept[expert + 1 :]):
-                trainer.account(expert, experts.weights(expert))
 
     def use_pruned(self, index: int, path: str) -> None:
         """Let the experts of a loaded layer be run with their pruned weights."""

@@ -1,4 +1,4 @@
-"""What the experts of a layer read, which tokens its router sends to each of them, and with which weights."""
+"""What the experts of a layer read, and which tokens its router sends to each of them."""
 
 from collections.abc import Iterator
 
@@ -17,25 +17,19 @@ class Reads:
 
     inputs: [tokens, width] each.
     choices: int16 [tokens, top_k] each: the experts that a token goes to.
-    shares: float32 [tokens, top_k] each: the router's weights of these choices.
     """
 
     def __init__(self, like: Activations):
         self.inputs = Activations(None, like.stored_dtype)
-        self.choices, self.shares = Activations(), Activations()
+        self.choices = Activations()
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def remove(self) -> None:
         """Free the memory that they take."""
-        for kept in (self.inputs, self.choices, self.shares):
+        for kept in (self.inputs, self.choices):
             kept.remove()
-
-    def shares_of(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens of a chunk go to an expert, and with which weight; 0 for the others."""
-        chosen = self.choices[index] == expert
-        return chosen.any(1), (self.shares[index] * chosen).sum(1)
 
 
 def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations, reads: Reads, place: str) -> None:
@@ -51,10 +45,9 @@ def read_by(experts: nn.Module, sublayer_pass: SublayerPass, stream: Activations
         RiaError: the sublayer does not reach them.
     """
 
-    def watch(X: torch.Tensor, choices: torch.Tensor, shares: torch.Tensor) -> None:
+    def watch(X: torch.Tensor, choices: torch.Tensor) -> None:
         reads.inputs.append(X.reshape(-1, X.shape[-1]))
         reads.choices.append(choices.reshape(-1, choices.shape[-1]).to(torch.int16))
-        reads.shares.append(shares.reshape(-1, choices.shape[-1]).float())
         raise Reached
 
     fitted = sublayer_pass.streams.fitted
@@ -101,19 +94,13 @@ class RoutedTokens:
 
     def of(self, expert: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Chunks of what the expert reads [tokens, width] float32 in the pruned model, and in the dense one."""
-        yield from (self.chunk(index, expert) for index in self.chunks(expert))
+        for index in range(len(self.pruned)):
+            chosen = self._chosen(index, expert)
+            if bool(chosen.any()):
+                dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
+                yield self.pruned.inputs[index][chosen].float(), dense
 
-    def chunks(self, expert: int) -> list[int]:
-        """The numbers of the chunks in which the expert reads something."""
-        return [index for index in range(len(self.pruned)) if bool(self.chosen(index, expert).any())]
-
-    def chunk(self, index: int, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One of the chunks that `of` gives."""
-        chosen = self.chosen(index, expert)
-        dense = None if self.dense is None else self.dense.inputs[index][chosen].float()
-        return self.pruned.inputs[index][chosen].float(), dense
-
-    def chosen(self, index: int, expert: int) -> torch.Tensor:
+    def _chosen(self, index: int, expert: int) -> torch.Tensor:
         """bool [tokens]: which tokens of a chunk the expert reads, those of others that it takes included."""
         choices = self.pruned.choices[index]
         chosen = (choices == expert).any(1)

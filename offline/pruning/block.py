@@ -11,36 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.formats import RoundedFormat
 
 # Kept weights of a linear that are updated together.
 PIECE = 1 << 20
 # Learning rate, in units of a weight's root mean square, which differs tenfold between models. Measured on SmolLM2: a
 # third of it leaves 7% more error on held-out text after five layers.
 LR = 0.015
-# Micro-batches, spread evenly, that say whether training has lowered the loss.
-COMPARED = 2
 
 
 class Diverged(RiaError):
     """A loss is not finite."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that a weight [out, in] may have: those of a format, times scales.
-
-    scales: [out, groups]; groups: int64 [in], the group of each channel.
-    """
-
-    format: RoundedFormat
-    scales: torch.Tensor
-    groups: torch.Tensor
-
-    def scales_at(self, index: torch.Tensor) -> torch.Tensor:
-        """The scales of the entries at the flat indices `index` [n]."""
-        row, channel = index // len(self.groups), index % len(self.groups)
-        return self.scales.flatten()[row * self.scales.shape[1] + self.groups[channel]]
 
 
 @dataclass(frozen=True)
@@ -51,21 +31,17 @@ class Training:
         lr: the learning rate of the first step, in units of the root mean square of what a weight keeps.
         seed: for the order of the micro-batches.
         dtype: of the matrix products, bfloat16 or float32.
-        relative: False: the caller has scaled outputs and targets instead.
         channels: [hidden] float32, what the square of each channel counts in a token's error and in its norm; None: all
             count alike.
         place: what an error begins with.
-        measure: the loss on other data; None: the mean of a few of these micro-batches (`COMPARED`).
     """
 
     passes: int = 8
     lr: float = LR
     seed: int = 0
     dtype: torch.dtype = torch.bfloat16
-    relative: bool = True
     channels: torch.Tensor | None = None
     place: str = ""
-    measure: Callable[[], float] | None = None
 
 
 def train_block(
@@ -75,18 +51,14 @@ def train_block(
     inputs: Sequence[torch.Tensor | tuple],
     targets: Sequence[torch.Tensor],
     training: Training,
-    grids: Mapping[str, Grid] | None = None,
+    measure: Callable[[], float],
 ) -> tuple[float, float]:
     """Masked Adam with a cosine schedule, one step per micro-batch, under bf16 autocast or in float32.
 
-    The loss of a token is its squared error divided by its own squared norm, unless `relative` is False. With a plain
+    The loss of a token is its squared error divided by its own squared norm. With a plain
     mean square, a few tokens with a thousand times the norm of the others would dominate.
 
     With half of the weights masked, this takes 10 bytes per weight (12 in float32), plus the gradient of one linear.
-
-    A weight with a grid is read, and returned, as the grid's nearest values, while Adam updates the float32 weights
-    behind them with the gradient at these values (a straight-through estimator; Bengio et al., 2013). Its scales take
-    another byte per weight (2 if they are float32).
 
     Args:
         forward: [..., hidden] -> [..., hidden], the residual stream after the sublayer; multiplies with `params`
@@ -97,27 +69,18 @@ def train_block(
         inputs, targets: micro-batches [..., hidden], the same number of each, on one device; the sequences may load an
             item only when it is asked for. An input may also be a tuple of a micro-batch and more arguments of
             `forward`.
-        grids: of the parameters that are rounded.
+        measure: the loss on other data.
 
     Returns:
-        What `training.measure` says before the first step and after the last one.
+        What `measure` says before the first step and after the last one.
 
     Raises:
         Diverged: a loss that is not finite. The parameters are no longer of use.
     """
     order = torch.Generator().manual_seed(training.seed)
     step, steps = 0, training.passes * len(inputs)
-    trained = [_Trained(p, mask_of(name), training, (grids or {}).get(name)) for name, p in params.items()]
-    count = min(COMPARED, len(inputs))
-    compared = [i * len(inputs) // count for i in range(count)]
-
-    def error_of(i: int) -> torch.Tensor:
-        return error(forward, inputs[i], targets[i], training)
-
-    def mean_loss() -> float:
-        return sum(error_of(i).item() for i in compared) / count
-
-    measure = torch.no_grad()(training.measure or mean_loss)
+    trained = [_Trained(p, mask_of(name), training) for name, p in params.items()]
+    measure = torch.no_grad()(measure)
     try:
         before = measure()
         for number in range(training.passes):
@@ -125,7 +88,7 @@ def train_block(
             for i in torch.randperm(len(inputs), generator=order).tolist():
                 for weight in trained:
                     weight.set_lr(training.lr * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-                loss = error_of(i)
+                loss = error(forward, inputs[i], targets[i], training)
                 loss.backward()
                 step += 1
                 total += loss.item()
@@ -146,15 +109,13 @@ class _Trained:
     there, so that only one gradient is alive at a time, and piece by piece, so that temporaries stay small.
     """
 
-    def __init__(self, parameter: torch.nn.Parameter, mask: torch.Tensor, training: Training, grid: Grid | None):
+    def __init__(self, parameter: torch.nn.Parameter, mask: torch.Tensor, training: Training):
         self.parameter, self.required_grad = parameter, parameter.requires_grad
         # By index, because selecting by a mask of random bits is ten times slower.
         index = mask.flatten().nonzero().flatten().to(torch.int32 if mask.numel() < 2**31 else torch.int64)
         self.index = index.split(PIECE)
         flat = parameter.data.reshape(-1)
         self.kept = [torch.nn.Parameter(flat.index_select(0, part).float()) for part in self.index]
-        self.grid = grid
-        self.scales = [] if grid is None else [grid.scales_at(part) for part in self.index]
         squares = sum(float(torch.linalg.vector_norm(part.detach())) ** 2 for part in self.kept)
         self.unit = math.sqrt(squares / max(1, sum(map(len, self.kept))))
         self.optimizer = torch.optim.Adam(self.kept, lr=training.lr * self.unit, fused=True)
@@ -188,14 +149,8 @@ class _Trained:
 
     def _write(self) -> None:
         flat = self.parameter.data.view(-1)
-        for number, (kept, part) in enumerate(zip(self.kept, self.index, strict=True)):
-            values = kept.data
-            if self.grid is not None:
-                scales = self.scales[number].float()
-                values = (values / scales).clamp_(self.grid.format.smallest, self.grid.format.largest)
-                torch.mul(values, scales, out=kept.data)  # no further than the grid reaches, or it might not come back
-                self.grid.format.round_(values).mul_(scales)
-            flat.index_copy_(0, part.long(), values.to(flat.dtype))
+        for kept, part in zip(self.kept, self.index, strict=True):
+            flat.index_copy_(0, part.long(), kept.data.to(flat.dtype))
 
 
 def error(forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor, training: Training) -> torch.Tensor:
@@ -209,5 +164,4 @@ def error(forward: Callable, inputs: torch.Tensor | tuple, targets: torch.Tensor
     with torch.autocast(stream.device.type, torch.bfloat16, enabled=training.dtype == torch.bfloat16):
         outputs = forward(stream.float(), *others)
     targets = targets.float()
-    errors = size(outputs.float() - targets)
-    return (errors / size(targets).clamp(min=1e-12) if training.relative else errors).mean()
+    return (size(outputs.float() - targets) / size(targets).clamp(min=1e-12)).mean()

@@ -43,7 +43,7 @@ def pruning_seconds(model: StreamedModel, recipe: Recipe, layers: range | None =
     trained = max(trained, 2 * recipe.samples * recipe.seq_len) if trained else 0  # it passes twice at least
     fast = exact = grams = memory = 0.0
     for rows, columns, copies, share in _shapes(model, recipe, layers):
-        weights, reached, taught = rows * columns, copies * share, trained * (copies == 1 or recipe.trains_experts)
+        weights, reached, taught = rows * columns, copies * share, trained * (copies == 1)
         fast += weights * (reached * (PASSED * tokens + TRAINED * taught) + copies * ORDERED * columns)
         grams += recipe.needs_gram * GRAMS * tokens * reached * columns**2
         exact += recipe.needs_gram * copies * SOLVED * weights * columns

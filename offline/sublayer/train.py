@@ -32,7 +32,7 @@ def train_sublayer(
 
     Args:
         sublayer_pass: with the pruned weights in place, the pruned stream before it and the dense stream after it.
-        pruned: name relative to the layer -> pruned linear.
+        pruned: name relative to the layer -> pruned linear whose weight is not rounded.
         share: the sublayer's weights divided by those of the layer's largest sublayer.
 
     Returns:
@@ -66,8 +66,6 @@ def train_sublayer(
         channels=channels,
         place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
     )
-    if streams.held_out:
-        training = replace(training, measure=partial(_held_out_loss, sublayer_pass, training))
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
         try:
             losses: tuple[float, float] | None = train_block(
@@ -77,6 +75,7 @@ def train_sublayer(
                 OnDemand(chunks, sublayer_pass.input_and_call),
                 goals,
                 training,
+                partial(_held_out_loss, sublayer_pass, training),
             )
         except Diverged:
             if recipe.reconstruct == "block":
@@ -85,7 +84,7 @@ def train_sublayer(
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)
-        trained[name] = after_training(linear, module.weight.data, losses, recipe)
+        trained[name] = after_training(linear, module.weight.data, losses)
         if not trained[name].record["trained"]:
             # The layer may have had the same tensor, which training then changed.
             trained[name].weight[linear.mask] = before[name]
@@ -127,20 +126,17 @@ def channel_weights(targets: Sequence[torch.Tensor], gains: Sequence[torch.Tenso
     return (total / total.mean()).float()
 
 
-def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, float] | None, recipe: Recipe) -> Pruned:
+def after_training(linear: Pruned, weight: torch.Tensor, losses: tuple[float, float] | None) -> Pruned:
     """The linear with its trained weight [out, in], or as it was if the loss did not fall.
 
-    Steps can be too long for a model. Those of integers can also be too short to reach the next one.
+    Steps can be too long for a model.
 
     Args:
         losses: before and after; None if training diverged.
     """
     better = losses is not None and losses[1] < losses[0]
     found = replace(linear, record=linear.record | {"block_loss": losses and list(losses), "trained": better})
-    if not better:
-        return found
-    weight, scale = stored_weight(weight, linear.p, linear.weight.dtype, recipe, linear.scale)
-    return replace(found, weight=weight, scale=scale)
+    return replace(found, weight=weight.to(linear.weight.dtype).cpu()) if better else found
 
 
 def smooth_sublayer(

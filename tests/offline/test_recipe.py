@@ -141,11 +141,10 @@ def test_a_short_training_goes_less_far_in_fewer_steps():
 
 
 @pytest.mark.parametrize("weights", ["float", "int8", "int4"])
-def test_a_short_training_leaves_experts_to_admm(weights):
+def test_what_trains_sublayers(weights):
     names = ("none", "admm", "short", "block")
     recipes = {name: Recipe(reconstruct=name, weights=weights) for name in names}
     assert {name for name, recipe in recipes.items() if recipe.trains} == {"short", "block"}
-    assert {name for name, recipe in recipes.items() if recipe.trains_experts} == {"block"}
 
 
 @pytest.mark.parametrize("reconstruct", ["none", "admm", "short", "block"])

@@ -15,16 +15,12 @@ from zoo.toys import TOYS
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.format.formats import IntFormat
-from ria_vllm.offline.experts import train as train_experts
-from ria_vllm.offline.experts.train import grids_of
-from ria_vllm.offline.pruning.block import train_block
-from ria_vllm.offline.recipe import RECONSTRUCTIONS, Recipe
+from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import compress as compressing
-from ria_vllm.offline.run import plan
 from ria_vllm.offline.run.compress import Settings, compress
 from ria_vllm.offline.run.layers import LayerPass
 from ria_vllm.offline.sublayer import train
-from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed, stored_weight
+from ria_vllm.offline.sublayer.pruned_linear import Pruned, packed
 from ria_vllm.offline.sublayer.train import after_training
 from ria_vllm.progress import Monitor
 
@@ -130,19 +126,6 @@ def test_what_was_trained_is_rounded_on_what_it_reads(options, reconstruct, tiny
         assert 0 < off < nearest, name
 
 
-@pytest.mark.parametrize("reconstruct", ["block"])
-def test_int8_rounds_what_float_weights_would_be(reconstruct, tiny, text, tmp_path, rounding):
-    floats, _ = compressed(tiny("llama"), tmp_path / "float", text, reconstruct=reconstruct)
-    integers, records = compressed(tiny("llama"), tmp_path / "int", text, reconstruct=reconstruct, weights="int8")
-    names = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in IN_ORDER]
-    assert any(records[name]["trained"] for name in names)
-    for name, exact in zip(names, rounding.exact, strict=True):
-        float_weight = floats.dense(name).float()
-        assert torch.equal(float_weight, exact.float()), name
-        assert integers.linear(name).parts["bitmask"].equal(floats.linear(name).parts["bitmask"])
-        assert (integers.dense(name).float() - float_weight).norm() < 0.02 * float_weight.norm(), name
-
-
 def test_scales_migrate_after_training_so_that_it_is_that_of_float_weights(tiny, text, tmp_path):
     """The oracle is transformers' forward pass, inputs not rounded: what the scales change, their inverses undo."""
     floats, _ = compressed(tiny("llama"), tmp_path / "float", text, reconstruct="short")
@@ -164,84 +147,15 @@ def test_scales_migrate_after_training_so_that_it_is_that_of_float_weights(tiny,
     assert (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
 
 
-def test_training_moves_the_integers_of_experts_and_leaves_their_scales_or_changes_nothing(
-    tiny, text, tmp_path, monkeypatch
-):
-    """What precedes the experts stays as it is."""
-    monkeypatch.setattr(plan, "_can_be_rounded", lambda *_: False)
-    source, options = tiny("qwen3-moe"), {"weights": "int8", "ignore": ("layers.1", "self_attn")}
-    started, _ = compressed(source, tmp_path / "admm", text, reconstruct="admm", **options)
-    trained, records = compressed(source, tmp_path / "block", text, reconstruct="block", **options)
-    losses = {name: record["block_loss"] for name, record in records.items()}
-    assert set(started.sparse_names) == set(losses) and min(map(min, losses.values())) > 0
-    in_order = list(started.sparse_names)
-    first = next(number for number, name in enumerate(in_order) if losses[name][1] < losses[name][0])
-    for name in in_order[: first + 1]:  # nothing before these was trained
-        parts, before = trained.linear(name).parts, started.linear(name).parts
-        assert torch.equal(parts["weight_scale"], before["weight_scale"])
-        assert torch.equal(parts["bitmask"], before["bitmask"])
-        moved = (parts["compressed"].int() - before["compressed"].int()).abs()
-        assert moved.max() < 128 and (moved.double().mean() > 0.1 if name == in_order[first] else moved.sum() == 0)
-
-
-@pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize("group_size", [32, "row"])
-def test_grids_have_the_scales_of_the_stored_columns(group_size, permuted):
-    recipe = Recipe(weights="int4", group_size=group_size)
-    draw = torch.Generator().manual_seed(0)
-    stored = torch.randn(24, 192, generator=draw) * torch.logspace(-2, 2, 192)  # by groups, very different scales
-    p = torch.randperm(192, generator=draw) if permuted else torch.arange(192)
-    back = p.argsort()
-    weight, scale = stored_weight(stored[:, back], p if permuted else None, torch.float32, recipe)
-    linear = Pruned(weight, packed(stored[:, back] != 0), p if permuted else None, {}, scale)
-    grid = grids_of({"a": linear}, recipe, torch.device("cpu"))["a"]
-    scales = grid.scales_at(torch.arange(stored.numel())).view(24, 192).float()
-    other = 2 * stored[:, back]
-    on_grid = (other / scales).round().clamp(grid.format.smallest, grid.format.largest) * scales
-    assert torch.equal(on_grid[:, p], recipe.weight_format.quantize(other[:, p], torch.float32, scale)[0])
-    assert on_grid[:, p].ne(other[:, p]).any()
-
-
 @pytest.mark.parametrize(
     ("losses", "is_trained"), [((2.0, 1.0), True), ((1.0, 2.0), False), ((1.0, math.nan), False), (None, False)]
 )
 def test_a_weight_whose_loss_did_not_fall_stays_as_it_was(losses, is_trained):
     start = Pruned(torch.zeros(2, 4, dtype=torch.bfloat16), packed(torch.ones(2, 4, dtype=torch.bool)), None, {"a": 1})
-    found = after_training(start, torch.ones(2, 4), losses, Recipe())
+    found = after_training(start, torch.ones(2, 4), losses)
     assert torch.equal(found.weight, torch.full((2, 4), float(is_trained), dtype=torch.bfloat16))
     assert found.record | {"block_loss": None} == {"a": 1, "block_loss": None, "trained": is_trained}
     assert start.record == {"a": 1} and repr(found.record["block_loss"]) == repr(losses and list(losses))
-
-
-@pytest.mark.parametrize(
-    ("family", "reconstruct", "settings", "trained"),
-    [
-        ("llama", "short", {}, {"self_attn": (4, 0.01), "mlp": (6, 0.015)}),  # 49,152 and 73,728 weights
-        ("llama", "short", {"intermediate_size": 512}, {"self_attn": (2, 0.0075), "mlp": (6, 0.015)}),
-        ("llama", "short", {"intermediate_size": 64}, {"self_attn": (6, 0.015), "mlp": (3, 0.0075)}),
-        ("qwen3-moe", "short", {}, {"self_attn": (6, 0.015)}),
-        ("llama", "block", {}, {"self_attn": (8, 0.015), "mlp": (8, 0.015)}),
-    ],
-)
-def test_sublayers_with_fewer_weights_have_a_shorter_training(
-    family, reconstruct, settings, trained, make_model, text, tmp_path, monkeypatch
-):
-    """Eight chunks of one sample; 48 chunks are the most that a short training reads. `trained`: passes and learning
-    rate."""
-    monkeypatch.setattr(Recipe, "chunk_tokens", 32)
-    monkeypatch.setitem(RECONSTRUCTIONS, "short", 48 * 32)
-    found = []
-
-    def watched(forward, params, masks, inputs, targets, how, *_):
-        assert (how.channels is None) == ("experts" in how.place), how.place  # errors count as the norms see them
-        found.append((next(n for n in ("self_attn", "mlp") if n in how.place), len(inputs), how.passes, how.lr))
-        return 1.0, 2.0
-
-    monkeypatch.setattr(train, "train_block", watched)
-    monkeypatch.setattr(train_experts, "train_block", watched)
-    source = make_model(tmp_path / "dense", family, **settings)
-    compressed(source, tmp_path / "out", text, reconstruct=reconstruct, samples=8)
-    assert found == [(name, 8, passes, pytest.approx(lr)) for name, (passes, lr) in trained.items()] * 2
 
 
 @pytest.mark.parametrize(
@@ -252,14 +166,8 @@ def test_what_training_did_not_better_is_what_admm_wrote(
     family, reconstruct, dtype, make_model, text, tmp_path, monkeypatch
 ):
     """In a checkpoint of the dtype that is computed in, whose weights need no copy to be trained."""
-
-    def worse(*arguments, **options):
-        train_block(*arguments, **options)
-        return 1.0, 2.0
-
     losses = itertools.count(1.0)
     monkeypatch.setattr(train, "_held_out_loss", lambda *_: next(losses))
-    monkeypatch.setattr(train_experts, "train_block", worse)
     monkeypatch.setattr(Recipe, "damping", 0.5)  # of all, trained or not
     source = make_model(tmp_path / "dense", family, dtype=getattr(torch, dtype))
     found = {}

@@ -25,9 +25,9 @@ TOKENS_MULTIPLE = 64
 # Expert's number -> linear ("gate", "up", "down") -> weight [out, in].
 Weights = Callable[[int], Mapping[str, torch.Tensor]]
 
-# Told what the experts read [tokens, width]; int [tokens, choices], which of them each token goes to; and the weight of
-# each choice [tokens, choices] in the output. In Llama 4 the tokens are weighted, and each has one choice of weight 1.
-Watcher = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Told what the experts read [tokens, width], and int [tokens, choices], to which of them each token goes. In Llama 4
+# tokens are weighted, and each has one choice.
+Watcher = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 def run_one_by_one(layer: nn.Module) -> None:
@@ -83,17 +83,13 @@ def inner(experts: nn.Module, expert: int, X: torch.Tensor, weights: Mapping[str
     return experts._apply_gate(joined) if layout.has_gate else experts.act_fn(joined)
 
 
-def output(experts: nn.Module, expert: int, X: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The output of an expert [tokens, width], where it reads X [tokens, width]."""
-    return _linear(inner(experts, expert, X, weights), weights[DOWN], biases(experts, expert).get(DOWN))
-
-
-def output_of(
+def _output_of(
     experts: nn.Module, expert: int, X: torch.Tensor, rows: torch.Tensor, weights: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """The output of an expert [rows, width] for some rows of X [tokens, width]."""
     padded = torch.cat([rows, rows.new_zeros(-len(rows) % TOKENS_MULTIPLE)])
-    return output(experts, expert, X[padded], weights)[: len(rows)]
+    output = _linear(inner(experts, expert, X[padded], weights), weights[DOWN], biases(experts, expert).get(DOWN))
+    return output[: len(rows)]
 
 
 def _linear(X: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -106,14 +102,14 @@ def experts_forward(
     """In the place of an experts module's own forward, with the same arguments and result."""
     watcher = experts.__dict__.get("watcher")
     if watcher is not None:
-        watcher(hidden_states, top_k_index, top_k_weights)
+        watcher(hidden_states, top_k_index)
     weights_of = experts.__dict__.get("weights") or partial(own_weights, experts)
     out = torch.zeros_like(hidden_states)
     for expert in range(experts.layout.num_experts):
         token, choice = torch.where(top_k_index == expert)
         if len(token) == 0:
             continue
-        computed = output_of(experts, expert, hidden_states, token, weights_of(expert))
+        computed = _output_of(experts, expert, hidden_states, token, weights_of(expert))
         # Some routers give weights in another dtype.
         weighted = computed * top_k_weights[token, choice, None]
         out.index_add_(0, token, weighted.to(out.dtype))

@@ -86,8 +86,8 @@ def test_reconstruction_brings_an_expert_closer_to_its_dense_output(mixtral, pru
     """On the tokens of layer 0, where what it reads is the same in both models, but for the four held-out samples."""
     X, choices = (one[: 16 * 128] for one in routed)
     errors = {}
-    for reconstruct in ("none", "admm", "block"):
-        reader, report = pruned(reconstruct=reconstruct)
+    for reconstruct in ("none", "admm"):
+        reader, _ = pruned(reconstruct=reconstruct)
         errors[reconstruct] = []
         for expert in range(4):
             own, dense = X[(choices == expert).any(1)].double(), weights(mixtral, expert)
@@ -97,9 +97,6 @@ def test_reconstruction_brings_an_expert_closer_to_its_dense_output(mixtral, pru
                 for one in (dense, kept)
             ]
             errors[reconstruct].append(float((outputs[1] - outputs[0]).norm() / outputs[0].norm()))
-            if reconstruct == "block":
-                loss = report["linears"][f"model.layers.0.block_sparse_moe.experts.{expert}.w2"]["block_loss"]
-                assert loss[1] < loss[0]
         shutil.rmtree(reader.folder)
-    for admm, none, block in zip(errors["admm"], errors["none"], errors["block"], strict=True):
-        assert admm < 0.95 * none and block < admm
+    for admm, none in zip(errors["admm"], errors["none"], strict=True):
+        assert admm < 0.95 * none
