@@ -16,7 +16,7 @@ from ria_vllm.offline.calibration.activations import OnDemand
 from ria_vllm.offline.calibration.sublayer_pass import SublayerPass
 from ria_vllm.offline.model.topology import Group
 from ria_vllm.offline.pruning.admm import output_error
-from ria_vllm.offline.pruning.block import LR, Diverged, Training, error, train_block
+from ria_vllm.offline.pruning.block import LR, Training, error, train_block
 from ria_vllm.offline.pruning.rounding import Objective, round_on_mask
 from ria_vllm.offline.pruning.symmetric import SymmetricMatrix
 from ria_vllm.offline.recipe import Recipe
@@ -37,9 +37,6 @@ def train_sublayer(
 
     Returns:
         The same linears, see `after_training`; their weights are also in the layer.
-
-    Raises:
-        Diverged: of a recipe that asks for `block`. A short training that diverges leaves the linears as they were.
     """
     runner, streams, dense = sublayer_pass.runner, sublayer_pass.streams, sublayer_pass.streams.dense
     assert dense is not None
@@ -64,23 +61,17 @@ def train_sublayer(
         seed=recipe.seed,
         dtype=recipe.matmul_dtype,
         channels=channels,
-        place=f"{sublayer_pass.place(next(iter(pruned)))} and what is trained with it: ",
     )
     with sublayer_pass.monitor.phase("block training"), kept, torch.enable_grad():
-        try:
-            losses: tuple[float, float] | None = train_block(
-                runner.run,
-                weights,
-                lambda name: pruned[name].mask.to(runner.device),
-                OnDemand(chunks, sublayer_pass.input_and_call),
-                goals,
-                training,
-                partial(_held_out_loss, sublayer_pass, training),
-            )
-        except Diverged:
-            if recipe.reconstruct == "block":
-                raise
-            losses = None
+        losses = train_block(
+            runner.run,
+            weights,
+            lambda name: pruned[name].mask.to(runner.device),
+            OnDemand(chunks, sublayer_pass.input_and_call),
+            goals,
+            training,
+            partial(_held_out_loss, sublayer_pass, training),
+        )
     trained = {}
     for name, linear in pruned.items():
         module = runner.linear(name)

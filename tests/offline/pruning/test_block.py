@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from ria_vllm.errors import RiaError
 from ria_vllm.offline.pruning.block import Training, train_block
 from ria_vllm.offline.pruning.masks import mask
 
@@ -150,9 +149,7 @@ def test_a_huge_token_does_not_dominate(problem):
     assert loss(model, *others) < 0.6 * before
 
 
-def test_a_loss_that_is_not_finite_is_an_error(problem):
+def test_a_loss_that_is_not_finite_leaves_nothing_to_measure(problem):
     model, params, masks, inputs, targets = problem
-    with pytest.raises(RiaError, match="diverged.*Give --reconstruct admm"):
-        train_block(
-            model, params, masks.__getitem__, [h * float("nan") for h in inputs], targets, Training(), unmeasured
-        )
+    inputs = [h * float("nan") for h in inputs]
+    assert train_block(model, params, masks.__getitem__, inputs, targets, Training(), unmeasured) is None
