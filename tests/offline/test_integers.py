@@ -16,7 +16,6 @@ from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
 from ria_vllm.folder_commands import export
-from ria_vllm.format.schema import INT8_TOKENS
 from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run.compress import Settings, compress
 
@@ -133,39 +132,6 @@ def test_a_tied_head_is_stored_once(options, names, tiny, text, tmp_path):
     assert take_inventory(reader)["totals"]["dense_bytes"] == sum(tensor.nbytes for tensor in dense.values())
 
 
-@pytest.mark.parametrize("name", sorted(HEADS))
-def test_an_untied_one_can_be_left_out(name, tiny, text, tmp_path):
-    out = run(tiny("llama"), tmp_path / "out", text, weights="int8", reconstruct="none", ignore=(name,))
-    assert {*Reader(out).int8_names} == HEADS - {name} and f"{name}.weight" in Reader(out).files
-
-
-@each_way
-def test_what_config_json_says(pruned, way):
-    options, bits, size = WAYS[way]
-    config = json.loads((pruned(way) / "config.json").read_text())["quantization_config"]
-    words = {"num_bits": bits, "type": "int", "strategy": "group" if size else "channel", "symmetric": True}
-    assert config["weights"] == words | ({"group_size": size} if size else {}) | {"dtype": "float32"}
-    assert ("input_activations" in config) == ("activations" in options)
-    if "activations" in options:
-        assert config["input_activations"] == INT8_TOKENS.model_dump()
-        assert config["recipe"]["scheme"] == f"W{bits}A8"
-    if size:
-        assert config["recipe"]["group_size"] == size
-
-
-@each_way
-def test_sizes(pruned, exact, way):
-    _, bits, size = WAYS[way]
-    reader = Reader(pruned(way))
-    wide, inventory = (take_inventory(one)["totals"] for one in (Reader(exact), reader))
-    assert inventory["linear_dense_bytes"] == wide["linear_dense_bytes"]
-    # Instead of 32 bits for every second weight; and the scales.
-    shapes = [reader.linear(name).shape for name in reader.sparse_names]
-    scales = sum(rows * (columns // size * 2 if size else 4) for rows, columns in shapes)
-    saved = sum(rows * columns // 2 * (32 - bits) // 8 for rows, columns in shapes) - scales
-    assert wide["linear_bytes"] - inventory["linear_bytes"] == saved
-
-
 @each_way
 def test_export_and_transformers_read_the_same_weights(pruned, way, tmp_path):
     reader = Reader(pruned(way))
@@ -179,29 +145,6 @@ def test_export_and_transformers_read_the_same_weights(pruned, way, tmp_path):
     assert want.keys() == found.keys()
     assert all(torch.equal(want[name], found[name]) for name in want)
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    [({"weights": "int8"}, torch.float16), ({"weights": "int4", "group_size": 32}, torch.bfloat16)],
-    ids=str,
-)
-def test_what_the_layers_saw_is_what_is_stored(dtype, options, make_model, text, tmp_path):
-    """Rounded to the model's own dtype once, and back to the same integers."""
-    model = make_model(tmp_path / "model", "llama", dtype=dtype)
-    reader = Reader(run(model, tmp_path / "out", text, **options))
-    assert list(reader.problems()) == []
-    for name in reader.sparse_names:
-        linear = reader.linear(name)
-        scales = linear.parts["weight_scale"]
-        assert linear.dtype == dtype
-        assert scales.dtype == (torch.float32 if options["weights"] == "int8" else torch.bfloat16)
-        groups = linear.stored().float().unflatten(1, (scales.shape[1], -1))
-        again = (groups / scales.float()[..., None]).round()
-        largest = 127 if options["weights"] == "int8" else 7
-        assert again.abs().max() <= largest + 1 and again.abs().amax(-1).eq(largest).float().mean() > 0.5, name
-        values = linear.format.integers(linear.parts)
-        assert torch.equal(again.flatten(1)[linear.stored() != 0], values[values != 0].float())
 
 
 def test_a_group_size_that_does_not_fit_is_refused_before_any_work(tiny, text, tmp_path):

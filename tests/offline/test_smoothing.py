@@ -1,6 +1,5 @@
 """Scales of inputs that migrate during `compress`, read back from the folder and compared with the dense model."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -149,22 +148,6 @@ def test_a_dense_linear_that_would_be_rounded_keeps_its_group_as_it_is(make_mode
     for name in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj"):
         assert torch.equal(found[f"{LAYER}{name}.weight"], dense[f"{LAYER}{name}.weight"])
     assert report["smoothed"]["linears"] == 8
-
-
-def test_moe_layers_count_what_nothing_absorbs(tiny, text, tmp_path):
-    report, _ = run_small(tiny("qwen3-moe"), tmp_path / "out", text, **INT8)
-    left = [name for name, record in report["linears"].items() if "smoothed" not in record]
-    assert left and all(".experts." in name for name in left)
-    assert report["smoothed"] == {"linears": len(report["linears"]) - len(left), "left": len(left)}
-
-
-def test_a_recipe_says_so_where_no_scale_could_migrate(tiny, text, tmp_path, floats_stay_dense):
-    """So a server takes adapters of the dense model."""
-    report, _ = run_small(tiny("qwen3-moe"), tmp_path / "out", text, ignore=("self_attn",), **INT8)
-    recipe = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["recipe"]
-    assert report["smoothed"] == {"linears": 0, "left": len(report["linears"])} and report["linears"]
-    assert recipe["smooth"] == report["recipe"]["smooth"] == 0
-    assert "| smooth | `0.0` |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_without_it_every_other_tensor_is_the_sources(model, text, tmp_path):

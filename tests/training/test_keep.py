@@ -95,24 +95,6 @@ class Masked(nn.Module):
         return weight * self.mask
 
 
-def test_with_a_gradient_scaler(pruned_llama):
-    """A step that it skips, because of an infinite gradient, changes nothing."""
-    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
-    keep_sparse(model)
-    optimizer, scaler = OPTIMIZERS["adamw"](model.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = model.lm_head.weight.detach().clone()
-    for step in range(3):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, TOKENS[step : step + 2])).backward()
-        if step == 0:
-            model.lm_head.weight.grad[0, 0] = torch.inf
-        scaler.step(optimizer)
-        scaler.update()
-        check_zeros(model, kept)
-        assert torch.equal(model.lm_head.weight, before) == (step == 0)
-    assert scaler.get_scale() == 512
-
-
 def test_gradients_that_overflow_where_weights_are_pruned(pruned_llama):
     """inf * 0 is NaN, so a mask that multiplies would spread it."""
     model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
@@ -247,13 +229,6 @@ def test_no_kept_weight_is_trained_beside_an_adapter(pruned_llama, trained):
     assert torch.equal(weight, before)
 
 
-def test_compiled(pruned_llama):
-    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
-    keep_sparse(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    train(compiled, MovesEverything(compiled.parameters()), steps=2, after=lambda: check_zeros(model, kept))
-
-
 def test_flattened_weights_are_refused(pruned_llama):
     """As in FSDP1 and DeepSpeed ZeRO-3."""
     model = load(pruned_llama.folder)
@@ -314,19 +289,3 @@ def test_a_dense_checkpoint_rounds_its_inputs_as_the_folder_does(pruned_llama, t
         rounded, unrounded = whole(tokens).logits, again(tokens).logits
         keep_sparse(again, like=folder)
         assert torch.equal(again(tokens).logits, rounded) and not torch.equal(unrounded, rounded)
-
-
-def test_under_autocast_with_accumulation(pruned_llama):
-    model, kept = load(pruned_llama.folder), masks(pruned_llama.folder)
-    keep_sparse(model)
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    for step in range(2):
-        for part in range(2):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss_of(model, TOKENS[2 * step + part :][:1]).backward()
-            for name, mask in kept.items():
-                grad = model.get_parameter(name).grad
-                assert not grad[~mask].any() and grad[mask].any(), name
-        optimizer.step()
-        check_zeros(model, kept)
-        optimizer.zero_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sparse_llama import TOKENS, load, masks, outside
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
 from wrappers import compressed_wrapper
 
 from ria_vllm.checkpoint.reader import Reader
@@ -76,27 +76,6 @@ def test_transformers_trainer_resumes_to_the_same_weights(name, written, tmp_pat
         assert list(outside(model, masks(folder))) == []
 
 
-class Remember(TrainerCallback):
-    """The weights after the first step."""
-
-    def on_step_end(self, args, state, control, model, **_):
-        if state.global_step == 1:
-            self.first = copy.deepcopy(model.state_dict())
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gemma3"])
-def test_transformers_trainer_loads_the_best_weights(name, written, tmp_path):
-    folder, load = written(name)
-    model, remember = load(folder), Remember()
-    keep_sparse(model)
-    every = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps"}
-    training = trainer(model, tmp_path / "runs", load_best_model_at_end=True, metric_for_best_model="score", **every)
-    training.evaluate = lambda **_: {"eval_score": -training.state.global_step}
-    training.add_callback(remember)
-    training.train()
-    assert training.state.best_model_checkpoint.endswith("checkpoint-1") and equal(model.state_dict(), remember.first)
-
-
 @pytest.mark.parametrize("name", ["gpt_oss", "granitemoe", "gemma3"])
 def test_a_checkpoint_is_read_and_saved_compressed(name, written, tmp_path):
     folder, load = written(name)
@@ -144,40 +123,6 @@ def test_a_checkpoint_under_the_names_of_the_files(name, written, tmp_path):
     assert equal(again.state_dict(), model.state_dict())
 
 
-def test_experts_that_are_not_pruned_under_the_names_of_the_files(tmp_path):
-    folder, _ = pruned_moe.write(pruned_moe.FAMILIES["mixtral"], tmp_path, dense_layer=0)
-    model = load(folder)
-    model.save_pretrained(tmp_path / "checkpoint-1")
-    keep_sparse(model)
-    of_files = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".0.mlp.experts." not in name}
-    state |= {name: tensor for name, tensor in of_files.items() if ".0.block_sparse_moe.experts." in name}
-    expected = r"layers\.0\.mlp\.experts\.\w+: not in the checkpoint, which has .*\.experts\.\d"
-    with pytest.raises(RiaError, match=expected):
-        model.load_state_dict(state, strict=False)
-
-
-LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize("name", ["prompt_embeddings", LORA])
-def test_adapters_of_a_model_that_is_kept_sparse(name, written):
-    """PEFT loads them by `load_state_dict` of all of the model, and then has no place for some of them."""
-    folder, load = written("mixtral")
-    model = load(folder)
-    keep_sparse(model)
-    assert name in model.load_state_dict({name: torch.zeros(2)}, strict=False).unexpected_keys
-
-
-def test_parts_of_a_checkpoint(pruned_llama):
-    """One of its files, say."""
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "norm" in name}
-    model.load_state_dict(state, strict=False)
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
-
-
 def test_a_checkpoint_with_other_masks(pruned_llama):
     """Of the dense model, or of another compression into the same folder: the next step would drop what it holds."""
     model, dense = load(pruned_llama.folder), load(pruned_llama.source)
@@ -190,17 +135,3 @@ def test_a_checkpoint_with_other_masks(pruned_llama):
         with pytest.raises(RiaError, match=r"layers.0.*: not zero .*The next step would lose.* other masks"):
             optimizer.step()
         model.load_state_dict(sparse)
-
-
-def test_a_merged_weight_that_is_not_loaded(pruned_llama):
-    """Adapters are loaded while others are merged, which PEFT takes out again before the next step."""
-    model = load(pruned_llama.folder)
-    keep_sparse(model)
-    state, name = copy.deepcopy(model.state_dict()), "model.layers.0.mlp.up_proj.weight"
-    with torch.no_grad():
-        model.get_parameter(name).add_(1.0)
-    merged = torch.nn.ModuleDict({"model": model})
-    others = {f"model.{other}": tensor for other, tensor in state.items() if other != name}
-    assert merged.load_state_dict(others, strict=False).missing_keys == [f"model.{name}"]
-    merged.load_state_dict(others | {f"model.{name}": state[name]})
-    assert equal(model.state_dict(), state)

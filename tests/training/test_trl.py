@@ -6,19 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from compare import check, generate
-from datasets import Dataset
-from safetensors.torch import load_file
 from sparse_llama import load, loss_of, masks, outside
 from transformers import AutoTokenizer
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.folder_commands import verify
 from ria_vllm.training import keep_sparse, save
 
 trl = pytest.importorskip("trl", reason="trl is not installed (pip install '.[train]')")
@@ -67,55 +62,6 @@ def test_the_documented_example(folder, tmp_path):
     job = {"model": str(new.resolve()), "prompts": prompts, "engine": {"dtype": "float32", "max_model_len": 64}}
     (result,) = generate(tmp_path / "run", [job], VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
     check(after, result, given=prompts)
-
-
-def unpacked(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Pruned linear -> (its mask, its weight), [out, in] in the model's own order, as docs/reference.md has it."""
-    stored = {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
-    permutations, found = load_file(folder / "permutations.safetensors"), {}
-    for name in [name.removesuffix(".bitmask") for name in stored if name.endswith(".bitmask")]:
-        bits = np.unpackbits(stored[f"{name}.bitmask"].numpy(), axis=1, bitorder="little")
-        mask = torch.from_numpy(bits).bool()
-        weight = torch.zeros(mask.shape, dtype=stored[f"{name}.compressed"].dtype)
-        weight[mask] = stored[f"{name}.compressed"].flatten()
-        channels = permutations.get(f"{name}.input_permutation", torch.arange(mask.shape[1])).long()
-        back = channels.argsort()  # stored column j holds channel channels[j]
-        found[name] = (mask[:, back], weight[:, back])
-    return found
-
-
-@pytest.mark.slow
-def test_dpo(folder, tmp_path):
-    """What it has trained is in the folder that is written, under the same masks."""
-    model, kept = load(folder), masks(folder)
-    keep_sparse(model)
-    chats = [json.loads(line)["messages"][:2] for line in CHATS.read_text().splitlines()[:6]]
-    pairs = [{"prompt": [q], "chosen": [a], "rejected": [{"role": "assistant", "content": "No."}]} for q, a in chats]
-    trainer = trl.DPOTrainer(
-        model,
-        args=trl.DPOConfig(
-            "dpo", max_steps=2, learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            max_length=64, report_to="none", use_cpu=True,
-        ),
-        train_dataset=Dataset.from_list(pairs), processing_class=AutoTokenizer.from_pretrained(folder),
-    )  # fmt: skip
-    trainer.train()
-    before = load(folder).state_dict()
-    assert list(outside(trainer.model, kept)) == []
-    assert all((trainer.model.get_parameter(name) != before[name]).any() for name in kept)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.ref_model.state_dict().items())
-    saved = save(trainer.model, new := tmp_path / "new", like=folder, tokenizer=trainer.processing_class)
-    assert saved.linears == saved.changed == len(kept)
-    assert CliRunner().invoke(verify, [str(new)], catch_exceptions=False).exit_code == 0
-    old, written, trained = unpacked(folder), unpacked(new), trainer.model.state_dict()
-    assert old.keys() == written.keys() == {name.removesuffix(".weight") for name in kept}
-    for name, (mask, weight) in written.items():
-        assert torch.equal(mask, old[name][0]) and not torch.equal(weight, old[name][1])
-        assert torch.equal(weight, trained[f"{name}.weight"].to(weight.dtype))
-    others = {name: tensor for path in new.glob("model*.safetensors") for name, tensor in load_file(path).items()}
-    dense = {name: tensor for name, tensor in others.items() if name in trained}
-    assert {"model.embed_tokens.weight", "model.norm.weight"} <= dense.keys()
-    assert all(torch.equal(tensor, trained[name].to(tensor.dtype)) for name, tensor in dense.items())
 
 
 @pytest.mark.parametrize("first", ["keep_sparse", "peft"])

@@ -17,7 +17,6 @@ from ria_vllm.errors import RiaError
 from ria_vllm.offline.commands import compress
 from ria_vllm.offline.distill import best
 from ria_vllm.offline.distill.command import distill
-from ria_vllm.offline.recipe import Recipe
 from ria_vllm.offline.run import budget
 from ria_vllm.offline.run.budget import Choice
 
@@ -66,17 +65,6 @@ def test_it_prunes_and_distils(options, text, tmp_path):
     assert asked["text"] == str(text) and asked["self_written"] == 0.5
 
 
-def test_another_text_says_how_much_is_lost(options, text, tmp_path):
-    other, out = tmp_path / "other.txt", tmp_path / "out"
-    other.write_text(" ".join(reversed(text.read_text().split())))
-    assert invoke(compress, *options, "--eval-data", other, "-o", out).exit_code == 0
-    report = json.loads((out / "ria_report.json").read_text())
-    assert report["verdict"]["quality"].startswith("on other.txt, which only chose the step that is kept: perplexity")
-    assert "| eval_text | `other.txt` |" in (out / "README.md").read_text()
-    saved = Recipe.of_options(Recipe.saved(out / "ria_report.json"))
-    assert best.repeated(report["recipe"], saved, saved) is not None
-
-
 @pytest.mark.parametrize("change", [{"lr": 1e-3}, {"teacher": "another"}, {"eval_text": ["a.txt"]}, "twice", "none"])
 def test_a_training_of_other_options_is_not_repeated(change, options, tmp_path, monkeypatch):
     runs = []
@@ -123,16 +111,6 @@ def test_interrupted_in_either_half_it_goes_on(options, tmp_path, monkeypatch):
         patch.setattr(best, "available", lambda _: 0)  # nor does it ask again whether there is room
         assert invoke(compress, *options, "-o", out, "--resume").exit_code == 0
         assert digests(out) == wanted and not (tmp_path / "out.pruned").exists()
-
-
-def test_what_only_prunes_goes_on_so(options, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(best, "available", lambda _: 10**8)
-        patch.setattr("ria_vllm.offline.run.compress.say_layer", lambda *_: 1 / 0)
-        invoke(compress, *options, "-o", tmp_path / "out")
-    resumed = invoke(compress, *options, "-o", tmp_path / "out", "--resume")
-    assert resumed.exit_code == 0 and "resuming: 1 of 2 layers" in resumed.stderr and "next" in resumed.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_of_that_name_and_too_little_text_are_refused_at_once(options, tmp_path, monkeypatch):

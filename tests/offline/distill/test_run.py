@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import WarningRecorder, edit_config, edit_weights, run_small, weight_digests
+from compressing import WarningRecorder, edit_config, edit_weights, run_small
 from distilling import run
 
 from ria_vllm.checkpoint.reader import Reader
@@ -74,30 +74,6 @@ def test_float16_is_computed_in_bfloat16_and_loses_no_bits(make_model, text, tmp
     assert report["recipe"]["distill"][0]["compute_dtype"] == "bfloat16"
     first, *_, last = report["distill"][0]["curve"]
     assert last["held_out"][text.name]["kl"] < 0.9 * first["held_out"][text.name]["kl"]
-
-
-def test_the_teacher_writes_a_share_of_the_text(pruned, text, tmp_path, monkeypatch):
-    seen, whole = [], Training.run
-    monkeypatch.setattr(Training, "run", lambda self: seen.append(self.windows.clone()) or whole(self))
-    dense, folder = pruned()
-    three_quarters, quarter = 12 * 64, 4 * 64
-    drawn = {"drawn": {"tokens": three_quarters}, "written": {"text": "self", "tokens": quarter}}
-    for name, more in (drawn | {"mixed": {"self_written": 0.25}}).items():
-        run(dense, folder, tmp_path / name, text, **more)
-    of_text, of_teacher, mixed = seen
-    assert torch.equal(mixed[3::4], of_teacher)
-    assert torch.equal(mixed.view(4, 4, 64)[:, :3].flatten(0, 1), of_text)
-    (story,) = Reader(tmp_path / "mixed").schema.recipe["distill"]
-    assert (story["text"], story["self_written"], len(story["text_sha256"])) == (text.name, 0.25, 64)
-
-
-def test_a_teacher_in_float32_is_not_rounded_by_default(pruned, text, tmp_path):
-    dense, folder = pruned()
-    teacher = shutil.copytree(dense, tmp_path / "teacher")
-    edit_weights(teacher, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
-    edit_config(teacher, dtype="float32")
-    report = run(teacher, folder, tmp_path / "out", text, tokens=128)
-    assert report["recipe"]["distill"][0]["compute_dtype"] == "float32"
 
 
 def test_a_folder_does_not_teach_itself(pruned, text, tmp_path):
@@ -200,20 +176,6 @@ def test_by_default_it_trains_on_text_that_the_teacher_writes(pruned, text, tmp_
     assert not torch.equal(student, written)
 
 
-def test_a_teacher_with_a_chat_template_answers_prompts(pruned, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    asked = []
-    monkeypatch.setattr(
-        "ria_vllm.offline.distill.run.from_model", lambda *args: (asked.append(args[-1]), from_model(*args))[1]
-    )
-    monkeypatch.setattr(Training, "_step", lambda self, number: (0.0, 0.0, 0.0))
-    distill(
-        folder, str(dense), tmp_path / "out", Distillation(tokens=256, seq_len=64), Settings(), Monitor(shown=False)
-    )
-    assert len(asked[0].asked) == 500
-
-
 def test_a_teacher_with_other_tokens_is_refused(pruned, text, tmp_path):
     dense, folder = pruned()
     other = Path(shutil.copytree(dense, tmp_path / "other"))
@@ -244,19 +206,3 @@ def test_a_teacher_that_computes_nan_is_not_taken_for_training_that_diverges(pru
     edit_weights(broken, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * torch.nan})
     with pytest.raises(RiaError, match="the teacher itself computes NaN"):
         run(broken, folder, tmp_path / "out", text)
-
-
-def test_it_keeps_the_best_step(pruned, text, tmp_path, monkeypatch):
-    dense, folder = pruned()
-    scores = iter([3.0, 3.5, 2.0, 2.5, 1.5, 1.6, 1.7, 1.8, 1.9])
-    monkeypatch.setattr(
-        Training, "_scores", lambda _: {text.name: {"perplexity": 9.0, "perplexity_dense": 4.0, "kl": next(scores)}}
-    )
-    more = {"eval_text": (str(text),), "eval_tokens": 128, "evals": 8, "lr": 1e-3}
-    report = run(dense, folder, tmp_path / "out", text, **more)
-    story = report["recipe"]["distill"][0]
-    assert story["steps"] == 8 and story["kept_step"] == 4
-    scores = iter([3.0, 2.9, 2.0, 2.5, 1.5, 1.4, 1.3, 1.2, 1.1])
-    report = run(dense, folder, tmp_path / "whole", text, **more)
-    assert report["recipe"]["distill"][0]["kept_step"] == report["recipe"]["distill"][0]["steps"] == 8
-    assert weight_digests(tmp_path / "out") != weight_digests(tmp_path / "whole")

@@ -4,13 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from click.testing import CliRunner
-from compressing import digests as files_of
-from compressing import weight_digests
-from distilling import stop_at
-from hub_texts import NEW, OLD, install
 from safetensors.torch import load_file
 
 from ria_vllm.cli import group
@@ -63,24 +58,3 @@ def test_the_recipe_has_digests_of_local_files(pruned, text, tmp_path):
         "teacher_weights_digest": of_weights(dense),
     }
     check_shown(tmp_path / "out", text, report["distill"][0]["curve"])
-
-
-def test_a_streamed_data_set_is_read_as_far_as_needed_and_has_its_commit(pruned, tmp_path, monkeypatch):
-    """A run that is resumed goes on with the text that it has begun with, whatever has become of the data set."""
-    dense, folder = pruned()
-    rows = [hashlib.sha256(bytes(divmod(i, 256))).hexdigest() for i in range(2000)]
-    hub = install(monkeypatch, **{OLD: rows, NEW: rows[::-1]})
-    fixed = {"monitor": Monitor(shown=False), "eval_text": (), "batch": 1}
-    (story,) = run(dense, folder, tmp_path / "whole", Path("c4"), **fixed)["recipe"]["distill"]
-    assert (story["text"], story["text_revision"], "text_sha256" in story) == ("c4", OLD, False)
-    assert f"| text_revision | `{OLD}` |" in (tmp_path / "whole" / "README.md").read_text()
-    assert 8 * 256 // 66 < hub.read < 100  # 8 times as many tokens as are asked for; a row has 66
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 2)
-        run(dense, folder, tmp_path / "out", Path("c4"), **fixed)
-    hub.now = NEW
-    run(dense, folder, tmp_path / "out", Path("c4"), resume=True, **fixed)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
-    run(dense, folder, tmp_path / "file", tmp_path / "rows.jsonl", **fixed)
-    assert weight_digests(tmp_path / "file") == weight_digests(tmp_path / "whole")
