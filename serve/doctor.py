@@ -1,11 +1,9 @@
-"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not another, and what is missing; with a
-folder, whether these kernels compute what it says."""
+"""`ria-vllm doctor`: what this machine has, which kernel it would run, why not another, and what is missing."""
 
 import os
 import platform
 import re
 import shutil
-import sys
 import sysconfig
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -15,20 +13,16 @@ import click
 import torch
 
 from ria_vllm import __version__
-from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError, printable
+from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import name_of
-from ria_vllm.format.weight_scheme import WeightScheme
 from ria_vllm.installing import IN_A_LINE
-from ria_vllm.progress import Monitor
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import Activation, ExpertsLayerConfig, LinearLayerConfig
-from ria_vllm.serve.kernels.choice import refuse_on_gpus, serves_dense
+from ria_vllm.serve.kernels.choice import serves_dense
 from ria_vllm.serve.kernels.cpu.backend import instruction_set
-from ria_vllm.serve.proving.folder import Findings, prove_folder, served_dtype
 from ria_vllm.speed import EIGHT_BRINGS, of_eight
 
 EXPERTS = (32, 2048, 768)
@@ -152,14 +146,14 @@ def kernel_lines(config: LinearLayerConfig | ExpertsLayerConfig) -> list[str]:
 
 
 def eight_line(config: LinearLayerConfig) -> str:
-    """How fast 8:16 is here and, of a linear in 2:4, what it brings; empty if that was not measured."""
+    """How fast 8:16 is here, and what it brings; empty if that was not measured."""
     if config.device.type != "cpu" or config.weight_format == FP8:
         return ""
     try:
         speed = of_eight(config.input_dtype or config.act_dtype, instruction_set())
     except RiaError:  # no kernel of ours
         return ""
-    return speed and (f"{EIGHT_BRINGS}; {speed}" if config.pattern == TWO_OF_FOUR else f"{config.pattern}: {speed}")
+    return speed and f"{EIGHT_BRINGS}; {speed}"
 
 
 def served_by(scheme: str, pattern: Pattern, dtype: torch.dtype, place: torch.device) -> tuple[str, str | None]:
@@ -183,44 +177,23 @@ def missing_for_compile() -> list[str]:
     return missing
 
 
-def proof_lines(found: Findings) -> list[str]:
-    """What came of a folder, in lines."""
-    lines = [f"wrong: {printable(problem)}" for problem in found.problems]
-    kernels = "; ".join(f"{count} by {how}" for how, count in found.kernels.items())
-    proved, left = found.kernels.total(), f" ({kernels})" if kernels else ""
-    lines.append(f"{proved} pruned linears compute what the checkpoint says{left}, {found.seconds:.1f} s")
-    if found.experts:
-        lines.append(f"{found.experts} linears of experts were left out: a server proves them when it loads them")
-    if found.dense_int8:
-        lines.append(f"{found.dense_int8} dense linears in int8 were left out: a server proves them when it loads them")
-    return lines
-
-
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), show_default="bfloat16; for OUT, the model's own")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
 @click.option(
     "--scheme",
     type=click.Choice(list(STORED), case_sensitive=False),
-    show_default="BF16; for OUT, its own",
+    default="BF16",
+    show_default=True,
     metavar="|".join(STORED),
 )
-def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None) -> None:
-    """Show which kernels this machine runs, and why.
-
-    With a compressed folder OUT, also multiply with each of its pruned linears, and compare with their proofs. Names
-    each that is wrong, and then exits with status 1.
-    """
-    reader = None if out is None else Reader(out)
+def doctor(device: str, dtype: str, scheme: str) -> None:
+    """Show which kernels this machine runs, and why."""
     if device == "cuda" and not torch.cuda.is_available():
         raise RiaError(
             "--device cuda: torch sees no CUDA device here (nvidia-smi and torch.cuda.is_available() say more)."
         )
     kind = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    pattern = TWO_OF_FOUR if reader is None else reader.schema.pattern
-    if kind == "cuda":
-        refuse_on_gpus(pattern, printable(str(out)))
     place = torch.device(kind, 0) if kind == "cuda" else torch.device("cpu")
     rows = [
         ("ria-vllm", __version__),
@@ -233,22 +206,15 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
         rows.append(("threads", reserved))
     for label, value in rows:
         click.echo(f"{label:16}{value}")
-    act_dtype, (weight_format, input_dtype) = DTYPES[dtype or "bfloat16"], STORED[scheme or "BF16"]
-    if reader is not None and dtype is None:
-        act_dtype = served_dtype(reader)
-    if reader is not None and scheme is None:
-        stored = WeightScheme.of(reader.schema)
-        weight_format, input_dtype = stored.format if stored.keeps_format else FLOAT, stored.input_dtype
-    layer = {"input_dtype": input_dtype, "pattern": pattern}
+    act_dtype, (weight_format, input_dtype) = DTYPES[dtype], STORED[scheme]
+    layer = {"input_dtype": input_dtype, "pattern": TWO_OF_FOUR}
     linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
     experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)
     kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
-    kinds += f" in {pattern}" if pattern != TWO_OF_FOUR else ""
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
     kinds += f", inputs rounded to {name_of(FP8_DTYPE)} where these stay fp8" if weight_format == FP8 else ""
     here = f"{kind} (preview: not measured)" if kind == "cuda" else kind
-    word = scheme or ("BF16" if reader is None else reader.schema.scheme)
-    click.echo(f"\nkernels for a {SIDE} x {SIDE} {word} linear of {kinds} on {here}, in order of preference:")
+    click.echo(f"\nkernels for a {SIDE} x {SIDE} {scheme} linear of {kinds} on {here}, in order of preference:")
     for line in kernel_lines(linear):
         click.echo(f"  {line}")
     if eight := eight_line(linear):
@@ -259,13 +225,3 @@ def doctor(out: Path | None, device: str, dtype: str | None, scheme: str | None)
     if missing := missing_for_compile():
         without = "without, serve with --enforce-eager and TORCHDYNAMO_DISABLE=1"
         click.echo(f"\nmissing for vLLM to compile models: {' and '.join(missing)}; {without}")
-    if reader is None:
-        return
-    monitor = Monitor()
-    with monitor.live():
-        found = prove_folder(reader, place, None if dtype is None else act_dtype, monitor)
-    click.echo(f"\nproofs of {printable(str(out))} on {kind}:")
-    for line in proof_lines(found):
-        click.echo(f"  {line}")
-    if found.problems:
-        sys.exit(1)
