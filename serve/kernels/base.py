@@ -4,8 +4,7 @@
 experts and is given an `ExpertsLayerConfig`.
 
 A kernel is a class that is never instantiated. It holds no state: all it needs to know about a layer is in the config
-and in the tensors that `pack` returns. Ours are listed in `ria_vllm.serve.kernels.registry`; linear kernels of
-other packages come through the entry point group `ria_vllm.linear_kernels`.
+and in the tensors that `pack` returns. `ria_vllm.serve.kernels.registry` lists them.
 """
 
 from collections.abc import Mapping, Sequence

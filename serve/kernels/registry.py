@@ -1,11 +1,9 @@
-"""Which kernel serves a linear: those of other packages first, then ours, in order of preference. Which serves the
-experts of a layer: all of these are ours."""
+"""Which kernel serves a linear, and which the experts of a layer."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -30,10 +28,8 @@ from ria_vllm.serve.kernels.torch.cusparselt import CusparseltKernel
 if TYPE_CHECKING:  # it needs pydantic, which a machine that measures GPUs need not have
     from ria_vllm.format.weight_scheme import Weights
 
-ENTRY_POINT_GROUP = "ria_vllm.linear_kernels"
-"""The group under which other packages register their kernels, each a `LinearKernel` class."""
-
-OWN_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
+# Both in order of preference.
+LINEAR_KERNELS: tuple[type[LinearKernel], ...] = (CutlassKernel, CusparseltKernel, CpuKernel, ReferenceKernel)
 
 EXPERTS_KERNELS: tuple[type[ExpertsKernel], ...] = (
     CpuExpertsKernel,
@@ -48,49 +44,6 @@ LinearChoice = Choice[LinearKernel, LinearLayerConfig]
 ExpertsChoice = Choice[ExpertsKernel, ExpertsLayerConfig]
 
 
-@lru_cache
-def kernels() -> tuple[type[LinearKernel], ...]:
-    """All kernels for linears, in order of preference.
-
-    Raises:
-        RiaError: another package's kernel that cannot be loaded, is not a kernel, or has the name of another one.
-    """
-    found: dict[str, type[LinearKernel]] = {kernel.name: kernel for kernel in OWN_KERNELS}
-    others = []
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: (entry.name, entry.value)):
-        kernel = _load(entry)
-        if kernel.name in found:
-            raise RiaError(
-                f"{_describe(entry)}: another kernel is named {kernel.name!r} already. Update or uninstall that "
-                "package."
-            )
-        found[kernel.name] = kernel
-        others.append(kernel)
-    return (*others, *OWN_KERNELS)
-
-
-def _describe(entry: EntryPoint) -> str:
-    package = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
-    return f"entry point {entry.name} = {entry.value} ({ENTRY_POINT_GROUP}){package}"
-
-
-def _load(entry: EntryPoint) -> type[LinearKernel]:
-    try:
-        kernel = entry.load()
-    except Exception as error:
-        raise RiaError(
-            f"{_describe(entry)} cannot be loaded ({type(error).__name__}: {error}). Repair or uninstall that package."
-        ) from error
-    asked = ("name", "is_fallback", "is_supported", "can_implement", "pack", "apply")
-    # A subclass of the protocol inherits methods that answer None, which means yes.
-    absent = [name for name in asked if getattr(kernel, name, None) is getattr(LinearKernel, name, None)]
-    if absent:
-        raise RiaError(
-            f"{_describe(entry)} is not a LinearKernel: it has no {absent[0]}. Update or uninstall that package."
-        )
-    return kernel
-
-
 def explain(config: LinearLayerConfig | ExpertsLayerConfig) -> list[tuple[str, str | None]]:
     """Each kernel's name, in order of preference, with the reason why it cannot serve the layer as it is, or None."""
     return [(kernel.name, reason_against(kernel, config)) for kernel in _candidates(config)]
@@ -99,7 +52,7 @@ def explain(config: LinearLayerConfig | ExpertsLayerConfig) -> list[tuple[str, s
 def _candidates(config: LinearLayerConfig | ExpertsLayerConfig) -> Sequence[Any]:
     if isinstance(config, ExpertsLayerConfig):
         return EXPERTS_KERNELS
-    return (DenseKernel,) if serves_dense() else kernels()
+    return (DenseKernel,) if serves_dense() else LINEAR_KERNELS
 
 
 def reason_against(kernel: Any, config: LinearLayerConfig | ExpertsLayerConfig) -> str | None:
@@ -153,7 +106,7 @@ def self_test(
             # Kernels differ by float32 roundings. One that does not round its inputs is off by about 0.005.
             expected, tolerance = expected.to(act_dtype).float(), 0.001
         right = y.shape == expected.shape and bool((y.float() - expected).norm() <= tolerance * expected.norm())
-    except Exception as error:  # another package's kernel may raise anything
+    except Exception as error:  # of torch, of a library, of a driver
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"a small product fails on this device: {reason}"
     return None if right else "a small product comes out wrong on this device"
@@ -209,7 +162,7 @@ def _first(candidates: Sequence[type[Kernel]], config: Config) -> Choice[Kernel,
 
 def _forced(config: Any, name: str, named: dict[str, Any]) -> Any:
     """The choice of this kernel; None if it is one for linears, and leaves these experts free."""
-    for_linears = isinstance(config, ExpertsLayerConfig) and name in [kernel.name for kernel in kernels()]
+    for_linears = isinstance(config, ExpertsLayerConfig) and name in [kernel.name for kernel in LINEAR_KERNELS]
     if name not in named and for_linears:
         return None
     if name not in named:

@@ -1,14 +1,13 @@
-"""Which kernel serves a layer, and what a kernel of another package can do."""
+"""Which kernel serves a layer."""
 
-import sys
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
+from packed_layers import pack, random_parts
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT8
+from ria_vllm.format.formats import FLOAT, FORMATS, FP8, INT8, INTEGERS
 from ria_vllm.format.pattern import PATTERNS, TWO_OF_FOUR
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.base import LinearLayerConfig
@@ -28,12 +27,9 @@ def layer(format=FLOAT, act_dtype=BF16, out_features=16, in_features=64, device=
 def fresh(monkeypatch):
     """No choice of a user's, and nothing that another test has found out."""
     monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
-    caches = registry.kernels, registry.self_test
-    for cache in caches:
-        cache.cache_clear()
+    registry.self_test.cache_clear()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    registry.self_test.cache_clear()
 
 
 def test_the_first_kernel_that_can_serve_the_layer():
@@ -111,7 +107,7 @@ def test_inputs_are_rounded_where_a_fast_kernel_does_it(monkeypatch, format, cho
             taken = config.input_dtype is None and config.weight_format in (FLOAT, INT8)
             return None if taken else "unrounded only"
 
-    monkeypatch.setattr(registry, "kernels", lru_cache(lambda: (Widens, RoundsInt4, ReferenceKernel)))
+    monkeypatch.setattr(registry, "LINEAR_KERNELS", (Widens, RoundsInt4, ReferenceKernel))
     config = replace(layer(FORMATS[format], in_features=128), input_dtype=torch.int8)
     choice = registry.choose(config)
     assert str(choice) == chosen
@@ -182,7 +178,7 @@ def test_a_kernel_is_asked_for_the_patterns_that_it_names_alone(monkeypatch):
         patterns = (TWO_OF_FOUR,)
 
     config = replace(layer(INT8, in_features=128), input_dtype=torch.int8, pattern=PATTERNS["8:16"])
-    monkeypatch.setattr(registry, "kernels", lru_cache(lambda: (Narrow, Wide, ReferenceKernel)))
+    monkeypatch.setattr(registry, "LINEAR_KERNELS", (Narrow, Wide, ReferenceKernel))
     assert registry.explain(config)[:2] == [("narrow", "no 8:16 weights; 2:4 only"), ("wide", None)]
     assert registry.choose(config).kernel is Wide and "int8 8:16 weights" in str(config)
     del Narrow.patterns
@@ -204,6 +200,32 @@ def test_a_gpus_kernels_are_tried_in_order(monkeypatch):
     monkeypatch.setenv(registry.KERNEL_VARIABLE, "cutlass")
     with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=cutlass cannot serve .* too old"):
         registry.choose(config)
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("kernel", registry.LINEAR_KERNELS, ids=lambda kernel: kernel.name)
+def test_each_kernel_multiplies_every_format_that_it_takes(kernel, format, hopper, monkeypatch):
+    monkeypatch.setattr(CutlassKernel, "is_supported", staticmethod(lambda device: None))
+    taken = 0
+    for act_dtype in (BF16, FP16, torch.float32):
+        config = layer(format, act_dtype, 72, 128)
+        if kernel.is_supported(CPU) or kernel.can_implement(config):
+            continue
+        taken += 1
+        assert registry.self_test(kernel, CPU, act_dtype, format) is None
+        parts, dense = random_parts(72, 128, format, act_dtype)
+        x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).to(act_dtype)
+        p = torch.randperm(128, dtype=torch.int32)
+        bias = torch.randn(72).to(act_dtype)
+        y = pack(kernel, parts, format, act_dtype)(x, p, bias)
+        want = x.double()[:, p.long()] @ dense.T + bias.double()
+        # fp8's kernel rounds activations to 3 bits of mantissa.
+        rtol = 2**-4 if format == FP8 and kernel is CutlassKernel else 2**-7
+        torch.testing.assert_close(y.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
+        assert y.dtype == act_dtype
+    expected = {(CutlassKernel, FLOAT): 2, (CutlassKernel, FP8): 2, (CpuKernel, FLOAT): 3}
+    expected |= {(CpuKernel, integers): 3 for integers in INTEGERS.values()}
+    assert taken == (3 if kernel is ReferenceKernel else expected.get((kernel, format), 0))
 
 
 def broken(*_):
@@ -256,77 +278,6 @@ def test_defaults_that_vllm_sets_while_it_builds_a_model_do_not_matter():
             assert registry.choose(layer()).kernel is CpuKernel
     finally:
         torch.set_default_dtype(before)
-
-
-KERNEL = """
-import torch
-from ria_vllm.serve.kernels.reference import ReferenceKernel
-
-
-class Kernel(ReferenceKernel):
-    name = "theirs"
-    is_fallback = False
-
-    @staticmethod
-    def can_implement(config):
-        return None if config.weight_format.name == "int8" else "int8 only"
-"""
-
-
-PROTOCOL_ALONE = """
-from ria_vllm.serve.kernels.base import LinearKernel
-
-
-class Kernel(LinearKernel):
-    name, is_fallback = "theirs", False
-"""
-
-
-@pytest.fixture
-def another_package(tmp_path, monkeypatch):
-    """Installs a package, as pip would, that names an object of a module as a kernel."""
-
-    def install(source, attribute="Kernel"):
-        (tmp_path / "their_kernel.py").write_text(source)
-        metadata = tmp_path / "their_package-1.5.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.5\n")
-        (metadata / "entry_points.txt").write_text(f"[ria_vllm.linear_kernels]\ntheirs = their_kernel:{attribute}\n")
-        monkeypatch.syspath_prepend(str(tmp_path))
-
-    yield install
-    sys.modules.pop("their_kernel", None)
-
-
-def test_a_kernel_of_another_package_goes_first(another_package, monkeypatch):
-    another_package(KERNEL)
-    assert [kernel.name for kernel in registry.kernels()][:2] == ["theirs", "cutlass"]
-    assert registry.choose(layer(INT8)).kernel.name == "theirs"
-    assert registry.choose(layer()).kernel is CpuKernel
-    assert dict(registry.explain(layer()))["theirs"] == "int8 only"
-    monkeypatch.setenv(registry.KERNEL_VARIABLE, "theirs")
-    with pytest.raises(RiaError, match="RIA_VLLM_BACKEND=theirs cannot serve .*: int8 only"):
-        registry.choose(layer())
-
-
-@pytest.mark.parametrize(
-    "source, attribute, words",
-    [
-        (
-            "import no_such_module",
-            "Kernel",
-            r"cannot be loaded \(ModuleNotFoundError: .*no_such_module.*Repair or uninstall",
-        ),
-        (PROTOCOL_ALONE, "Kernel", "is not a LinearKernel: it has no is_supported"),
-        (KERNEL.replace('"theirs"', '"cpu"'), "Kernel", "another kernel is named 'cpu' already"),
-    ],
-)
-def test_a_kernel_that_cannot_be_used_is_an_error_that_names_its_package(another_package, source, attribute, words):
-    another_package(source, attribute)
-    with pytest.raises(RiaError, match=words) as found:
-        registry.choose(layer())
-    place = f"entry point theirs = their_kernel:{attribute} (ria_vllm.linear_kernels) of their-package 1.5"
-    assert str(found.value).startswith(place)
 
 
 def test_the_first_size_that_a_kernel_takes_is_tested():

@@ -290,7 +290,7 @@ class Float(ReferenceKernel):
 
 
 def test_unrounded_where_no_kernel_rounds(monkeypatch):
-    monkeypatch.setattr(registry, "kernels", lambda: (Float,))
+    monkeypatch.setattr(registry, "LINEAR_KERNELS", (Float,))
     stored = feed_forward(FORMATS["int8-g64"], rounded=True)
     x = torch.randn(3, HIDDEN)
     layer = stored.load(gate_up(stored.config([FOLD])), GATE_UP)
