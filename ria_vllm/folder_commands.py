@@ -4,12 +4,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from http.client import HTTPException
 from math import prod
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from urllib.request import Request, urlopen
 
 import click
 
@@ -77,8 +75,7 @@ def _row(entries: Sequence[dict[str, Any]]) -> tuple[str, str, str, str, str]:
 
 @click.command()
 @click.argument("out", type=FOLDER)
-@click.option("--served", metavar="URL", help="Ask a vLLM server with VLLM_SERVER_DEV_MODE=1 whether it computes OUT.")
-def verify(out: Path, served: str | None) -> None:
+def verify(out: Path) -> None:
     """Check every invariant of the compressed checkpoint OUT.
 
     Prints each problem with its layer, and exits with status 1 if there is any.
@@ -101,32 +98,6 @@ def verify(out: Path, served: str | None) -> None:
         f"{out}: no problems. {len(reader.sparse_names)} pruned linears, {len(reader.permuted_names)} of them "
         f"permuted, {len(reader.dense_names)} other tensors."
     )
-    if served is not None:
-        counts = ", ".join(_proved(served, reader))
-        click.echo(f"{served}: computes what {out} says. Matrices that its ranks have proved: {counts}.")
-
-
-def _proved(url: str, reader: Reader) -> list[str]:
-    """How many matrices each rank of a server has proved.
-
-    Raises:
-        RiaError: it cannot be asked, or computes something else.
-    """
-    question = json.dumps({"method": "ria_prove"}).encode()
-    try:
-        request = Request(f"{url.rstrip('/')}/collective_rpc", question, {"Content-Type": "application/json"})
-        with urlopen(request, timeout=600) as answer:
-            ranks = [(rank["digest"], str(rank["matrices"]), rank["problem"]) for rank in json.load(answer)["results"]]
-    except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-        raise RiaError(
-            f"{url} cannot be asked ({error}). Start vLLM's server with VLLM_SERVER_DEV_MODE=1 and this ria-vllm."
-        ) from None
-    for digest, _, problem in ranks or [(None, "0", None)]:
-        if problem is not None:
-            raise RiaError(f"{url}: {problem}")
-        if digest is None or digest != (reader.schema.proofs and reader.schema.proofs.digest):
-            raise RiaError(f"{url}: it serves another folder than {reader.folder}, or one without proofs.")
-    return [count for _, count, _ in ranks]
 
 
 @click.command()

@@ -23,18 +23,15 @@ def register() -> None:
     vllm_names.check_version(vllm.__version__)
     try:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
-        from vllm.v1.worker.worker_base import WorkerBase
 
         from ria_vllm.format.schema import QUANT_METHOD
         from ria_vllm.serve.model.config import RiaConfig
-        from ria_vllm.serve.proving import served
         from ria_vllm.serve.reload.watching import watch_reloads
 
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(RiaConfig)
             watch_models()
             watch_reloads()
-            WorkerBase.ria_prove = served.prove
     except (AttributeError, ImportError) as error:
         if "vllm" not in str(error):
             raise

@@ -78,7 +78,6 @@ class ServedModel:
         model.load_weights = load_weights
         model.process_weights_after_loading = self._when_packed
         model.ria_reloads = self.reloads
-        model.ria_prove = self.prove_served
 
     @property
     def where(self) -> str:
@@ -179,8 +178,3 @@ class ServedModel:
         else:  # of which vector proofs would be that somebody has sent is not known
             vector, found = foreign_vector, {}
         self.prover.prove(vector, found, str(present.model), made)
-
-    def prove_served(self) -> tuple[str | None, int]:
-        """(the digest of the proofs of the files that are served, how many matrices have been proved)."""
-        schema, stored = reload.proofs_of(self.config, EngineOptions.current().model_config)
-        return schema.proofs and schema.proofs.digest, self.prover.prove(schema.proof_vector, stored, self.where)

@@ -62,7 +62,6 @@ NAMES = {
     f"{_WORKER}.sleep": "level 2 drops all weights",
     f"{_WORKER}.start_draft_weight_update": "as `_weight_update_active`",
     f"{_WORKER}.start_weight_update": "as `_weight_update_active`",
-    "vllm.v1.worker.worker_base:WorkerBase": "`verify --served` asks each worker for its proofs",
 }
 """Module, a colon, and a name in it -> what it is used for."""
 

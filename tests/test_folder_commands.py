@@ -1,8 +1,6 @@
 """`inspect`, `verify` and `export`, called as a user calls them."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -145,51 +143,3 @@ def test_export_never_touches_what_exists(damage, tmp_path):
     with pytest.raises(RiaError, match="holds what is being read"):
         run(export, damage.folder, "-o", tmp_path, "--overwrite")
     assert (damage.folder / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        ([{"digest": None, "matrices": 3, "problem": None}], None),  # None: of this folder
-        ([{"digest": "", "matrices": 3, "problem": "layer 5 is wrong"}], "^URL: layer 5 is wrong$"),
-        ([{"digest": "0" * 64, "matrices": 3, "problem": None}], "^URL: it serves another folder than"),
-        ([], "^URL: it serves another folder than"),
-        (404, "^URL cannot be asked .*404.*VLLM_SERVER_DEV_MODE=1"),
-    ],
-)
-def test_verify_believes_what_every_rank_of_a_server_says(pruned_llama, answer, said):
-    own = json.loads((pruned_llama.folder / "config.json").read_text())["quantization_config"]["proofs"]["digest"]
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            ranks = [] if answer == 404 else answer
-            results = [rank and rank | {"digest": rank["digest"] or own} for rank in ranks]
-            self.send_response(404 if answer == 404 else 200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"results": results}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        if said is None:
-            found = run(verify, pruned_llama.folder, "--served", url)
-            assert found.exit_code == 0 and "Matrices that its ranks have proved: 3." in found.output
-        else:
-            with pytest.raises(RiaError, match=said.replace("URL", url)):
-                run(verify, pruned_llama.folder, "--served", url)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert asked == [("/collective_rpc", {"method": "ria_prove"})]
-
-
-@pytest.mark.parametrize("url", ["localhost", "localhost:8000", "http://localhost:port"])
-def test_verify_says_what_is_no_url(pruned_llama, url):
-    with pytest.raises(RiaError, match=f"^{url} cannot be asked "):
-        run(verify, pruned_llama.folder, "--served", url)

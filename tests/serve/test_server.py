@@ -14,14 +14,10 @@ import openai
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner
 from manifests import serve_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from served import TRAINERS, free_port, load
-
-from ria_vllm.errors import RiaError
-from ria_vllm.folder_commands import verify
 
 pytestmark = pytest.mark.slow
 
@@ -68,19 +64,6 @@ def server(tmp_path_factory):
     names = ["--dtype", "float32", "--served-model-name", "small"]
     with serving(folder / "out", folder / "log", *names, *TRAINERS) as url:
         yield url, model, folder / "log"
-
-
-def test_verify_asks_the_server(server, tmp_path):
-    """A folder of other weights is not what it serves. The server goes on."""
-    url, _, log = server
-    ours, other = log.parent / "out", tmp_path / "out"
-    tiny.write(tiny.FAMILIES["llama-gqa"], other, seed=1)
-    found = CliRunner().invoke(verify, [str(ours), "--served", url], catch_exceptions=False)
-    assert found.exit_code == 0, found.output
-    assert f"computes what {ours} says. Matrices that its ranks have proved: 16." in found.output
-    with pytest.raises(RiaError, match="it serves another folder than"):
-        CliRunner().invoke(verify, [str(other), "--served", url], catch_exceptions=False)
-    urllib.request.urlopen(f"{url}/health", timeout=5)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,10 @@ def layer(format=FLOAT, act_dtype=BF16, out_features=16, in_features=64, device=
 def fresh(monkeypatch):
     """No choice of a user's, and nothing that another test has found out."""
     monkeypatch.delenv(registry.KERNEL_VARIABLE, raising=False)
-    registry.self_test.cache_clear()
+    forget = registry.self_test.cache_clear
+    forget()
     yield
-    registry.self_test.cache_clear()
+    forget()
 
 
 def test_the_first_kernel_that_can_serve_the_layer():
