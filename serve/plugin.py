@@ -26,12 +26,10 @@ def register() -> None:
 
         from ria_vllm.format.schema import QUANT_METHOD
         from ria_vllm.serve.model.config import RiaConfig
-        from ria_vllm.serve.reload.watching import watch_reloads
 
         if QUANT_METHOD not in QUANTIZATION_METHODS:
             register_quantization_config(QUANT_METHOD)(RiaConfig)
             watch_models()
-            watch_reloads()
     except (AttributeError, ImportError) as error:
         if "vllm" not in str(error):
             raise
@@ -50,7 +48,7 @@ def watch_models() -> None:
 
     from ria_vllm.serve import vllm_names
     from ria_vllm.serve.model.config import RiaConfig
-    from ria_vllm.serve.reload.watching import watch_worker
+    from ria_vllm.serve.reload import refuse_other_weights
     from ria_vllm.serve.served_model import ServedModel
 
     record = utils.record_metadata_for_reloading
@@ -63,7 +61,7 @@ def watch_models() -> None:
             if "vllm.v1.worker.gpu_worker" in sys.modules:  # else it is no worker that builds the model
                 from vllm.v1.worker.gpu_worker import Worker
 
-                watch_worker(Worker)
+                refuse_other_weights(Worker)
             ServedModel(config, model, calls[0].get("model_config"))
         record(model)
 

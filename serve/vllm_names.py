@@ -37,7 +37,6 @@ INTERFACE = (
 
 _LAYERS = "vllm.model_executor.layers"
 _LOADER = "vllm.model_executor.model_loader"
-_RELOAD = f"{_LOADER}.reload"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 
 NAMES = {
@@ -45,23 +44,14 @@ NAMES = {
     "vllm.model_executor.kernels.linear:init_int8_linear_kernel": "the kernel of dense linears in int8",
     f"{_LAYERS}.attention.mla_attention:MLAAttention._v_up_proj": "what latent attention absorbs is proved with it",
     f"{_LAYERS}.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod": "serves experts that stay dense",
-    f"{_LOADER}:__file__": "its folder: which weights come from files",
     f"{_LOADER}.utils:initialize_model": "whether a model is built inside another one",
     f"{_LOADER}.utils:record_metadata_for_reloading": "the only moment at which a model is complete and not loaded yet",
-    f"{_RELOAD}.layerwise:_get_original_loader": "what arrives for a layer is counted, as vLLM counts it",
-    f"{_RELOAD}.layerwise:_layerwise_process": "former weights are kept before a layer is packed anew",
-    f"{_RELOAD}.layerwise:finalize_layerwise_processing": "a reload ends: it is proved, and served or refused",
-    f"{_RELOAD}.layerwise:get_layerwise_info": "which layers have got weights",
-    f"{_RELOAD}.layerwise:initialize_layerwise_reload": "a reload begins: former weights are kept",
-    f"{_RELOAD}.meta:SKIP_TENSORS": "what a reload writes at once, so that it has to be kept before",
-    f"{_RELOAD}.meta:get_numel_loaded": "as `_get_original_loader`",
     "vllm.model_executor.models.utils:WeightsMapper._map_name_with_shard": "which layer loads a tensor, as which part",
     "vllm.v1.attention.backends.mla.amx_mla:AMXMLAImpl._w_uk_packed": "as `bmm_cpu`",
-    f"{_WORKER}._weight_update_active": "an update of weights that was refused does not stop the next one",
-    f"{_WORKER}.reload_weights": "after refused files the worker names the former ones",
-    f"{_WORKER}.sleep": "level 2 drops all weights",
-    f"{_WORKER}.start_draft_weight_update": "as `_weight_update_active`",
-    f"{_WORKER}.start_weight_update": "as `_weight_update_active`",
+    f"{_WORKER}.reload_weights": "refused: a running server takes no other weights",
+    f"{_WORKER}.sleep": "refused at level 2, which drops all weights",
+    f"{_WORKER}.start_draft_weight_update": "refused: a running server takes no other weights",
+    f"{_WORKER}.start_weight_update": "refused: a running server takes no other weights",
 }
 """Module, a colon, and a name in it -> what it is used for."""
 

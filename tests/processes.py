@@ -26,7 +26,6 @@ LONGEST = (
     "tests/serve/kernels/cpu/test_experts.py",
     "tests/serve/kernels/cpu/test_int8_experts.py",
     "tests/serve/kernels/cpu/test_int8_inputs.py",
-    "tests/serve/test_weight_updates.py",
     "tests/offline/experts/test_experts.py",
     "tests/serve/test_pipeline.py",
 )

@@ -36,28 +36,16 @@ def test_the_tensors_of_a_linear_wait_for_each_other():
                 if tensor.dtype != torch.float32:
                     tensor.fill_(3)  # a reader may use its memory again
 
-        got = dict(translation(form).translate(stream(), whole=True))
+        got = dict(translation(form).translate(stream()))
         assert set(got) == {*PLAIN, *(f"{linear}.{part}" for linear in ("fc", "fc2") for part in form.gives)}
         assert all(torch.equal(got[f"fc.{part}"], tensor) for part, tensor in expected.items())
         assert got["fc2.bitmask"].shape == (128, 32)
 
 
-def test_pieces_that_a_trainer_sends():
-    one = translation(Marlin24(INTEGERS[4, 128]))
-    pieces = [[item] for item in marlin().items()]
-    got = [[name for name, _ in one.translate(piece, whole=False)] for piece in pieces]
-    assert got == [[], [], ["fc.compressed", "fc.bitmask", "fc.weight_scale"]]
-
-
-def test_a_load_that_failed_leaves_nothing_behind():
-    one = translation(Marlin24(INTEGERS[4, 128]))
+def test_a_tensor_that_never_came():
     (first, *others) = marlin().items()
-    stream = one.translate([first, ("norm.weight", torch.ones(1)), *others], whole=True)
-    next(stream)
-    stream.close()
     with pytest.raises(RiaError, match=rf"{first[0]} is in none of the weight files"):
-        list(one.translate(others, whole=True))
-    assert len(list(one.translate(marlin().items(), whole=True))) == 3
+        list(translation(Marlin24(INTEGERS[4, 128])).translate(others))
 
 
 def test_names():
@@ -92,7 +80,7 @@ def test_names():
 def test_damage_is_named(form, stored, message):
     weights = [(f"fc.{name}", tensor) for name, tensor in stored.items()]
     with pytest.raises(RiaError, match=message):
-        list(translation(form(INTEGERS[4, 128])).translate(weights, whole=True))
+        list(translation(form(INTEGERS[4, 128])).translate(weights))
 
 
 @pytest.mark.parametrize(
@@ -106,15 +94,15 @@ def test_damage_is_named(form, stored, message):
 def test_linears_that_are_not_packed_may_not_be_asymmetric_either(weight_format, stored, message):
     weights = [(f"fc.{name}", tensor) for name, tensor in stored.items()]
     with pytest.raises(RiaError, match=rf"{weights[0][0]}: {message}"):
-        list(translation(None, weight_format).translate(weights, whole=True))
+        list(translation(None, weight_format).translate(weights))
     harmless = [(name, torch.zeros_like(tensor)) for name, tensor in weights if name.endswith("zero_point")]
-    assert not list(translation(None, weight_format).translate(harmless, whole=True))
+    assert not list(translation(None, weight_format).translate(harmless))
 
 
 @pytest.mark.parametrize("index", [torch.arange(256) // 128, torch.full((256,), -1)])
 def test_columns_in_order(index):
     weights = {"fc.weight_g_idx": index.int(), "fc.weight_zero_point": torch.zeros(64, 2, dtype=torch.int8)}
-    assert not list(translation(PackQuantized(INTEGERS[4, 128])).translate(weights.items(), whole=True))
+    assert not list(translation(PackQuantized(INTEGERS[4, 128])).translate(weights.items()))
 
 
 CASES = ((4, None), (4, 128), (8, 32))
@@ -143,8 +131,7 @@ def test_it_is_what_compressed_tensors_wrote(written, case, spoiled):
     stored = [(f"fc.{key.partition('.')[2]}", written[key]) for key in written if key.partition(".")[0] == name]
     stored = [(key, tensor) for key, tensor in stored if key not in ("fc.dense", "fc.exact")]
     got = {
-        key.removeprefix("fc."): tensor
-        for key, tensor in translation(PackQuantized(weight_format)).translate(stored, whole=True)
+        key.removeprefix("fc."): tensor for key, tensor in translation(PackQuantized(weight_format)).translate(stored)
     }
     scheme = WeightScheme(weight_format, dense=True)
     specs = scheme.tensors(torch.bfloat16)

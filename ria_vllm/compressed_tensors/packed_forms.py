@@ -6,7 +6,7 @@ those of `ria_vllm.format.formats`, or a plain weight with its zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -97,12 +97,10 @@ class Translation:
     Attributes:
         form_of: how a linear is packed; None if it is not.
         format_of: what the values of a linear are; None if it is not quantized.
-        waiting: linear -> those of its tensors that have arrived, until all have.
     """
 
     form_of: Callable[[str], PackedForm | None]
     format_of: Callable[[str], WeightFormat | None]
-    waiting: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def names(self, names: Iterable[str]) -> list[str]:
         """What the tensors called `names` will be called.
@@ -131,37 +129,25 @@ class Translation:
             translated += [f"{linear}.{part}" for part in form.gives]
         return translated
 
-    def translate(self, weights: Iterable[Named], whole: bool) -> Iterator[Named]:
+    def translate(self, weights: Iterable[Named]) -> Iterator[Named]:
         """The same weights, unpacked. A tensor that others are needed for is copied, and waits for them.
-
-        Args:
-            whole: these are all weights. Otherwise others may follow in another call.
 
         Raises:
             RiaError: a damaged tensor, columns in another order, zero points, or a tensor that never came.
         """
-        try:
-            for name, tensor in weights:
-                linear, form, part = self._split(name)
-                if form is not None:
-                    yield from self._unpacked(linear, form, part, tensor)
-                elif self._is_dropped(linear, part):
-                    _check_dropped(name, part, tensor, self.format_of(linear))
+        waiting: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in weights:
+            linear, form, part = self._split(name)
+            if form is not None:
+                parts = waiting.pop(linear, {}) | {part: tensor}
+                if len(parts) == len(form.takes):
+                    yield from _unpacked(linear, form, parts)
                 else:
-                    yield name, tensor
-            if whole:
-                self.finish()
-        except BaseException:  # also if the reader stops early: the next load starts from nothing
-            self.waiting.clear()
-            raise
-
-    def finish(self) -> None:
-        """Check, once all weights of a load have come, that no tensor waits for another. The next starts from nothing.
-
-        Raises:
-            RiaError: one does.
-        """
-        waiting, self.waiting = self.waiting, {}
+                    waiting[linear] = parts | {part: tensor.clone()}  # its memory may be a file's or a buffer's
+            elif self._is_dropped(linear, part):
+                _check_dropped(name, part, tensor, self.format_of(linear))
+            else:
+                yield name, tensor
         for linear, parts in waiting.items():
             form = self.form_of(linear)
             assert form is not None
@@ -176,17 +162,14 @@ class Translation:
     def _is_dropped(self, linear: str, part: str) -> bool:
         return part in DROPPED and self.format_of(linear) is not None
 
-    def _unpacked(self, linear: str, form: PackedForm, part: str, tensor: torch.Tensor) -> Iterator[Named]:
-        parts = self.waiting.pop(linear, {}) | {part: tensor}
-        if len(parts) < len(form.takes):
-            self.waiting[linear] = parts | {part: tensor.clone()}  # its memory may be a file's or a buffer's
-            return
-        try:
-            unpacked = form.unpack(parts)
-        except ValueError as error:
-            raise RiaError(f"{linear}.{error}. The weight file is damaged; get it again.") from None
-        for given, values in unpacked.items():
-            yield f"{linear}.{given}", values
+
+def _unpacked(linear: str, form: PackedForm, parts: Mapping[str, torch.Tensor]) -> Iterator[Named]:
+    try:
+        unpacked = form.unpack(parts)
+    except ValueError as error:
+        raise RiaError(f"{linear}.{error}. The weight file is damaged; get it again.") from None
+    for given, values in unpacked.items():
+        yield f"{linear}.{given}", values
 
 
 _PACKED = frozenset((*Marlin24.takes, *PackQuantized.takes, *Int8Rows.takes))

@@ -15,7 +15,7 @@ from ria_vllm.format.formats import FLOAT, FP8, INT8, IntFormat
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
 from ria_vllm.format.schema import RiaSchema
-from ria_vllm.format.weight_format import BITMASK, Part, WeightFormat, name_of
+from ria_vllm.format.weight_format import Part, WeightFormat, name_of
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,6 @@ class WeightScheme:
         loaded: Mapping[str, torch.Tensor],
         sizes: Sequence[int],
         served: torch.dtype,
-        dummy: bool = False,
         stored_scales: Collection[torch.dtype] = (),
     ) -> Weights | None:
         """The loaded tensors as the parts of a format that a kernel may multiply.
@@ -187,9 +186,8 @@ class WeightScheme:
             loaded: tensor by the last part of its name, of all linears of a layer together.
             sizes: rows of each output of the layer.
             served: dtype of the model in vLLM.
-            dummy: nothing was loaded; the values are random, and any mask with the pattern will do.
             stored_scales: the dtypes that the checkpoint's scales have. Scales of groups keep theirs if it is one, so
-                that their dtype does not depend on their values, and dummies have that of what will replace them.
+                that their dtype does not depend on their values.
 
         Returns:
             None if the linear was stored plain and is not 2:4, or is not to be, see `dense_weight`.
@@ -199,10 +197,6 @@ class WeightScheme:
                 or less as others: a value is multiplied by them.
         """
         parts = {name: tensor for name, tensor in loaded.items() if name != "weight"}
-        if dummy and "bitmask" in parts:
-            parts["bitmask"].fill_(BITMASK.fill)
-        if dummy and "weight_scale" in loaded:
-            loaded["weight_scale"].fill_(1)
         if "weight_scale" in loaded:
             if self.format.group_size is None:
                 parts["weight_scale"] = row_scales(loaded["weight_scale"], sizes)
@@ -217,8 +211,6 @@ class WeightScheme:
             values = loaded["weight"]
             if isinstance(self.format, IntFormat):
                 values = self.format.integers({"compressed": values})
-            if dummy:
-                values.view(torch.uint8).unflatten(1, (-1, 4, values.itemsize))[:, :, 2:] = 0
             found = sparse24.compress_pruned(values)
             if found is None:
                 return None

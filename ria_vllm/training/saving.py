@@ -15,7 +15,6 @@ from ria_vllm.checkpoint.companions import companions
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, discarded_on_failure
 from ria_vllm.errors import RiaError, printable
-from ria_vllm.format.proofs import PROOF_SUFFIX
 from ria_vllm.format.schema import REPORT_FILE
 from ria_vllm.hf.placement import Origin, Placement
 from ria_vllm.hub.model_card import CARD_FILE, trained_card
@@ -245,19 +244,3 @@ def _texts(
     if report := reader.report():
         files[REPORT_FILE] = without_errors(report) | {"recipe": recipe}
     return files | {CARD_FILE: trained_card(reader, recipe, note, monitor.warn)}
-
-
-def proofs(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(NAME.proof, float32 [out, 2]) of each matrix NAME of a folder that `save` has written, see
-    `ria_vllm.format.proofs`.
-
-    A server that gets them in the same reload as the folder's tensors refuses weights that compute something else.
-
-    Raises:
-        RiaError: the folder is not compressed, or has no proofs, or not its own.
-    """
-    reader = Reader(folder)
-    if reader.schema.proofs is None:
-        raise RiaError(f"{reader.folder}: it has no proofs. Save the model again.")
-    for name, proof in reader.proofs().items():
-        yield f"{name}{PROOF_SUFFIX}", proof

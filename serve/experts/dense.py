@@ -62,12 +62,6 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):
         self.creation = kwargs
         self.created = [name for name in layer._parameters if name not in before]
 
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Pack the weights. vLLM packs them for CPUs on the first load only; a reload would copy them as they are."""
-        if current_platform.is_cpu():
-            self.moe_kernel: Any = None
-        super().process_weights_after_loading(layer)
-
     def apply(
         self,
         layer: RoutedExperts,

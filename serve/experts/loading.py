@@ -18,7 +18,7 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Stacked
 from ria_vllm.format.stacks import LayerExperts
 from ria_vllm.format.weight_scheme import TensorSpec
-from ria_vllm.serve.load.loading import check_tensor
+from ria_vllm.serve.load.loading import absent, check_tensor
 
 GATE_UP, DOWN = "gate_up_", "down_"
 BIAS = "bias"
@@ -68,9 +68,9 @@ class ExpertsLoader:
         has_bias: the experts have biases.
 
     Attributes:
-        loaded: (part, kind, expert) of every tensor loaded since the last `clear`.
+        loaded: (part, kind, expert) of every tensor that was loaded.
         scale_dtypes: those of the `weight_scale`s among them.
-        biases: (kind, expert) -> the whole bias [out] of every one loaded since then.
+        biases: (kind, expert) -> the whole bias [out] of every one that was loaded, for proofs.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ExpertsLoader:
         layer.register_parameter(name, parameter)
 
     def _weight_loader(self, parameter: str) -> Callable[..., None]:
-        """A plain function, whose signature vLLM inspects when it reloads."""
+        """A plain function, whose signature vLLM inspects."""
         part = parameter.removeprefix(GATE_UP).removeprefix(DOWN)
 
         def load_expert(
@@ -142,12 +142,10 @@ class ExpertsLoader:
         name = f"{self.experts.linear(kind, expert)}.{part}"
         if part not in self.parts:
             raise RiaError(
-                f"{name}: this server has the experts stored as {', '.join(self.parts)}. Send these tensors, as the "
-                "folder that it serves has them; if it is in the folder, compress the model again."
+                f"{name}: by its config.json, this model has its experts stored as {', '.join(self.parts)}. "
+                "Compress it again."
             )
-        parameter = layer._parameters.get((DOWN if kind == "down" else GATE_UP) + part)
-        if parameter is None:
-            raise RiaError(f"{name} comes when its layer has its weights already. Start the server again.")
+        parameter = layer._parameters[(DOWN if kind == "down" else GATE_UP) + part]
         parameter.weight_loader(parameter, tensor, kind, expert, local_expert)
 
     def give_biases(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor, stacked: Stacked) -> None:
@@ -208,15 +206,12 @@ class ExpertsLoader:
                 "file is damaged, or config.json belongs to another model: get both again."
             )
 
-    def missing(self, experts: Iterable[int]) -> str | None:
-        """The name of the first tensor of this rank's `experts` that has not been loaded, or None."""
+    def check_complete(self, experts: Iterable[int]) -> None:
+        """Check that all tensors of this rank's `experts` have been loaded.
+
+        Raises:
+            RiaError: names the first one that has not.
+        """
         for expert, kind, part in product(experts, self.experts.patterns, self.parts):
             if (part, kind, expert) not in self.loaded:
-                return f"{self.experts.linear(kind, expert)}.{part}"
-        return None
-
-    def clear(self) -> None:
-        """Forget what was loaded, before the next load."""
-        self.loaded.clear()
-        self.biases.clear()
-        self.scale_dtypes.clear()
+                raise absent(f"{self.experts.linear(kind, expert)}.{part}")

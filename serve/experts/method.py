@@ -15,10 +15,8 @@ from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.experts.loading import BIAS, DOWN, GATE_UP, ExpertSizes, ExpertsLoader
 from ria_vllm.serve.experts.packing import LoadedExperts, fill_dense, pack_experts
 from ria_vllm.serve.experts.stored import ExpertPermutations
-from ria_vllm.serve.linear.parameters import PackedTensors
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.load_report import LoadReport, warn_of_choice, warn_of_inputs
-from ria_vllm.serve.load.loading import holds_dummies
 
 logger = init_logger("vllm.ria")
 
@@ -52,12 +50,10 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: what it serves, see `check_count`.
         scheme: how their weights are stored.
         permutations: of their channels.
-        scale_dtypes: of their scales in the files.
 
     Attributes:
         choice: the kernel that serves the layer; None if there is none.
         dense: vLLM's method if it serves the layer; else None.
-        biases: (kind, expert) -> the whole bias [out] of what is packed, for proofs.
 
     Raises:
         RiaError: vLLM's layer is not that of these experts, or does something that is not served.
@@ -69,15 +65,11 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         experts: LayerExperts,
         scheme: WeightScheme,
         permutations: ExpertPermutations,
-        scale_dtypes: frozenset[torch.dtype],
     ):
         super().__init__(layer.moe_config)
         self.experts = experts
         self.scheme = scheme
         self.permutations = permutations
-        self.scale_dtypes = scale_dtypes
-        self.packed = PackedTensors()
-        self.biases: dict[tuple[str, int], torch.Tensor] = {}
         moe, name = layer.moe_config, experts.name
         if EngineOptions.current().lora:
             raise RiaError(
@@ -147,50 +139,35 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         stored = {name: layer._parameters[name].data for name in names}
         for name in names:
             delattr(layer, name)
-        scales, biases = frozenset(self.loader.scale_dtypes) or self.scale_dtypes, dict(self.loader.biases)
-        first = not hasattr(layer, "ria_experts")
-        try:
-            missing = self.loader.missing(layer.expert_map_manager.get_local_expert_ids())
-            dummy = holds_dummies(missing, "the other experts' tensors", bool(self.loader.loaded), first)
-        finally:
-            self.forget()
-        loaded = self._loaded(stored, dummy, scales)
+        self.loader.check_complete(layer.expert_map_manager.get_local_expert_ids())
+        loaded = self._loaded(stored)
         if self.choice is None:
-            self._serve_dense(layer, loaded)
+            assert self.dense is not None
+            self._serve_dense(layer, self.dense, loaded)
         else:
             try:
-                packed = pack_experts(layer, self.choice, loaded)
+                layer.ria_experts = pack_experts(layer, self.choice, loaded)
             except RuntimeError as error:
                 raise RiaError(f"{self.experts.name}: {error}") from error
-            self.packed.check(self.experts.name, layer, packed.parameters)
-            layer.ria_experts = packed
-        self.biases = biases
 
-    def forget(self) -> None:
-        """Start from nothing: what was loaded is packed, or the load has failed."""
-        self.loader.clear()
-
-    def _serve_dense(self, layer: RoutedExperts, loaded: LoadedExperts) -> None:
-        """Serve with vLLM's own method, a new one each time: it packs weights for CPUs on its first load only."""
-        dense = self.dense = DenseExpertsMethod(layer)
+    def _serve_dense(self, layer: RoutedExperts, dense: DenseExpertsMethod, loaded: LoadedExperts) -> None:
+        """Serve with vLLM's own method."""
         fill_dense(layer, dense, loaded, self.sizes)
         dense.process_weights_after_loading(layer)
         self.moe_kernel, self.moe_quant_config = dense.moe_kernel, dense.moe_quant_config
         layer.ria_experts = None
 
-    def _loaded(self, stored: dict[str, torch.Tensor], dummy: bool, scales: frozenset[torch.dtype]) -> LoadedExperts:
-        """What was loaded, as kernels take it. `scales`: the dtypes that the checkpoint's scales have."""
+    def _loaded(self, stored: dict[str, torch.Tensor]) -> LoadedExperts:
+        """What was loaded, as kernels take it."""
         return LoadedExperts(
-            self._weights(stored, GATE_UP, dummy, scales),
-            self._weights(stored, DOWN, dummy, scales),
+            self._weights(stored, GATE_UP),
+            self._weights(stored, DOWN),
             stored.get(GATE_UP + BIAS),
             stored.get(DOWN + BIAS),
             self.permutations.input,
         )
 
-    def _weights(
-        self, stored: dict[str, torch.Tensor], prefix: str, dummy: bool, scales: frozenset[torch.dtype]
-    ) -> Weights:
+    def _weights(self, stored: dict[str, torch.Tensor], prefix: str) -> Weights:
         """The experts' matrices below each other, as one.
 
         Raises:
@@ -199,7 +176,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         parts = {part: stored[prefix + part].flatten(0, 1) for part in self.loader.specs}
         sizes = [len(next(iter(parts.values())))]
         try:
-            weights = self.scheme.weights(parts, sizes, self.moe.in_dtype, dummy, scales)
+            weights = self.scheme.weights(parts, sizes, self.moe.in_dtype, self.loader.scale_dtypes)
         except ValueError as error:
             raise RiaError(
                 f"{self.experts.name}, {prefix.strip('_')}: {error}. The weight file is damaged; get it again."

@@ -60,7 +60,7 @@ class LoadedExperts:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """Experts as a kernel computes them. Tensors are named, because vLLM replaces parameters when it reloads.
+    """Experts as a kernel computes them. Tensors are named, because vLLM may move parameters.
 
     Attributes:
         choice: the kernel, and the layer as it serves it.

@@ -116,7 +116,7 @@ class LinearKernel(AnyKernel, Protocol):
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The kernel's own form of a weight. Nothing in it may alias the given tensors.
 
-        Each tensor becomes a parameter of the layer, made contiguous. A reload packs again and must give the same
+        Each tensor becomes a parameter of the layer, made contiguous. REL
         shapes and dtypes.
 
         Args:
@@ -242,7 +242,7 @@ class ExpertsKernel(AnyKernel, Protocol):
     ) -> tuple[torch.Tensor, ...]:
         """The kernel's own form of all experts. Nothing in it may alias the given tensors.
 
-        Each tensor becomes a parameter of the layer, made contiguous. A reload packs again and must give the same
+        Each tensor becomes a parameter of the layer, made contiguous. REL
         shapes and dtypes.
 
         Args:

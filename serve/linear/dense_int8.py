@@ -80,7 +80,7 @@ class _VllmMethod:
             self.kernel.process_weights_after_loading(layer)
         finally:
             torch.set_default_dtype(before)
-        # oneDNN has their address, and a reload copies them into the tensor before.
+        # oneDNN has their address.
         self.scales = getattr(layer, SCALE)
         if getattr(layer, WEIGHT) is None:  # oneDNN keeps its own
             set_parameter(layer, WEIGHT, integers.new_empty(0))

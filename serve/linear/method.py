@@ -1,6 +1,5 @@
 """Sparse24LinearMethod: one of vLLM's linear layers with pruned weights."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +20,13 @@ from ria_vllm.serve.linear.dense_int8 import DenseInt8, dense_int8
 from ria_vllm.serve.linear.packing import pack_linear
 from ria_vllm.serve.linear.parameters import (
     Creation,
-    PackedTensors,
     create_parameters,
     set_parameter,
     take_parameters,
     use_loader_of_model,
 )
 from ria_vllm.serve.load.load_report import LoadReport, warn_of_all_gather, warn_of_choice, warn_of_inputs
-from ria_vllm.serve.load.loading import LayerLoader, Loader, holds_dummies, unwrapped
+from ria_vllm.serve.load.loading import LayerLoader, Loader, unwrapped
 from ria_vllm.serve.load.shards import ShardMap
 
 
@@ -43,7 +41,6 @@ class StoredLinear:
         folded: other linears compute the input permuted already.
         row_permutations: of its own rows, for the linears that read its output.
         claims_24: config.json says that it is 2:4.
-        scale_dtype: of its `weight_scale` in the files; None: they have none.
     """
 
     name: str
@@ -52,7 +49,6 @@ class StoredLinear:
     folded: bool = False
     row_permutations: tuple[RowPermutation, ...] = ()
     claims_24: bool = True
-    scale_dtype: torch.dtype | None = None
 
     @property
     def input_permutation(self) -> np.ndarray | None:
@@ -85,7 +81,6 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.linears = linears
         self.names = tuple(linear.name for linear in linears)
         self.dense: UnquantizedLinearMethod | DenseInt8 | None = None
-        self.packed = PackedTensors()
 
     def create_weights(self, layer: LinearBase, *args: Any, **kwargs: Any) -> None:
         self.creation = Creation.record(self._create_weights, layer, *args, **kwargs)
@@ -142,15 +137,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         if not loaded:
             return
         self._check_permutations(layer)
-        of_files = (one.scale_dtype for one in self.linears if one.scale_dtype)
-        scales = frozenset(self.layer_loader.scale_dtypes or of_files)
-        first = not hasattr(layer, "ria_packed")
-        try:
-            loader = self.layer_loader
-            dummy = holds_dummies(loader.missing(), "the other tensors of its layer", bool(loader.loaded), first)
-        finally:
-            self.forget()
-        weights = self._weights(loaded, dummy, scales)
+        self.layer_loader.check_complete()
+        weights = self._weights(loaded)
         packed = None
         if weights is None:
             self._serve_dense(layer, loaded)
@@ -160,12 +148,7 @@ class Sparse24LinearMethod(LinearMethodBase):
                 packed = pack_linear(layer, weights, p, self.dtype, self.scheme.input_dtype)
             except RuntimeError as error:
                 raise RiaError(f"{self.prefix}: {error}") from error
-        self.packed.check(self.prefix, layer, packed.parameters if packed is not None else [])
         layer.ria_packed = packed
-
-    def forget(self) -> None:
-        """Start from nothing: what was loaded is packed, or the load has failed."""
-        self.layer_loader.clear()
 
     def _check_permutations(self, layer: LinearBase) -> None:
         for linear in self.linears:
@@ -176,22 +159,19 @@ class Sparse24LinearMethod(LinearMethodBase):
                     "files again."
                 )
 
-    def _weights(self, loaded: dict[str, torch.Tensor], dummy: bool, scales: Collection[torch.dtype]) -> Weights | None:
+    def _weights(self, loaded: dict[str, torch.Tensor]) -> Weights | None:
         """What a kernel packs; None if the layer is not 2:4.
 
         Raises:
             RiaError: damaged scales or a damaged bitmask.
         """
         try:
-            return self.scheme.weights(loaded, self.output_sizes, self.dtype, dummy, scales)
+            return self.scheme.weights(loaded, self.output_sizes, self.dtype, self.layer_loader.scale_dtypes)
         except ValueError as error:
             raise RiaError(f"{' + '.join(self.names)}: {error}. The weight file is damaged; get it again.") from None
 
     def _serve_dense(self, layer: LinearBase, loaded: dict[str, torch.Tensor]) -> None:
-        """Serve in int8, or with vLLM's own method.
-
-        This method stays in front of it, because a reload delivers the weights in stored form again.
-        """
+        """Serve in int8, or with vLLM's own method."""
         if self.scheme.plain == INTEGERS:
             rounds = self.scheme.activations == torch.int8
             self.dense = dense_int8(layer, loaded[INTEGERS], loaded[SCALE], self.dtype, rounds)
@@ -233,10 +213,10 @@ class Sparse24LinearMethod(LinearMethodBase):
         return layer.ria_packed.apply(layer, x, bias)
 
 
-def stored_forms(model: torch.nn.Module) -> dict[str, Collection[str]]:
-    """Linear of the checkpoint -> how the names of the tensors end that its layer in `model` loads."""
+def stored_linears(model: torch.nn.Module) -> set[str]:
+    """The checkpoint's linears that layers of ours in `model` load."""
     return {
-        name: layer.quant_method.layer_loader.specs
+        name
         for layer in model.modules()
         if isinstance(layer, LinearBase) and isinstance(layer.quant_method, Sparse24LinearMethod)
         for name in layer.quant_method.names

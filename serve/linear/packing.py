@@ -17,7 +17,7 @@ from ria_vllm.serve.linear.parameters import set_parameter
 class PackedLinear:
     """How a layer with packed weights is computed.
 
-    Tensors are named, not held, because vLLM replaces a layer's parameters when it reloads weights.
+    Tensors are named, not held, because vLLM may move a layer's parameters.
 
     Attributes:
         choice: the kernel, and the layer as it serves it.

@@ -1,6 +1,6 @@
 """The parameters of a layer: created in the form that the checkpoint stores, replaced, and removed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
 from ria_vllm.serve.load.loading import LayerLoader, Loader, rows_of_mamba2, unwrapped
 
@@ -135,36 +134,5 @@ def take_parameters(layer: LinearBase, specs: Mapping[str, TensorSpec]) -> dict[
 
 
 def set_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a tensor as a parameter, so that vLLM counts it, moves it and refills it on a reload."""
+    """Register a tensor as a parameter, so that vLLM counts it and moves it."""
     layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))
-
-
-@dataclass
-class PackedTensors:
-    """What a kernel computes a layer with: nothing if the layer is served dense. A reload copies new tensors into the
-    old ones, and torch would cast them.
-
-    Attributes:
-        known: (name, shape, dtype) of each; None until the layer has weights.
-    """
-
-    known: list[tuple[str, tuple[int, ...], torch.dtype]] | None = None
-
-    def check(self, name: str, layer: torch.nn.Module, packed: Iterable[str]) -> None:
-        """Check that the packed tensors are like those before; the first ones are remembered.
-
-        Args:
-            name: the layer's, for errors.
-            packed: the names of its parameters.
-
-        Raises:
-            RiaError: they differ in number, shape or dtype.
-        """
-        tensors = [(part, getattr(layer, part)) for part in packed]
-        found = [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in tensors]
-        if self.known is not None and found != self.known:
-            raise RiaError(
-                f"{name}: its new weights are packed as {found or 'dense ones'}, unlike those that this server started "
-                f"with ({self.known or 'dense ones'}). Start a server of the new weights instead of reloading."
-            )
-        self.known = found

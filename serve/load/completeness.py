@@ -9,11 +9,9 @@ Proofs do not cover biases, tensors that another program's folder lacks, layers 
 
 What a model's `load_weights` returns does not tell for all families. So every such tensor, which vLLM leaves
 uninitialized, is filled with one number before it is loaded; where it still is that number everywhere, nothing came.
-When weights are reloaded, vLLM itself counts what comes for each layer, see `ria_vllm.serve.reload.layerwise`.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -46,12 +44,6 @@ def dense_layers(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tu
 def is_in_int8(layer: torch.nn.Module) -> bool:
     """Whether an embedding or head has an `Int8EmbeddingMethod`, which is not known here."""
     return getattr(layer.quant_method, "keeps_int8", False)
-
-
-def stored_method(layer: torch.nn.Module) -> Any:
-    """The method of a layer with stored weights, `Sparse24LinearMethod` or `Sparse24MoEMethod`; None for others."""
-    method = getattr(layer, "quant_method", None)
-    return method if hasattr(method, "forget") else None
 
 
 def dense_tensors(model: torch.nn.Module, embeddings: bool = True) -> Iterator[tuple[str, torch.Tensor]]:

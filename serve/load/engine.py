@@ -15,7 +15,6 @@ class EngineOptions:
     """What the engine was started with.
 
     Attributes:
-        dummy_weights: `--load-format dummy`.
         lora: the engine serves LoRA adapters.
         model_config: vLLM's configuration of the model; None outside an engine.
         shares_cache: other engines or a store read what the model keeps in the KV cache (KV connectors, KV offloading).
@@ -24,7 +23,6 @@ class EngineOptions:
             does not.
     """
 
-    dummy_weights: bool = False
     lora: bool = False
     model_config: ModelConfig | None = None
     shares_cache: bool = False
@@ -33,13 +31,12 @@ class EngineOptions:
 
     @classmethod
     def current(cls) -> "EngineOptions":
-        """Read them from vLLM's current configuration, which is set while a model is built, loaded or reloaded."""
+        """Read them from vLLM's current configuration, which is set while a model is built and loaded."""
         config = get_current_vllm_config_or_none()
         if config is None:
             return cls()
         draft = getattr(getattr(config.speculative_config, "draft_model_config", None), "hf_config", None)
         return cls(
-            dummy_weights=str(config.load_config.load_format) == "dummy",
             lora=config.lora_config is not None,
             model_config=config.model_config,
             shares_cache=config.kv_transfer_config is not None or config.cache_config.kv_offloading_size is not None,

@@ -15,7 +15,7 @@ from ria_vllm.format.formats import FP8
 from ria_vllm.format.weight_format import WeightFormat, name_of
 from ria_vllm.serve.kernels.choice import DENSE_VARIABLE, KERNEL_VARIABLE, Choice
 from ria_vllm.serve.kernels.dense import DenseKernel
-from ria_vllm.serve.load.completeness import is_in_int8, stored_method
+from ria_vllm.serve.load.completeness import is_in_int8
 
 # vLLM configures the handlers of its own loggers only.
 logger = init_logger("vllm.ria")
@@ -89,8 +89,7 @@ def warn_of_inputs(activations: torch.dtype | None, reason: str, stored: WeightF
 
 @dataclass
 class LoadReport:
-    """Sums over the layers of one model in one process, once all are packed for the first time; a reload goes to the
-    same places.
+    """Sums over the layers of one model in one process, once all are packed.
 
     Attributes:
         kernels: kernel, and how it serves its layers -> number of pruned layers.
@@ -114,9 +113,10 @@ class LoadReport:
     def of(cls, model: torch.nn.Module) -> "LoadReport":
         report = cls()
         for path, layer in model.named_modules():
-            if (method := stored_method(layer)) is not None:
+            method = getattr(layer, "quant_method", None)
+            if method is not None and hasattr(method, "report"):  # the layer has stored weights
                 method.report(layer, report)
-            elif hasattr(layer, "quant_method") and is_in_int8(layer):
+            elif method is not None and is_in_int8(layer):
                 report.graph.append(f"{path} int8")
         return report
 

@@ -11,7 +11,6 @@ from torch.nn import Parameter
 from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_scheme import TensorSpec
-from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.shards import ShardId, ShardMap
 
 Loader = Callable[..., Any]
@@ -43,7 +42,7 @@ class LayerLoader:
 
     Attributes:
         rows: shard id -> rows that a tensor must have; replaced if the model brings its own loader.
-        loaded: (last part of the name, output of the layer) of every tensor loaded since the last `clear`.
+        loaded: (last part of the name, output of the layer) of every tensor that was loaded.
         scale_dtypes: those of the `weight_scale`s among them.
     """
 
@@ -70,7 +69,7 @@ class LayerLoader:
     def wrap(self, part: str, loader: Loader) -> Loader:
         """Wrap one of vLLM's loaders so that it gets tensors called `part` only after `accept`.
 
-        The result is a plain function with the loader's name, because vLLM inspects both when it reloads.
+        The result is a plain function with the loader's name, because vLLM inspects both.
         """
 
         @functools.wraps(loader)
@@ -127,38 +126,20 @@ class LayerLoader:
                 raise RiaError(f"{name}: its fold does not fit: {error}. The checkpoint is damaged.") from None
         return rows
 
-    def missing(self) -> str | None:
-        """The name of the first tensor that has not been loaded, or None."""
-        expected = ((part, output) for output in self.shards.outputs for part in self.specs)
-        absent = next((pair for pair in expected if pair not in self.loaded), None)
-        return absent and f"{'+'.join(self.shards.linears_of(absent[1]))}.{absent[0]}"
+    def check_complete(self) -> None:
+        """Check that all tensors have been loaded.
 
-    def clear(self) -> None:
-        """Forget what was loaded, before the next load."""
-        self.loaded.clear()
-        self.scale_dtypes.clear()
+        Raises:
+            RiaError: names the first one that has not.
+        """
+        for output in self.shards.outputs:
+            for part in self.specs:
+                if (part, output) not in self.loaded:
+                    raise absent(f"{'+'.join(self.shards.linears_of(output))}.{part}")
 
 
-def holds_dummies(missing: str | None, others: str, loaded: bool, first: bool) -> bool:
-    """Whether a layer holds dummies: nothing was loaded, because vLLM was asked to start with dummy weights.
-
-    Args:
-        missing: the name of a tensor that has not been loaded; None: all have.
-        others: those that it belongs with, for the error.
-        loaded: some have.
-        first: the layer has had no weights before.
-
-    Raises:
-        RiaError: a tensor is missing.
-    """
-    if missing and not first:
-        raise RiaError(
-            f"{missing} did not come with {others}. A reload replaces all weights of each layer that it has any of: "
-            "send all of them together."
-        )
-    if missing and (loaded or not EngineOptions.current().dummy_weights):
-        raise RiaError(f"{missing} is in none of the weight files. Get them again.")
-    return missing is not None
+def absent(tensor: str) -> RiaError:
+    return RiaError(f"{tensor} is in none of the weight files. Get them again.")
 
 
 def unwrapped(loader: Loader) -> Loader:

@@ -2,26 +2,22 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import vllm.envs as envs
-from safetensors import safe_open
 
 from ria_vllm.checkpoint.consistency import check_digests
-from ria_vllm.checkpoint.side_files import load_permutations
+from ria_vllm.checkpoint.side_files import checked_proofs, load_permutations
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, read_index, tensor_names, unindexed_files, weight_files
 from ria_vllm.errors import RiaError
 from ria_vllm.files.fetching import hub_errors
-from ria_vllm.format.schema import PERMUTATIONS_FILE, RiaSchema
+from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE, RiaSchema
 
 # Of a repository on the hub. Some hold the same weights a second time, in Mistral's or Meta's own format.
 FILES, OTHERS = ["*.json", "*.safetensors"], ["original/*", "*consolidated*"]
-
-# What safetensors calls the dtypes that scales may have.
-SCALES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def folder_of(model: str, revision: str | None, files: Sequence[str] = FILES) -> Path:
@@ -45,8 +41,7 @@ def folder_of(model: str, revision: str | None, files: Sequence[str] = FILES) ->
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Tensor -> its file, of those that vLLM loads, which are all where there is no index; empty without weight files,
-    as `--load-format dummy` takes a model.
+    """Tensor -> its file, of those that vLLM loads, which are all where there is no index; empty without weight files.
 
     Raises:
         RiaError: a file is missing or damaged.
@@ -65,22 +60,6 @@ def files_of(folder: Path) -> dict[str, Path]:
         return {name: folder / file for file in files for name in tensor_names(folder / file)}
     shards = set(read_index(folder / INDEX_FILE, folder).values())
     return weight_files(folder) if any((folder / file).is_file() for file in shards) else {}
-
-
-def scale_dtypes(files: Mapping[str, Path]) -> dict[str, torch.dtype]:
-    """Linear -> the dtype of its `weight_scale`, which dummies have, too: real ones must fit where they were packed.
-
-    Args:
-        files: see `files_of`.
-    """
-    found = {}
-    for path in sorted({path for name, path in files.items() if name.endswith(".weight_scale")}):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                linear, _, part = name.rpartition(".")
-                if part == "weight_scale" and files.get(name) == path:
-                    found[linear] = SCALES.get(file.get_slice(name).get_dtype())
-    return {linear: dtype for linear, dtype in found.items() if dtype is not None}
 
 
 def permutations_of(folder: Path, schema: RiaSchema, files: dict[str, Path]) -> dict[str, np.ndarray]:
@@ -102,3 +81,15 @@ def permutations_of(folder: Path, schema: RiaSchema, files: dict[str, Path]) -> 
         permutations = load_permutations(path)
     check_digests(schema, permutations, files.values(), folder)
     return {name: p.int().numpy() for name, p in permutations.items()}
+
+
+def proofs_of(schema: RiaSchema, where: str, revision: str | None) -> dict[str, torch.Tensor]:
+    """The proof of each matrix of a checkpoint; none if it has none.
+
+    Raises:
+        RiaError: they are missing, damaged or of another run.
+    """
+    if schema.proofs is None:
+        return {}
+    path = folder_of(where, revision) / PROOFS_FILE
+    return checked_proofs(path if path.is_file() else None, schema, where)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -16,9 +17,10 @@ from vllm.platforms import current_platform
 from ria_vllm import vllm_quirks
 from ria_vllm.checkpoint.folding import Folding, fold
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
-from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint
+from ria_vllm.compressed_tensors.config import CompressedTensorsConfig, is_24_checkpoint, quantization_of
 from ria_vllm.compressed_tensors.packed_forms import Translation
 from ria_vllm.errors import RiaError
+from ria_vllm.files.json_file import read_json
 from ria_vllm.format.int8_rows import INTEGERS
 from ria_vllm.format.schema import QUANT_METHOD, RiaSchema, SparsityConfig
 from ria_vllm.format.stacks import LayerExperts
@@ -31,7 +33,7 @@ from ria_vllm.serve.linear.method import ProvisionalDenseMethod, Sparse24LinearM
 from ria_vllm.serve.load.engine import EngineOptions
 from ria_vllm.serve.load.file_proofs import FileProofs, foreign_vector
 from ria_vllm.serve.load.stream import NOT_SERVED
-from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of, scale_dtypes
+from ria_vllm.serve.model.checkpoint_files import files_of, folder_of, permutations_of
 
 logger = init_logger("vllm.ria")
 
@@ -68,7 +70,6 @@ class RiaConfig(QuantizationConfig):
         where: folder or repository.
         tensors: all that the weight files have, but those that only describe others.
         stored: linears and other modules with a weight, pruned or not.
-        scale_dtypes: of the scales in the files, by linear.
         int8: matrices in int8 that no linear layer of ours serves: heads, embeddings, and what is left of
             `RiaSchema.int8_linears`, see `match_layers`.
         pruned: those that are stored compressed; if none are, those that compressed-tensors' configuration calls 2:4.
@@ -92,7 +93,6 @@ class RiaConfig(QuantizationConfig):
         self.compressed_tensors = compressed_tensors
         self.where = "this model"
         self.tensors: set[str] = set()
-        self.scale_dtypes: dict[str, torch.dtype] = {}
         self.stored: set[str] = set()
         self.pruned: Container[str] = set() if compressed_tensors is None else compressed_tensors.pruned
         self.int8: set[str] = set()
@@ -156,10 +156,24 @@ class RiaConfig(QuantizationConfig):
                 "model on an object store has to be served from a local copy."
             )
         self._read_names(list(files))
-        self.scale_dtypes = scale_dtypes(files)
         if self.compressed_tensors is None:
             self._fold(permutations_of(folder, self.schema, files))
         self.names = {name: name for name in self.stored}
+
+    def check_unchanged(self, model_config: ModelConfig) -> None:
+        """Check that the folder still is the one that was read before the model was built.
+
+        Raises:
+            RiaError: it has been replaced.
+        """
+        folder = folder_of(self.where, model_config.revision)
+        content = dict(quantization_of(read_json(folder / "config.json")))
+        now = RiaConfig.from_config(content)
+        now.maybe_update_config(self.where, model_config.hf_config, model_config.revision)
+        if (now.schema, now.compressed_tensors, now.tensors) != (self.schema, self.compressed_tensors, self.tensors):
+            raise RiaError(
+                f"{self.where}: these files have been replaced while the server was starting. Start it again."
+            )
 
     def _read_names(self, tensors: list[str]) -> None:
         theirs = self.compressed_tensors
@@ -251,8 +265,7 @@ class RiaConfig(QuantizationConfig):
         experts = self.experts[name]
         check_count(layer, experts)
         permutations = ExpertPermutations.of(experts, self.permutations, self.folding_under(EngineOptions.current()))
-        scales = {self.scale_dtypes[linear] for linear, _, _ in experts.linears() if linear in self.scale_dtypes}
-        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), permutations, frozenset(scales))
+        return Sparse24MoEMethod(layer, experts, self.scheme(experts.linear("up", 0)), permutations)
 
     def sparse_method(self, layer: str, linears: tuple[str, ...]) -> Sparse24LinearMethod:
         """The method by which vLLM's layer called `layer` serves these linears."""
@@ -335,5 +348,4 @@ class RiaConfig(QuantizationConfig):
             tuple(folding.row_permutations.get(name, ())),
             claims_24=name not in self.schema.int8_linears
             and (self.compressed_tensors is None or name in self.compressed_tensors.pruned),
-            scale_dtype=self.scale_dtypes.get(name),
         )

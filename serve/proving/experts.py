@@ -29,7 +29,7 @@ from ria_vllm.serve.kernels.routing import activate
 from ria_vllm.serve.load.file_proofs import PLAIN, FileProofs, channels_of, rows_of
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.experts_matching import layers_of
-from ria_vllm.serve.reload.layerwise import watch_packing
+from ria_vllm.serve.proving.proved import watch_packing
 
 Vector = Callable[[int], torch.Tensor]
 
@@ -104,7 +104,7 @@ class ProvedExperts:
         """(kind, expert) -> its bias [out]; None if they have biases that nobody has seen."""
         if not self.layer.moe_config.has_bias:
             return {}
-        found = self.layer.quant_method.biases if self.is_stored else {}
+        found = self.layer.quant_method.loader.biases if self.is_stored else {}
         return (
             found if all((kind, expert) in found for kind in self.experts.patterns for expert in self._here) else None
         )

@@ -72,7 +72,7 @@ class Prover:
         where: str,
         made: tuple[Vector, Mapping[str, torch.Tensor]] | None = None,
     ) -> int:
-        """Prove all layers, and say in the log how many have shown it, and how many have new weights without a proof.
+        """Prove all layers, and say in the log how many have shown it, and how many are without a proof.
         Returns the number of matrices that were proved.
 
         Args:
@@ -86,18 +86,18 @@ class Prover:
         """
         start, proved = time.perf_counter(), set[str]()
         problems, asked, given = [], set(), 0
-        unproved = [path for path, layer in self.unknown if _is_new(layer)]
+        unproved = [path for path, _ in self.unknown]
         for layer in self.layers:
             expected = self._expected(layer, stored)
             if expected is None or bool(expected[:, 0].isnan().all()):
-                unproved += (layer.matrices or [layer.path]) if _is_new(layer.layer) else []
+                unproved += layer.matrices or [layer.path]
                 continue
             tokens = 1 if layer.kernels in asked else proofs.TOKENS
             asked.add(layer.kernels)
             problems.append(layer.problem(vector, expected, tokens))
             proved.update(layer.matrices or [layer.path])
         for layer in self.given:
-            if (expected := layer.expected(stored)) is not None and _is_new(layer.layer):
+            if (expected := layer.expected(stored)) is not None:
                 problems.append(layer.problem(vector, expected, 1))
                 given += 1
         for experts in self.experts:
@@ -106,8 +106,8 @@ class Prover:
             elif made is not None and experts.can_be_proved(made[1]):
                 problems.append(experts.problem(*made, whole=False))
             else:
-                unproved += (experts.matrices or [experts.path]) if _is_new(experts.layer) else []
-                if experts.given and _is_new(experts.layer):
+                unproved += experts.matrices or [experts.path]
+                if experts.given:
                     problems.append(experts.problem(foreign_vector, experts.given, whole=False))
                     given += 1
                 continue
@@ -167,7 +167,9 @@ def _layers(
             matrices = _linears(model, path, layer) if isinstance(layer, LinearBase) else tables.get(path, [])
             loads = tuple((name, partial(_send, layer.weight.weight_loader, shard)) for name, shard in matrices)
             if layer.weight.dim() == 3:
-                yield Convolution(path, layer, loads, rows, layer.weight.shape[2], layer.weight.dtype)
+                yield Convolution(
+                    path, layer, loads, rows, layer.weight.shape[2], layer.weight.dtype, place=layer.weight.data
+                )
             elif loads or isinstance(layer, ParallelLMHead):
                 looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
                 yield Proved(path, layer, loads, rows, columns, layer.weight.dtype, looks_up)
@@ -180,11 +182,6 @@ def absorbed(model: torch.nn.Module, layers: list[Proved]) -> Iterator[Absorbed]
             for one in layers:
                 if one.layer is attention.kv_b_proj:
                     yield Absorbed(path, one.layer, one.loads, one.rows, one.columns, one.dtype, attention=attention)
-
-
-def _is_new(layer: torch.nn.Module) -> bool:
-    """Whether its weights came in the load that has just ended, see `ria_vllm.serve.reload.layerwise.Reloads`."""
-    return layer.__dict__.get("ria_renewed", True)
 
 
 def _source(layer: torch.nn.Module) -> torch.nn.Module | None:

@@ -16,13 +16,23 @@ from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
 from ria_vllm.serve.linear.method import Sparse24LinearMethod
 from ria_vllm.serve.load.file_proofs import foreign_vector, rows_of
-from ria_vllm.serve.reload.layerwise import watch_packing
 
 # Rows of an embedding that are looked up at a time.
 LOOKED_UP = 4096
 
 Load = Callable[[ChannelQuantScaleParameter, torch.Tensor], None]
 Vector = Callable[[int], torch.Tensor]
+
+
+def watch_packing(layer: torch.nn.Module, before: Callable[[Any], None]) -> None:
+    """Have `before` called with a layer when its method is about to pack what was loaded."""
+    pack = layer.quant_method.process_weights_after_loading
+
+    def process(layer: torch.nn.Module) -> None:
+        before(layer)
+        pack(layer)
+
+    layer.quant_method.process_weights_after_loading = process
 
 
 @dataclass(frozen=True)
@@ -187,14 +197,18 @@ class Absorbed(Proved):
 
 @dataclass(frozen=True)
 class Convolution(Proved):
-    """The weight [out, 1, kernel] of a convolution of each channel by itself. Mixers read it where it was loaded."""
+    """The weight [out, 1, kernel] of a convolution of each channel by itself. Mixers read it where it was loaded.
 
-    def expected(self, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        # What vLLM has packed, on some CPUs, no product tells.
-        return super().expected(stored) if self.layer.weight.dim() == 3 else None
+    Attributes:
+        place: where it is loaded. vLLM packs it on some CPUs, and what is packed no product tells.
+    """
+
+    place: torch.Tensor | None = None
 
     def products(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return x @ self.layer.weight.squeeze(1).float().T
+        weight = self.layer.weight if self.layer.weight.dim() == 3 else self.place
+        assert weight is not None
+        return x @ weight.squeeze(1).float().T
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,7 @@ class Given(Proved):
 
     @classmethod
     def watched(cls, path: str, layer: torch.nn.Module) -> "Given":
-        """`layer`, of which a proof is made each time that its method packs it."""
+        """`layer`, of which a proof is made when its method packs it."""
         looks_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
         rows, columns = layer.weight.shape
         found = cls(path, layer, (), rows, columns, layer.weight.dtype, looks_up)

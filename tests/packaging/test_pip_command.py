@@ -18,16 +18,6 @@ def without_install_options():
     return module.without_install_options
 
 
-def options_of(command: str) -> dict[str, bool]:
-    """Every option that this pip has, and whether it takes a value."""
-    parser = pytest.importorskip("pip._internal.commands").create_command(command).parser
-    return {
-        name: option.takes_value()
-        for option in parser.option_list_all
-        for name in (*option._short_opts, *option._long_opts)
-    }
-
-
 def test_pip_takes_the_arguments(tmp_path):
     """pip parses its options before it looks for the package, so it has accepted all of them."""
     arguments = ["--break-system-packages", "--user", "--force-reinstall", "-U", "--root-user-action", "ignore"]

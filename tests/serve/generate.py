@@ -3,12 +3,10 @@
 `--stop` stops at the first error. Otherwise the next folder follows.
 
 A job: {"model", "prompts": lists of token ids, "tokens": how many to generate, "engine": arguments of `LLM`,
-"first": "generate" or "reload" before the generation that counts, "loads": steps of `weight_updates.load`, each with
-whether it must be refused, "lora": folder of an adapter,
+"first": true to generate once before the generation that counts, "lora": folder of an adapter,
 "prompt_logprobs": false to leave them out, "call": "embed" or "classify" instead, "score" each of "documents" for
 "query" (joined by "template", or null), or "load" (see `zoo.built`), "images": for each prompt the path of an image or
-null, "texts" with "image", the file that each of them shows, after the prompts}. With "call": "serve" it is a job
-for `served.run`.
+null, "texts" with "image", the file that each of them shows, after the prompts}.
 
 A result: for each prompt the prompt as the model read it, its logprobs (from the second token on), the generated
 tokens, their logprobs and how many prompt tokens came from the cache; or "error".
@@ -37,10 +35,6 @@ def run(job: dict[str, Any]) -> Any:
         from zoo.built import load
 
         return load(job["model"], job["engine"])
-    if job.get("call") == "serve":
-        import served
-
-        return served.run(job | {"engine": ENGINE | job["engine"]})
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -63,18 +57,8 @@ def run(job: dict[str, Any]) -> Any:
         prompt_logprobs=1 if job.get("prompt_logprobs", True) else None,
     )  # fmt: skip
     adapter = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
-    if "first" in job:
+    if job.get("first"):
         llm.generate(prompts, sampling, use_tqdm=False)
-    if job.get("first") == "reload":
-        llm.collective_rpc("reload_weights")
-        llm.reset_prefix_cache()
-    if "loads" in job:
-        from weight_updates import load
-
-        for step, refused in job["loads"]:
-            (error,) = llm.collective_rpc(load, args=(step,))
-            assert (error is not None) == refused, error
-        llm.reset_prefix_cache()
     results = []
     for output in llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapter):
         entries = zip(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:])

@@ -49,8 +49,6 @@ class Stored:
         config.pruned, config.required = set(self.tensors), set(self.tensors)
         config.stored = set(self.tensors)
         config.names = {name: name for name in self.tensors}
-        scaled = {name: parts["weight_scale"] for name, parts in self.tensors.items() if "weight_scale" in parts}
-        config.scale_dtypes = {name: scale.dtype for name, scale in scaled.items()}
         config.permutations = dict(self.permutations)
         config.folding = fold(config.schema, self.permutations, config.pruned.__contains__, "here")
         config.packed_modules_mapping = {"qkv": ["q", "k", "v"], "gate_up": ["gate", "up"]}

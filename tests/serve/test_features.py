@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     draft = {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
     lora = {"enable_lora": True, "max_lora_rank": 8}
     jobs = {
-        "prefix caching": {"engine": {"block_size": 32}, "first": "generate", "prompt_logprobs": False},
+        "prefix caching": {"engine": {"block_size": 32}, "first": True, "prompt_logprobs": False},
         "chunked prefill": {"engine": {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}},
         "speculative decoding with a pruned draft": {
             "model": str(folder / "int4"),
@@ -45,7 +45,6 @@ def runs(tmp_path_factory):
             "lora": str(folder / "adapter of int4"),
             "prompt_logprobs": False,
         },
-        "load format dummy": {"engine": {"load_format": "dummy"}},
     }
     common = {"model": str(folder / "out"), "prompts": prompts(), "tokens": 6}
     todo = [common | job | {"engine": {"dtype": "float32"} | job.get("engine", {})} for job in jobs.values()]
@@ -81,7 +80,3 @@ def test_adapter_counts_channels_in_the_models_own_order(runs):
 
 def test_an_adapter_is_not_rounded_with_integer_weights(runs):
     check(runs.merged_quantized, runs.results["lora, adapter on int4-g64"], given=prompts())
-
-
-def test_dummy_weights_load(runs):
-    assert [len(result["tokens"]) for result in runs.results["load format dummy"]] == [6, 6, 6]

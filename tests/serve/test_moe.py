@@ -15,7 +15,6 @@ pytestmark = pytest.mark.slow
 EXPERT_PARALLEL = {"engine": TWO_RANKS | {"enable_expert_parallel": True}}
 # Name of the run: (family, how the checkpoint is written, job)
 ALONE = {
-    "mixtral, reload": ("mixtral", {}, {"first": "reload"}),
     "shared expert, int4-g64": ("qwen2_moe", {"weights": "int4-g64"}, {}),
     "no folds": ("qwen3_moe", {"folds": False}, {}),
     "a router of the model's own": ("gemma4_text", {}, {}),

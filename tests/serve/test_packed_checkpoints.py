@@ -16,10 +16,10 @@ PACK = Packed("pack-quantized", arguments(4, 128), sparsity=SPARSE)
 # Name of the run: (how the checkpoint is written, changes to the job)
 RUNS = {
     "marlin-24, int4 in groups": (MARLIN, {}),
-    "marlin-24, int8 in groups, reloaded": (Packed("marlin-24", arguments(8, 128)), {"first": "reload"}),
+    "marlin-24, int8 in groups": (Packed("marlin-24", arguments(8, 128)), {}),
     "pack-quantized, bfloat16": (PACK, {"engine": {"dtype": "bfloat16"}}),
-    "pack-quantized, int8 by channel, one linear not 2:4, reloaded": (
-        Packed("pack-quantized", arguments(8), spoiled="1.mlp.down_proj", sparsity=SPARSE), {"first": "reload"},
+    "pack-quantized, int8 by channel, one linear not 2:4": (
+        Packed("pack-quantized", arguments(8), spoiled="1.mlp.down_proj", sparsity=SPARSE), {},
     ),
 }  # fmt: skip
 BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}

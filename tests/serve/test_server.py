@@ -1,12 +1,14 @@
 """A real `vllm serve` on a compressed checkpoint, queried with the `openai` client."""
 
 import contextlib
+import json
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -15,11 +17,14 @@ import pytest
 import tiny
 import torch
 from manifests import serve_arguments
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from served import TRAINERS, free_port, load
 
 pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -62,36 +67,20 @@ def server(tmp_path_factory):
     model = tiny.write(tiny.FAMILIES["llama-gqa"], folder / "out")
     tiny.add_tokenizer(folder / "out")
     names = ["--dtype", "float32", "--served-model-name", "small"]
-    with serving(folder / "out", folder / "log", *names, *TRAINERS) as url:
+    with serving(folder / "out", folder / "log", *names) as url:
         yield url, model, folder / "log"
 
 
-@pytest.fixture(scope="module")
-def other(server, tmp_path_factory):
-    """(folder, model) of other weights under the same permutations."""
-    folder = tmp_path_factory.mktemp("other")
-    found, random_permutation = [], tiny.random_permutation
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "random_permutation", lambda *sizes: found.append(random_permutation(*sizes)) or found[-1])
-        tiny.write(tiny.FAMILIES["llama-gqa"], folder / "again")
-        permutations = iter(list(found))
-        patch.setattr(tiny, "random_permutation", lambda *sizes: next(permutations))
-        return folder / "other", tiny.write(tiny.FAMILIES["llama-gqa"], folder / "other", seed=1)
-
-
-def test_reloads(server, other, tmp_path):
-    """As trainers ask for them: other files, files that are refused, and the first ones again."""
+@pytest.mark.parametrize("method", ["reload_weights", "start_weight_update", "start_draft_weight_update"])
+def test_other_weights_are_refused(server, method):
+    """The server goes on with its own."""
     url, model, log = server
-    folder, new = other
-    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
-    tensors = load_file(broken / "model.safetensors")
-    with safe_open(broken / "model.safetensors", "pt") as file:
-        metadata = file.metadata()
-    tensors["model.embed_tokens.weight"] += 1
-    save_file(tensors, broken / "model.safetensors", metadata)
-    for place, serves in ((folder, new), (broken, new), (log.parent / "out", model)):
-        assert (load(url, {"reload": str(place)}) is not None) == (place == broken)
-        check_completion(url, serves)
+    content = json.dumps({"method": method}).encode()
+    request = urllib.request.Request(f"{url}/collective_rpc", content, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=100)
+    assert f"{method}: a running server of a pruned model takes no other weights" in log.read_text()
+    check_completion(url, model)
 
 
 def test_completion_has_the_logprobs_of_the_pruned_model(server):

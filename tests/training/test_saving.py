@@ -16,7 +16,7 @@ from wrappers import compressed_wrapper
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep_sparse, proofs, save
+from ria_vllm.training import keep_sparse, save
 
 TOKENS = torch.arange(3, 40)[None]
 
@@ -265,24 +265,6 @@ def test_a_head_that_training_has_untied(tmp_path):
     again = load(tmp_path / "new")
     assert not torch.equal(again.lm_head.weight, again.model.embed_tokens.weight)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight.to(Reader(tmp_path / "new").tensor("lm_head.weight")))
-
-
-def test_proofs_to_send(pruned_llama, damage, tmp_path):
-    """Of each matrix that was saved, by the weights that transformers reads, in float64."""
-    save(trained(pruned_llama.folder), tmp_path / "new", like=pruned_llama.folder)
-    found, state = dict(proofs(tmp_path / "new")), load(tmp_path / "new", torch.float64).state_dict()
-    matrices = {name.removesuffix(".weight"): weight for name, weight in state.items() if weight.dim() == 2}
-    assert found.keys() == {f"{name}.proof" for name in matrices}
-    schema = Reader(tmp_path / "new").schema
-    before = dict(proofs(pruned_llama.folder))
-    for name, weight in matrices.items():
-        terms = weight * schema.proof_vector(weight.shape[1]).double()
-        exact = torch.stack([terms.sum(1), terms.norm(dim=1)], 1)
-        assert bool(((found[f"{name}.proof"] - exact).abs() <= 2.0**-22 * exact.abs().sum(1, keepdim=True)).all())
-        assert not torch.equal(found[f"{name}.proof"], before[f"{name}.proof"])
-    damage.edit_json("config.json", lambda config: config["quantization_config"].pop("proofs"))
-    with pytest.raises(RiaError, match="no proofs. Save the model again"):
-        list(proofs(damage.folder))
 
 
 def test_several_shards(pruned_llama, tmp_path):

@@ -59,7 +59,7 @@ class CompressedTensors:
         Raises:
             RiaError: a tensor is damaged, or means something that is not read here, such as zero points.
         """
-        translated = self._translation.translate([(name, read(name)) for name in one.parts], whole=True)
+        translated = self._translation.translate([(name, read(name)) for name in one.parts])
         loaded = {name.rpartition(".")[2]: tensor for name, tensor in translated}
         loaded.pop(SHAPE, None)
         rows, columns = one.shape

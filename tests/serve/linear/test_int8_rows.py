@@ -131,11 +131,11 @@ def test_where_vllm_needs_a_plain_head_the_model_gets_one(become, monkeypatch):
     assert not takers and type(model.lm_head.quant_method) is UnquantizedEmbeddingMethod
     tensors = [(f"lm_head.{part}", tensor) for part, tensor in STORED.items()]
     stream = [*tensors[:1], ("norm.weight", torch.ones(3)), *tensors[1:]]
-    found = dict(widened.translate(stream, whole=True))
+    found = dict(widened.translate(stream))
     assert found.keys() == {"norm.weight", "lm_head.weight"}
     assert torch.equal(found["lm_head.weight"].double(), DENSE.float().double())
     with pytest.raises(RiaError, match="lm_head.weight_scale is in none"):
-        list(widened.translate(stream[:2], whole=True))
+        list(widened.translate(stream[:2]))
 
 
 @pytest.mark.parametrize(("method", "shares"), [("draft_model", False), ("eagle3", True), ("mtp", True)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from stored import Stored
 from torch.nn.functional import linear
-from vllm.config import LoadConfig, LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.config import LoRAConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -321,18 +321,6 @@ def test_no_folds_with_lora(name):
     close(stored.load(second, {"down": None})(y) + stored.bias["down"], stored.apply(y, "down"))
 
 
-@pytest.mark.parametrize("name", ["float", "int8", "int4-g128"])
-def test_dummy_weights(name):
-    stored = feed_forward(FORMATS[name])
-    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
-        layer = gate_up(stored.config())
-        for parameter in layer.parameters():
-            if parameter.is_floating_point():
-                parameter.data.uniform_(-1e-3, 1e-3)
-        layer.quant_method.process_weights_after_loading(layer)
-        assert layer(torch.randn(3, HIDDEN)).isfinite().all()
-
-
 def test_scales_are_not_rounded_when_they_are_loaded():
     """Served in another dtype than the model's own."""
     stored = Stored(weight_format=FORMATS["int4-g32"])
@@ -361,10 +349,6 @@ def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(monkeypatch, backend,
     x = torch.randn(3, HIDDEN)
     layer = stored.load(gate_up(stored.config()), GATE_UP)
     close(layer(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
-    with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
-        dummies = gate_up(stored.config())
-        dummies.quant_method.process_weights_after_loading(dummies)
-    assert dummies.quant_method.packed.known == layer.quant_method.packed.known
 
 
 def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):

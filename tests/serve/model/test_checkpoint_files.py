@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from checkpoint_folder import config_of
-from damage import rewrite
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ria_vllm.checkpoint.weight_files import INDEX_FILE, SINGLE_FILE
 from ria_vllm.errors import RiaError
 from ria_vllm.format.schema import PERMUTATIONS_FILE, PROOFS_FILE
-from ria_vllm.serve.model.checkpoint_files import FILES, OTHERS, files_of, folder_of, scale_dtypes
+from ria_vllm.serve.model.checkpoint_files import FILES, OTHERS, folder_of
 from ria_vllm.serve.model.config import RiaConfig
 
 
@@ -114,13 +113,3 @@ def test_a_repository_that_cannot_be_got(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(RiaError, match="who/what: .*no route to host.*`hf download who/what`"):
         folder_of("who/what", None)
-
-
-def test_the_dtypes_of_scales_are_those_in_the_files(copy):
-    dtypes = {"a": torch.bfloat16, "b": torch.float16, "c": torch.float32}
-    scales = {f"{name}.weight_scale": torch.ones(8, 2, dtype=dtype) for name, dtype in dtypes.items()}
-    rewrite(copy / SINGLE_FILE, lambda tensors: tensors.update(scales))
-    assert config_of(copy).scale_dtypes == dtypes
-    others = copy.parent / "others.safetensors"
-    save_file({"b.weight_scale": torch.ones(1)}, others)
-    assert scale_dtypes(files_of(copy) | {"a.weight_scale": others}) == {name: dtypes[name] for name in "bc"}

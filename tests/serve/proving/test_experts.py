@@ -8,14 +8,11 @@ import pytest
 import torch
 from moe_layers import EXPERTS, INNER, LAYER, Model, StoredMoE, attached, play_rank
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ria_vllm.format import proofs
 from ria_vllm.format.formats import FORMATS
 from ria_vllm.format.schema import Proofs, RiaSchema, SparsityConfig
-from ria_vllm.serve.experts.dense import DenseExpertsMethod
 from ria_vllm.serve.load import file_proofs
 from ria_vllm.serve.model.config import RiaConfig
 from ria_vllm.serve.model.layer_matching import match_layers
@@ -80,7 +77,7 @@ def problem(stored, loaded=None, whole=True, **settings):
     if made is not None:
         tensors = list(stored.tensors.items())
         translation = stored.config().translation
-        for name, tensor in tensors if translation is None else translation.translate(tensors, True):
+        for name, tensor in tensors if translation is None else translation.translate(tensors):
             made.see(name, tensor)
     model.load_weights((name, tensor.clone()) for name, tensor in (loaded or stored.tensors).items())
     model.experts.quant_method.process_weights_after_loading(model.experts)
@@ -163,20 +160,6 @@ def test_biases_that_are_packed_for_another_expert_are_found(experts_path, monke
     assert "4 of 4 experts" in problem(stored, **OAI)
 
 
-def test_a_refused_sync_leaves_the_biases_of_what_is_served(experts_path):
-    stored, others = StoredMoE(bias=True), StoredMoE(bias=True, seed=1)
-    config = stored.config()
-    model = attached(config, Model(config, **OAI))
-    record_metadata_for_reloading(model)
-    model.load_weights((name, tensor.clone()) for name, tensor in stored.tensors.items())
-    model.experts.quant_method.process_weights_after_loading(model.experts)
-    model.ria_reloads.begin(initialize_layerwise_reload)
-    model.load_weights((name, one.clone()) for name, one in others.tensors.items() if "3.down_proj" not in name)
-    model.ria_reloads.give_up()
-    (experts,) = proved_experts(config, model)
-    assert experts.problem(vector, of_checkpoint(stored), True) is None
-
-
 @pytest.mark.parametrize("name", ["float", "int8", "int4-g32"])
 @pytest.mark.parametrize(("size", "placement"), [(1, None), (2, None), (2, "round_robin")])
 def test_nothing_that_is_right_is_refused(experts_path, monkeypatch, name, size, placement):
@@ -251,27 +234,17 @@ def loaded(experts, seed):
 @pytest.mark.parametrize(("settings", "stored_apart"), [(OAI, True), ({"has_bias": True}, True), ({}, False)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_dense_experts_that_vllm_alone_loads(monkeypatch, dtype, settings, stored_apart, rank):
-    """They have biases, or their tensors are stacked. An old copy of vLLM's own is found, too."""
+    """They have biases, or their tensors are stacked."""
     config = DenseMoE("none").config()
     play_rank(monkeypatch, rank, 2)
-
-    def of(method):
-        monkeypatch.setattr(DenseExpertsMethod, "process_weights_after_loading", method)
-        with set_default_torch_dtype(dtype):
-            model = Model(config, tp_size=2, params_dtype=dtype, **settings)
-        match_layers(config, model)
-        if not stored_apart:
-            monkeypatch.setattr(RiaConfig, "dense_experts", lambda self: {})
-        return next(proved_experts(config, model))
-
-    ours, vllms = (kind.process_weights_after_loading for kind in (DenseExpertsMethod, UnquantizedFusedMoEMethod))
-    experts = of(ours)
-    assert [loaded(experts, 1), loaded(experts, 2)] == [None, None]
+    with set_default_torch_dtype(dtype):
+        model = Model(config, tp_size=2, params_dtype=dtype, **settings)
+    match_layers(config, model)
+    if not stored_apart:
+        monkeypatch.setattr(RiaConfig, "dense_experts", lambda self: {})
+    experts = next(proved_experts(config, model))
+    assert loaded(experts, 1) is None
     assert not experts.matrices and len(experts.given) == 3 * EXPERTS
-    if torch.cpu._is_amx_tile_supported() or dtype == torch.float32:
-        experts = of(vllms)
-        assert loaded(experts, 1) is None
-        assert "4 of 4 experts" in loaded(experts, 2)
 
 
 def test_the_shard_of_another_rank_is_found(monkeypatch):

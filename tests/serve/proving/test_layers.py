@@ -5,8 +5,8 @@ The proofs of these tests are made by the formula, from the plain matrices.
 
 import pytest
 import torch
-from reload_model import FORMATS, INNER, Checkpoint
-from reload_server import Server, watch
+from proved_model import FORMATS, INNER, Checkpoint
+from proved_server import Server, watch
 
 from ria_vllm.checkpoint.folding import RowPermutation
 from ria_vllm.errors import RiaError
@@ -14,7 +14,6 @@ from ria_vllm.format import proofs
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load.loading import LayerLoader
 from ria_vllm.serve.proving import proved
-from ria_vllm.serve.reload import layerwise
 
 ALL = 3 + 3 * 4 + 6  # gate, up, down; twelve of experts; q, k, o, embedding, head, a convolution
 
@@ -56,14 +55,6 @@ def test_a_folder_without_proofs_is_served(started, caplog, monkeypatch):
     assert server.logits() is not None
 
 
-def test_a_matrix_that_two_layers_have_counts_once(started, caplog):
-    """A head in int8 multiplies with the embedding's."""
-    server = started("int8", tied=True)
-    caplog.clear()
-    server.sync(server.checkpoint.tensors(2))
-    assert f"without a proof: {ALL - 1}, the first of which are " in caplog.text
-
-
 def test_proofs_can_be_turned_off(started, caplog, monkeypatch):
     monkeypatch.setenv("RIA_VLLM_PROOF", "0")
     started()
@@ -91,23 +82,6 @@ def test_what_a_model_changes_as_it_loads_is_proved_from_there_on(started, caplo
     assert f"{ALL - 5} matrices compute" in caplog.text
     assert "without a proof: 4, the first of which are " in caplog.text
     assert "of these, 3 layers compute what was loaded into them" in caplog.text
-
-
-@pytest.mark.parametrize("layer", ["block.qk", "block.o", "head"])
-def test_a_copy_that_was_not_packed_again_is_found_whatever_a_model_changes(started, monkeypatch, layer):
-    changes_weights(monkeypatch)
-    server = started()
-    method = server.model.get_submodule(layer).quant_method
-    pack = method.process_weights_after_loading
-
-    def again(layer):
-        before = layer.cpu_linear
-        pack(layer)
-        layer.cpu_linear = before
-
-    monkeypatch.setattr(method, "process_weights_after_loading", again)
-    with pytest.raises(RiaError, match=f"vLLM's layer {layer} "):
-        server.reload(2)
 
 
 def wrong_kernel(monkeypatch):
@@ -239,17 +213,12 @@ def damaging(monkeypatch, damage):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_weights_that_are_not_what_was_written_are_named(started, monkeypatch, bug):
-    """Any dense or pruned matrix. A reload of them is refused."""
-    (damage, named), server, files = BUGS[bug], started("int8"), Server.files
+    """Any dense or pruned matrix."""
+    damage, named = BUGS[bug]
     monkeypatch.setattr("ria_vllm.serve.proving.proved.LOOKED_UP", 50)
-    before = server.logits()
     damaging(monkeypatch, damage)
     with pytest.raises(RiaError, match=f"^the folder: {named}"):
-        server.reload(2)
-    assert torch.equal(server.logits(), before)
-    monkeypatch.setattr(Server, "files", files)
-    server.reload(2)
-    assert not torch.equal(server.logits(), before)
+        started("int8")
 
 
 # What a rank may have of another one -> what is done to the files, and what the error says. Ranks share out the columns
@@ -282,40 +251,9 @@ def with_the_other(rank):
 def test_a_rank_of_two_proves_its_shards(started, ranks, caplog, monkeypatch, bug, rank):
     ranks(rank, 2)
     monkeypatch.setattr(proved, "tensor_model_parallel_all_reduce", with_the_other(rank))
-    (damage, named), server = OF_TWO_RANKS[bug], started("int8")
+    damage, named = OF_TWO_RANKS[bug]
+    started("int8")
     assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
     damaging(monkeypatch, damage)
     with pytest.raises(RiaError, match=f"^the folder: {named}"):
-        server.reload(2)
-
-
-def test_a_head_that_keeps_what_it_has_packed_is_found(started, monkeypatch):
-    """As vLLM leaves a tied head after a reload on CPUs."""
-    server = started(tied=True)
-    monkeypatch.setattr(layerwise, "tied_layers", lambda model: [])
-    for files in (2, 3):  # those before are not the ones that were refused
-        with pytest.raises(RiaError, match="vLLM's layer head .*96 of its 128 rows"):
-            server.reload(files)
-
-
-def test_weights_that_a_trainer_sends_are_proved_if_it_sends_proofs(started, caplog):
-    server = started()
-    tensors = server.checkpoint.tensors(2)
-    sent = {f"{name}{proofs.PROOF_SUFFIX}": one for name, one in server.checkpoint.proofs(tensors).items()}
-    caplog.clear()
-    server.sync(tensors)
-    assert "0 matrices compute" in caplog.text and f"without a proof: {ALL}, the first of which are " in caplog.text
-    caplog.clear()
-    server.sync({name: one for name, one in tensors.items() if name.startswith("model.block.o.")})
-    assert "without a proof: 1, the first of which are model.block.o)" in caplog.text
-    caplog.clear()
-    server.sync(tensors | sent, 3, shuffled=True)
-    assert f"{ALL} matrices compute" in caplog.text and "without a proof" not in caplog.text
-    caplog.clear()
-    down = {name: one for name, one in (tensors | sent).items() if name.startswith("model.block.down.")}
-    server.sync(down)
-    before = server.logits()
-    assert "1 matrices compute" in caplog.text and "without a proof" not in caplog.text
-    with pytest.raises(RiaError, match=r"model\.block\.down"):
-        server.sync(down | {"model.block.down.proof": down["model.block.down.proof"].roll(1, 0)})
-    assert torch.equal(server.logits(), before)
+        started("int8")

@@ -1,4 +1,4 @@
-"""A model with a layer of every kind that vLLM reloads, and what its checkpoint holds, by the number of a training."""
+"""A model with a layer of every kind, and what its checkpoint holds, by the number of a training."""
 
 from dataclasses import dataclass
 
@@ -303,8 +303,6 @@ class Checkpoint:
         """What a configuration reads in the files' headers."""
         tensors = self.tensors(0)
         config._read_names(list(tensors))
-        scales = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
-        config.scale_dtypes = {name: tensors[f"{name}.weight_scale"].dtype for name in scales}
         config.names = {name: name for name in config.stored}
 
 
