@@ -22,7 +22,6 @@ GATHERS = {
     "linear_attn.o_proj": CONVOLUTION,
     "self_attn.q_b_proj": NORM,
     "self_attn.kv_b_proj": NORM,
-    "self_attn.indexer.wq_b": NORM,
     "per_layer_projection": "its input is multiplied by a layer's own part of the embedding",
 }
 # The largest median and maximum of |difference| of log probabilities, and the smallest share of tokens chosen alike.

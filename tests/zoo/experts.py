@@ -56,11 +56,6 @@ MOES = {
                            mechanism="experts beside the dense MLP, with a router of the model's own"),
     "glm4_moe": Toy(FIRST_DENSE),
     "glm4_moe_lite": Toy(FIRST_DENSE | LATENT | NOAUX, engine=LATENT_ATTENTION, run=LATENT_RUN),
-    "glm_moe_dsa": Toy(
-        FIRST_DENSE | LATENT | NOAUX | {"index_topk": 8, "index_head_dim": 128, "index_n_heads": 2},
-        not_served="vLLM has no sparse attention for CPUs",
-        stays_dense=dict.fromkeys(("indexer.wk", "indexer.weights_proj"), "vLLM serves it dense only"),
-    ),
     "gpt_oss": Toy(PLAIN | WINDOW, mechanism="interleaved experts with biases"),
     "granitemoe": Toy(PLAIN | {"attention_multiplier": 0.18}, mechanism="experts stacked on disk"),
     "granitemoe_swa": Toy(PLAIN | WINDOW | {

@@ -3,7 +3,7 @@
 `ria_vllm.offline.calibration.embed` runs it on all calibration tokens.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,8 @@ from torch import nn
 from ria_vllm.errors import RiaError
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.offline.model.run.hf import explained
-from ria_vllm.offline.model.run.layer_call import LayerCall, Reached, Slot, replaced_forwards, tensors_mapped
+from ria_vllm.offline.model.run.layer_call import LayerCall, Reached, Slot, replaced_forwards
 from ria_vllm.offline.model.run.streaming import StreamedModel
-
-# How far apart two outputs of one layer may be that are equal but for the order of sums, relative to the largest value.
-TOLERANCE = 1e-5
 
 
 class _Forward:
@@ -155,7 +152,7 @@ class Embedder:
             tokens, others: two texts of the same shape.
 
         Raises:
-            RiaError: one that is not a tensor, or that depends on what earlier layers compute and that a layer reads.
+            RiaError: one that is not a tensor, or that depends on what earlier layers compute.
         """
         calls, expected = self(tokens)[1], self(others)[1]
         varying = {slot for call, other in zip(calls, expected, strict=True) for slot in call.differences(other)}
@@ -173,36 +170,20 @@ class Embedder:
             noise = torch.rand(before.shape, generator=draw).to(before.device, before.dtype)
             return before * (1 + noise)
 
-        # Integers beside the stream are tried as they are, and as zeros: a layer may add them, or they are the numbers
-        # of tokens, of which 0 is one.
-        integers: list[torch.Tensor] = []
-
-        def noted(value: torch.Tensor) -> torch.Tensor:
-            if _is_integers(value):
-                integers.append(value)
-            return value
-
-        tensors_mapped(self.beside, noted)
-        for zeros in (False, True) if integers else (False,):
-            self._check_unread(self._disturbed(others, disturb, zeros), expected)
+        for index, (call, other) in enumerate(zip(self._disturbed(others, disturb).calls, expected, strict=True)):
+            if slots := call.differences(other):
+                raise RiaError(
+                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slots[0])} of this "
+                    "layer from what earlier layers compute, so its layers cannot be pruned one by one. Such a model "
+                    "cannot be compressed."
+                )
         self.varying, self.beside = frozenset(varying), ()
 
-    def _disturbed(
-        self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor], zeros: bool
-    ) -> _Forward:
-        """A pass in which layers change the stream, and return something besides it, too: its numbers disturbed, its
-        integers as they are or all zeros."""
-
-        def other(value: torch.Tensor) -> torch.Tensor:
-            if value.is_floating_point():
-                return disturb(value)
-            return torch.zeros_like(value) if zeros and _is_integers(value) else value
+    def _disturbed(self, tokens: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor]) -> _Forward:
+        """A pass in which layers change the stream, and return what layer 0 does besides it, or a tensor."""
 
         def form(stream: torch.Tensor) -> Any:
-            if not self.tupled:
-                return stream
-            beside = tuple(stream if value is None else value for value in self.beside)
-            return (stream, *tensors_mapped(beside, other))
+            return (stream, *(stream if value is None else value for value in self.beside)) if self.tupled else stream
 
         try:
             return self._passed(tokens, form, disturb)
@@ -211,30 +192,6 @@ class Embedder:
                 f"{self.model.folder}: {type(self.model.model).__name__} does not run on what its layers return with "
                 f"other numbers in it, so nothing shows whether they can be pruned one by one: {error}"
             ) from error
-
-    def _check_unread(self, passed: _Forward, expected: Sequence[LayerCall]) -> None:
-        """Refuse a layer that computes something else with what the model has made from earlier layers' results."""
-        for index, (call, other) in enumerate(zip(passed.calls, expected, strict=True)):
-            slots = tuple(call.differences(other))
-            # Layers that are alike may still differ in what they read: some go by their own number.
-            if slots and self._depends(index, passed.streams[index], call, other):
-                raise RiaError(
-                    f"{self._place(index)}: {type(self.model.model).__name__} makes {_argument(slots[0])} of this "
-                    "layer from what earlier layers compute, so its layers cannot be pruned one by one. Such a model "
-                    "cannot be compressed."
-                )
-
-    def _depends(self, index: int, stream: torch.Tensor, call: LayerCall, other: LayerCall) -> bool:
-        """Whether a layer, with its own weights, does not run or returns another stream in the two calls."""
-        layer = self.model.load_layer(index)
-        try:
-            with torch.no_grad():
-                one, two = (either(layer, stream.clone()) for either in (call, other))
-        except RiaError:
-            return True
-        finally:
-            self.model.free_layer(index)
-        return one.shape != two.shape or not bool((one - two).abs().max() <= TOLERANCE * two.abs().max())
 
     def _uncalled(self) -> RiaError:
         return RiaError(
@@ -273,7 +230,3 @@ class Embedder:
 
 def _argument(slot: Slot) -> str:
     return f"its argument {slot}" if isinstance(slot, str) else f"its argument number {slot + 1}"
-
-
-def _is_integers(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() and value.dtype != torch.bool
