@@ -21,7 +21,7 @@ from safetensors.torch import load_file, safe_open
 
 from ria_vllm.checkpoint import writer as writers
 from ria_vllm.checkpoint.lock import delete_locked, locked
-from ria_vllm.checkpoint.writer import CheckpointWriter, write_whole
+from ria_vllm.checkpoint.writer import CheckpointWriter, check_place, write_whole
 from ria_vllm.errors import RiaError
 
 TENSORS = {f"t{i}": torch.full((100,), float(i)) for i in range(5)}
@@ -97,6 +97,13 @@ def test_a_name_that_safetensors_would_not_read_is_refused_before_any_work(tmp_p
         CheckpointWriter(out)
     assert not list(tmp_path.iterdir())
     CheckpointWriter(tmp_path / "\xf6ut").close()
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{LATIN SMALL LETTER A WITH DIAERESIS}"])
+def test_a_name_that_no_file_system_takes_is_refused_before_any_work(letter, tmp_path):
+    with pytest.raises(RiaError, match="too long .*Choose a shorter"):
+        check_place(tmp_path / (letter * 250), tmp_path)
+    check_place(tmp_path / (letter * 100), tmp_path / "source")
 
 
 def test_overwrite_replaces_only_at_the_end(tmp_path):

@@ -85,10 +85,14 @@ def prune_and_distill(
     if not report["linears"]:
         monitor.warn("--effort best: the pruned model will not be distilled, because nothing in it is pruned.")
         check_free(out, settings.overwrite)
+        before = out.with_name(f"{out.name}.replaced")
         with disk_errors(out):
-            delete(out)
+            (pruned / HALF_FILE).unlink()
+            delete(before)
+            if os.path.lexists(out):
+                os.replace(out, before)
             os.replace(pruned, out)
-            (out / HALF_FILE).unlink()
+            delete(before)
         return report
     training = distillation.Settings(
         settings.device,

@@ -63,12 +63,15 @@ def check_place(out: Path, source: Path) -> None:
     """Refuse to write to the folder that `source` is read from, or around it: --overwrite would delete the source.
 
     Raises:
-        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/", or begins with "~".
+        RiaError: it is such a folder, or `out` has no name of its own, such as "." or "/", or begins with "~", or has a
+            name that file systems do not take.
     """
     if out.parts[:1] == ("~",):
         raise RiaError(f"{out}: no shell has replaced the ~ by your home folder. Write {out.expanduser()}.")
     if out.name in ("", ".."):
         raise RiaError(f"{str(out)!r} cannot be replaced by a new folder. Choose another one, with a name of its own.")
+    if len(os.fsencode(f"{out.name}.pruned.partial")) > 255:  # the longest name of a work folder
+        raise RiaError(f"{out.name}: this name is too long for a folder. Choose a shorter one, of at most 240 bytes.")
     if not source.exists():
         return  # a hub id
     place, read = out.resolve(), source.resolve()

@@ -1,6 +1,7 @@
 """`--effort best` is `compress` and then `distill`: the same bytes, at once or in several runs."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -135,6 +136,25 @@ def headless(folder: Path, auto: type) -> Path:
     auto.from_config(config_of("qwen3")).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def test_what_is_replaced_goes_last(options, tmp_path, monkeypatch):
+    """Where nothing is pruned, and the disk fails in between, both folders are there."""
+    nothing = Choice(frozenset(), {1: {"perplexity": 10.5, "perplexity_dense": 10.0}})
+    monkeypatch.setattr(budget, "choose", lambda *_: nothing)
+    options[1:1] = ["--scheme", "W8A8", "--max-loss", "900%", "--overwrite"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    replace = os.replace
+
+    def failing(source, target):
+        if Path(source).name == "out.pruned":
+            raise OSError("the disk is gone")
+        replace(source, target)
+
+    monkeypatch.setattr(best.os, "replace", failing)
+    assert "the disk is gone" in str(invoke(compress, *options, "-o", tmp_path / "out").exception)
+    assert (tmp_path / "out.replaced" / "old").exists() and (tmp_path / "out.pruned" / "config.json").exists()
 
 
 @pytest.mark.parametrize("why", ["memory", "embeddings", "reranker", "recovered", "budget"])
