@@ -103,28 +103,14 @@ def verify(out: Path) -> None:
 @click.command()
 @click.argument("out", type=FOLDER)
 @click.option("-o", "--out", "written", type=FOLDER, required=True, help="The folder to write.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["dense", "compressed-tensors"]),
-    default="dense",
-    show_default=True,
-    help="compressed-tensors: as its versions up to 0.12 read 2:4 weights, of a folder without permutations.",
-)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file, such as 500MB or 5GB.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
-def export(out: Path, written: Path, form: str, max_shard_size: str, overwrite: bool) -> None:
-    """Write the compressed checkpoint OUT as a plain dense folder that transformers loads without ria-vllm.
-
-    Or, with --format, for other readers of 2:4 weights.
-    """
+def export(out: Path, written: Path, max_shard_size: str, overwrite: bool) -> None:
+    """Write the compressed checkpoint OUT as a plain dense folder that transformers loads without ria-vllm."""
     reader = Reader(out)
     size = parse_size(max_shard_size)
     monitor = Monitor()
     with monitor.live():
-        export_dense(reader, written, size, overwrite, monitor, form != "dense")
-    if form != "dense":
-        click.echo(f"{written}: {len(reader.sparse_names)} linears in 2:4 for compressed-tensors.")
-        return
+        export_dense(reader, written, size, overwrite, monitor)
     unrounded = "" if reader.schema.input_dtype is None else " It rounds no inputs."
     click.echo(f"{written}: dense, {len(reader.sparse_names)} linears with zeros where they were pruned.{unrounded}")

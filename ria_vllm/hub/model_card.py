@@ -57,26 +57,19 @@ def pruned_card(folder: Path, report: dict[str, Any], zeros: float, warn: Warn) 
     return _card(base, recipe, "", body)
 
 
-def exported_card(reader: Reader, warn: Warn, compressed: bool = False) -> str:
-    """The card of the plain dense form of a compressed folder, or of its form for compressed-tensors."""
+def exported_card(reader: Reader, warn: Warn) -> str:
+    """The card of the plain dense form of a compressed folder."""
     base, report, identity = _of_folder(reader, warn)
-    if compressed:
-        title, tags = ", for compressed-tensors", ["pruned", "compressed-tensors"]
-        form = ["This is for compressed-tensors up to 0.12 (sparse-24-bitmask); vLLM with ria-vllm serves it, too."]
-    else:
-        title, tags = ", dense form", ["pruned"]
-        form = [
-            "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
-            "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster."
-        ]
-        if reader.schema.input_dtype is not None:
-            form.append(
-                "The compressed model rounds the inputs of pruned linears; this one does not, and is more exact."
-            )
+    form = [
+        "This is the plain dense form: the model's own channel order, with zeros where weights were pruned. "
+        "transformers loads it without ria-vllm; it takes as much memory as the base model, and is no faster."
+    ]
+    if reader.schema.input_dtype is not None:
+        form.append("The compressed model rounds the inputs of pruned linears; this one does not, and is more exact.")
     zeros = reader.schema.sparsity_config.global_sparsity
     plain_now = report | {"dense_in_int8": {}}
     body = [_origin(report["recipe"], identity), *form, *_what_was_pruned(plain_now, zeros)]
-    return _card(base, report["recipe"], title, body, tags)
+    return _card(base, report["recipe"], ", dense form", body, ["pruned"])
 
 
 def trained_card(reader: Reader, recipe: dict[str, Any], note: str, warn: Warn) -> str:

@@ -5,8 +5,6 @@ import json
 import e4m3
 import pytest
 import torch
-from compressed_tensors_reader import read
-from compressed_tensors_writer import needs_writer
 from compressing import TOKENS, interrupted_after_a_layer, run_small, weight_digests
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from ria_vllm.checkpoint.inventory import take_inventory
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.export import export_dense
 from ria_vllm.format.pattern import SCHEMES
 from ria_vllm.format.schema import FP8_TOKENS
 from ria_vllm.offline.run import budget
@@ -109,44 +106,3 @@ def test_what_max_loss_leaves_dense_stays_in_the_models_dtype(tiny, text, tmp_pa
     monkeypatch.setattr(budget, "choose", lambda *_: Choice(frozenset(), {1: none}))
     with pytest.raises(RiaError, match="every sublayer loses more; the one that costs least, 100.0%"):
         run_small(tiny("llama"), tmp_path / "none", text, **options)
-
-
-@needs_writer
-@pytest.mark.parametrize("scheme", ["FP8", "W8A8", "BF16"])
-def test_compressed_tensors_reads_what_export_writes_for_it(scheme, tiny, text, tmp_path):
-    run_small(tiny("llama"), tmp_path / "out", text, permute="none", ignore=("1.mlp.down",), **SCHEMES[scheme])
-    reader = Reader(tmp_path / "out")
-    export_dense(reader, tmp_path / "dense", 1 << 40)
-    export_dense(reader, tmp_path / "theirs", 1 << 40, compressed=True)
-    want, found = load_file(tmp_path / "dense" / "model.safetensors"), read(tmp_path / "theirs", tmp_path / "read")
-    assert want.keys() <= found.keys()
-    for name, tensor in want.items():
-        # It keeps scales of 8-bit weights in bfloat16, and so their products.
-        rounded = name.removesuffix(".weight") in reader.sparse_names and scheme != "BF16"
-        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2**-7 if rounded else 0, atol=0, msg=name)
-    stored = load_file(tmp_path / "theirs" / "model.safetensors")
-    ours = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(
-        torch.equal(stored[f"{n}.{p}"], ours[f"{n}.{p}"])
-        for n in reader.sparse_names
-        for p in reader.schema.tensor_names
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({}, "has permuted columns: compress with --permute none"),
-        ({"permute": "none"} | SCHEMES["W4A16"], "it packs int4-g64 in another way"),
-        ({"permute": "none", "pattern": "4:8"} | SCHEMES["W8A8"], "it holds 2:4 alone, and this folder is 4:8"),
-    ],
-    ids=["permuted", "int4", "4:8"],
-)
-def test_compressed_tensors_has_no_words_for_it(options, words, tiny, text, tmp_path):
-    from ria_vllm.format.pattern import PATTERNS
-
-    options = options | ({"pattern": PATTERNS[options["pattern"]]} if "pattern" in options else {})
-    run_small(tiny("llama"), tmp_path / "out", text, **options)
-    with pytest.raises(RiaError, match=f"--format compressed-tensors: .*{words}.*leave out --format"):
-        export_dense(Reader(tmp_path / "out"), tmp_path / "theirs", 1 << 40, compressed=True)
-    assert not (tmp_path / "theirs").exists()
