@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from click.testing import CliRunner
-from compressing import interrupted_after_a_layer, run_small
+from compressing import run_small
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -156,20 +156,6 @@ def test_what_loses_too_much_is_corrected_once(tiny, text, tmp_path, monkeypatch
     assert resumed["budget"] == report["budget"]
     for other in (same, again):
         assert other.keys() == tensors.keys() and all(torch.equal(other[name], tensors[name]) for name in tensors)
-
-
-def test_a_resumed_run_chooses_and_writes_the_same(tiny, text, tmp_path):
-    """What is not to be pruned is no candidate, in either."""
-    options = UNROTATED | {"weights": "int8", "activations": "int8", "max_loss": 10.0, "ignore": (r"1\.self_attn",)}
-    report, _ = run_small(tiny("llama"), tmp_path / "whole", text, **options)
-    with interrupted_after_a_layer():
-        run_small(tiny("llama"), tmp_path / "out", text, **options)
-    resumed, _ = run_small(tiny("llama"), tmp_path / "out", text, Settings(resume=True), **options)
-    assert resumed["budget"] == report["budget"] and len(report["budget"]["sublayers"]) == 3
-    run_small(tiny("llama"), tmp_path / "all", text, **(options | {"max_loss": None}))
-    whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out", "all"))
-    for other in others:
-        assert other.keys() == whole.keys() and all(torch.equal(other[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("budget", [0.0001, 0.05, 0.3, 100.0])

@@ -6,23 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from compressing import edit_config, run_small
+from compressing import run_small
 from damage import rewrite
 from moe import save_moe
-from peak_memory import peak_memory
 from quantized_sources import fp8_pair, from_fp8, mxfp4_pair, save_pair, to_fp8
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ria_vllm.checkpoint.reader import Reader
 from ria_vllm.errors import RiaError
-from ria_vllm.offline.distill.recipe import Distillation
-from ria_vllm.offline.distill.run import Settings as DistillSettings
-from ria_vllm.offline.distill.run import distill
 from ria_vllm.offline.model.files.source_tensors import SourceTensors
 from ria_vllm.offline.model.run.hf import load_model
 from ria_vllm.offline.model.run.streaming import StreamedModel
-from ria_vllm.progress import Monitor
 
 CPU = torch.device("cpu")
 # Two blocks of 128 rows or columns, the second one smaller; one layer with experts and one without.
@@ -120,19 +115,6 @@ def test_a_quantized_model_of_the_hub_is_loaded_from_the_hubs_cache(pair, monkey
     state = load_model("some/model", CPU).state_dict()
     wanted = load_file(plain / "model.safetensors")["lm_head.weight"]
     assert asked == ["some/model"] and torch.equal(state["lm_head.weight"], wanted)
-
-
-def test_a_quantized_teacher_teaches_what_its_plain_twin_does(tiny, text, tmp_path):
-    dense = tmp_path / "dense"
-    shutil.copytree(tiny("llama"), dense)
-    rewrite(dense / "model.safetensors", lambda t: t.update({name: one.bfloat16() for name, one in t.items()}))
-    edit_config(dense, dtype="bfloat16")
-    quantized, plain = fp8_pair(dense, block=(96, 80))
-    run_small(plain, tmp_path / "pruned", text)
-    for teacher, out in ((quantized, "one"), (plain, "other")):
-        recipe = Distillation(text=str(text), tokens=256, seq_len=64, batch=2)
-        distill(tmp_path / "pruned", str(teacher), tmp_path / out, recipe, DistillSettings(), Monitor(shown=False))
-    assert_same_tensors(tmp_path / "one", tmp_path / "other")
 
 
 PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
@@ -317,27 +299,3 @@ def test_no_tensor_is_mapped_from_its_file(pair):
     plain, stack = "lm_head.weight", DOWN
     assert not is_mapped(found.read(plain)) and not is_mapped(found.read(plain, 3))
     assert not is_mapped(found.read(stack)) and not is_mapped(found.read(stack, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.parametrize("compute_dtype", ["bfloat16"])
-def test_the_experts_of_a_layer_are_dequantized_one_by_one(compute_dtype, text, tmp_path):
-    """A layer of 160 experts, of which a third in bfloat16 would already be beyond the limit."""
-    size, times = 512, 40
-    shape = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
-    small, _ = mxfp4_pair(save_moe(tmp_path / "dense", "gpt_oss", torch.bfloat16, **shape))
-    large = shutil.copytree(small, tmp_path / "large")
-    edit_config(large, num_local_experts=4 * times)
-
-    def enlarge(tensors):
-        for name in [name for name in tensors if ".mlp." in name]:
-            tensors[name] = torch.cat([tensors[name]] * times)
-
-    for path in large.glob("*.safetensors"):
-        rewrite(path, enlarge)
-    options = {"samples": 2, "seq_len": 64, "reconstruct": "none", "permute": "none", "compute_dtype": compute_dtype}
-    peak = peak_memory(small, large, tmp_path / "out", calibration=str(text), **options)
-    stacks = 4 * times * 3 * size * size * 2
-    print(f"peak {peak / 1e6:.0f} MB; the layer's experts in bfloat16 {stacks / 1e6:.0f} MB")
-    assert peak < stacks / 3

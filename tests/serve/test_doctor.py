@@ -7,9 +7,8 @@ import torch
 from click.testing import CliRunner
 
 from ria_vllm.format.formats import FLOAT
-from ria_vllm.serve.doctor import doctor, eight_line, missing_for_compile, physical_cores
+from ria_vllm.serve.doctor import doctor, eight_line, physical_cores
 from ria_vllm.serve.kernels.base import LinearLayerConfig
-from ria_vllm.serve.kernels.cpu.experts import CpuExpertsKernel
 
 
 def run_doctor(*arguments, env=None):
@@ -27,14 +26,6 @@ def test_names_versions_and_the_chosen_kernel():
         assert re.search("^  reference .*; takes BF16, W8A16, W8A8, W4A16, W4A8, FP8$", lines, re.M)
     lines = "cpu +chosen: the first .*\n  cutlass +no: the layer is on cpu.*\n  reference +could serve it"
     assert re.match(f"32 experts of 2048 x 768 .*:\n  {lines}", experts)
-
-
-def test_says_why_a_kernel_is_left_out(monkeypatch):
-    monkeypatch.setattr(CpuExpertsKernel, "is_supported", staticmethod(lambda device: "not here"))
-    linears, experts = run_doctor("--device", "cpu").split("kernels for ")[1:]
-    assert re.search("^  cusparselt +no: the layer is on cpu$", linears, re.M)
-    lines = "cpu +no: not here\n  cutlass +no: the layer is on cpu\n  reference +chosen only where vLLM has no experts"
-    assert re.search(f"^  {lines}", experts, re.M)
 
 
 def test_what_8_of_16_would_bring(monkeypatch):
@@ -84,13 +75,3 @@ def test_on_few_cores_it_names_the_one_that_vllm_keeps(monkeypatch):
     monkeypatch.setattr("ria_vllm.serve.doctor.physical_cores", lambda: 2)
     for chosen in ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}, {"VLLM_CPU_OMP_THREADS_BIND": "0-1"}):
         assert "\nthreads" not in run_doctor("--device", "cpu", env=chosen)
-
-
-def test_what_vllm_compiles_a_model_with(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    compiler, header = missing_for_compile()
-    assert "no no-such-compiler;" in compiler and header.startswith("Python.h (Debian: apt install python3.")
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setenv("CXX", "sh")
-    assert missing_for_compile() == []

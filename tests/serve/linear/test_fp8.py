@@ -80,17 +80,6 @@ def test_fused_on_disk_with_one_scale_for_all():
     check_dequantized(layer, checkpoint.plain["gate_up"], torch.float32)
 
 
-@pytest.mark.parametrize(
-    "strategy, shape",
-    [("channel", (64,)), ("tensor", (64, 1))],
-)
-def test_scales_of_another_shape_are_named(strategy, shape):
-    checkpoint = Checkpoint(strategy=strategy)
-    layer = ReplicatedLinear(128, 64, bias=False, quant_config=checkpoint.config(), prefix="fc")
-    with pytest.raises(RiaError, match=r"fc\.weight_scale is torch.float32 .*damaged"):
-        layer.weight_scale.weight_loader(layer.weight_scale, torch.ones(shape))
-
-
 @pytest.mark.parametrize("strategy", ["channel", "tensor"])
 def test_scales_keep_their_precision_in_a_bfloat16_model(strategy):
     """vLLM builds a model with the model's dtype as torch's default."""
@@ -116,27 +105,10 @@ def test_inputs_that_the_checkpoint_wants_unrounded_stay_so(hopper_layers, dense
     assert str(layer.ria_packed.choice) == "cutlass with fp8 widened to bfloat16"
 
 
-def test_int8_weights_become_floating_point_on_a_gpu(hopper_layers):
-    checkpoint = Checkpoint(weights=INT, inputs=INT)
-    layer = checkpoint.single()
-    assert packed(layer)[0].dtype == torch.bfloat16
-    check_dequantized(layer, checkpoint.plain["fc"], torch.bfloat16)
-
-
 @pytest.mark.parametrize(("dense", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_elsewhere_fp8_becomes_floating_point(dense, dtype):
     checkpoint = Checkpoint(dense=dense)
     check_dequantized(checkpoint.single(dtype=dtype), checkpoint.plain["fc"], dtype)
-
-
-def test_the_reference_keeps_fp8_weights_and_does_not_round_its_inputs(hopper_layers, monkeypatch):
-    monkeypatch.setenv("RIA_VLLM_BACKEND", "reference")
-    checkpoint = Checkpoint()
-    layer = checkpoint.single()
-    assert packed(layer)[0].dtype == FP8_DTYPE
-    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(7)).bfloat16()
-    exact = x.double() @ checkpoint.plain["fc"].double().T
-    torch.testing.assert_close(layer(x).double(), exact, rtol=2**-8, atol=1e-4)
 
 
 def test_fused_linears_that_differ_in_their_inputs_are_refused():

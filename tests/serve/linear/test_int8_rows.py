@@ -1,7 +1,5 @@
 """Heads and embeddings in int8, as vLLM's layers serve them. The oracle is the formula, in float64."""
 
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -161,21 +159,3 @@ def test_a_draft_gets_a_plain_head(become):
     config.int8 = {"lm_head"}
     assert match_heads(config, model, False)[1] is not None
     assert match_heads(config, model, True)[1] is None and type(model.lm_head.quant_method) is Int8EmbeddingMethod
-
-
-def advised(tensor):
-    """Whether the middle of a tensor lies in memory for which huge pages were asked for, as the kernel tells it."""
-    middle = tensor.data_ptr() + tensor.nbytes // 2
-    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
-        first, last = (int(end, 16) for end in mapping.split(maxsplit=1)[0].split("-"))
-        if first <= middle < last:
-            return "hg" in re.search(r"^VmFlags:(.*)", mapping, re.M)[1].split()
-    raise AssertionError("the tensor is in no mapping")
-
-
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
-def test_large_weights_ask_for_huge_pages(become):
-    layer = VocabParallelEmbedding(1 << 14, 1 << 9, params_dtype=torch.bfloat16)
-    assert not advised(torch.empty(8 << 20, dtype=torch.int8))
-    Int8EmbeddingMethod("embed_tokens", looks_up=True, multiplies=True).create_weights(layer, layer.weight)
-    assert advised(layer.integers) and not layer.integers.any()

@@ -20,14 +20,12 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from ria_vllm.errors import RiaError
-from ria_vllm.format import permutation
 from ria_vllm.format.formats import FLOAT, FORMATS, INTEGERS
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.serve.kernels import registry
 from ria_vllm.serve.kernels.reference import ReferenceKernel
 from ria_vllm.serve.linear import packing
 from ria_vllm.serve.load.engine import EngineOptions
-from ria_vllm.serve.load.load_report import LoadReport
 
 HEAD, HEADS, KV, HIDDEN, INNER = 32, 8, 2, 128, 256
 
@@ -235,15 +233,6 @@ def test_permutation_that_no_fold_absorbs(ranks, monkeypatch, name, size, blocks
     assert len(gathered) == (size if blocks % size else 0)
 
 
-@pytest.mark.parametrize("layer_class", [ColumnParallelLinear, ReplicatedLinear])
-def test_plain_layers(layer_class):
-    stored = Stored()
-    stored.add("fc", 96, HIDDEN, stored.permutation(HIDDEN))
-    layer = layer_class(HIDDEN, 96, quant_config=stored.config(), prefix="fc", return_bias=False)
-    x = torch.randn(2, 3, HIDDEN)
-    close(stored.load(layer, {"fc": None})(x), stored.apply(x, "fc"))
-
-
 @pytest.mark.parametrize("weight_format", [FLOAT, *INTEGERS.values()], ids=lambda one: one.name)
 def test_half_precision(weight_format):
     """Whichever kernel is fastest here. Inputs and results have 8 bits, and sums are float32."""
@@ -319,46 +308,3 @@ def test_no_folds_with_lora(name):
     folding = config.folding_under(EngineOptions(lora=True))
     assert np.array_equal(config.stored_linear("down", folding).input_permutation, stored.permutations["down"])
     close(stored.load(second, {"down": None})(y) + stored.bias["down"], stored.apply(y, "down"))
-
-
-def test_scales_are_not_rounded_when_they_are_loaded():
-    """Served in another dtype than the model's own."""
-    stored = Stored(weight_format=FORMATS["int4-g32"])
-    stored.add("fc", 64, HIDDEN)
-    stored.tensors["fc"]["weight_scale"] *= 1e-6  # subnormal in float16
-    config = stored.config()
-    config.schema.weights.dtype = "float16"
-    layer = replicated(config, params_dtype=torch.float16)
-    layer.weight_scale.weight_loader(layer.weight_scale, stored.tensors["fc"]["weight_scale"])
-    assert torch.equal(layer.weight_scale, stored.tensors["fc"]["weight_scale"].float())
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtypes"), [("", ("float32", "float32")), ("reference", ("float16", "bfloat16"))], ids=str
-)
-def test_scales_of_groups_keep_the_dtype_of_the_checkpoint(monkeypatch, backend, dtypes):
-    """`compress` writes bfloat16, and other writers what they like. A fused layer may get two of them."""
-    monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
-    stored = feed_forward(FORMATS["int4-g64"])
-    for name, dtype in zip(GATE_UP, dtypes):
-        parts, p = stored.tensors[name], stored.permutations[name]
-        # More digits than bfloat16 has: a reader that rounds them is off by far more than `close` allows.
-        parts["weight_scale"] = (parts["weight_scale"].float() * 1.0013).to(getattr(torch, dtype))
-        plain = stored.weight_format.decode(parts, torch.float32)
-        stored.plain[name] = plain[:, permutation.invert(torch.from_numpy(p)).long()]
-    x = torch.randn(3, HIDDEN)
-    layer = stored.load(gate_up(stored.config()), GATE_UP)
-    close(layer(x), torch.cat([stored.apply(x, "gate"), stored.apply(x, "up")], -1))
-
-
-def test_compile_cache_is_keyed_by_the_kernels(monkeypatch):
-    """A graph that was traced with one kernel must not be reused when another one serves the same folder."""
-    keys = []
-    for backend in ("cpu", "reference", "cpu"):
-        monkeypatch.setenv("RIA_VLLM_BACKEND", backend)
-        with set_current_vllm_config(VllmConfig()):
-            stored = Stored()
-            stored.add("fc", 64, HIDDEN)
-            LoadReport.of(stored.load(replicated(stored.config()), {"fc": None})).finish()
-            keys.append(get_current_vllm_config().compute_hash())
-    assert keys[0] == keys[2] != keys[1]

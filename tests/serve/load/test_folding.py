@@ -8,7 +8,6 @@ from tiny import logits
 
 from ria_vllm.checkpoint.folding import RowPermutation, fold
 from ria_vllm.checkpoint.reader import Reader
-from ria_vllm.errors import RiaError
 from ria_vllm.format.layer_schema import Fold, Producer
 from ria_vllm.format.schema import RiaSchema, SparsityConfig
 
@@ -109,36 +108,3 @@ def test_a_gate_has_a_row_for_each_query_head():
     assert folding.row_permutations["l.0.v"][0].take(torch.arange(4)).tolist() == [1, 0, 2, 3]
     taken = folding.row_permutations["l.0.q"][0].take(torch.arange(16)).tolist()
     assert taken == [0, 1, 3, 2, 4, 5, 7, 6, *range(8, 16)]
-
-
-def test_blocks_that_a_producer_does_not_have():
-    with pytest.raises(ValueError, match="do not divide into 4 blocks"):
-        RowPermutation(np.arange(8), 0, False, 4).take(torch.zeros(10, 2))  # 10 rows are not four blocks
-    with pytest.raises(ValueError, match="rows 1 to 3"):
-        RowPermutation(np.arange(8), 1, False, 4).take(torch.zeros(8, 2))
-    rules = [
-        Fold(consumer="l.{i}.a", producers=[Producer(name="l.{i}.up", rows=(0, 4))], coupling="elementwise"),
-        Fold(consumer="l.{i}.b", producers=[Producer(name="l.{i}.up", rows=(1, 2), blocks=4)], coupling="elementwise"),
-    ]
-    with pytest.raises(RiaError, match="same rows of l.0.up"):
-        fold(schema(rules), {"l.0.a": permutation(4), "l.0.b": permutation(4, 1)}, lambda _: True, "here")
-
-
-def test_two_orders_for_the_same_rows():
-    rules = [elementwise("l.{i}.down"), elementwise("l.{i}.side", ("l.{i}.up",))]
-    with pytest.raises(RiaError, match="same rows of l.0.up"):
-        fold(schema(rules), {"l.0.down": permutation(64), "l.0.side": permutation(64, 1)}, lambda _: True, "here")
-
-
-def test_permutation_across_heads_is_named():
-    rule = Fold(consumer="l.{i}.o", producers=[Producer(name="l.{i}.v")], coupling="heads", num_heads=4, num_kv_heads=2)
-    with pytest.raises(RiaError, match=r"here: l\.3\.o: .*another head"):
-        fold(schema([rule]), {"l.3.o": permutation(128)}, lambda _: True, "here")
-
-
-def test_a_wrong_number_of_rows():
-    with pytest.raises(RiaError, match=r"permutes 64 rows, but takes 8 of l\.0\.gate"):
-        fold(schema([elementwise(rows=(0, 8))]), {"l.0.down": permutation(64)}, lambda _: True, "here")
-    rule = Fold(consumer="l.o", producers=[Producer(name="l.qkv", rows=(2, 4), blocks=3)], coupling="elementwise")
-    with pytest.raises(RiaError, match=r"takes 6 of l\.qkv \(rows 2 to 4 of each of 3 blocks\)"):
-        fold(schema([rule]), {"l.o": permutation(64)}, lambda _: True, "here")
