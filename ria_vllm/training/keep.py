@@ -96,7 +96,7 @@ def _keep_sparse(model: nn.Module, like: str | Path | None) -> None:
         weight = KeptWeight(name, module, leaf, mask)
         parameter = weight.parameter()
         twin = seen.setdefault(id(parameter), weight)
-        if not torch.equal(twin.packed, weight.packed):
+        if not torch.equal(twin.dropped, weight.dropped):
             raise RiaError(f"{name}: one parameter with {twin.name}, but pruned differently. Untie them first.")
         # Other ranks may have no weights yet (FSDP's cpu_ram_efficient_loading).
         if is_first() or isinstance(parameter, DTensor):

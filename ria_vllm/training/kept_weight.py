@@ -1,8 +1,5 @@
-"""One parameter with pruned linears: its mask, a bit for each element, and what is zero outside it."""
+"""One parameter with pruned linears: its mask, and what is zero outside it."""
 
-import functools
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ _EARLIER = (
     "Call keep_sparse before anything changes the weights (a merged adapter does), with the folder that the model was "
     "loaded from."
 )
-PIECE = 1 << 22
-"""Elements that are masked or checked at once."""
 
 
 class KeptWeight:
@@ -31,8 +26,8 @@ class KeptWeight:
     def __init__(self, name: str, module: nn.Module, leaf: str, mask: torch.Tensor):
         self.name, self.module, self.leaf = name, module, leaf
         self.shape = mask.shape
-        self.packed = _packed(mask)
-        self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of the mask
+        self.dropped = ~mask
+        self.local: tuple[Any, torch.Tensor] | None = None  # how the weight was sharded, and its part of `dropped`
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"local": None}  # a device mesh belongs to its process
@@ -54,7 +49,8 @@ class KeptWeight:
 
     def zero_outside(self, tensor: torch.Tensor) -> None:
         """Zero a tensor like the weight, or sharded as it is, outside the mask, in place."""
-        _zero_dropped(*self._local(tensor))
+        local, dropped = self._local(tensor)
+        local.masked_fill_(dropped, 0)
 
     def check_zeros(self, folder: Path, advice: str = _EARLIER) -> None:
         """Check that the weight is zero outside the mask, as far as this process holds it.
@@ -63,7 +59,10 @@ class KeptWeight:
             RiaError: it is not.
         """
         weight = self.parameter().detach()
-        if not weight.is_meta and not _has_zeros(*self._local(weight)):
+        if weight.is_meta:
+            return
+        local, dropped = self._local(weight)
+        if bool((dropped & (local != 0)).any()):
             raise RiaError(f"{self.name}: not zero everywhere outside the mask in {folder}. {advice}")
 
     def mask_gradient(self, parameter: torch.Tensor) -> None:
@@ -77,70 +76,25 @@ class KeptWeight:
             parameter.register_post_accumulate_grad_hook(self.mask_gradient)
 
     def _local(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What this process holds of a tensor like the weight, and the packed mask of that."""
+        """What this process holds of a tensor like the weight, and a bool of its shape: what is outside the mask."""
         if isinstance(tensor, DTensor):
             local = tensor.to_local()
-            return local, self._packed_locally(tensor, local)
+            return local, self._dropped_locally(tensor, local)
         return tensor, self._on(tensor.device)
 
     def _on(self, device: torch.device) -> torch.Tensor:
-        if self.packed.device != device and device.type != "meta":
-            self.packed = self.packed.to(device)
-        return self.packed.to(device)
+        if self.dropped.device != device and device.type != "meta":
+            self.dropped = self.dropped.to(device)
+        return self.dropped.to(device)
 
-    def _packed_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
+    def _dropped_locally(self, tensor: DTensor, local: torch.Tensor) -> torch.Tensor:
         sharding = (tensor.device_mesh, tensor.placements, local.device)
         if self.local is None or self.local[0] != sharding:
-            part = own_share(_dropped(self.packed.cpu(), self.shape).logical_not_(), tensor)
+            part = own_share(self.dropped.cpu(), tensor)
             if part.shape != local.shape:
                 raise RiaError(
                     f"{self.name}: sharded in a way that torch cannot shard its mask by: {tensor.placements}."
                 )
-            self.packed = self.packed.cpu()
-            self.local = (sharding, _packed(part.to(local.device)))
+            self.dropped = self.dropped.cpu()
+            self.local = (sharding, part.to(local.device))
         return self.local[1]
-
-
-def _packed(mask: torch.Tensor) -> torch.Tensor:
-    """uint8 [ceil(n/8)] from bool of n elements."""
-    flat = mask.reshape(-1)
-    flat = nn.functional.pad(flat, (0, -len(flat) % 8))
-    bits = flat.view(-1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return bits.sum(-1, dtype=torch.uint8)
-
-
-def _dropped(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """bool of this shape, True where the mask that was `_packed` is False."""
-    # Eight bits become the eight bytes of an integer in one lookup.
-    return _eight_bytes(packed.device)[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
-
-
-def _zero_dropped(tensor: torch.Tensor, packed: torch.Tensor) -> None:
-    """Zero `tensor` where the mask that was `_packed` is False, in pieces, each of which needs few bytes beside it."""
-    for piece, dropped in _pieces(tensor, packed):
-        piece.masked_fill_(dropped, 0)
-
-
-def _has_zeros(tensor: torch.Tensor, packed: torch.Tensor) -> bool:
-    """Whether `tensor` is zero where the mask that was `_packed` is False."""
-    return not any(bool((dropped & (piece != 0)).any()) for piece, dropped in _pieces(tensor, packed))
-
-
-def _pieces(tensor: torch.Tensor, packed: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Views of a tensor's parts, and for each a bool of its shape, True where the mask that was `_packed` is False."""
-    if not tensor.numel():  # a rank's share of a small weight
-        return
-    rows = tensor.view(-1) if tensor.is_contiguous() else tensor
-    width = rows[0].numel()
-    step = 8 * max(1, PIECE // (8 * width))  # a piece of the mask begins with a whole byte
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        bits = packed[start * width // 8 :][: -(-piece.numel() // 8)]
-        yield piece, _dropped(bits, piece.shape)
-
-
-@functools.cache
-def _eight_bytes(device: torch.device) -> torch.Tensor:
-    """For each byte the integer whose bytes are 1 where its bits, the least significant first, are 0."""
-    table = [int.from_bytes(bytes(1 - (byte >> i & 1) for i in range(8)), sys.byteorder) for byte in range(256)]
-    return torch.tensor(table, device=device)

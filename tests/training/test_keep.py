@@ -12,7 +12,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from ria_vllm.errors import RiaError
-from ria_vllm.training import keep_sparse, kept_weight, save
+from ria_vllm.training import keep_sparse, save
 
 
 class MovesEverything(torch.optim.Optimizer):
@@ -125,25 +125,6 @@ def test_gradients_that_someone_else_has_changed_since(pruned_llama, changed):
         for name, mask in kept.items():
             momentum = optimizer.state[model.get_parameter(name)]["momentum_buffer"]
             assert not momentum[~mask].any() and momentum[mask].any(), name
-
-
-@pytest.mark.parametrize("piece", [8, 1000])
-@pytest.mark.parametrize("shape", [(9, 5), (3, 8, 12), (0, 8)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_masking_in_pieces(monkeypatch, piece, shape, transposed):
-    """Shards and gradients may be empty, of odd sizes, and not contiguous."""
-    monkeypatch.setattr(kept_weight, "PIECE", piece)
-    draw = torch.Generator().manual_seed(0)
-    mask = torch.rand(shape, generator=draw) < 0.5
-    tensor = torch.rand(shape, generator=draw) + 1
-    tensor = tensor.mT.contiguous().mT if transposed else tensor
-    want, packed = tensor * mask, kept_weight._packed(mask)
-    assert kept_weight._has_zeros(tensor, packed) == (not tensor.numel())
-    kept_weight._zero_dropped(tensor, packed)
-    assert torch.equal(tensor, want) and kept_weight._has_zeros(tensor, packed)
-    for value in (1e-30, torch.nan) if tensor.numel() else ():
-        tensor[tuple((~mask).nonzero()[-1])] = value
-        assert not kept_weight._has_zeros(tensor, packed)
 
 
 def test_a_kept_weight_may_be_zero(damage):
