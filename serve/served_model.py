@@ -4,6 +4,7 @@ import functools
 
 import torch
 from vllm.config import ModelConfig, get_current_vllm_config_or_none
+from vllm.logger import init_logger
 
 from ria_vllm.errors import RiaError
 from ria_vllm.format import proofs
@@ -20,6 +21,8 @@ from ria_vllm.serve.model.int8_heads import match_heads
 from ria_vllm.serve.proving.layers import Prover
 from ria_vllm.serve.proving.proved import Vector
 from ria_vllm.serve.reload import WAY_OUT
+
+logger = init_logger("vllm.ria")
 
 
 class ServedModel:
@@ -109,8 +112,12 @@ class ServedModel:
         self.packed = True
         LoadReport.of(self.model).finish()
         self._process()
-        if proofs.wanted() and self._is_configured:
+        if not proofs.wanted():
+            return
+        if self._is_configured:
             self._prove()
+        else:
+            logger.warning("%s: its layers are not proved, as vLLM built it with another model's config.", self.where)
 
     def _prove(self) -> None:
         """Prove what was loaded."""

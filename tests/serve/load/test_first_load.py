@@ -74,6 +74,12 @@ def test_a_draft_that_is_built_with_the_configuration_of_its_target(build, check
     assert model.loaded
 
 
+def test_what_is_not_proved_is_said(build, checkpoint, copy, monkeypatch, caplog):
+    monkeypatch.delenv(proofs.VARIABLE)
+    build(checkpoint, own=copy).process_weights_after_loading()
+    assert f"{copy}: its layers are not proved" in caplog.text
+
+
 def test_a_draft_is_compared_with_its_own_files(build, checkpoint, copy):
     """The engine's model is its target."""
     replace(copy)
