@@ -29,7 +29,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         RiaError: config.json has something else in that place.
     """
     found = config.get_text_config(decoder=True)
-    if not isinstance(found, PretrainedConfig):
+    if isinstance(found, int | float | str | list | dict):  # as config.json has it
         raise RiaError(
             f"{config.name_or_path}: config.json's text_config is not what the configuration of a {config.model_type} "
             "model is in transformers. Download the file again."
