@@ -22,6 +22,8 @@ from zoo.serving import serve
 from zoo.toy import Toy, fingerprint
 from zoo.toys import TOYS
 
+from ria_vllm.installing import name_vllm
+
 BATCH = 16  # toys whose folders are there at the same time, and that one process of vLLM serves
 
 
@@ -78,6 +80,7 @@ def compare(step: str, result: Any, served: Any, folder: Path, toy: Toy) -> dict
 
 
 def versions() -> dict[str, str]:
+    name_vllm()
     return {"transformers": version("transformers"), "vllm": version("vllm")}
 
 
