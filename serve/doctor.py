@@ -15,7 +15,7 @@ import torch
 from ria_vllm import __version__
 from ria_vllm.errors import RiaError
 from ria_vllm.format.formats import FLOAT, FP8, INTEGERS
-from ria_vllm.format.pattern import TWO_OF_FOUR, Pattern
+from ria_vllm.format.pattern import Pattern
 from ria_vllm.format.token_rounding import FP8_DTYPE
 from ria_vllm.format.weight_format import name_of
 from ria_vllm.installing import IN_A_LINE
@@ -207,9 +207,8 @@ def doctor(device: str, dtype: str, scheme: str) -> None:
     for label, value in rows:
         click.echo(f"{label:16}{value}")
     act_dtype, (weight_format, input_dtype) = DTYPES[dtype], STORED[scheme]
-    layer = {"input_dtype": input_dtype, "pattern": TWO_OF_FOUR}
-    linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, **layer)
-    experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), **layer)
+    linear = LinearLayerConfig(place, act_dtype, weight_format, SIDE, SIDE, input_dtype)
+    experts = ExpertsLayerConfig(place, act_dtype, weight_format, *EXPERTS, Activation("silu"), input_dtype=input_dtype)
     kinds = name_of(act_dtype) + (f", {weight_format.name} weights" if weight_format != FLOAT else "")
     kinds += f", inputs rounded to {name_of(input_dtype)}" if input_dtype is not None else ""
     kinds += f", inputs rounded to {name_of(FP8_DTYPE)} where these stay fp8" if weight_format == FP8 else ""

@@ -1,6 +1,5 @@
 """`--effort best`: prune, and then train the whole pruned model towards the dense one."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from ria_vllm.checkpoint.inputs import ChangedInput
-from ria_vllm.checkpoint.writer import check_free, check_place, delete, disk_errors
+from ria_vllm.checkpoint.writer import check_free, check_place, delete, disk_errors, put_in_place
 from ria_vllm.errors import RiaError
 from ria_vllm.offline.distill import run as distillation
 from ria_vllm.offline.distill.recipe import Distillation
@@ -85,14 +84,11 @@ def prune_and_distill(
     if not report["linears"]:
         monitor.warn("--effort best: the pruned model will not be distilled, because nothing in it is pruned.")
         check_free(out, settings.overwrite)
-        before = out.with_name(f"{out.name}.replaced")
+        replaced = out.with_name(f"{out.name}.replaced")
         with disk_errors(out):
             (pruned / HALF_FILE).unlink()
-            delete(before)
-            if os.path.lexists(out):
-                os.replace(out, before)
-            os.replace(pruned, out)
-            delete(before)
+            put_in_place(pruned, out, replaced)
+            delete(replaced)
         return report
     training = distillation.Settings(
         settings.device,

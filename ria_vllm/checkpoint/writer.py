@@ -105,6 +105,14 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def put_in_place(folder: Path, out: Path, replaced: Path) -> None:
+    """Rename `folder` to `out`. What was there waits at `replaced`, so that nothing is lost if this is interrupted."""
+    if os.path.lexists(out):
+        delete(replaced)  # left by a run that was killed before it could
+        os.replace(out, replaced)
+    os.replace(folder, out)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that is there whole, or not at all. A link is replaced; what it leads to stays as it is.
 
@@ -263,9 +271,7 @@ class CheckpointWriter:
                 raise RiaError(
                     f"{self.out}: appeared during the run; the result is in {final}. Move it where you want it."
                 ) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.out))
-            delete(self._replaced)  # by a run that was killed before it could
-            os.replace(self.out, self._replaced)
-        os.replace(final, self.out)
+        put_in_place(final, self.out, self._replaced)
         self._delete()
 
     def _delete(self) -> None:

@@ -116,8 +116,7 @@ class LinearKernel(AnyKernel, Protocol):
     def pack(config: LinearLayerConfig, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The kernel's own form of a weight. Nothing in it may alias the given tensors.
 
-        Each tensor becomes a parameter of the layer, made contiguous. REL
-        shapes and dtypes.
+        Each tensor becomes a parameter of the layer, made contiguous.
 
         Args:
             parts: the tensors of `config.weight_format` by name. Their shapes and dtypes fit, the bitmask has
@@ -242,8 +241,7 @@ class ExpertsKernel(AnyKernel, Protocol):
     ) -> tuple[torch.Tensor, ...]:
         """The kernel's own form of all experts. Nothing in it may alias the given tensors.
 
-        Each tensor becomes a parameter of the layer, made contiguous. REL
-        shapes and dtypes.
+        Each tensor becomes a parameter of the layer, made contiguous.
 
         Args:
             gate_up: the tensors of `config.weight_format` by name, each with the experts as first dimension: of a

@@ -53,7 +53,7 @@ class FileProofs:
         self.experts = experts or {}
         self.vector = vector
         self.others = others
-        self.forget()
+        self._clear()
 
     def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same weights, each of which is seen on its way."""
@@ -81,8 +81,7 @@ class FileProofs:
             del self._waiting[matrix]
             self._keep(matrix, parts, scheme, expert)
 
-    def forget(self) -> None:
-        """A load begins, or has failed."""
+    def _clear(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
         self.found_of_experts: dict[str, torch.Tensor] = {}
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
@@ -90,7 +89,7 @@ class FileProofs:
     def take(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`found` and `found_of_experts` since the last time."""
         taken = self.found, self.found_of_experts
-        self.forget()
+        self._clear()
         return taken
 
     def _keep(

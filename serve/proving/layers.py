@@ -70,10 +70,9 @@ class Prover:
         vector: Vector,
         stored: Mapping[str, torch.Tensor],
         where: str,
-        made: tuple[Vector, Mapping[str, torch.Tensor]] | None = None,
-    ) -> int:
+        made: tuple[Vector, Mapping[str, torch.Tensor]],
+    ) -> None:
         """Prove all layers, and say in the log how many have shown it, and how many are without a proof.
-        Returns the number of matrices that were proved.
 
         Args:
             vector: r, float32, of so many channels.
@@ -103,7 +102,7 @@ class Prover:
         for experts in self.experts:
             if experts.can_be_proved(stored):
                 problems.append(experts.problem(vector, stored, whole=True))
-            elif made is not None and experts.can_be_proved(made[1]):
+            elif experts.can_be_proved(made[1]):
                 problems.append(experts.problem(*made, whole=False))
             else:
                 unproved += experts.matrices or [experts.path]
@@ -124,7 +123,6 @@ class Prover:
         left = f"; without a proof: {len(unproved)}, the first of which are {others}" if unproved else ""
         left += f"; of these, {given} layers compute what was loaded into them" if given else ""
         logger.info("ria-vllm: %d matrices compute what the checkpoint says (%.2f s%s).", len(proved), took, left)
-        return len(proved)
 
     def _expected(self, layer: Proved, stored: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if layer.loads:

@@ -100,7 +100,7 @@ class Mixer(torch.nn.Module):
 
 
 class Router(torch.nn.Module):
-    """vLLM's reloads write a parameter of this name at once."""
+    """Its parameter is of no linear."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """A server of `proved_model`, as far as loading weights goes: vLLM's own functions under our plugin."""
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -29,7 +30,9 @@ def watch(monkeypatch):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0, raising=False)
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1, raising=False)
     monkeypatch.setattr(embeddings, "tensor_model_parallel_all_reduce", lambda x: x)
-    monkeypatch.setattr(utils, "record_metadata_for_reloading", utils.record_metadata_for_reloading)
+    # vLLM's own: another test of this process may have registered the plugin already.
+    own = inspect.unwrap(utils.record_metadata_for_reloading)
+    monkeypatch.setattr(utils, "record_metadata_for_reloading", own)
     monkeypatch.setattr(RiaConfig, "check_unchanged", lambda *_: None)  # there are no files
     monkeypatch.setattr(checkpoint_files, "proofs_of", Server.proofs_of)
     monkeypatch.setattr(get_current_vllm_config(), "model_config", HERE)

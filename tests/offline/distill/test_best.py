@@ -152,7 +152,7 @@ def test_what_is_replaced_goes_last(options, tmp_path, monkeypatch):
             raise OSError("the disk is gone")
         replace(source, target)
 
-    monkeypatch.setattr(best.os, "replace", failing)
+    monkeypatch.setattr(os, "replace", failing)
     assert "the disk is gone" in str(invoke(compress, *options, "-o", tmp_path / "out").exception)
     assert (tmp_path / "out.replaced" / "old").exists() and (tmp_path / "out.pruned" / "config.json").exists()
 

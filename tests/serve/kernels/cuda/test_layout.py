@@ -100,6 +100,20 @@ LAYOUTS = [("80", 16), ("80", 8), ("90a", 16), ("90a", 8), ("100a", 16)]
 
 
 @pytest.mark.parametrize("arch, value_bits", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_offsets_are_distinct_and_inside(arch, value_bits, shape):
+    library = compiled(arch)
+    out_features, in_features = shape
+    offsets = [
+        library.metadata_offset(out_features, in_features, row, byte, value_bits)
+        for row in range(out_features)
+        for byte in range(in_features // 8)
+    ]
+    assert len(set(offsets)) == len(offsets)
+    assert min(offsets) >= 0 and max(offsets) < library.metadata_bytes(out_features, in_features, value_bits)
+
+
+@pytest.mark.parametrize("arch, value_bits", LAYOUTS)
 def test_no_bitmask_makes_metadata_that_the_hardware_forbids(arch, value_bits):
     bitmask = torch.arange(256, dtype=torch.uint8).repeat(9, 1)
     metadata = compiled(arch).pack_metadata(bitmask, value_bits)
